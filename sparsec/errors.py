@@ -1,0 +1,66 @@
+"""The errors a user can meet. Each message names the thing, the rule, the value and the way out.
+
+`assert` is kept for our own mistakes; everything that bad input can cause is one of these.
+"""
+
+from __future__ import annotations
+
+
+class SparsecError(Exception):
+    """Base of all errors that sparsec raises on purpose."""
+
+
+class SpecError(SparsecError, ValueError):
+    """A pass specification such as `magnitude(0.5),freeze` that cannot be read, or an option outside its range."""
+
+
+class SelectionError(SparsecError, ValueError):
+    """A pattern in `targets=` or `ignore=` that matches nothing."""
+
+
+class PipelineError(SparsecError, ValueError):
+    """A sequence of passes that is not legal: a pass needs a fact that no earlier pass produces."""
+
+
+class TraceError(SparsecError):
+    """A model that cannot be traced into a graph; says which rung of the ladder failed where."""
+
+
+class MaskError(SparsecError, ValueError):
+    """A mask of the wrong shape, dtype or name."""
+
+
+class WeightError(SparsecError, ValueError):
+    """A weight that cannot be pruned or packed, such as one that holds NaN."""
+
+
+class FormatError(SparsecError, ValueError):
+    """Packed tensors that do not form a valid matrix, or a matrix that a format cannot hold."""
+
+
+class KernelError(SparsecError, RuntimeError):
+    """No kernel serves the request; lists every kernel with its reasons."""
+
+
+class BuildError(SparsecError, RuntimeError):
+    """The native kernels could not be built; carries the compiler's own words."""
+
+
+class VerifyError(SparsecError, AssertionError):
+    """A graph that breaks an invariant after a pass: a defect of that pass, not of the input."""
+
+
+class EmitError(SparsecError):
+    """A lowered graph that cannot be put back into the model."""
+
+
+class CompileError(SparsecError):
+    """A model that `compile` refuses, with the reason."""
+
+
+class DataError(SparsecError):
+    """A model or text that cannot be found or read."""
+
+
+class MissingExtraError(SparsecError, ImportError):
+    """An optional package is needed; names the extra that installs it."""

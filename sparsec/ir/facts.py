@@ -1,0 +1,104 @@
+"""What the passes know: one record per stored weight, one per executed op.
+
+The dataflow is torch.fx's; these tables stand beside it. They are not kept in `node.meta`, because deepcopy shares what is in
+there, and pickling or transforming a graph loses it. A record is never changed: a pass replaces it with a new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparsec.formats.base import Packed
+
+Group = Literal["attention", "mlp", "experts", "router", "lm_head", "embedding", "norm", "other"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+WeightKind = Literal["linear", "conv1d", "experts", "embedding", "bias", "other"]
+"""`linear`: [out, in]. `conv1d`: a linear stored as [in, out] (GPT-2). `experts`: 3-D, one matrix per expert.
+`other`: whatever is left, norms included."""
+
+OpKind = Literal["linear", "conv1d", "sparse_linear", "grouped_linear", "embedding", "attention", "matmul", "norm", "other"]
+
+Dim = int | str
+"""A size, or the name of a symbolic one (`batch`, `length`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One stored parameter. Two names of one tensor are one weight; the first name is the key."""
+
+    name: str
+    aliases: tuple[str, ...]  # its other names, in the model's order
+    kind: WeightKind
+    group: Group
+    shape: tuple[int, ...]  # as stored: [in, out] for conv1d
+    dtype: torch.dtype
+    owners: tuple[str, ...] = ()  # paths of the modules that execute it, in order of execution
+    mask: Tensor | None = None  # bool, shape as stored, True where kept
+    pattern: str | None = None  # of the mask: "unstructured", ...
+    frozen: bool = False  # the mask's zeros are in the stored tensor
+    nnz: int | None = None  # the mask's sum, once the sparsity pass (or a format) has counted it
+    packed: Packed | None = None  # once lowered; then mask is None and the dense tensor is gone
+    reason: str | None = None  # why it was left dense, where that needs saying
+
+    @property
+    def prunable(self) -> bool:
+        """A matrix that one linear product executes."""
+        return self.kind in ("linear", "conv1d") and len(self.owners) > 0
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters, zeros included."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of a linear or conv1d weight."""
+        assert len(self.shape) == 2, self.name
+        return (self.shape[1], self.shape[0]) if self.kind == "conv1d" else (self.shape[0], self.shape[1])
+
+    @property
+    def nbytes_dense(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, without the mask."""
+        return self.packed.nbytes if self.packed is not None else self.nbytes_dense
+
+    @property
+    def nbytes_mask(self) -> int:
+        """Bytes of the mask."""
+        return self.mask.numel() if self.mask is not None else 0
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of zeros, None while nobody has counted."""
+        if self.nnz is None:
+            return None
+        return 1.0 - self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def format(self) -> str:
+        """`dense`, or the packed format with its parameters."""
+        return self.packed.describe() if self.packed is not None else "dense"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One executed call: a node of the graph."""
+
+    node: str  # name of the fx node
+    kind: OpKind
+    owner: str  # path of the module that makes the call; "" for the root
+    group: Group
+    weights: tuple[str, ...] = ()  # keys into Graph.weights, the matrix first
+    shape: tuple[Dim, ...] | None = None  # of the result
+    flops_dense: float | None = None  # per token, as if no weight were zero
+    flops: float | None = None  # per token, counting only what is kept
+    kernel: str | None = None  # once lowered

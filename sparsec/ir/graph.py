@@ -1,0 +1,117 @@
+"""The graph IR: a torch.fx dataflow, and beside it what is known of its weights and ops.
+
+Meaning: a graph computes what its nodes say, with every weight that has an unfrozen mask read as `where(mask, weight, 0)`.
+Passes change a graph in place; `copy()` first to keep the old one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsec.ir.facts import Op, Weight
+
+
+@dataclass(eq=False)
+class Graph:
+    """A traced model.
+
+    `module` takes the traced call's arguments (`inputs`, by name, in order) and holds the parameters under the names that the
+    model gives them, shared with the model it was traced from.
+    """
+
+    module: fx.GraphModule
+    weights: dict[str, Weight]
+    ops: dict[str, Op]
+    inputs: tuple[str, ...]
+    rung: str  # of the tracing ladder: "dynamic", "dynamic batch", "static"
+    facts: frozenset[str] = frozenset()  # what holds now: "mask", "frozen", ...
+    notes: list[str] = field(default_factory=list)  # said by the tracer: what was recognised but left alone
+
+    def tensor(self, name: str) -> Tensor:
+        """The stored tensor of a weight that is not packed, in its stored layout."""
+        return fetch(self.module, name)
+
+    def matrix(self, name: str) -> Tensor:
+        """The dense matrix [out, in] of a linear or conv1d weight, with no mask applied; a view where possible."""
+        weight = self.weights[name]
+        if weight.packed is not None:
+            return weight.packed.unpack()
+        tensor = self.tensor(name).detach()
+        return tensor.t() if weight.kind == "conv1d" else tensor
+
+    def mask_matrix(self, name: str) -> Tensor | None:
+        """The mask as [out, in]; a view."""
+        weight = self.weights[name]
+        if weight.mask is None:
+            return None
+        return weight.mask.t() if weight.kind == "conv1d" else weight.mask
+
+    def update(self, name: str, **changes: Any) -> Weight:
+        """Replaces the record of one weight."""
+        self.weights[name] = replace(self.weights[name], **changes)
+        return self.weights[name]
+
+    def masked(self) -> Iterator[Weight]:
+        """Weights with a mask, in the order of the table."""
+        return (w for w in list(self.weights.values()) if w.mask is not None)
+
+    def ops_of(self, weight: str) -> list[Op]:
+        """Ops whose matrix is this weight, in order of execution."""
+        return [op for op in self.ops.values() if op.weights and op.weights[0] == weight]
+
+    def node(self, name: str) -> fx.Node:
+        """The fx node of that name."""
+        return next(n for n in self.module.graph.nodes if n.name == name)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Executes the graph, masks applied. Arguments as in `inputs`."""
+        return _MaskedInterpreter(self).run(*self.bind(args, kwargs))
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Positional arguments of `module` from a call's arguments."""
+        unknown = set(kwargs) - set(self.inputs)
+        missing = [n for n in self.inputs[len(args) :] if n not in kwargs]
+        if unknown or missing or len(args) > len(self.inputs):
+            raise TypeError(f"this graph was traced with inputs {self.inputs}; unknown {sorted(unknown)}, missing {missing}")
+        return [*args, *(kwargs[n] for n in self.inputs[len(args) :])]
+
+    def copy(self) -> Graph:
+        """An independent graph: its tensors, masks and packed tensors too."""
+        memo: dict[int, Any] = {}
+        module = copy.deepcopy(self.module, memo)
+        return Graph(
+            module=module,
+            weights={k: copy.deepcopy(w, memo) for k, w in self.weights.items()},
+            ops=dict(self.ops),
+            inputs=self.inputs,
+            rung=self.rung,
+            facts=self.facts,
+            notes=list(self.notes),
+        )
+
+
+class _MaskedInterpreter(fx.Interpreter):
+    """Reads weights through their masks."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.module)
+        self.masks = {w.name: w.mask for w in graph.masked() if not w.frozen}
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        mask = self.masks.get(target)
+        return value if mask is None else torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+
+
+def fetch(module: torch.nn.Module, path: str) -> Tensor:
+    """The tensor at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), name)
+    assert isinstance(tensor, Tensor), path
+    return tensor

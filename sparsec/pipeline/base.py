@@ -1,0 +1,85 @@
+"""What a pass is: a frozen dataclass whose fields are its options and whose class says what it needs, gives and breaks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparsec.ir.graph import Graph
+
+
+class Effect(Enum):
+    """What a pass may do to the numbers that a graph computes. A graph's meaning includes its masks."""
+
+    ANALYSIS = "analysis"  # changes facts only
+    EXACT = "exact"  # outputs equal, bit for bit (0.0 and -0.0 are equal)
+    NUMERIC = "numeric"  # the same function, another order of summation
+    LOSSY = "lossy"  # another function: pruning
+
+
+FACTS: tuple[str, ...] = ("mask", "pattern", "frozen", "sparsity", "flops", "lowered", "latency")
+"""The names that `requires`, `produces` and `invalidates` may hold."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+@dataclass(eq=False)
+class Context:
+    """What a pass may use beside the graph."""
+
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # given by the user, by weight or module name
+    progress: Progress | None = None
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Reports progress, where somebody listens."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass has to say of its run."""
+
+    changed: bool
+    summary: str  # one line
+    notes: tuple[str, ...] = ()  # what was left alone, and why
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass as it ran."""
+
+    index: int  # from 1
+    spec: str  # canonical text of the pass with its options
+    name: str
+    effect: Effect
+    seconds: float
+    changed: bool
+    summary: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of all passes. Subclasses are frozen dataclasses; options are checked in `__post_init__` (SpecError)."""
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    produces: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether this instance needs calibration data."""
+        return False
+
+    @abstractmethod
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Changes the graph in place."""
