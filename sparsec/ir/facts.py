@@ -46,11 +46,6 @@ class Weight:
     reason: str | None = None  # why it was left dense, where that needs saying
 
     @property
-    def prunable(self) -> bool:
-        """A matrix that one linear product executes."""
-        return self.kind in ("linear", "conv1d") and len(self.owners) > 0
-
-    @property
     def numel(self) -> int:
         """Number of parameters, zeros included."""
         return int(torch.Size(self.shape).numel())

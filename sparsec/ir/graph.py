@@ -65,6 +65,15 @@ class Graph:
         """Ops whose matrix is this weight, in order of execution."""
         return [op for op in self.ops.values() if op.weights and op.weights[0] == weight]
 
+    def prunable(self, name: str) -> bool:
+        """Whether the weight is the matrix of a linear product (a tied lm_head is one too: its table is also an embedding)."""
+        return any(op.kind in ("linear", "conv1d", "sparse_linear") for op in self.ops_of(name))
+
+    def replace_tensor(self, name: str, tensor: Tensor) -> None:
+        """Puts another tensor in a weight's place, in this graph only."""
+        owner, _, attribute = name.rpartition(".")
+        setattr(self.module.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+
     def node(self, name: str) -> fx.Node:
         """The fx node of that name."""
         return next(n for n in self.module.graph.nodes if n.name == name)

@@ -35,6 +35,9 @@ class Context:
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # given by the user, by weight or module name
     progress: Progress | None = None
+    keep_dense: Mapping[str, str] = field(default_factory=dict)  # weight -> why it cannot be lowered
+    owns_weights: bool = False  # the graph's tensors may be overwritten and freed: nobody else needs them
+    probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
 
     def step(self, what: str, done: int, total: int) -> None:
         """Reports progress, where somebody listens."""

@@ -1,0 +1,41 @@
+"""Checks that passes make on their options; each raises SpecError with the option, the value and the rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sparsec.errors import SpecError
+
+
+def check_sparsity(value: Any, name: str = "sparsity") -> float:
+    """A share of zeros in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or not 0 <= value < 1:
+        raise SpecError(f"{name} must be a share of zeros in [0, 1), got {value!r}; half of the weights is 0.5")
+    return float(value)
+
+
+def check_choice(value: Any, name: str, choices: Iterable[Any]) -> Any:
+    """One of a few values."""
+    listed = list(choices)
+    if not any(type(value) is type(c) and value == c for c in listed):
+        raise SpecError(f"{name} must be one of {', '.join(map(repr, listed))}, got {value!r}")
+    return value
+
+
+def check_positive(value: Any, name: str) -> int:
+    """A whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise SpecError(f"{name} must be a whole number above 0, got {value!r}")
+    return value
+
+
+def check_patterns(value: str | Sequence[str] | None, name: str) -> tuple[str, ...] | None:
+    """Module-path globs or groups: one, or a sequence of them; None stays None."""
+    if value is None:
+        return None
+    listed = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not listed or not all(isinstance(v, str) and v for v in listed):
+        raise SpecError(f"{name} must be a pattern or a tuple of patterns such as ('attention', 'layers.0.*'), got {value!r}")
+    return listed

@@ -1,0 +1,85 @@
+"""Which weights a pass works on: one mechanism for all passes.
+
+`targets=` and `ignore=` take groups (`attention`, `mlp`, ...) and globs over module paths. A glob is compared with the path, with
+each of its ends after a dot, and with the paths of the modules around it: `layers.1.*`, `layers.1` and `*.1.mlp` all work, and none of
+them matches `layers.10`. A pattern that matches nothing is an error: a typo must not prune less than was asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from sparsec.errors import SelectionError
+from sparsec.ir.facts import GROUPS, Weight
+from sparsec.ir.graph import Graph
+
+DEFAULT_TARGETS: tuple[str, ...] = ("attention", "mlp")
+
+
+def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -> list[Weight]:
+    """Weights of linear products that a pass works on, in the order of the table.
+
+    targets: patterns, or None for the attention and MLP linears. Raises SelectionError for a pattern that matches nothing, or
+    nothing that could be pruned.
+    """
+    for pattern in ignore:
+        _matches(graph, pattern, "ignore")
+    ignored = {w.name for pattern in ignore for w in graph.weights.values() if matches(graph, w, pattern)}
+    if targets is None:
+        chosen = {w.name for w in graph.weights.values() if w.group in DEFAULT_TARGETS and graph.prunable(w.name)}
+    else:
+        chosen = set()
+        for pattern in targets:
+            found = _matches(graph, pattern, "targets")
+            prunable = [w for w in found if graph.prunable(w.name)]
+            if not prunable:
+                raise SelectionError(
+                    f"targets: {pattern!r} matches {_some(w.name for w in found)}, but no weight of a linear layer"
+                    f"{_why(found)}; linear layers are in the groups {_groups(graph)}"
+                )
+            chosen.update(w.name for w in prunable)
+    return [w for w in graph.weights.values() if w.name in chosen - ignored]
+
+
+def matches(graph: Graph, weight: Weight, pattern: str) -> bool:
+    """Whether a pattern names this weight, by group or by path."""
+    if pattern in GROUPS:
+        return pattern == weight.group or any(op.group == pattern for op in graph.ops_of(weight.name))
+    return any(_path_matches(path, pattern) for path in (weight.name, *weight.aliases, *weight.owners))
+
+
+def _path_matches(path: str, pattern: str) -> bool:
+    parts = path.split(".")
+    starts = range(len(parts))
+    ends = range(1, len(parts) + 1)
+    return any(fnmatchcase(".".join(parts[i:j]), pattern) for i in starts for j in ends if i < j)
+
+
+def _matches(graph: Graph, pattern: str, option: str) -> list[Weight]:
+    found = [w for w in graph.weights.values() if matches(graph, w, pattern)]
+    if not found:
+        paths = list(dict.fromkeys(o for w in graph.weights.values() for o in (w.owners or (w.name,))))
+        words = [*GROUPS, *paths, *dict.fromkeys(p.rpartition(".")[2] for p in paths)]
+        near = difflib.get_close_matches(pattern, words, n=4, cutoff=0.5) or paths[:3]
+        raise SelectionError(
+            f"{option}: {pattern!r} matches nothing in this model; near names: {', '.join(map(repr, near))}; "
+            f"groups: {', '.join(GROUPS)}"
+        )
+    return found
+
+
+def _why(found: Iterable[Weight]) -> str:
+    kinds = sorted({w.kind for w in found})
+    return f" (found: {', '.join(kinds)}; fused experts stay dense)" if "experts" in kinds else f" (found: {', '.join(kinds)})"
+
+
+def _groups(graph: Graph) -> str:
+    groups = dict.fromkeys(w.group for w in graph.weights.values() if graph.prunable(w.name))
+    return ", ".join(groups) or "none: the model has no linear layer"
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
