@@ -1,0 +1,33 @@
+"""Settings of all tests: how many random examples, and nobody's own folders on the import path under the wrong name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The default draws the same examples on every machine and in every run, so that a red test is red for everybody.
+# No deadline: the first call of a kernel may compile it.
+_SLOW_FIXTURES = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "default", derandomize=True, max_examples=50, deadline=None, suppress_health_check=_SLOW_FIXTURES
+)
+settings.register_profile(
+    "thorough", max_examples=500, deadline=None, print_blob=True, suppress_health_check=_SLOW_FIXTURES
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`python -m pytest` puts the checkout on the import path, and with it a `kernels` that transformers looks for."""
+    spec = importlib.util.find_spec("kernels")
+    if spec is not None and any(Path(p).resolve() == ROOT / "kernels" for p in spec.submodule_search_locations or ()):
+        raise pytest.UsageError(
+            "the checkout is on the import path, so `import kernels` finds sparsec's folder of that name; "
+            "run `pytest` (or `make test`), not `python -m pytest`, and leave the checkout out of PYTHONPATH"
+        )
