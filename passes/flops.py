@@ -1,0 +1,103 @@
+"""FLOPs: arithmetic per token of every op, dense and as kept. A multiply-add counts 2; look-ups, norms and pointwise ops count 0."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import ClassVar
+
+from sparsec.ir.facts import Op
+from sparsec.ir.graph import Graph
+from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.options import check_positive
+
+_LINEAR = ("linear", "conv1d", "sparse_linear")
+
+
+@dataclass(frozen=True)
+class Flops(Pass):
+    """Fills `Op.flops_dense` and `Op.flops`, both per token.
+
+    A linear is 2 * out * in dense and 2 * nnz kept; attention is 2 * heads * head_dim * context for the scores and as much for the
+    values, at the stated context length; an embedding look-up is 0. Fused experts count the experts that a token is sent to.
+    """
+
+    name: ClassVar[str] = "flops"
+    effect: ClassVar[Effect] = Effect.ANALYSIS
+    produces: ClassVar[frozenset[str]] = frozenset({"flops"})
+
+    context: int = field(default=1024, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_positive(self.context, "context")
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Ops whose cost the graph does not tell keep None and are named in the notes."""
+        notes = []
+        for name, op in list(graph.ops.items()):
+            dense, kept = self._count(graph, op)
+            if dense is None:
+                notes.append(f"%{name} ({op.kind}, {op.group}) is not counted: its shape does not tell the work per token")
+            graph.ops[name] = replace(op, flops_dense=dense, flops=kept)
+        groups: Counter[str] = Counter()
+        for op in graph.ops.values():
+            groups[op.group] += op.flops or 0
+        total = sum(op.flops or 0 for op in graph.ops.values())
+        full = sum(op.flops_dense or 0 for op in graph.ops.values())
+        parts = ", ".join(f"{g} {f / 1e6:.1f}" for g, f in groups.items() if f)
+        return PassResult(
+            changed=False,
+            summary=f"{total / 1e6:.1f} MFLOP per token at context {self.context}, dense {full / 1e6:.1f} ({parts})",
+            notes=tuple(notes),
+        )
+
+    def _count(self, graph: Graph, op: Op) -> tuple[float | None, float | None]:
+        """(dense, kept); None where unknown."""
+        weight = graph.weights.get(op.weights[0]) if op.weights else None
+        if op.kind in _LINEAR and weight is not None:
+            kept = weight.nnz
+            if kept is None:
+                kept = int(weight.mask.sum()) if weight.mask is not None else weight.numel
+            return 2.0 * weight.numel, 2.0 * kept
+        if op.kind == "grouped_linear" and weight is not None:
+            rows = _rows_per_token(op)
+            each = 2.0 * prod(weight.shape[1:])
+            return (None, None) if rows is None else (rows * each, rows * each)
+        if op.kind == "attention":
+            return self._twice(_width(op), 4.0)
+        if op.kind == "matmul":
+            width = _width(op)
+            if width is None:  # scores [.., length, length]: as much work as the values that they weigh
+                width = next((w for other in graph.ops.values() if _pair(op, other) and (w := _width(other))), None)
+            return self._twice(width, 2.0)
+        return 0.0, 0.0
+
+    def _twice(self, width: int | None, factor: float) -> tuple[float | None, float | None]:
+        flops = None if width is None else factor * width * self.context
+        return flops, flops
+
+
+def _width(op: Op) -> int | None:
+    """heads * head_dim of an attention result [batch, heads, length, head_dim]."""
+    if op.shape is None or len(op.shape) < 3:
+        return None
+    *lead, _, last = op.shape
+    heads = lead[1:] if len(lead) > 1 else []
+    if not isinstance(last, int) or not all(isinstance(h, int) for h in heads):
+        return None
+    return prod([last, *(h for h in heads if isinstance(h, int))])
+
+
+def _pair(op: Op, other: Op) -> bool:
+    return other.node != op.node and other.kind == "matmul" and other.owner == op.owner
+
+
+def _rows_per_token(op: Op) -> int | None:
+    """k of a result with `k*batch*length` rows: the experts that one token is sent to."""
+    if op.shape is None:
+        return None
+    text = str(op.shape[0]).replace(" ", "")
+    match = re.fullmatch(r"(?:(\d+)\*)?batch\*length", text)
+    return int(match.group(1) or 1) if match else None

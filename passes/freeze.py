@@ -1,0 +1,36 @@
+"""Freeze: the mask's zeros become zeros in the stored weight: `where(mask, w, 0)`, since `w * mask` would keep NaN and make -0.0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sparsec.ir.graph import Graph
+from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class Freeze(Pass):
+    """Writes every mask into its weight. Outputs stay bit-identical, because a graph's meaning includes its masks."""
+
+    name: ClassVar[str] = "freeze"
+    effect: ClassVar[Effect] = Effect.EXACT
+    requires: ClassVar[frozenset[str]] = frozenset({"mask"})
+    produces: ClassVar[frozenset[str]] = frozenset({"frozen"})
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """In place where the graph owns its weights, else into new tensors."""
+        waiting = [w for w in graph.masked() if not w.frozen]
+        for i, weight in enumerate(waiting):
+            context.step("freeze", i, len(waiting))
+            tensor = graph.tensor(weight.name)
+            assert weight.mask is not None
+            if context.owns_weights:
+                tensor.data.masked_fill_(~weight.mask, 0)
+            else:
+                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+                graph.replace_tensor(weight.name, torch.where(weight.mask, tensor.detach(), zero))
+            graph.update(weight.name, frozen=True)
+        return PassResult(changed=bool(waiting), summary=f"{len(waiting)} masks written into their weights")

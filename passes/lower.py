@@ -1,0 +1,167 @@
+"""Lower: linear ops over frozen masks become sparse ops over packed weights. The one place where formats meet kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsec.errors import FormatError, KernelError
+from sparsec.formats import FORMATS
+from sparsec.formats.base import Packed
+from sparsec.ir.facts import Op, Weight
+from sparsec.ir.graph import Graph
+from sparsec.kernels import Kernel, Problem, operator, select_kernel
+from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.options import check_choice, check_patterns
+from sparsec.pipeline.selection import select
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Packs every weight that has a frozen mask and rewrites its ops; the dense weight and the mask leave the graph.
+
+    format: `csr`. index_bits: width of a column number, 16 or 32; None takes the smallest that fits. A weight that must stay dense
+    says so in its record, with the reason.
+    """
+
+    name: ClassVar[str] = "lower"
+    effect: ClassVar[Effect] = Effect.NUMERIC
+    requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
+    produces: ClassVar[frozenset[str]] = frozenset({"lowered", "sparsity"})
+
+    format: str = "csr"
+    index_bits: int | None = field(default=None, kw_only=True)
+    targets: tuple[str, ...] | None = field(default=None, kw_only=True)
+    ignore: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_choice(self.format, "format", FORMATS)
+        if self.index_bits is not None:
+            check_choice(self.index_bits, "index_bits", (16, 32))
+        object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
+        object.__setattr__(self, "ignore", check_patterns(self.ignore or None, "ignore") or ())
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Raises KernelError or FormatError, naming the weight, for a dtype, device or width that cannot be served."""
+        chosen = self._chosen(graph)
+        notes, dense, packed = [], 0, 0
+        for i, weight in enumerate(chosen):
+            context.step("lower", i, len(chosen))
+            reason = context.keep_dense.get(weight.name) or _stays_dense(graph, weight)
+            if reason:
+                graph.update(weight.name, reason=reason)
+                notes.append(f"{weight.name} stays dense: {reason}")
+                continue
+            done = self._lower(graph, weight, context)
+            dense += done.nbytes_dense
+            packed += done.nbytes
+        graph.module.graph.lint()
+        graph.module.recompile()
+        if packed > dense:
+            notes.append(
+                f"the packed weights are larger than the dense ones, {packed / 1e6:.1f} MB against {dense / 1e6:.1f} MB: at this sparsity "
+                "the column numbers cost more than the zeros save; prune further or keep these layers dense"
+            )
+        count = sum(1 for w in chosen if graph.weights[w.name].packed is not None)
+        ratio = f", {packed / dense:.2f}x of dense" if dense else ""
+        return PassResult(
+            changed=count > 0,
+            summary=f"{count} weights packed as {self.format}: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB{ratio}",
+            notes=tuple(notes),
+        )
+
+    def _chosen(self, graph: Graph) -> list[Weight]:
+        masked = {w.name for w in graph.masked()}
+        if self.targets is None and not self.ignore:
+            return list(graph.masked())
+        everything = self.targets or tuple(dict.fromkeys(w.group for w in graph.masked()))
+        return [w for w in select(graph, everything, self.ignore) if w.name in masked]
+
+    def _lower(self, graph: Graph, weight: Weight, context: Context) -> Weight:
+        matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
+        assert mask is not None
+        try:
+            matrix_packed = self._pack(matrix, mask)
+            kernel = _kernel(matrix_packed, matrix.device)
+        except (FormatError, KernelError) as error:
+            owner = weight.owners[0] if weight.owners else weight.name
+            raise type(error)(f"{weight.name}: {error}; or leave it dense with lower({self.format}, ignore=({owner!r},))") from error
+        del matrix, mask
+        operations = graph.ops_of(weight.name)
+        _register(graph.module, weight.name, matrix_packed)
+        for op in operations:
+            _rewrite(graph, op, weight, matrix_packed, kernel)
+        _drop(graph, weight.name, free=context.owns_weights)
+        return graph.update(weight.name, packed=matrix_packed, mask=None, nnz=matrix_packed.nnz)
+
+    def _pack(self, matrix: Tensor, mask: Tensor) -> Packed:
+        options: dict[str, Any] = {"index_bits": self.index_bits} if self.index_bits is not None else {}
+        return FORMATS[self.format].pack(matrix, mask, **options)  # type: ignore[attr-defined, no-any-return]
+
+
+def _stays_dense(graph: Graph, weight: Weight) -> str:
+    """Why a weight cannot be packed at all, "" when it can."""
+    readers = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == weight.name for n in n.users]
+    matrix_of = {op.node for op in graph.ops_of(weight.name) if op.kind in ("linear", "conv1d")}
+    others = sorted({n.name for n in readers if n.name not in matrix_of})
+    if others:
+        return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"
+    return ""
+
+
+def _kernel(packed: Packed, device: torch.device) -> Kernel:
+    out_features, in_features = packed.shape
+    problem = Problem(
+        format=packed.format,
+        out_features=out_features,
+        in_features=in_features,
+        tokens=1,
+        dtype=packed.dtype,
+        device=device.type,
+        density=1.0 - packed.sparsity,
+    )
+    return select_kernel(problem)
+
+
+def buffer_name(weight: str, part: str) -> str:
+    """Where a packed tensor lives: beside the bias of the module that owned the weight."""
+    owner, _, name = weight.rpartition(".")
+    # `...up_proj.weight` -> `...up_proj.values`; a second weight of one module keeps its name apart
+    leaf = part if name == "weight" else f"{name}_{part}"
+    return f"{owner}.{leaf}" if owner else leaf
+
+
+def _register(module: fx.GraphModule, weight: str, packed: Packed) -> None:
+    for part, tensor in packed.tensors().items():
+        owner, _, leaf = buffer_name(weight, part).rpartition(".")
+        module.get_submodule(owner).register_buffer(leaf, tensor)
+
+
+def _rewrite(graph: Graph, op: Op, weight: Weight, packed: Packed, kernel: Kernel) -> None:
+    """The same node, under the same name, now calls the sparse operator."""
+    node = graph.node(op.node)
+    if weight.kind == "conv1d":
+        bias, x = node.args[0], node.args[1]  # addmm(bias, x, weight)
+    else:
+        x = node.args[0]
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    with graph.module.graph.inserting_before(node):
+        parts = [graph.module.graph.get_attr(buffer_name(weight.name, part)) for part in packed.tensors()]
+    node.target = operator(packed)
+    node.args = (x, *parts, bias, *packed.scalars().values())
+    node.kwargs = {}
+    graph.ops[op.node] = replace(op, kind="sparse_linear", kernel=kernel.name)
+
+
+def _drop(graph: Graph, name: str, free: bool) -> None:
+    """Takes the dense tensor out of the graph; with `free`, its memory goes back even while the model still names it."""
+    for node in [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == name]:
+        graph.module.graph.erase_node(node)
+    tensor = graph.tensor(name)
+    owner, _, leaf = name.rpartition(".")
+    delattr(graph.module.get_submodule(owner), leaf)
+    if free and isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.data.new_empty(0)

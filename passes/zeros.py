@@ -1,0 +1,56 @@
+"""Zeros: takes the zeros that a checkpoint already holds as the mask. For models that were pruned elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from sparsec.ir.graph import Graph
+from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.options import check_patterns
+from sparsec.pipeline.selection import select
+
+
+@dataclass(frozen=True)
+class Zeros(Pass):
+    """Masks the entries that are 0.0 or -0.0 (pruning by `w * mask` leaves -0.0). NaN and inf are kept.
+
+    EXACT: what is masked is zero already. An earlier mask stays.
+    """
+
+    name: ClassVar[str] = "zeros"
+    effect: ClassVar[Effect] = Effect.EXACT
+    produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
+    invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
+
+    targets: tuple[str, ...] | None = field(default=None, kw_only=True)
+    ignore: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
+        object.__setattr__(self, "ignore", check_patterns(self.ignore or None, "ignore") or ())
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Raises SelectionError for patterns that match nothing."""
+        chosen = select(graph, self.targets, self.ignore)
+        total = zeros = 0
+        for i, weight in enumerate(chosen):
+            context.step("zeros", i, len(chosen))
+            mask = graph.tensor(weight.name).detach() != 0
+            if weight.mask is not None:
+                mask &= weight.mask
+            graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None)
+            total += mask.numel()
+            zeros += mask.numel() - int(mask.sum())
+        share = zeros / total if total else 0.0
+        notes = ()
+        if share < 0.05:
+            notes = (
+                f"the checkpoint holds only {100 * share:.2f} % zeros in these weights, which no format turns into speed; "
+                "prune it first, for instance with magnitude(0.5)",
+            )
+        return PassResult(
+            changed=bool(chosen),
+            summary=f"{zeros:,} of {total:,} weights in {len(chosen)} matrices are zero ({100 * share:.2f} %)",
+            notes=notes,
+        )

@@ -1,0 +1,121 @@
+"""The IR as text: one line per op, stable, readable, the same on every machine.
+
+    %mlp_up_proj_3 = linear(%norm_3) @model.layers.3.mlp.up_proj  # f32 [1536x576] csr16[csr_cpu] 50.0% zero, 0.88 MFLOP/token, 2.66 MB (dense 3.54)
+
+What stands before the `#` is the dataflow; behind it are the facts known so far.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsec.ir.facts import Op, Weight
+from sparsec.ir.graph import Graph
+
+_DTYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "bool",
+}
+
+
+def graph_text(graph: Graph) -> str:
+    """The whole graph, a line per op, ending in a newline."""
+    return "".join(f"{line}\n" for node in graph.module.graph.nodes if (line := _line(graph, node)))
+
+
+def diff_text(old: str, new: str) -> str:
+    """Only the lines that differ, as `-` and `+`; "" where none does."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
+    return "".join(f"{line}\n" for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """`f32`, `bf16`, ..."""
+    return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def megabytes(nbytes: float) -> str:
+    """Bytes / 10^6 with two decimals."""
+    return f"{nbytes / 1e6:.2f}"
+
+
+def _line(graph: Graph, node: fx.Node) -> str:
+    match node.op:
+        case "get_attr":
+            return ""
+        case "placeholder":
+            return f"%{node.name} = input"
+        case "output":
+            return f"return {_argument(node.args[0])}"
+    op = graph.ops.get(node.name)
+    hidden = _held_tensors(graph, op)
+    arguments = [_argument(a) for a in node.args if not (isinstance(a, fx.Node) and a.op == "get_attr" and a.target in hidden)]
+    if op is not None and op.kind in ("linear", "conv1d", "sparse_linear"):
+        # the bias and the sizes are the owner's
+        arguments = [_argument(a) for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+    arguments += [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+    owner = f" @{op.owner}" if op is not None and op.owner else ""
+    facts = _facts_text(graph, op) if op is not None else ""
+    return f"%{node.name} = {_target(node.target)}({', '.join(arguments)}){owner}" + (f"  # {facts}" if facts else "")
+
+
+def _facts_text(graph: Graph, op: Op) -> str:
+    weight = graph.weights.get(op.weights[0]) if op.weights else None
+    parts = [_weight_text(weight, op)] if weight is not None else []
+    flops = op.flops if op.flops is not None else op.flops_dense
+    if flops:
+        parts.append(f"{flops / 1e6:.2f} MFLOP/token")
+    if weight is not None:
+        if weight.packed is not None:
+            parts.append(f"{megabytes(weight.nbytes)} MB (dense {megabytes(weight.nbytes_dense)})")
+        else:
+            parts.append(f"{megabytes(weight.nbytes)} MB")
+        if weight.reason:
+            parts.append(f"dense: {weight.reason}")
+    return ", ".join(parts)
+
+
+def _weight_text(weight: Weight, op: Op) -> str:
+    text = f"{dtype_text(weight.dtype)} [{'x'.join(map(str, weight.shape))}] {weight.format}"
+    if op.kernel:
+        text += f"[{op.kernel}]"
+    if weight.mask is not None:
+        text += f" {weight.pattern} mask" + (", frozen" if weight.frozen else "")
+    if weight.sparsity is not None:
+        text += f" {100 * weight.sparsity:.1f}% zero"
+    return text
+
+
+def _held_tensors(graph: Graph, op: Op | None) -> set[str]:
+    return set(op.weights) if op is not None else set()
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return str(value.target) if value.op == "get_attr" else f"%{value.name}"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(_argument(v) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_argument(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, torch.dtype):
+        return dtype_text(value)
+    return str(value)
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2]
+    if getattr(operator, getattr(target, "__name__", ""), None) is target:
+        return str(target.__name__)
+    return str(getattr(target, "__name__", target))

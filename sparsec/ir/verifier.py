@@ -1,0 +1,153 @@
+"""What must hold of every graph after every pass.
+
+`problems` lists what is broken, in words; an empty list means that the graph is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsec.errors import FormatError
+from sparsec.ir.facts import Weight
+from sparsec.ir.graph import Graph, fetch
+
+
+def problems(graph: Graph, recompute: bool = False) -> list[str]:
+    """Broken invariants; with `recompute`, every fact that can be is also computed again."""
+    found = [*_dataflow(graph), *_tables(graph)]
+    if not found:  # what follows reads tensors through the tables
+        for weight in graph.weights.values():
+            found.extend(_weight(graph, weight))
+            if recompute:
+                found.extend(_facts(graph, weight))
+    return found
+
+
+def snapshot(graph: Graph) -> Hashable:
+    """Changes when, and only when, the dataflow, a mask or a stored tensor does; facts do not count."""
+    nodes = tuple((n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in graph.module.graph.nodes)
+    held = [t for w in graph.weights.values() if w.packed is not None for t in w.packed.tensors().values()]
+    masks = [w.mask for w in graph.weights.values() if w.mask is not None]
+    tensors = [*graph.module.parameters(), *graph.module.buffers(), *held, *masks]
+    state = tuple((id(t), None if t.is_inference() else t._version, _pointer(t)) for t in tensors)
+    return nodes, state, tuple((w.name, w.frozen) for w in graph.weights.values())
+
+
+def outputs_differ(before: Any, after: Any, exact: bool) -> str:
+    """In words how two results differ, "" where they do not: not at all, or within what another order of summation explains.
+
+    The second bound is for a whole model, whose depth amplifies rounding: 1000 eps of the dtype, relative to the largest
+    output, at most a quarter.
+    """
+    old, new = _tensors(before), _tensors(after)
+    if len(old) != len(new):
+        return f"there are {len(new)} output tensors instead of {len(old)}"
+    for i, (a, b) in enumerate(zip(old, new, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {i} is {b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
+        if not a.is_floating_point() or exact:
+            if not torch.equal(torch.nan_to_num(a, nan=0.5), torch.nan_to_num(b, nan=0.5)) or not torch.equal(a.isnan(), b.isnan()):
+                return f"output {i} is not bit-identical"
+            continue
+        finite = a.isfinite() & b.isfinite()
+        if not torch.equal(a[~finite].isnan(), b[~finite].isnan()):
+            return f"output {i} has NaN or inf in other places"
+        if finite.any():
+            scale = float(a[finite].abs().max())
+            gap = float((a[finite].double() - b[finite].double()).abs().max())
+            bound = min(1000 * torch.finfo(a.dtype).eps, 0.25) * scale
+            if gap > bound:
+                return f"output {i} is off by {gap:.3g}, above {bound:.3g}"
+    return ""
+
+
+def _dataflow(graph: Graph) -> Iterator[str]:
+    try:
+        graph.module.graph.lint()
+    except RuntimeError as error:
+        yield f"torch.fx: {error}"
+    for node in graph.module.graph.nodes:
+        if node.op == "get_attr":
+            try:
+                fetch(graph.module, node.target)
+            except AttributeError:
+                yield f"%{node.name} reads {node.target}, which the module does not hold"
+            except AssertionError:
+                pass  # a submodule (a higher-order op's body), not a tensor
+
+
+def _tables(graph: Graph) -> Iterator[str]:
+    nodes = {n.name: n for n in graph.module.graph.nodes}
+    for name, op in graph.ops.items():
+        if name != op.node or name not in nodes:
+            yield f"ops: {name!r} is not a node of the graph"
+            continue
+        for weight in op.weights:
+            if weight not in graph.weights:
+                yield f"%{name} names the weight {weight!r}, which is not in the table"
+    for name, weight in graph.weights.items():
+        if name != weight.name:
+            yield f"weights: the record of {name!r} says {weight.name!r}"
+    if "frozen" in graph.facts and any(not w.frozen for w in graph.masked()):
+        yield "'frozen' is said to hold, but a mask is not frozen"
+
+
+def _weight(graph: Graph, weight: Weight) -> Iterator[str]:
+    name = weight.name
+    if weight.packed is not None:
+        if weight.mask is not None:
+            yield f"{name}: packed, but it still holds a mask"
+        if weight.packed.shape != weight.matrix_shape:
+            yield f"{name}: packed as {weight.packed.shape}, but the matrix is {weight.matrix_shape}"
+        if weight.nnz != weight.packed.nnz:
+            yield f"{name}: nnz is {weight.nnz}, but the format holds {weight.packed.nnz}"
+        try:
+            fetch(graph.module, name)
+        except AttributeError:
+            return
+        yield f"{name}: packed, but the graph still holds the dense tensor"
+        return
+    try:
+        tensor = graph.tensor(name)
+    except AttributeError:
+        yield f"{name}: the graph does not hold it"
+        return
+    if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
+        yield f"{name}: {tensor.dtype} {tuple(tensor.shape)}, but the table says {weight.dtype} {weight.shape}"
+    if weight.mask is not None:
+        if weight.mask.dtype != torch.bool or weight.mask.shape != tensor.shape:
+            yield f"{name}: the mask is {weight.mask.dtype} {tuple(weight.mask.shape)}, not bool {tuple(tensor.shape)}"
+        if weight.pattern is None:
+            yield f"{name}: a mask without a pattern"
+    elif weight.frozen:
+        yield f"{name}: frozen without a mask"
+
+
+def _facts(graph: Graph, weight: Weight) -> Iterator[str]:
+    if weight.packed is not None:
+        try:
+            weight.packed.check()
+        except FormatError as error:
+            yield f"{weight.name}: {error}"
+        return
+    if weight.mask is not None:
+        kept = int(weight.mask.sum())
+        if weight.nnz is not None and weight.nnz != kept:
+            yield f"{weight.name}: nnz is {weight.nnz}, but the mask keeps {kept}"
+        if weight.frozen and bool((graph.tensor(weight.name)[~weight.mask] != 0).any()):
+            yield f"{weight.name}: frozen, but a masked entry is not zero"
+    elif weight.nnz is not None and weight.nnz != weight.numel:
+        yield f"{weight.name}: nnz is {weight.nnz} of {weight.numel} without a mask"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.device.type in ("cpu", "cuda") else 0

@@ -1,0 +1,166 @@
+"""A sequence of passes: read, checked before anything runs, and run over a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import torch
+
+from sparsec.errors import PipelineError, SpecError, VerifyError
+from sparsec.ir.graph import Graph
+from sparsec.ir.verifier import outputs_differ, problems, snapshot
+from sparsec.pipeline.base import FACTS, Context, Effect, Pass, PassRecord, PassResult
+from sparsec.pipeline.instruments import Instrument, Timing
+from sparsec.pipeline.spec import parse, unparse, unparse_one
+from sparsec.pipeline.table import known_passes
+
+Verify = Literal["none", "structure", "facts", "probe"]
+"""`structure`: the graph and its tables hold together, and analyses change nothing but facts. `facts`: every fact is also computed
+again. `probe`: the graph is also run on example inputs before and after each pass, and its declared effect is held against that."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. `str()` gives the canonical specification."""
+
+    passes: tuple[Pass, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From a specification such as `magnitude(0.5),freeze,lower(csr)`. Raises SpecError."""
+        return cls(parse(text, known_passes()))
+
+    @classmethod
+    def of(cls, passes: Pipeline | str | Pass | Iterable[str | Pass]) -> Pipeline:
+        """From whatever `passes=` may hold: a Pipeline, a specification, a Pass, or a sequence of the last two."""
+        if isinstance(passes, Pipeline):
+            return passes
+        if isinstance(passes, str):
+            return cls.parse(passes)
+        if isinstance(passes, Pass):
+            return cls((passes,))
+        found: list[Pass] = []
+        for item in passes:
+            if isinstance(item, str):
+                found.extend(parse(item, known_passes()))
+            elif isinstance(item, Pass):
+                found.append(item)
+            elif isinstance(item, type) and issubclass(item, Pass):
+                raise SpecError(f"passes: {item.__name__} is a class; give an instance, {item.__name__}(...)")
+            else:
+                raise SpecError(f"passes: expected specifications and Pass objects, got {type(item).__name__}: {item!r}")
+        return cls(tuple(found))
+
+    def __str__(self) -> str:
+        return unparse(self.passes)
+
+    def before(self, name: str) -> Pipeline:
+        """The passes that stand before the first pass of that name; all, when there is none."""
+        names = [p.name for p in self.passes]
+        return Pipeline(self.passes[: names.index(name)] if name in names else self.passes)
+
+    def with_first(self, first: Pass) -> Pipeline:
+        """The same passes after one more."""
+        return Pipeline((first, *self.passes))
+
+    def validate(self, facts: frozenset[str] = frozenset()) -> None:
+        """Raises PipelineError when a pass needs a fact that does not hold when its turn comes.
+
+        facts: what holds before the first pass.
+        """
+        held = set(facts)
+        lost: dict[str, str] = {}
+        for i, p in enumerate(self.passes, 1):
+            _check_declaration(p)
+            for fact in sorted(p.requires - held):
+                if fact in lost:
+                    why = f"which {lost[fact]} took away"
+                else:
+                    why = "which no earlier pass produces"
+                makers = [cls.name for cls in known_passes().values() if fact in cls.produces]
+                raise PipelineError(
+                    f"pass {i} {p.name!r} needs {fact!r}, {why}; produced by: {', '.join(makers) or 'no known pass'}\n  {self}"
+                )
+            lost.update({fact: f"pass {i} {p.name!r}" for fact in p.invalidates & held})
+            held = (held - p.invalidates) | p.produces
+
+    def run(
+        self,
+        graph: Graph,
+        context: Context | None = None,
+        verify: Verify = "structure",
+        instruments: Sequence[Instrument] = (),
+    ) -> tuple[PassRecord, ...]:
+        """Validates, then changes the graph in place, pass by pass.
+
+        Raises PipelineError before anything runs, VerifyError when a pass breaks its promise, and whatever a pass raises.
+        """
+        if verify not in get_args(Verify):
+            raise SpecError(f"verify must be one of {', '.join(get_args(Verify))}, got {verify!r}")
+        self.validate(graph.facts)
+        context = context or Context()
+        timing = Timing()
+        records = []
+        for i, p in enumerate(self.passes, 1):
+            held = _Promise(p, i, graph, context, verify)
+            with ExitStack() as around:
+                for instrument in (*instruments, timing):
+                    around.enter_context(instrument.around(i, p, graph))
+                result = p.run(graph, context)
+                graph.facts = (graph.facts - p.invalidates) | p.produces
+            held.check(result)
+            records.append(
+                PassRecord(
+                    index=i,
+                    spec=unparse_one(p),
+                    name=p.name,
+                    effect=p.effect,
+                    seconds=timing.seconds[i],
+                    changed=result.changed,
+                    summary=result.summary,
+                    notes=result.notes,
+                )
+            )
+        return tuple(records)
+
+
+class _Promise:
+    """What a pass declares, held against what it did."""
+
+    def __init__(self, p: Pass, index: int, graph: Graph, context: Context, level: Verify) -> None:
+        self.p, self.index, self.graph, self.context, self.level = p, index, graph, context, level
+        self.before = snapshot(graph) if level != "none" else None
+        self.outputs = self._outputs()
+
+    def check(self, result: PassResult) -> None:
+        if self.level == "none":
+            return
+        found = problems(self.graph, recompute=self.level in ("facts", "probe"))
+        changed = snapshot(self.graph) != self.before
+        if self.p.effect is Effect.ANALYSIS and changed:
+            found.append("it is declared an analysis, but the dataflow, a mask or a tensor changed")
+        if changed and not result.changed and self.p.effect is not Effect.ANALYSIS:
+            found.append("it says that nothing changed, but the dataflow, a mask or a tensor did")
+        if self.outputs is not None and self.p.effect is not Effect.LOSSY:
+            difference = outputs_differ(self.outputs, self._outputs(), exact=self.p.effect is not Effect.NUMERIC)
+            if difference:
+                found.append(f"it is declared {self.p.effect.value}, but on the probe inputs {difference}")
+        if found:
+            listed = "\n  ".join(found[:8]) + (f"\n  and {len(found) - 8} more" if len(found) > 8 else "")
+            raise VerifyError(f"after pass {self.index} {self.p.name!r} the graph is not right:\n  {listed}")
+
+    def _outputs(self) -> object | None:
+        if self.level != "probe" or not self.context.probe:
+            return None
+        with torch.no_grad():
+            result: object = self.graph.run(*self.context.probe)
+        return result
+
+
+def _check_declaration(p: Pass) -> None:
+    unknown = (p.requires | p.produces | p.invalidates) - set(FACTS)
+    if unknown:
+        raise PipelineError(f"pass {p.name!r} declares unknown facts {sorted(unknown)}; facts: {', '.join(FACTS)}")
