@@ -1,0 +1,25 @@
+"""Kernels: operators on packed matrices, the table that chooses among them, and SparseLinear.
+
+Importing this package builds nothing; the first product on a CPU, or the first question about kernels, does.
+"""
+
+from __future__ import annotations
+
+from sparsec.kernels.build import NativeStatus, status
+from sparsec.kernels.ops import operator, operator_args
+from sparsec.kernels.reference import tolerance
+from sparsec.kernels.registry import KERNELS, Kernel, Problem, select
+from sparsec.kernels.sparse_linear import SparseLinear
+
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "NativeStatus",
+    "Problem",
+    "SparseLinear",
+    "operator",
+    "operator_args",
+    "select",
+    "status",
+    "tolerance",
+]

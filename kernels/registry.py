@@ -1,0 +1,89 @@
+"""Which kernel serves which problem: an explicit ordered table, the fastest first.
+
+Kernels of one format share its operator. The dispatcher picks the implementation by device; this table says which one that is,
+and why the others cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+
+from sparsec.errors import KernelError
+from sparsec.formats.base import Packed
+from sparsec.formats.csr import VALUE_DTYPES
+from sparsec.kernels import build
+from sparsec.kernels.ops import csr_linear
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product to be served. `tokens` guides the choice; every kernel serves any number of rows."""
+
+    format: str
+    out_features: int
+    in_features: int
+    tokens: int = 1
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"  # device type
+    density: float = 0.5
+
+    @classmethod
+    def of(cls, packed: Packed, tokens: int = 1) -> Problem:
+        """The problem that a packed matrix poses."""
+        device = next(iter(packed.tensors().values())).device.type
+        return cls(packed.format, *packed.shape, tokens, packed.dtype, device, 1.0 - packed.sparsity)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of a format's operator."""
+
+    name: str
+    format: str
+    op: OpOverload
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...] | None  # None: every device
+    missing: Callable[[], list[str]]
+
+    def available(self) -> list[str]:
+        """Why it cannot run on this machine; empty when it can. May build the native library."""
+        return self.missing()
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        """Why it cannot serve the problem; empty when it can."""
+        reasons = []
+        if problem.format != self.format:
+            reasons.append(f"serves format {self.format}, not {problem.format}")
+        if problem.dtype not in self.dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            reasons.append(f"serves {names}, not {str(problem.dtype).removeprefix('torch.')}")
+        if self.devices is not None and problem.device not in self.devices:
+            reasons.append(f"runs on {', '.join(self.devices)}, not {problem.device}")
+        # Last, and only where it matters, since asking may start a build.
+        return reasons or self.available()
+
+
+def _native_missing() -> list[str]:
+    status = build.status()
+    return [] if status.reason is None else [status.reason]
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("csr_cpu", "csr", csr_linear, VALUE_DTYPES, ("cpu",), _native_missing),
+    Kernel("csr_reference", "csr", csr_linear, VALUE_DTYPES, None, list),
+)
+
+
+def select(problem: Problem, kernels: tuple[Kernel, ...] = KERNELS) -> Kernel:
+    """The first kernel that serves the problem. KernelError lists every kernel with its reasons when none does."""
+    refusals = []
+    for kernel in kernels:
+        reasons = kernel.unsupported(problem)
+        if not reasons:
+            return kernel
+        refusals.append(f"  {kernel.name}: {'; '.join(reasons)}")
+    raise KernelError(f"no kernel serves {problem}:\n" + "\n".join(refusals))

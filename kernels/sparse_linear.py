@@ -1,0 +1,89 @@
+"""SparseLinear: the module that takes the place of a linear whose weight has been packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsec.errors import KernelError
+from sparsec.formats.base import Packed
+from sparsec.kernels.ops import OPERATORS, operator
+from sparsec.kernels.registry import Problem, select
+
+
+class SparseLinear(nn.Module):
+    """y = x @ W.T + bias with a packed W [out, in]; x is [..., in] in W's dtype.
+
+    The packed tensors are buffers under the names that the format gives them; the bias stays the Parameter that is given.
+    Gradients flow to x and bias, never to W. Not an nn.Linear, because there is no weight that could be written to.
+    """
+
+    in_features: int
+    out_features: int
+    format: str
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+        """Raises KernelError when the format has no operator, or the bias does not fit the matrix."""
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.format = packed.format
+        if bias is not None and (tuple(bias.shape) != (self.out_features,) or bias.dtype != packed.dtype):
+            raise KernelError(
+                f"SparseLinear: bias must be {packed.dtype} [{self.out_features}] as the packed matrix, "
+                f"got {bias.dtype} {list(bias.shape)}; convert it with .to(dtype)"
+            )
+        self._packed_type = type(packed)
+        self._op = operator(packed)
+        self._names = tuple(packed.tensors())
+        self._scalars = packed.scalars()
+        self._scalar_args = tuple(self._scalars.values())
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(name, tensor)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        # Looked up in the dictionaries at every call: nn.Module's attribute access costs 1 us a tensor, a tuple kept from an
+        # earlier call would go stale after .to(), load_state_dict(assign=True) or functional_call.
+        buffers = self._buffers
+        args = (*[buffers[n] for n in self._names], self._parameters["bias"], *self._scalar_args)
+        out: Tensor
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            out = self._op(x, *args)
+        else:
+            # Without gradients the operator's autograd layer (in Python, 10 us and more) has nothing to do.
+            with torch._C._AutoDispatchBelowAutograd():
+                out = self._op(x, *args)
+        return out
+
+    @property
+    def packed(self) -> Packed:
+        """The packed matrix; shares the buffers."""
+        tensors = {n: t for n in self._names if (t := self._buffers[n]) is not None}
+        return self._packed_type.from_parts(tensors, self._scalars)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix [out, in], unpacked at every access; writing to it changes nothing."""
+        return self.packed.unpack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Operators cannot be pickled; the format names ours.
+        return {k: v for k, v in self.__dict__.items() if k != "_op"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._op = OPERATORS[self.format]
+
+    def extra_repr(self) -> str:
+        packed = self.packed
+        problem = Problem.of(packed)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{packed.describe()}, {packed.sparsity:.1%} zero, {select(problem).name}"
+        )
