@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report.measure",),
     ("", "__main__", "report.__main__", "bench", "testing"),
 )
-"""Imports go to an earlier line or stay in their own. A name stands for all below it, the longest wins; "" is sparsec."""
+"""Imports go to an earlier line or stay in their own. A name stands for all below it, the longest one wins."""
 
 OUTSIDE = {"sparsec.packaging"}
 """Read by setuptools, imported by nobody."""

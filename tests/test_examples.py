@@ -1,0 +1,86 @@
+"""Every example runs as a newcomer would run it, on the small model, and does what its first line says."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+Run = Callable[[str], Any]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs an example's main from another folder than the checkout, and gives what it returns."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name: runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]()
+
+
+def sparsities(compiled: Any, group: str) -> set[float]:
+    """Of the lowered weights of one group, rounded."""
+    weights = compiled.sparsec.graph.weights.values()
+    return {round(w.sparsity, 2) for w in weights if w.group == group and w.packed is not None}
+
+
+def test_prune_and_generate(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = run("prune_and_generate")
+    graph = compiled.sparsec.graph
+    pruned = [w for w in graph.weights.values() if w.packed is not None]
+    assert {w.group for w in pruned} == {"attention", "mlp"}
+    assert sum(w.nnz for w in pruned) == round(0.5 * sum(w.numel for w in pruned))
+    said = capsys.readouterr().out
+    assert str(compiled.sparsec.report()) in said
+    assert all(w.owners[0] in said for w in pruned)
+
+
+def test_bring_your_own_mask(run: Run) -> None:
+    compiled = run("bring_your_own_mask")
+    assert sparsities(compiled, "mlp") == {0.5}
+    assert sparsities(compiled, "attention") == set()
+    up = next(m.weight for name, m in compiled.named_modules() if name.endswith("mlp.up_proj"))
+    assert torch.equal((up != 0).reshape(up.shape[0], -1, 4).sum(-1).unique(), torch.tensor([2]))
+
+
+def test_already_pruned(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = run("already_pruned")
+    assert sparsities(compiled, "mlp") | sparsities(compiled, "attention") == {0.6}
+    gap = float(capsys.readouterr().out.rpartition("any logit: ")[2].split()[0])
+    assert gap < 1e-4
+
+
+def test_write_a_pass(run: Run) -> None:
+    compiled = run("write_a_pass")
+    assert compiled.sparsec.records[0].spec == "random_mask(0.5, seed=1)"
+    assert sparsities(compiled, "mlp") == {0.5}
+
+
+def test_inspect_ir(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = run("inspect_ir")
+    said = capsys.readouterr().out
+    assert {w.group for w in graph.weights.values() if w.packed is not None} == {"mlp"}
+    titles = [line for line in said.splitlines() if line.startswith("# ")]
+    assert [t.rpartition(": ")[2] for t in titles[1:]] == [
+        "magnitude(0.5, targets=('mlp',))",
+        "freeze",
+        "sparsity",
+        "flops",
+        "lower(csr)",
+    ]
+
+
+def test_every_example_has_a_test() -> None:
+    assert {f"test_{p.stem}" for p in EXAMPLES} <= globals().keys()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_example_is_a_script_that_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert f"python examples/{path.name}" in text
+    assert text.endswith('if __name__ == "__main__":\n    main(*sys.argv[1:])\n')
