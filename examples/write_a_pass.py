@@ -1,7 +1,7 @@
-"""A pass of your own: a frozen dataclass whose fields are its options and whose class says what it needs, gives and breaks.
+"""A pass of your own: a frozen dataclass. Its fields are its options; its class says what it needs, gives and breaks.
 
-This one prunes at random, the baseline that every pruning method has to beat. An installed package can offer its passes by name
-through the entry-point group `sparsec.passes`, after which "random_mask(0.5, seed=1)" works on the command line too.
+This one prunes at random, the baseline that every pruning method has to beat. An installed package can offer its passes
+by name through the entry-point group `sparsec.passes`; then "random_mask(0.5, seed=1)" works on the command line too.
 
     python examples/write_a_pass.py [MODEL]
 """
