@@ -1,8 +1,8 @@
 """A checkpoint that somebody pruned before: its zeros become the mask, and nothing that it computes changes.
 
 Zeros alone make a model neither smaller nor faster; stored and executed as such, they do. Here torch.nn.utils.prune
-plays the somebody. `prune.remove` makes the pruning permanent; without it the weight is computed anew at every call, and
-sparsec says so instead of pruning it.
+plays the somebody. `prune.remove` makes the pruning permanent; without it the weight is computed anew at every call,
+and sparsec says so instead of pruning it.
 
     python examples/already_pruned.py [MODEL]
 """
