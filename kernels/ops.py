@@ -1,7 +1,7 @@
 """The operators: schema, shape rule and gradient, defined once, whatever machine executes them.
 
-The reference is the implementation for every device; the native library replaces it on the CPU when it is loaded. So a graph
-holds the same operator names with and without a compiler. All formats follow one rule: the arguments are
+The reference is the implementation for every device; the native library replaces it on the CPU when it is loaded. So a
+graph holds the same operator names with and without a compiler. All formats follow one rule: the arguments are
 `(x, *packed.tensors().values(), bias, *packed.scalars().values())`.
 
 Gradients are for x and bias. Packed values are constants: a call whose values ask for a gradient is refused.
@@ -22,8 +22,8 @@ from sparsec.formats.csr import csr_to_dense
 from sparsec.kernels.reference import accumulation_dtype, check_csr_call, csr_linear_reference
 
 # Operators live as long as the library object.
-LIBRARY = torch.library.Library("sparsec", "DEF")
-LIBRARY.define(
+LIBRARY = torch.library.Library("sparsec", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
     "csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, Tensor? bias, int in_features) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -52,7 +52,7 @@ def _fake(x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, col_idx, row_ptr, _, in_features = inputs
+    _x, values, col_idx, row_ptr, _bias, in_features = inputs
     if ctx.needs_input_grad[1]:
         raise KernelError(
             "csr_linear: packed values are constants and have no gradient; call requires_grad_(False) on them, "

@@ -1,7 +1,7 @@
 """The slow twin of every kernel, in plain torch: expand to dense, multiply, accumulate half types in fp32.
 
-It runs on every device and is what a machine without a compiler uses; the fast kernels are tested against it. A pruned weight
-counts as 0.0 here, so an x that holds inf or NaN spreads NaN to every output, as it does in the masked dense model.
+It runs on every device and is what a machine without a compiler uses; the fast kernels are tested against it. A pruned
+weight counts as 0.0 here, so an x that holds inf or NaN spreads NaN to every output, as in the masked dense model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_csr_call(
     x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None, in_features: int
 ) -> None:
-    """Raises KernelError when the arguments of csr_linear do not fit each other; looks at shapes and dtypes, never at contents."""
+    """Raises KernelError when the arguments of csr_linear do not fit each other; never looks at contents."""
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise KernelError(f"csr_linear: x must be [..., in_features={in_features}], got {list(x.shape)}")
     if values.dtype not in VALUE_DTYPES:
@@ -34,7 +34,7 @@ def check_csr_call(
         )
     if col_idx.dtype not in INDEX_DTYPES.values() or row_ptr.dtype != torch.int32:
         raise KernelError(
-            f"csr_linear: col_idx must be uint16 or int32 and row_ptr int32, got {col_idx.dtype} and {row_ptr.dtype}"
+            f"csr_linear: col_idx must be int16 or int32 and row_ptr int32, got {col_idx.dtype} and {row_ptr.dtype}"
         )
     if values.ndim != 1 or col_idx.shape != values.shape or row_ptr.ndim != 1 or row_ptr.shape[0] < 1:
         raise KernelError(
@@ -66,8 +66,8 @@ def csr_linear_reference(
 def tolerance(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Bound [..., out] (fp64) on the error of x @ weight.T + bias, whatever the order of summation.
 
-    A sum of k products in a type of unit roundoff u errs by at most k*u/(1-k*u) * sum|x||w| (Higham, Accuracy and Stability,
-    section 3.1); k counts the bias; rounding the sum to the result's type adds half an ulp of the result, itself below eps * sum.
+    A sum of k products in a type of unit roundoff u errs by at most k*u/(1-k*u) * sum|x||w| (Higham, Accuracy and
+    Stability, section 3.1); k counts the bias. Rounding the sum to the result's type adds half an ulp, below eps * sum.
     """
     k = weight.shape[1] + 1
     size = x.double().abs() @ weight.double().abs().t()

@@ -1,7 +1,7 @@
 """Which kernel serves which problem: an explicit ordered table, the fastest first.
 
-Kernels of one format share its operator. The dispatcher picks the implementation by device; this table says which one that is,
-and why the others cannot.
+Kernels of one format share its operator. The dispatcher picks the implementation by device; this table says which one
+that is, and why the others cannot.
 """
 
 from __future__ import annotations

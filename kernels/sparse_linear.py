@@ -16,7 +16,7 @@ from sparsec.kernels.registry import Problem, select
 class SparseLinear(nn.Module):
     """y = x @ W.T + bias with a packed W [out, in]; x is [..., in] in W's dtype.
 
-    The packed tensors are buffers under the names that the format gives them; the bias stays the Parameter that is given.
+    The packed tensors are buffers under the names that the format gives them; the bias stays the given Parameter.
     Gradients flow to x and bias, never to W. Not an nn.Linear, because there is no weight that could be written to.
     """
 
@@ -48,8 +48,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        # Looked up in the dictionaries at every call: nn.Module's attribute access costs 1 us a tensor, a tuple kept from an
-        # earlier call would go stale after .to(), load_state_dict(assign=True) or functional_call.
+        # Looked up in the dictionaries at every call: nn.Module's attribute access costs 1 us a tensor, and a tuple
+        # kept from an earlier call would go stale after .to(), load_state_dict(assign=True) or functional_call.
         buffers = self._buffers
         args = (*[buffers[n] for n in self._names], self._parameters["bias"], *self._scalar_args)
         out: Tensor
@@ -77,7 +77,7 @@ class SparseLinear(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != "_op"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._op = OPERATORS[self.format]
 
     def extra_repr(self) -> str:

@@ -1,7 +1,8 @@
 """CSR: kept values row by row, with their column numbers in 16 bits where they fit.
 
-Bits per kept weight are value bits + index bits, so an fp32 matrix pays from 33 % zeros with 16-bit columns and only from
-50 % with the 32-bit columns of the textbook. 16-bit columns are torch.uint16, so that a person who prints them reads columns.
+Bits per kept weight are value bits + index bits, so an fp32 matrix pays from 33 % zeros with 16-bit columns and only
+from 50 % with the 32-bit columns of the textbook. 16-bit columns are unsigned numbers in torch.int16 (column 65535
+reads -1): torch 2.13 cannot unpickle torch.uint16, and most of its operations do not take it. `columns()` reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sparsec.errors import FormatError
 from sparsec.formats.base import Packed
 
 VALUE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INDEX_DTYPES: dict[int, torch.dtype] = {16: torch.uint16, 32: torch.int32}
+INDEX_DTYPES: dict[int, torch.dtype] = {16: torch.int16, 32: torch.int32}
 MAX_NNZ = 2**31 - 1  # row_ptr is int32
 
 
@@ -29,16 +30,17 @@ class CSR(Packed):
     format: ClassVar[str] = "csr"
 
     values: Tensor  # [nnz]
-    col_idx: Tensor  # [nnz], uint16 or int32
+    col_idx: Tensor  # [nnz], int16 (read as unsigned) or int32
     row_ptr: Tensor  # [out_features + 1], int32
     out_features: int
     in_features: int
 
     @classmethod
     def pack(cls, weight: Tensor, mask: Tensor, *, index_bits: int | None = None) -> Self:
-        """Packs weight [out, in] where mask [out, in] is True, bit for bit; `index_bits` None takes the smallest width that fits.
+        """Packs weight [out, in] where mask [out, in] is True, bit for bit.
 
-        Raises FormatError for a weight, mask or width that CSR cannot hold.
+        `index_bits` is 16 or 32; None takes the smallest that fits. Raises FormatError for a weight, mask or width that
+        CSR cannot hold.
         """
         _check_input(weight, mask)
         out_features, in_features = weight.shape
@@ -91,17 +93,22 @@ class CSR(Packed):
         # The contents are only read once shapes and dtypes allow it.
         reasons = reasons or _row_ptr_faults(self) or _col_idx_faults(self)
         if reasons:
-            raise FormatError(
-                f"CSR [{self.out_features}x{self.in_features}]: {'; '.join(reasons)}; pack the matrix again from its dense weight"
-            )
+            what = f"CSR [{self.out_features}x{self.in_features}]"
+            raise FormatError(f"{what}: {'; '.join(reasons)}; pack the matrix again from its dense weight")
 
 
 def csr_to_dense(values: Tensor, col_idx: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:
     """Dense [out, in] of CSR tensors: kept values bit for bit, 0.0 elsewhere. Runs on every device; can be traced."""
     out_features = row_ptr.numel() - 1
     dense = values.new_zeros(out_features * in_features)
-    positions = csr_rows(row_ptr, values.numel()) * in_features + col_idx.to(torch.int64)
+    positions = csr_rows(row_ptr, values.numel()) * in_features + columns(col_idx)
     return dense.index_copy(0, positions, values).view(out_features, in_features)
+
+
+def columns(col_idx: Tensor) -> Tensor:
+    """Column numbers [nnz] (int64) of stored ones."""
+    wide = col_idx.to(torch.int64)
+    return wide & 0xFFFF if col_idx.dtype == torch.int16 else wide
 
 
 def csr_rows(row_ptr: Tensor, nnz: int) -> Tensor:
@@ -159,7 +166,7 @@ def _tensor_faults(csr: CSR) -> list[str]:
         faults.append(f"values must be {_names(VALUE_DTYPES)}, got {csr.values.dtype}")
     if csr.col_idx.dtype not in INDEX_DTYPES.values():
         faults.append(f"col_idx must be {_names(INDEX_DTYPES.values())}, got {csr.col_idx.dtype}")
-    if csr.col_idx.dtype == torch.uint16 and csr.in_features > 2**16:
+    if csr.col_idx.dtype == torch.int16 and csr.in_features > 2**16:
         faults.append(f"col_idx of 16 bits reaches 65536 columns, in_features is {csr.in_features}")
     if csr.row_ptr.dtype != torch.int32:
         faults.append(f"row_ptr must be int32, got {csr.row_ptr.dtype}")
@@ -184,13 +191,13 @@ def _row_ptr_faults(csr: CSR) -> list[str]:
 
 
 def _col_idx_faults(csr: CSR) -> list[str]:
-    columns = csr.col_idx.to(torch.int64)
-    outside = ((columns < 0) | (columns >= csr.in_features)).nonzero()
+    numbers = columns(csr.col_idx)
+    outside = ((numbers < 0) | (numbers >= csr.in_features)).nonzero()
     if len(outside):
         at = int(outside[0])
-        return [f"col_idx must lie in [0, {csr.in_features}), got {int(columns[at])} at entry {at}"]
+        return [f"col_idx must lie in [0, {csr.in_features}), got {int(numbers[at])} at entry {at}"]
     rows = csr_rows(csr.row_ptr, csr.nnz)
-    bad = ((columns.diff() <= 0) & (rows.diff() == 0)).nonzero()
+    bad = ((numbers.diff() <= 0) & (rows.diff() == 0)).nonzero()
     if len(bad):
         return [f"col_idx must ascend strictly within a row, but does not in row {int(rows[int(bad[0])])}"]
     return []
