@@ -1,0 +1,143 @@
+"""torch.export with a ladder of fallbacks: dynamic batch and length, then dynamic batch, then the very shapes of the example.
+
+A trace under `no_grad` in eval mode keeps `aten.linear` whole and names the module that makes each call. The model gets back every
+flag it had.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from sparsec.errors import TraceError
+from sparsec.ir.example_inputs import Call
+
+RUNGS: dict[str, tuple[str, ...]] = {"dynamic": ("batch", "length"), "dynamic batch": ("batch",), "static": ()}
+"""Names of the sizes that a rung leaves open, by the dimension they stand at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A flat fx graph, and what the call looked like."""
+
+    module: fx.GraphModule
+    inputs: tuple[str | None, ...]  # one per placeholder; None for a constant, which no node reads
+    output: Any  # the pytree spec of what the model returns
+    rung: str
+    dims: tuple[tuple[str, int, str], ...]  # (input, dimension, name) of every open size
+
+    def fixed_sizes(self, name: str, example: Tensor) -> tuple[int | None, ...] | None:
+        """The sizes that an input must have, None for an open one; None when all are open."""
+        opened = {dim for key, dim, _ in self.dims if key == name}
+        sizes = tuple(None if dim in opened else size for dim, size in enumerate(example.shape))
+        return sizes if len(opened) < len(sizes) else None
+
+
+def export(model: nn.Module, call: Call) -> Exported:
+    """The highest rung that works. Raises TraceError with the failure of each."""
+    failures: list[str] = []
+    tried: list[tuple[tuple[str, int, str], ...]] = []
+    for rung, names in RUNGS.items():
+        dims = _open_dims(call, names)
+        if (not dims and names) or dims in tried:
+            continue  # the inputs have no such dimension
+        tried.append(dims)
+        try:
+            with _traceable(model):
+                program = _export(model, call, dims)
+                return _flat(program, call, rung, dims)
+        except Exception as error:
+            failures.append(f"  {rung}: {_reason(error)}")
+    raise TraceError(
+        f"{type(model).__name__} cannot be traced; each rung of the ladder failed:\n" + "\n".join(failures) + "\n"
+        "A forward that decides by the values of tensors, or calls code outside of torch, has no graph; rewrite that part, "
+        "or trace the submodule that holds the linear layers."
+    )
+
+
+def _open_dims(call: Call, names: tuple[str, ...]) -> tuple[tuple[str, int, str], ...]:
+    """Every size of an input that may vary: dimension 0, and 1 where it can be a length (not the features of a [batch, features])."""
+    dims = []
+    for key, tensor in call.tensors.items():
+        sequence = tensor.dim() >= 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
+        for dim, name in enumerate(names):
+            if dim < tensor.dim() and (dim == 0 or sequence) and tensor.shape[dim] != 0:
+                dims.append((key, dim, name))
+    return tuple(dims)
+
+
+def _export(model: nn.Module, call: Call, dims: tuple[tuple[str, int, str], ...]) -> ExportedProgram:
+    parameters = inspect.signature(model.forward).parameters
+    shapes: dict[str, Any] = dict.fromkeys(call.arguments)
+    for key, dim, _ in dims:
+        shapes[key] = (shapes[key] or {}) | {dim: Dim.DYNAMIC}
+    surplus = {key: shapes.pop(key) for key in list(shapes) if key not in parameters}
+    for name, parameter in parameters.items():
+        if surplus and parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            shapes[name] = surplus
+    return torch.export.export(model, (), _grown(call, dims), dynamic_shapes=shapes, strict=False)
+
+
+def _grown(call: Call, dims: tuple[tuple[str, int, str], ...]) -> dict[str, Any]:
+    """The arguments, with each open size of 1 made 2 by repetition: a size of 1 would be taken for a constant."""
+    arguments = dict(call.arguments)
+    for key, dim, _ in dims:
+        if arguments[key].shape[dim] == 1:
+            arguments[key] = torch.cat([arguments[key]] * 2, dim=dim)
+    return arguments
+
+
+def _flat(program: ExportedProgram, call: Call, rung: str, dims: tuple[tuple[str, int, str], ...]) -> Exported:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    keys = program.call_spec.in_spec.child(1).context
+    inputs = tuple(key if isinstance(call.arguments[key], Tensor) else None for key in keys)
+    return Exported(module, inputs, program.call_spec.out_spec, rung, dims)
+
+
+@contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no cache, attention written out; all of it put back afterwards."""
+    # Modules keep plain attributes too: a pruning hook, for one, leaves a fake tensor in `weight`.
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        if use_cache:
+            config.use_cache = False  # type: ignore[union-attr]
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide its linears
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        if use_cache:
+            config.use_cache = use_cache  # type: ignore[union-attr]
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in one line, and the last line outside of torch that led there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_folder, "<"))]
+    frames = [f for f in frames if f.filename != __file__]
+    if not frames:
+        return text[:400]
+    last = frames[-1]
+    return f"{text[:400]} (at {Path(last.filename).name}:{last.lineno} in {last.name}: {(last.line or '').strip()})"

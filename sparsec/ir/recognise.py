@@ -1,0 +1,145 @@
+"""What an exported node is: which kind of op, which parameters it reads, and through which harmless views.
+
+Recognition is by operator name and by what the operands are, so it holds for every model that torch.export can write down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsec.ir.facts import OpKind
+
+LINEAR_KINDS: frozenset[OpKind] = frozenset({"linear", "conv1d", "sparse_linear", "grouped_linear"})
+_SAME = frozenset({"detach", "alias", "lift_fresh_copy", "contiguous"})
+_VIEWS = _SAME | {
+    "transpose",
+    "t",
+    "permute",
+    "view",
+    "reshape",
+    "select",
+    "slice",
+    "index",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "clone",
+}
+_PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "mv", "dot"})
+_EMBEDDINGS = frozenset({"embedding", "embedding_bag", "_embedding_bag"})
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One node: its kind and the nodes it takes its weights from."""
+
+    node: fx.Node
+    kind: OpKind
+    owner: str  # as export says it
+    matrix: fx.Node | None = None  # the get_attr of the matrix, None where there is none or where it is computed
+    computed: fx.Node | None = None  # the node that computes the weight of a linear product
+    parameters: tuple[fx.Node, ...] = ()  # every parameter the node reads, the matrix first
+
+
+def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn.Module]) -> Read | None:
+    """Facts of one call; None where it is neither a product, a norm nor a reader of parameters.
+
+    `parameters` are the get_attr nodes of parameters, `modules` are the model's modules by every path.
+    """
+    owner = owner_of(node)
+    is_norm = "norm" in type(modules.get(owner)).__name__.lower()
+    namespace, name = op_name(node)
+    kind: OpKind
+    direct = tuple(p for n in node.all_input_nodes if (p := _behind(n, _SAME)) in parameters)
+    matrix: fx.Node | None = None
+    computed: fx.Node | None = None
+    if namespace == "sparsec" and name.endswith("_linear"):
+        kind = "sparse_linear"
+    elif namespace == "aten" and name == "linear":
+        weight = _node(node.args[1])
+        matrix, kind = _behind(weight, _SAME), "linear"
+        if matrix not in parameters:
+            stacked = _stacked(weight, parameters)
+            matrix, kind = (stacked, "grouped_linear") if stacked is not None else (None, "linear")
+            computed = weight if stacked is None else None
+    elif namespace == "aten" and name == "addmm" and (weight := _behind(_node(node.args[2]), _SAME)) in parameters:
+        matrix, kind = weight, "conv1d"
+    elif namespace == "aten" and name in _EMBEDDINGS:
+        source = _behind(_node(node.args[0]), _SAME)
+        matrix, kind = (source if source in parameters else None), "embedding"
+    elif "grouped_mm" in name or (namespace == "aten" and name in _PRODUCTS):
+        matrix = next((s for n in node.all_input_nodes if (s := _stacked(n, parameters)) is not None), None)
+        kind = "grouped_linear" if matrix is not None or "grouped_mm" in name else "matmul"
+    elif "attention" in name:
+        kind = "attention"
+    elif re.search(r"(layer|rms|group|batch|instance)_norm", name) or (direct and is_norm):
+        kind = "norm"
+    elif direct:
+        kind = "other"
+    else:
+        return None
+    rest = tuple(p for p in dict.fromkeys(direct) if p is not matrix)
+    return Read(node, kind, owner, matrix, computed, rest if matrix is None else (matrix, *rest))
+
+
+def sources(node: fx.Node, parameters: frozenset[fx.Node]) -> list[fx.Node]:
+    """Parameters that a computed weight is made from."""
+    seen: dict[fx.Node, None] = {}
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current not in seen:
+            seen[current] = None
+            queue += current.all_input_nodes
+    return [n for n in node.graph.nodes if n in seen and n in parameters]
+
+
+def owner_of(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made this call; "" for the root. A second call of a module reads `path@1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return "" if path.startswith("_empty_nn_module_stack") else re.sub(r"@\d+", "", path)
+
+
+def op_name(node: fx.Node) -> tuple[str, str]:
+    """(namespace, name) of the operator a node calls: ("aten", "linear"); ("", "getitem") for a Python function."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return namespace, name
+    return "", getattr(target, "__name__", str(target))
+
+
+def _behind(node: fx.Node | None, through: frozenset[str]) -> fx.Node | None:
+    """The node behind calls that hand on the same values: those in `through`, and casts to the dtype it already has."""
+    while node is not None and node.op == "call_function" and node.all_input_nodes:
+        namespace, name = op_name(node)
+        source = node.all_input_nodes[0]
+        cast = name in ("to", "_to_copy") and _dtype(node) == _dtype(source)
+        if namespace != "aten" or not (cast or name in through):
+            return node
+        node = source
+    return node
+
+
+def _stacked(node: fx.Node | None, parameters: frozenset[fx.Node]) -> fx.Node | None:
+    """The 3-D parameter (one matrix per expert) behind any views of this node."""
+    source = _behind(node, _VIEWS)
+    return source if source in parameters and source is not None and source.meta["val"].dim() == 3 else None
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _node(argument: Any) -> fx.Node | None:
+    return argument if isinstance(argument, fx.Node) else None

@@ -1,0 +1,190 @@
+"""The two tables beside the dataflow: what each op is, and what each stored weight is.
+
+The table of ops holds every product, norm and reader of parameters. The tensors that an attention or a plain matrix product multiplies, and
+weights that are computed, are in it too (as `other`), so that the shapes of all operands are known without looking at the model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from sparsec.ir.facts import Dim, Group, Op, Weight, WeightKind
+from sparsec.ir.groups import Structure
+from sparsec.ir.recognise import Read, owner_of, sources
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What was recognised in an exported graph."""
+
+    model: nn.Module
+    structure: Structure
+    reads: tuple[Read, ...]  # in order of execution
+    parameters: Mapping[fx.Node, str]  # get_attr nodes, and the first names of what they get
+    shapes: Mapping[fx.Node, tuple[Dim, ...] | None]
+
+    def names(self, r: Read) -> tuple[str, ...]:
+        """First names of the parameters that an op reads, the matrix first; none where the matrix is not a stored parameter."""
+        matrix_kind = r.kind in ("linear", "sparse_linear", "embedding")
+        return () if matrix_kind and r.matrix is None else tuple(self.parameters[p] for p in r.parameters)
+
+    def owner(self, r: Read) -> str:
+        """The first path of the module that makes the call."""
+        return self.structure.canonical(r.owner)
+
+
+def naming_path(r: Read, findings: Findings) -> str:
+    """The path that names a node: its parameter where the owner calls it by itself (`mlp.experts.down_proj`), else its owner."""
+    owner = findings.owner(r)
+    names = findings.names(r)
+    inside = [n for n in names[:1] if n.startswith(owner + ".") and not n.endswith((".weight", ".bias"))]
+    path = inside[0] if inside and r.kind != "norm" else owner
+    if not names and r.kind in ("attention", "matmul"):
+        path = f"{owner}.{'sdpa' if r.kind == 'attention' else 'matmul'}" if owner else r.kind
+    return path or r.kind
+
+
+def ops_table(findings: Findings, names: Mapping[fx.Node, str]) -> dict[str, Op]:
+    """Ops by node name, in order of execution. `names` are the nodes' names in the graph."""
+    experts = _expert_counts(findings)
+    found = {r.node: _op(r, findings, names, experts) for r in findings.reads}
+    for r in findings.reads:
+        operands = (
+            r.node.all_input_nodes[:3] if r.kind in ("attention", "matmul") else [r.computed] if r.computed else []
+        )
+        for node in operands:
+            if node.op == "call_function" and node not in found:
+                owner = findings.structure.canonical(owner_of(node))
+                found[node] = Op(
+                    names[node], "other", owner, findings.structure.group(owner), (), findings.shapes[node]
+                )
+    order = {node: i for i, node in enumerate(findings.shapes)}
+    return {found[node].node: found[node] for node in sorted(found, key=order.__getitem__)}
+
+
+def _op(r: Read, findings: Findings, names: Mapping[fx.Node, str], experts: dict[str, int]) -> Op:
+    owner = findings.owner(r)
+    return Op(names[r.node], r.kind, owner, _group(r, findings, experts), findings.names(r), findings.shapes[r.node])
+
+
+def _group(r: Read, findings: Findings, experts: dict[str, int]) -> Group:
+    owner = findings.owner(r)
+    if r.kind == "embedding":
+        return "embedding"
+    if r.kind == "norm":
+        return "norm"
+    if r.kind == "grouped_linear":
+        return "experts"
+    group = findings.structure.group(owner)
+    shape = findings.shapes[r.node]
+    if (
+        r.kind == "linear"
+        and group == "mlp"
+        and shape
+        and shape[-1] in (1, findings.structure.experts_beside(owner, experts))
+    ):
+        return "router" if findings.structure.experts_beside(owner, experts) is not None else group
+    return group
+
+
+def _expert_counts(findings: Findings) -> dict[str, int]:
+    """Number of experts by the path of the module that holds them stacked."""
+    counts: dict[str, int] = {}
+    for r in findings.reads:
+        if r.kind == "grouped_linear" and r.matrix is not None:
+            counts[findings.owner(r)] = int(r.matrix.meta["val"].shape[0])
+    return counts
+
+
+def weights_table(findings: Findings) -> tuple[dict[str, Weight], list[str]]:
+    """Every parameter of the model by first name, in the model's order; and notes on what was recognised but left alone."""
+    model = findings.model
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    readers: dict[str, list[Read]] = {}
+    for r in findings.reads:
+        for parameter_node in r.parameters:
+            readers.setdefault(findings.parameters[parameter_node], []).append(r)
+    computed, notes = _computed(findings)
+    experts = _expert_counts(findings)
+    table: dict[str, Weight] = {}
+    for parameter in model.parameters():
+        first, *aliases = names[id(parameter)]
+        weight = Weight(first, tuple(aliases), "other", "other", tuple(parameter.shape), parameter.dtype)
+        reads = readers.get(first, [])
+        if reads:
+            kind, reason = _kind(first, reads, findings)
+            leading = next((r for r in reads if r.kind == "embedding"), reads[0])
+            group = _group(leading, findings, experts)
+            owners = tuple(dict.fromkeys(findings.owner(r) for r in reads))
+            weight = replace(weight, kind=kind, group=group, owners=owners, reason=reason)
+            if reason is not None:
+                notes.append(f"{first}: left dense, {reason}")
+        else:
+            weight = replace(
+                weight, kind=_unread_kind(model, first), group=findings.structure.group(first.rpartition(".")[0])
+            )
+        if first in computed:
+            weight = replace(
+                weight,
+                group=_group(computed[first], findings, experts),
+                reason="the weight is computed from it at every call",
+            )
+        table[first] = weight
+    return table, notes
+
+
+def _kind(name: str, reads: list[Read], findings: Findings) -> tuple[WeightKind, str | None]:
+    """The kind of a weight that is read, and the reason where its readers disagree."""
+    kinds: set[WeightKind] = set()
+    for r in reads:
+        if r.matrix is None or findings.parameters[r.matrix] != name:
+            kinds.add("bias" if name.rpartition(".")[2].endswith("bias") else "other")
+        elif r.kind == "grouped_linear":
+            kinds.add("experts")
+        else:
+            kinds.add(r.kind if r.kind in ("linear", "conv1d", "embedding") else "other")  # type: ignore[arg-type]
+    if len(kinds) == 1:
+        return kinds.pop(), None
+    if kinds == {"embedding", "linear"}:
+        return "embedding", None  # a tied head; its aliases tell
+    return (
+        "other",
+        f"it is read in several ways ({', '.join(sorted(kinds))}), by {', '.join(sorted({findings.owner(r) for r in reads}))}",
+    )
+
+
+def _unread_kind(model: nn.Module, name: str) -> WeightKind:
+    """The kind of a parameter that no op reads, by the class of its module."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        return "linear"
+    if leaf == "weight" and isinstance(module, nn.Embedding):
+        return "embedding"
+    return "bias" if leaf.endswith("bias") else "other"
+
+
+def _computed(findings: Findings) -> tuple[dict[str, Read], list[str]]:
+    """Parameters that weights are computed from, with the product that uses them; and a note for each such product."""
+    found: dict[str, Read] = {}
+    notes: list[str] = []
+    for r in findings.reads:
+        if r.computed is None:
+            continue
+        made_from = [findings.parameters[p] for p in sources(r.computed, frozenset(findings.parameters))]
+        owner = findings.owner(r) or type(findings.model).__name__
+        if r.computed.op == "get_attr":
+            notes.append(f"{owner}: its weight {r.computed.target} is a buffer, not a parameter; left dense")
+            continue
+        found |= {name: r for name in made_from if name.startswith(owner + ".")}
+        notes.append(
+            f"{owner}: its weight is computed at every call from {', '.join(made_from) or 'its inputs'}, so there is no stored matrix to prune; "
+            f"make it plain first: torch.nn.utils.prune.remove(module, 'weight') or "
+            f"torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+        )
+    return found, list(dict.fromkeys(notes))
