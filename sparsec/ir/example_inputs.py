@@ -1,6 +1,7 @@
 """What a model is called with while it is traced: the user's tensors, or a padded batch of tokens for a Hugging Face model.
 
-Sizes of 1 are avoided, since torch.export takes a size of 1 for a constant. Values do not matter to a trace, only shapes and dtypes do.
+Sizes of 1 are avoided, since torch.export takes a size of 1 for a constant. Values do not matter to a trace, only shapes and
+dtypes do.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def is_hugging_face(model: nn.Module) -> bool:
 def example_call(model: nn.Module, example_inputs: ExampleInputs | None) -> Call:
     """The call to trace.
 
-    `example_inputs` is a tensor, a tuple of tensors or a dict by argument name; a Hugging Face model that takes `input_ids` needs none.
-    Raises TraceError on an encoder-decoder model, on missing inputs and on inputs that `forward` does not take.
+    `example_inputs` is a tensor, a tuple of tensors or a dict by argument name; a Hugging Face model that takes `input_ids` needs
+    none. Raises TraceError on an encoder-decoder model, on missing inputs and on inputs that `forward` does not take.
     """
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -88,10 +89,8 @@ def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     try:
-        if isinstance(example_inputs, Mapping):
-            bound = signature.bind(**example_inputs)
-        else:
-            bound = signature.bind(*example_inputs)
+        named = isinstance(example_inputs, Mapping)
+        bound = signature.bind(**example_inputs) if named else signature.bind(*example_inputs)
     except TypeError as error:
         raise TraceError(f"{name}.forward{signature} does not take these example inputs: {error}") from error
     arguments: dict[str, Any] = {}

@@ -66,7 +66,7 @@ def export(model: nn.Module, call: Call) -> Exported:
 
 
 def _open_dims(call: Call, names: tuple[str, ...]) -> tuple[tuple[str, int, str], ...]:
-    """Every size of an input that may vary: dimension 0, and 1 where it can be a length (not the features of a [batch, features])."""
+    """Every size of an input that may vary: dimension 0, and 1 where it can be a length (in [batch, features] it is none)."""
     dims = []
     for key, tensor in call.tensors.items():
         sequence = tensor.dim() >= 3 or (tensor.dim() == 2 and not tensor.is_floating_point())

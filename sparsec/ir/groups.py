@@ -1,7 +1,7 @@
-"""Which part of a model an op belongs to, read off the module tree: classes on the owner's path, the repeated block, the output head.
+"""Which part of a model an op belongs to, read off the module tree: classes on the owner's path, repeated block, output head.
 
-The repeated block is an element of an outermost ModuleList that executes linear products. Inside of it, what stands below a module whose
-class says attention is attention, and every other linear is mlp. No model's own attribute names are used.
+The repeated block is an element of an outermost ModuleList that executes linear products. Inside of it, what stands below a
+module whose class says attention is attention, and every other linear is mlp. No model's own attribute names are used.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 def node_names(paths: Mapping[str, str], taken: frozenset[str]) -> dict[str, str]:
     """New name by old name, all different and none in `taken`.
 
-    `paths` maps old node names, in order of execution, to the module (or parameter) path that names them. The last two parts of the path
-    and the layer's number are used; the whole path where those are ambiguous; `_call2` is appended for the second call at one path.
+    `paths` maps old node names, in order of execution, to the module (or parameter) path that names them. The last two parts of
+    the path and the layer's number are used; the whole path where those are ambiguous; `_call2` marks the second call at one path.
     """
     short = {path: _short(path) for path in dict.fromkeys(paths.values())}
     count = Counter(short.values())

@@ -27,8 +27,8 @@ class OutputCodeGen(fx.graph.CodeGen):
 
     def generate_output(self, output_args: Any, **_: Any) -> str:
         """The last line of the generated forward."""
-        return f"return _unflatten([*{output_args!r}], _structure)"
+        return f"return _structured({output_args!r})"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """What the last line needs."""
-        return [("_unflatten", pytree.tree_unflatten), ("_structure", self.structure)]
+        return [("_structured", self.process_outputs)]

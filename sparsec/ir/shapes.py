@@ -16,8 +16,8 @@ def size_names(
 ) -> dict[sympy.Symbol, sympy.Symbol]:
     """The name of every symbol that export made for the open sizes of the inputs.
 
-    Sizes that were equal in the example and stand at the same dimension share a name, and so do attention mask and tokens; others are
-    named after their input.
+    Sizes that were equal in the example and stand at the same dimension share a name, as tokens and attention mask do; others
+    are named after their input.
     """
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     hints: dict[str, int] = {}

@@ -1,7 +1,8 @@
 """The two tables beside the dataflow: what each op is, and what each stored weight is.
 
-The table of ops holds every product, norm and reader of parameters. The tensors that an attention or a plain matrix product multiplies, and
-weights that are computed, are in it too (as `other`), so that the shapes of all operands are known without looking at the model again.
+The table of ops holds every product, norm and reader of parameters. The tensors that an attention or a plain matrix product
+multiplies, and weights that are computed, are in it too (as `other`), so that the shapes of all operands are known without
+looking at the model again.
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ def _computed(findings: Findings) -> tuple[dict[str, Read], list[str]]:
             continue
         found |= {name: r for name in made_from if name.startswith(owner + ".")}
         notes.append(
-            f"{owner}: its weight is computed at every call from {', '.join(made_from) or 'its inputs'}, so there is no stored matrix to prune; "
+            f"{owner}: its weight is computed at every call from {', '.join(made_from) or 'its inputs'}, "
+            f"so there is no stored matrix to prune; "
             f"make it plain first: torch.nn.utils.prune.remove(module, 'weight') or "
             f"torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
         )

@@ -1,7 +1,7 @@
 """From a model to a Graph: export it, tidy the dataflow, give nodes readable names, and write down what each op and weight is.
 
-The graph returns what the model returns (`graph.run(input_ids=..., attention_mask=...).logits` for a causal LM), takes the tensors of the
-example call by name, and shares its parameters with the model, which is left as it was. See sparsec/ir/export.py for the ladder of rungs.
+The graph returns what the model returns (`graph.run(input_ids=..., attention_mask=...).logits` for a causal LM), takes the tensors
+of the example call by name, and shares its parameters with the model, which is left as it was. sparsec/ir/export.py has the ladder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _ASSERTIONS = frozenset(
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Graph:
     """Traces a model, in eval mode.
 
-    `example_inputs`: a tensor, a tuple of tensors, or a dict by argument name; not needed for a Hugging Face model that takes `input_ids`.
-    Raises TraceError with the reason of each rung when the model cannot be traced, and on encoder-decoder models.
+    `example_inputs`: a tensor, a tuple of tensors, or a dict by argument name; not needed for a Hugging Face model that takes
+    `input_ids`. Raises TraceError with the reason of each rung when the model cannot be traced, and on encoder-decoder models.
     """
     call = example_call(model, example_inputs)
     exported = export(model, call)
@@ -54,7 +54,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Grap
 
 
 def _tidy(module: fx.GraphModule, model: nn.Module) -> dict[fx.Node, str]:
-    """Removes assertions and dead code, and reads every tensor by one node under its first name. Returns the nodes of parameters."""
+    """Removes assertions and dead code; reads every tensor by one node under its first name. Returns the nodes of parameters."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node)[1] in _ASSERTIONS and not node.users:
