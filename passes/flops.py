@@ -39,7 +39,9 @@ class Flops(Pass):
         for name, op in list(graph.ops.items()):
             dense, kept = self._count(graph, op)
             if dense is None:
-                notes.append(f"%{name} ({op.kind}, {op.group}) is not counted: its shape does not tell the work per token")
+                notes.append(
+                    f"%{name} ({op.kind}, {op.group}) is not counted: its shape does not tell the work per token"
+                )
             graph.ops[name] = replace(op, flops_dense=dense, flops=kept)
         groups: Counter[str] = Counter()
         for op in graph.ops.values():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from sparsec.errors import FormatError, KernelError
@@ -13,7 +12,8 @@ from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
-from sparsec.kernels import Kernel, Problem, operator, select_kernel
+from sparsec.kernels import Kernel, Problem, operator
+from sparsec.kernels import select as select_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_patterns
 from sparsec.pipeline.selection import select
@@ -85,10 +85,12 @@ class Lower(Pass):
         assert mask is not None
         try:
             matrix_packed = self._pack(matrix, mask)
-            kernel = _kernel(matrix_packed, matrix.device)
+            kernel = select_kernel(Problem.of(matrix_packed))
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name
-            raise type(error)(f"{weight.name}: {error}; or leave it dense with lower({self.format}, ignore=({owner!r},))") from error
+            raise type(error)(
+                f"{weight.name}: {error}; or leave it dense with lower({self.format}, ignore=({owner!r},))"
+            ) from error
         del matrix, mask
         operations = graph.ops_of(weight.name)
         _register(graph.module, weight.name, matrix_packed)
@@ -110,20 +112,6 @@ def _stays_dense(graph: Graph, weight: Weight) -> str:
     if others:
         return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"
     return ""
-
-
-def _kernel(packed: Packed, device: torch.device) -> Kernel:
-    out_features, in_features = packed.shape
-    problem = Problem(
-        format=packed.format,
-        out_features=out_features,
-        in_features=in_features,
-        tokens=1,
-        dtype=packed.dtype,
-        device=device.type,
-        density=1.0 - packed.sparsity,
-    )
-    return select_kernel(problem)
 
 
 def buffer_name(weight: str, part: str) -> str:

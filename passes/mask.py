@@ -31,13 +31,17 @@ class Mask(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises MaskError: no masks given, an unknown name, a weight of no linear layer, a wrong dtype, shape or device."""
         if not context.masks:
-            raise MaskError("the pass 'mask' needs masks: sparsec.compile(model, passes='mask,freeze,...', masks={name: tensor})")
+            raise MaskError(
+                "the pass 'mask' needs masks: sparsec.compile(model, passes='mask,freeze,...', masks={name: tensor})"
+            )
         total = zeros = 0
         found: dict[str, str] = {}
         for given, mask in context.masks.items():
             weight = _find(graph, given)
             if weight.name in found:
-                raise MaskError(f"masks: {found[weight.name]!r} and {given!r} name the same weight, {weight.name}; give one mask")
+                raise MaskError(
+                    f"masks: {found[weight.name]!r} and {given!r} name the same weight, {weight.name}; give one mask"
+                )
             found[weight.name] = given
             _check(graph, given, weight, mask)
         for given, mask in context.masks.items():  # nothing is changed before everything is checked
@@ -70,10 +74,16 @@ def _check(graph: Graph, given: str, weight: Weight, mask: Tensor) -> None:
         raise MaskError(f"masks: {given!r} is no weight of a linear layer (kind {weight.kind}, group {weight.group})")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise MaskError(f"masks: {given!r} must be a bool tensor, True where a weight is kept, got {got}; use mask.bool()")
+        raise MaskError(
+            f"masks: {given!r} must be a bool tensor, True where a weight is kept, got {got}; use mask.bool()"
+        )
     if tuple(mask.shape) != weight.shape:
         hint = "; GPT-2's Conv1D stores [in, out]" if weight.kind == "conv1d" else ""
-        raise MaskError(f"masks: {given!r} has shape {tuple(mask.shape)}, but the weight is stored as {weight.shape}{hint}")
+        raise MaskError(
+            f"masks: {given!r} has shape {tuple(mask.shape)}, but the weight is stored as {weight.shape}{hint}"
+        )
     device = graph.tensor(weight.name).device
     if mask.device != device:
-        raise MaskError(f"masks: {given!r} is on {mask.device}, but the weight is on {device}; use mask.to({str(device)!r})")
+        raise MaskError(
+            f"masks: {given!r} is on {mask.device}, but the weight is on {device}; use mask.to({str(device)!r})"
+        )

@@ -46,9 +46,7 @@ def unstructured_rows(scores: Tensor, sparsity: float, old: Tensor | None = None
     return mask if old is None else mask.logical_and_(old)
 
 
-def unstructured(
-    scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None]
-) -> list[Tensor]:
+def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None]) -> list[Tensor]:
     """Masks over several weights compared with each other: exactly `round(sparsity * total)` zeros together.
 
     scores: one function per weight that gives its scores, any shape. They are called several times, one after the other, and their
@@ -67,7 +65,10 @@ def unstructured(
             removed += before.numel() - int(before.sum())
     zeros = prune_count(sparsity, total) - removed
     if zeros <= 0:
-        return [before.clone() if before is not None else torch.ones_like(score(), dtype=torch.bool) for score, before in pairs]
+        return [
+            before.clone() if before is not None else torch.ones_like(score(), dtype=torch.bool)
+            for score, before in pairs
+        ]
     threshold, ties = _kth_key(pairs, zeros)
     masks = []
     for score, before in pairs:

@@ -32,6 +32,7 @@ class Graph:
     rung: str  # of the tracing ladder: "dynamic", "dynamic batch", "static"
     facts: frozenset[str] = frozenset()  # what holds now: "mask", "frozen", ...
     notes: list[str] = field(default_factory=list)  # said by the tracer: what was recognised but left alone
+    example: tuple[Tensor, ...] = ()  # the arguments that it was traced with
 
     def tensor(self, name: str) -> Tensor:
         """The stored tensor of a weight that is not packed, in its stored layout."""
@@ -87,7 +88,9 @@ class Graph:
         unknown = set(kwargs) - set(self.inputs)
         missing = [n for n in self.inputs[len(args) :] if n not in kwargs]
         if unknown or missing or len(args) > len(self.inputs):
-            raise TypeError(f"this graph was traced with inputs {self.inputs}; unknown {sorted(unknown)}, missing {missing}")
+            raise TypeError(
+                f"this graph was traced with inputs {self.inputs}; unknown {sorted(unknown)}, missing {missing}"
+            )
         return [*args, *(kwargs[n] for n in self.inputs[len(args) :])]
 
     def copy(self) -> Graph:
@@ -102,6 +105,7 @@ class Graph:
             rung=self.rung,
             facts=self.facts,
             notes=list(self.notes),
+            example=self.example,
         )
 
 
@@ -115,7 +119,9 @@ class _MaskedInterpreter(fx.Interpreter):
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
         mask = self.masks.get(target)
-        return value if mask is None else torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+        return (
+            value if mask is None else torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+        )
 
 
 def fetch(module: torch.nn.Module, path: str) -> Tensor:

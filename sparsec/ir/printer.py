@@ -59,7 +59,9 @@ def _line(graph: Graph, node: fx.Node) -> str:
             return f"return {_argument(node.args[0])}"
     op = graph.ops.get(node.name)
     hidden = _held_tensors(graph, op)
-    arguments = [_argument(a) for a in node.args if not (isinstance(a, fx.Node) and a.op == "get_attr" and a.target in hidden)]
+    arguments = [
+        _argument(a) for a in node.args if not (isinstance(a, fx.Node) and a.op == "get_attr" and a.target in hidden)
+    ]
     if op is not None and op.kind in ("linear", "conv1d", "sparse_linear"):
         # the bias and the sizes are the owner's
         arguments = [_argument(a) for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]

@@ -51,7 +51,9 @@ def outputs_differ(before: Any, after: Any, exact: bool) -> str:
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"output {i} is {b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
         if not a.is_floating_point() or exact:
-            if not torch.equal(torch.nan_to_num(a, nan=0.5), torch.nan_to_num(b, nan=0.5)) or not torch.equal(a.isnan(), b.isnan()):
+            if not torch.equal(torch.nan_to_num(a, nan=0.5), torch.nan_to_num(b, nan=0.5)) or not torch.equal(
+                a.isnan(), b.isnan()
+            ):
                 return f"output {i} is not bit-identical"
             continue
         finite = a.isfinite() & b.isfinite()

@@ -61,7 +61,9 @@ class PrintIR:
         if self.when == "after":
             self._print(f"after pass {index}: {unparse_one(p)}", graph_text(graph))
         elif self.when == "changed":
-            self._print(f"changed by pass {index}: {unparse_one(p)}", diff_text(old, graph_text(graph)) or "(nothing)\n")
+            self._print(
+                f"changed by pass {index}: {unparse_one(p)}", diff_text(old, graph_text(graph)) or "(nothing)\n"
+            )
 
     def _print(self, title: str, text: str) -> None:
         print(f"# {title}\n{text}", file=self.stream or sys.stdout)

@@ -37,5 +37,7 @@ def check_patterns(value: str | Sequence[str] | None, name: str) -> tuple[str, .
         return None
     listed = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (value,)
     if not listed or not all(isinstance(v, str) and v for v in listed):
-        raise SpecError(f"{name} must be a pattern or a tuple of patterns such as ('attention', 'layers.0.*'), got {value!r}")
+        raise SpecError(
+            f"{name} must be a pattern or a tuple of patterns such as ('attention', 'layers.0.*'), got {value!r}"
+        )
     return listed

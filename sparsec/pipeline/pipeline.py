@@ -51,7 +51,9 @@ class Pipeline:
             elif isinstance(item, type) and issubclass(item, Pass):
                 raise SpecError(f"passes: {item.__name__} is a class; give an instance, {item.__name__}(...)")
             else:
-                raise SpecError(f"passes: expected specifications and Pass objects, got {type(item).__name__}: {item!r}")
+                raise SpecError(
+                    f"passes: expected specifications and Pass objects, got {type(item).__name__}: {item!r}"
+                )
         return cls(tuple(found))
 
     def __str__(self) -> str:
@@ -84,7 +86,7 @@ class Pipeline:
                 raise PipelineError(
                     f"pass {i} {p.name!r} needs {fact!r}, {why}; produced by: {', '.join(makers) or 'no known pass'}\n  {self}"
                 )
-            lost.update({fact: f"pass {i} {p.name!r}" for fact in p.invalidates & held})
+            lost.update(dict.fromkeys(p.invalidates & held, f"pass {i} {p.name!r}"))
             held = (held - p.invalidates) | p.produces
 
     def run(

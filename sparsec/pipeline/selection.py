@@ -72,7 +72,11 @@ def _matches(graph: Graph, pattern: str, option: str) -> list[Weight]:
 
 def _why(found: Iterable[Weight]) -> str:
     kinds = sorted({w.kind for w in found})
-    return f" (found: {', '.join(kinds)}; fused experts stay dense)" if "experts" in kinds else f" (found: {', '.join(kinds)})"
+    return (
+        f" (found: {', '.join(kinds)}; fused experts stay dense)"
+        if "experts" in kinds
+        else f" (found: {', '.join(kinds)})"
+    )
 
 
 def _groups(graph: Graph) -> str:

@@ -10,6 +10,7 @@ import ast
 import difflib
 import keyword
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
@@ -27,7 +28,7 @@ def parse(text: str, table: Mapping[str, type[Pass]]) -> tuple[Pass, ...]:
 
 
 def unparse(passes: Sequence[Pass]) -> str:
-    """Canonical text of a sequence of passes: defaults left out."""
+    """Canonical text of a sequence of passes: keyword options at their defaults are left out."""
     return ",".join(unparse_one(p) for p in passes)
 
 
@@ -36,9 +37,10 @@ def unparse_one(p: Pass) -> str:
     arguments = []
     for option in fields(p):
         value = getattr(p, option.name)
-        if value == _default(option) and type(value) is type(_default(option)):
-            continue
-        arguments.append(_word(value) if not option.kw_only else f"{option.name}={_literal(value)}")
+        if not option.kw_only:
+            arguments.append(_word(value))
+        elif value != _default(option) or type(value) is not type(_default(option)):
+            arguments.append(f"{option.name}={_literal(value)}")
     return f"{p.name}({', '.join(arguments)})" if arguments else p.name
 
 
@@ -59,15 +61,26 @@ def _items(text: str) -> list[ast.expr]:
     if "\0" in text:
         raise SpecError("a pass specification cannot hold a NUL character")
     try:
-        # The bracket lets a specification span lines; its one column is taken off again in `_fail`.
-        body = ast.parse(f"[{text}\n]", mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SyntaxWarning)  # such as an invalid escape: an error here, not a warning
+            # The bracket lets a specification span lines; its one column is taken off in `_fail`.
+            body = ast.parse(f"[{text}\n]", mode="eval").body
     except SyntaxError as error:
-        raise _fail(text, (error.lineno or 1, (error.offset or 1) - 1, 1), f"not a pass specification: {error.msg}") from None
+        raise _fail(text, *_syntax_fault(text, error)) from None
     except (RecursionError, MemoryError, ValueError) as error:
         raise SpecError(f"not a pass specification: {type(error).__name__}: {error}") from None
     if not isinstance(body, ast.List):
         raise SpecError(f"not a pass specification: {text!r}; passes are separated by commas")
     return body.elts
+
+
+def _syntax_fault(text: str, error: SyntaxError) -> tuple[tuple[int, int, int], str]:
+    """Where and what. Python points at the start of what is not closed; the fault is where the text ends."""
+    if any(sign in error.msg for sign in ("never closed", "does not match", "unterminated")):
+        lines = text.splitlines()
+        column = len(lines[-1].encode()) + (1 if len(lines) == 1 else 0)
+        return (len(lines), column, 1), "not a pass specification: a bracket or quote is not closed"
+    return (error.lineno or 1, (error.offset or 1) - 1, 1), f"not a pass specification: {error.msg}"
 
 
 def _build(node: ast.expr, text: str, table: Mapping[str, type[Pass]]) -> Pass:
@@ -84,7 +97,7 @@ def _build(node: ast.expr, text: str, table: Mapping[str, type[Pass]]) -> Pass:
     values: dict[str, Any] = {}
     for i, argument in enumerate(call.args if call is not None else ()):
         if isinstance(argument, ast.Starred) or i >= len(positional):
-            raise _fail(text, _place(argument), f"{signature(cls)}: options are keywords, as in {_example(options)}")
+            raise _fail(text, _place(argument), _misplaced(cls))
         values[positional[i]] = _value(argument, text)
     for given in call.keywords if call is not None else ():
         if given.arg is None or given.arg not in options:
@@ -110,11 +123,15 @@ def _value(node: ast.expr, text: str) -> Any:
             return node.value
         case ast.Name():
             return node.id
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())) if not isinstance(node.operand.value, bool):
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())) if not isinstance(
+            node.operand.value, bool
+        ):
             return -node.operand.value
         case ast.Tuple() | ast.List():
             return tuple(_value(e, text) for e in node.elts)
-    raise _fail(text, _place(node), "only names, numbers, strings and tuples of them are read here; nothing is evaluated")
+    raise _fail(
+        text, _place(node), "only names, numbers, strings and tuples of them are read here; nothing is evaluated"
+    )
 
 
 def _literal(value: Any) -> str:
@@ -137,9 +154,9 @@ def _default(option: Field[Any]) -> Any:
     return option.default if option.default_factory is MISSING else option.default_factory()
 
 
-def _example(options: Mapping[str, Field[Any]]) -> str:
-    name = next((f.name for f in options.values() if f.kw_only), None)
-    return f"{name}=..." if name else "(this pass has none)"
+def _misplaced(cls: type[Pass]) -> str:
+    name = next((f.name for f in fields(cls) if f.kw_only), None)
+    return f"{signature(cls)}: options are keywords, as in {name}=..." if name else f"{cls.name} takes no such option"
 
 
 def _nearest(word: str, known: Mapping[str, Any]) -> str:
@@ -157,7 +174,9 @@ def _fail(text: str, place: tuple[int, int, int], message: str) -> SpecError:
     line, column, width = place
     lines = text.splitlines() or [""]
     shown = lines[min(line, len(lines)) - 1]
-    # ast counts columns in UTF-8 bytes
-    start = column - (1 if line == 1 else 0)
-    prefix = shown.encode()[: max(0, start)].decode(errors="ignore")
-    return SpecError(f"{message}\n  {shown}\n  {' ' * len(prefix)}{'^' * max(1, min(width, len(shown) - len(prefix) or 1))}")
+    # ast counts columns in UTF-8 bytes, and on the first line also the bracket
+    start = max(0, column - (1 if line == 1 else 0))
+    encoded = shown.encode()
+    before = len(encoded[:start].decode(errors="ignore"))
+    marked = len(encoded[start : start + width].decode(errors="ignore"))
+    return SpecError(f"{message}\n  {shown}\n  {' ' * before}{'^' * max(1, marked)}")

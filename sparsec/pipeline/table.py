@@ -27,10 +27,16 @@ def known_passes() -> dict[str, type[Pass]]:
         try:
             cls = entry.load()
         except (ImportError, AttributeError) as error:
-            raise SpecError(f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value}) does not load: {error}") from error
+            raise SpecError(
+                f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value}) does not load: {error}"
+            ) from error
         if not (isinstance(cls, type) and issubclass(cls, Pass)):
-            raise SpecError(f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value}) is no subclass of sparsec.Pass")
+            raise SpecError(
+                f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value}) is no subclass of sparsec.Pass"
+            )
         if cls.name in table:
-            raise SpecError(f"entry point {entry.name!r} offers a pass {cls.name!r}, but that name is taken by {table[cls.name]!r}")
+            raise SpecError(
+                f"entry point {entry.name!r} offers a pass {cls.name!r}, but that name is taken by {table[cls.name]!r}"
+            )
         table[cls.name] = cls
     return table

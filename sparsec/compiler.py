@@ -1,0 +1,146 @@
+"""compile(): trace -> passes -> emit. The one call that most users need."""
+
+from __future__ import annotations
+
+import copy as copying
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any, NoReturn, TypeVar
+
+from torch import Tensor, nn
+
+from sparsec.emitter import emit, unswappable
+from sparsec.errors import CompileError
+from sparsec.ir.graph import Graph
+from sparsec.ir.tracer import trace
+from sparsec.kernels import SparseLinear
+from sparsec.passes.mask import Mask
+from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
+from sparsec.report.collect import Report, collect
+
+DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,lower(csr)"
+DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,lower(csr)"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(eq=False)
+class Compiled:
+    """What `compiled.sparsec` holds: how the model came to be what it is. A plain object, no submodule."""
+
+    graph: Graph
+    pipeline: Pipeline
+    records: tuple[PassRecord, ...]
+    trace_seconds: float
+    emit_seconds: float
+    notes: tuple[str, ...]  # what tracing and emission had to say
+
+    def report(self) -> Report:
+        """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields."""
+        return collect(self.graph, self.records, self.notes)
+
+    def __repr__(self) -> str:
+        lowered = sum(w.packed is not None for w in self.graph.weights.values())
+        return f"<sparsec {str(self.pipeline)!r}: {lowered} weights lowered; .report() tells more>"
+
+
+def compile(
+    model: Model,
+    passes: Pipeline | str | Pass | Iterable[str | Pass] | None = None,
+    *,
+    example_inputs: Any = None,
+    masks: Mapping[str, Tensor] | None = None,
+    copy: bool = True,
+    verify: Verify = "structure",
+    progress: Progress | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> Model:
+    """A model of the same class whose pruned linear layers run on sparse kernels.
+
+    passes: a specification (default `magnitude(0.5),freeze,sparsity,flops,lower(csr)`), a Pipeline, or a list of specifications and Pass
+    objects. example_inputs: needed for models that are not from transformers: a tensor, a tuple or a dict of tensors, with sizes of
+    at least 2 where sizes vary. masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
+    `mask,freeze,sparsity,flops,lower(csr)`, and a pass `mask` is put first where `passes` has none. copy: True leaves `model` untouched;
+    False consumes it: each dense weight is freed as soon as it is packed. verify: none, structure, facts or probe. progress: called with
+    (what, done, total). instruments: see `sparsec.PrintIR` and `sparsec.DumpIR`.
+
+    The result's `.sparsec` holds the graph, the records of the passes and `report()`.
+
+    Raises a SparsecError: SpecError, PipelineError and CompileError before anything is changed; TraceError, SelectionError,
+    WeightError, MaskError, FormatError, KernelError, EmitError.
+    """
+    _refuse(model)
+    pipeline = _pipeline(passes, masks)
+    pipeline.validate()
+    if copy:
+        model = copying.deepcopy(model)
+    start = perf_counter()
+    graph = trace(model, example_inputs)
+    traced = perf_counter() - start
+    if not any(graph.prunable(name) for name in graph.weights):
+        raise CompileError(_nothing_to_prune(graph))
+    context = Context(
+        masks=masks or {},
+        progress=progress,
+        keep_dense=unswappable(model, graph),
+        owns_weights=True,
+        probe=graph.example,
+    )
+    records = pipeline.run(graph, context, verify, instruments)
+    start = perf_counter()
+    notes = (*graph.notes, *emit(model, graph))
+    emitted = perf_counter() - start
+    if any(w.packed is not None for w in graph.weights.values()) and hasattr(model, "save_pretrained"):
+        object.__setattr__(model, "save_pretrained", partial(_refuse_saving, type(model).__name__))
+    object.__setattr__(model, "sparsec", Compiled(graph, pipeline, records, traced, emitted, notes))
+    return model
+
+
+def _pipeline(
+    passes: Pipeline | str | Pass | Iterable[str | Pass] | None, masks: Mapping[str, Tensor] | None
+) -> Pipeline:
+    if passes is None:
+        return Pipeline.parse(DEFAULT_PASSES_WITH_MASKS if masks else DEFAULT_PASSES)
+    pipeline = Pipeline.of(passes)
+    if masks and not any(isinstance(p, Mask) for p in pipeline.passes):
+        return pipeline.with_first(Mask())
+    return pipeline
+
+
+def _refuse(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise CompileError(
+            f"compile takes a torch.nn.Module, got {type(model).__name__}; for a folder or hub id load it first"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise CompileError(
+            "this model went through torch.compile; give sparsec the model inside, and call torch.compile on the result"
+        )
+    already = isinstance(getattr(model, "sparsec", None), Compiled)
+    sparse = next((path for path, m in model.named_modules() if isinstance(m, SparseLinear)), None)
+    if already or sparse is not None:
+        where = f" ({sparse} is a SparseLinear)" if sparse else ""
+        raise CompileError(
+            f"this model is compiled already{where}: its dense weights are gone; compile the original again with all passes in one "
+            "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'"
+        )
+
+
+def _nothing_to_prune(graph: Graph) -> str:
+    if not graph.weights:
+        return "the model has no parameters, so there is nothing to make sparse"
+    kinds = ", ".join(dict.fromkeys(w.kind for w in graph.weights.values()))
+    seen = "".join(f"\n  {note}" for note in graph.notes)
+    return (
+        f"the model has no linear layer whose weight is a plain parameter, so there is nothing to make sparse (its parameters: {kinds}); "
+        f"sparsec works on nn.Linear and transformers' Conv1D{seen}"
+    )
+
+
+def _refuse_saving(model_class: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise CompileError(
+        f"{model_class}.save_pretrained: lowered models cannot be saved yet, and the folder would not load again; save the pruned "
+        "dense model instead: compile without lower, passes='magnitude(0.5),freeze', then save_pretrained"
+    )

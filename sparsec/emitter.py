@@ -1,0 +1,112 @@
+"""Puts a lowered graph back into the user's own model: owners of lowered ops are swapped, everything else stays what it was.
+
+So `generate()`, caches, hooks, device moves and `isinstance` go on working. A site that cannot be swapped is found before
+anything is lowered (`unswappable`), and its weight stays dense with the reason.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsec.errors import EmitError
+from sparsec.ir.facts import Weight
+from sparsec.ir.graph import Graph
+from sparsec.kernels import SparseLinear
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def unswappable(model: nn.Module, graph: Graph) -> dict[str, str]:
+    """Weight -> why the module that executes it cannot become a SparseLinear."""
+    reasons = {}
+    for weight in graph.weights.values():
+        if not graph.prunable(weight.name):
+            continue
+        for op in graph.ops_of(weight.name):
+            reason = _reason(model, op.owner, weight)
+            if reason:
+                reasons[weight.name] = reason
+                break
+    return reasons
+
+
+def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
+    """Swaps modules in `model`, the one that the graph was traced from; returns notices.
+
+    Raises EmitError when the model does not hold what the graph says.
+    """
+    notes = []
+    for weight in list(graph.weights.values()):
+        if weight.packed is not None:
+            for owner in dict.fromkeys(op.owner for op in graph.ops_of(weight.name)):
+                _swap(model, graph, owner, weight)
+        elif weight.mask is not None and not weight.frozen:
+            tensor = graph.tensor(weight.name)
+            tensor.data.masked_fill_(~weight.mask, 0)
+            graph.update(weight.name, frozen=True)
+            notes.append(weight.name)
+    if not notes:
+        return ()
+    listed = ", ".join(notes[:3]) + (f" and {len(notes) - 3} more" if len(notes) > 3 else "")
+    return (
+        f"freeze was missing: the masks of {listed} were written into the weights, so that the model computes what the graph says",
+    )
+
+
+def _reason(model: nn.Module, owner: str, weight: Weight) -> str:
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return f"the model has no module {owner!r}"
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        plain = kind.forward is nn.Linear.forward
+    elif isinstance(module, Conv1D):
+        plain = kind.forward is Conv1D.forward
+    else:
+        return f"its product is written inside {kind.__name__} ({owner or 'the root module'}), which is no nn.Linear"
+    if not plain:
+        return f"{owner} is a {kind.__name__} with a forward of its own"
+    if getattr(module, "weight", None) is None or not owner:
+        return f"{owner or 'the root module'} cannot be replaced inside its parent"
+    return ""
+
+
+def _swap(model: nn.Module, graph: Graph, owner: str, weight: Weight) -> None:
+    try:
+        old = model.get_submodule(owner)
+    except AttributeError as error:
+        raise EmitError(
+            f"{weight.name}: the model has no module {owner!r}, which the graph names as its owner"
+        ) from error
+    if not isinstance(old, nn.Linear | Conv1D):
+        raise EmitError(f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseLinear")
+    assert weight.packed is not None
+    new = SparseLinear(weight.packed, old.bias)
+    new.train(old.training)
+    for name in _HOOKS:
+        getattr(new, name).update(getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(path, new)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The one device that a model's tensors are on. Raises EmitError for a model spread over several."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise EmitError(
+            f"the model is spread over {', '.join(sorted(map(str, devices)))}; move it to one device first: model.to('cpu')"
+        )
+    return next(iter(devices), torch.device("cpu"))

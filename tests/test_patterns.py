@@ -1,0 +1,102 @@
+"""Masks from scores: exact counts, ties by position, and memory that does not grow with the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsec import patterns
+from sparsec.patterns import prune_count, unstructured, unstructured_rows
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Few different values: ties are the normal case in de-quantised checkpoints.
+SOME_VALUES = [0.0, -0.0, 1.0, -1.0, 0.5, -2.0, 1e-40, -1e-40, 3e38, 1 / 3]
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[torch.Tensor | None], float]:
+    dtype = draw(st.sampled_from(DTYPES))
+    values = [v for v in SOME_VALUES if abs(v) < 6e4 or dtype != torch.float16]
+    scores: list[torch.Tensor] = []
+    old: list[torch.Tensor | None] = []
+    for _ in range(draw(st.integers(1, 3))):
+        shape = draw(st.tuples(st.integers(1, 5), st.integers(0, 7)))
+        n = shape[0] * shape[1]
+        flat = draw(st.lists(st.sampled_from(values), min_size=n, max_size=n))
+        scores.append(torch.tensor(flat, dtype=dtype).reshape(shape))
+        kept = draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n))
+        old.append(None if kept is None else torch.tensor(kept, dtype=torch.bool).reshape(shape))
+    return scores, old, draw(st.floats(0, 0.999))
+
+
+def by_sorting(scores: list[torch.Tensor], old: list[torch.Tensor | None], sparsity: float) -> list[torch.Tensor]:
+    """The slow twin: one stable sort over everything, removed entries first."""
+    flat = torch.cat([s.double().abs().reshape(-1) for s in scores])
+    kept = torch.cat([(torch.ones_like(s, dtype=torch.bool) if m is None else m).reshape(-1) for s, m in zip(scores, old)])
+    order = np.lexsort((np.arange(len(flat)), flat.numpy(), kept.numpy()))
+    mask = kept.clone()
+    mask[torch.from_numpy(order[: prune_count(sparsity, len(flat))].copy())] = False
+    return [m.reshape(s.shape) for m, s in zip(mask.split([s.numel() for s in scores]), scores)]
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 18])
+@given(case=scored())
+def test_threshold_search_agrees_with_sorting_everything(case, chunk: int) -> None:
+    scores, old, sparsity = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "CHUNK", chunk)
+        masks = unstructured([lambda s=s: s for s in scores], sparsity, old)
+    for mask, expected in zip(masks, by_sorting(scores, old, sparsity), strict=True):
+        assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 18])
+@given(case=scored())
+def test_rows_are_pruned_like_matrices_of_one_row(case, chunk: int) -> None:
+    scores, old, sparsity = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "CHUNK", chunk)
+        mask = unstructured_rows(scores[0], sparsity, old[0])
+    for i, row in enumerate(scores[0]):
+        before = None if old[0] is None else old[0][i]
+        assert torch.equal(mask[i], by_sorting([row], [before], sparsity)[0])
+
+
+@given(case=scored())
+def test_number_of_zeros_is_exact(case) -> None:
+    scores, old, sparsity = case
+    masks = unstructured([lambda s=s: s for s in scores], sparsity, old)
+    removed = sum(int((~m).sum()) for m in old if m is not None)
+    wanted = prune_count(sparsity, sum(s.numel() for s in scores))
+    assert sum(int((~m).sum()) for m in masks) == max(wanted, removed)
+
+
+def test_old_masks_are_not_handed_out_for_change() -> None:
+    old = torch.tensor([True, False])
+    mask = unstructured([lambda: torch.ones(2)], 0.0, [old])[0]
+    mask[:] = False
+    assert old.tolist() == [True, False]
+
+
+def test_global_threshold_needs_scratch_below_five_percent_of_the_weights() -> None:
+    weights = [torch.randn(1536, 576) for _ in range(30)]  # 27M weights, 106 MB
+    peak = _peak_allocation(lambda: unstructured([lambda w=w: w for w in weights], 0.5, [None] * len(weights)))
+    masks = sum(w.numel() for w in weights)
+    assert peak - masks < 0.05 * sum(w.nbytes for w in weights)
+
+
+def _peak_allocation(function) -> int:
+    """Peak of torch's CPU allocations while the function runs, in bytes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    held = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert events
+    assert result
+    return peak

@@ -1,0 +1,203 @@
+"""Pass specifications as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsec.errors import PipelineError, SpecError
+from sparsec.passes import Flops, Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.pipeline import Pass, Pipeline, known_passes
+
+patterns = st.text("abz*.?[]_0'\"\\ \nµ", min_size=1, max_size=8)
+names = st.none() | st.lists(patterns, min_size=1, max_size=3).map(tuple)
+ignores = st.lists(patterns, max_size=3).map(tuple)
+passes = st.one_of(
+    st.builds(
+        Magnitude,
+        st.floats(0, 1, exclude_max=True),
+        scope=st.sampled_from(["global", "layer", "row"]),
+        targets=names,
+        ignore=ignores,
+    ),
+    st.builds(Zeros, targets=names, ignore=ignores),
+    st.just(Mask()),
+    st.just(Freeze()),
+    st.just(Sparsity()),
+    st.builds(Flops, context=st.integers(1, 10**6)),
+    st.builds(Lower, st.just("csr"), index_bits=st.sampled_from([None, 16, 32]), targets=names, ignore=ignores),
+)
+
+
+@given(st.lists(passes, min_size=1, max_size=5))
+def test_text_of_passes_reads_back_as_the_same_passes(listed: list[Pass]) -> None:
+    pipeline = Pipeline(tuple(listed))
+    assert Pipeline.parse(str(pipeline)) == pipeline
+
+
+def test_every_registered_pass_is_in_the_round_trip_strategy() -> None:
+    assert {Magnitude, Zeros, Mask, Freeze, Sparsity, Flops, Lower} == set(known_passes().values())
+
+
+tokens = st.sampled_from(
+    ["magnitude", "freeze", "lower", "csr", "(", ")", ",", "=", "0.5", "-1", "'", '"', "[", "]", "\n", "\\", "*", "lambda", "scope", " ", "µ", "\0"]
+)
+
+
+@given(st.one_of(st.text(max_size=40), st.lists(tokens, max_size=15).map("".join)))
+def test_any_text_gives_passes_or_a_spec_error(text: str) -> None:
+    try:
+        pipeline = Pipeline.parse(text)
+    except SpecError as error:
+        assert str(error)
+    else:
+        assert pipeline.passes
+        assert Pipeline.parse(str(pipeline)) == pipeline
+
+
+def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
+    target = tmp_path / "touched"
+    with pytest.raises(SpecError, match="nothing is evaluated"):
+        Pipeline.parse(f"magnitude(open({str(target)!r}, 'w'))")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "magnitude(0.5),freez,lower(csr)",
+            "unknown pass 'freez', did you mean 'freeze'?; passes: magnitude, zeros, mask, freeze, sparsity, flops, lower\n"
+            "  magnitude(0.5),freez,lower(csr)\n"
+            "                 ^^^^^",
+        ),
+        (
+            "magnitude(0.5, scop='layer')",
+            "magnitude has no option 'scop', did you mean 'scope'?; options: sparsity, scope, targets, ignore\n"
+            "  magnitude(0.5, scop='layer')\n"
+            "                 ^^^^^^^^^^^^",
+        ),
+        (
+            "freeze,\n  magnitude(1.0)",
+            "magnitude: sparsity must be a share of zeros in [0, 1), got 1.0; half of the weights is 0.5\n"
+            "    magnitude(1.0)\n"
+            "    ^^^^^^^^^^^^^^",
+        ),
+        ("magnitude(0.5", "not a pass specification: a bracket or quote is not closed\n  magnitude(0.5\n               ^"),
+        (
+            "magnitude",
+            "magnitude needs sparsity: magnitude(sparsity, scope='global', targets=None, ignore=())\n  magnitude\n  ^^^^^^^^^",
+        ),
+        ("freeze(1)", "freeze takes no such option\n  freeze(1)\n         ^"),
+        ("µ(0.5),freez", "unknown pass 'μ'; passes: magnitude, zeros, mask, freeze, sparsity, flops, lower\n  µ(0.5),freez\n  ^"),
+    ],
+)
+def test_errors_point_at_the_fault_and_name_the_way_out(text: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        Pipeline.parse(text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["magnitude(-0.1)", "magnitude(1)", "magnitude(nan)", "magnitude(True)", "magnitude('0.5')", "magnitude(1e999)"],
+)
+def test_sparsity_outside_zero_to_one_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match=r"share of zeros in \[0, 1\)"):
+        Pipeline.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Magnitude(math.nan), "share of zeros"),
+        (lambda: Magnitude(0.5, scope="tensor"), "scope must be one of 'global', 'layer', 'row', got 'tensor'"),
+        (lambda: Magnitude(0.5, targets=3), "targets must be a pattern"),
+        (lambda: Magnitude(0.5, ignore=("",)), "ignore must be a pattern"),
+        (lambda: Lower("coo"), "format must be one of 'csr', got 'coo'"),
+        (lambda: Lower("csr", index_bits=8), "index_bits must be one of 16, 32, got 8"),
+        (lambda: Flops(context=0), "context must be a whole number above 0, got 0"),
+    ],
+)
+def test_options_are_checked_in_python_too(build, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        build()
+    assert message in str(caught.value)
+
+
+def test_lists_of_patterns_become_tuples_so_that_passes_stay_hashable() -> None:
+    assert Magnitude(0.5, targets=["mlp"], ignore="layers.0") == Magnitude(0.5, targets=("mlp",), ignore=("layers.0",))
+    assert hash(Magnitude(0.5, targets=["mlp"]))
+
+
+def test_passes_may_be_given_as_text_objects_or_both() -> None:
+    expected = Pipeline((Magnitude(0.5), Freeze(), Lower("csr")))
+    assert Pipeline.of("magnitude(0.5),freeze,lower(csr)") == expected
+    assert Pipeline.of([Magnitude(0.5), "freeze,lower"]) == expected
+    assert Pipeline.of(expected) is expected
+    assert Pipeline.of(Freeze()) == Pipeline((Freeze(),))
+    with pytest.raises(SpecError, match="give an instance"):
+        Pipeline.of([Freeze])
+    with pytest.raises(SpecError, match="got int"):
+        Pipeline.of([3])
+
+
+def test_illegal_order_is_refused_before_anything_runs() -> None:
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse("freeze,lower(csr)").validate()
+    assert str(caught.value) == (
+        "pass 1 'freeze' needs 'mask', which no earlier pass produces; produced by: magnitude, zeros, mask\n  freeze,lower(csr)"
+    )
+    with pytest.raises(PipelineError, match="pass 2 'lower' needs 'frozen', which no earlier pass produces; produced by: freeze"):
+        Pipeline.parse("magnitude(0.5),lower(csr)").validate()
+    with pytest.raises(PipelineError, match="pass 4 'lower' needs 'frozen', which pass 3 'magnitude' took away"):
+        Pipeline.parse("magnitude(0.2),freeze,magnitude(0.5),lower(csr)").validate()
+
+
+def test_passes_are_frozen_dataclasses_that_declare_known_facts() -> None:
+    for cls in known_passes().values():
+        assert dataclasses.is_dataclass(cls)
+        assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    Pipeline.parse("magnitude(0.5),mask,zeros,freeze,sparsity,flops,lower").validate()
+
+
+class _Entry:
+    value = "third.party:Thing"
+
+    def __init__(self, name: str, result: object) -> None:
+        self.name, self.result = name, result
+
+    def load(self) -> object:
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+@dataclasses.dataclass(frozen=True)
+class Halve(Sparsity):
+    """A third party's pass."""
+
+    name = "halve"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [(ImportError("no module"), "does not load"), (int, "no subclass"), (Freeze, "name is taken")],
+)
+def test_a_broken_entry_point_says_which_package_and_why(monkeypatch, loaded: object, message: str) -> None:
+    known_passes.cache_clear()
+    monkeypatch.setattr("sparsec.pipeline.table.entry_points", lambda group: [_Entry("thing", loaded)])
+    with pytest.raises(SpecError, match=message):
+        known_passes()
+    known_passes.cache_clear()
+
+
+def test_a_third_party_pass_is_found_by_its_entry_point(monkeypatch) -> None:
+    known_passes.cache_clear()
+    monkeypatch.setattr("sparsec.pipeline.table.entry_points", lambda group: [_Entry("halve", Halve)])
+    assert Pipeline.parse("halve").passes == (Halve(),)
+    known_passes.cache_clear()
