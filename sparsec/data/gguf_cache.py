@@ -7,11 +7,13 @@ So the result is made an ordinary model and kept in the user's cache folder, key
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +110,12 @@ def _precision(file: Path) -> str:
 def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     folder, name = str(file.parent), file.name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=dtype, trust_remote_code=False
-        )
+        # The progress bar of de-quantising heeds no setting: it writes to whatever sys.stderr is.
+        with redirect_stderr(io.StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=dtype, trust_remote_code=False
+            )
     except ImportError as error:
         raise MissingExtraError(f'{file}: {error}; `pip install "sparsec[gguf]"` brings what is needed') from error
     except Exception as error:

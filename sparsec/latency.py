@@ -1,0 +1,126 @@
+"""Latency, always as a comparison: the models take turns, so that a slow moment of a shared machine meets all of them.
+
+Prefill is one forward over a prompt; decode is one token with the key-value cache of that prompt, batch 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Progress = Callable[[str, int, int], None]
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements."""
+
+    median: float
+    lower: float
+    upper: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """From at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper, len(values))
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], None]],
+    repeats: int,
+    progress: Progress | None = None,
+    what: str = "timing",
+) -> dict[str, list[float]]:
+    """Milliseconds of each case, `repeats` times. In every round all cases run once, in turning order."""
+    names = list(cases)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(WARM_UP + repeats):
+        if progress is not None:
+            progress(what, turn, WARM_UP + repeats)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = perf_counter()
+            cases[name]()
+            elapsed = 1e3 * (perf_counter() - start)
+            if turn >= WARM_UP:
+                times[name].append(elapsed)
+    if progress is not None:
+        progress(what, WARM_UP + repeats, WARM_UP + repeats)
+    return times
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one model."""
+
+    prefill_ms: Spread
+    decode_ms: Spread  # per token
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Latencies of several models, and how much faster each is than the first: per round, so with its own spread."""
+
+    latencies: dict[str, Latency]
+    prefill_speedup: dict[str, Spread]
+    decode_speedup: dict[str, Spread]
+
+
+@torch.inference_mode()
+def compare(
+    models: Mapping[str, Any], prompt: Tensor, repeats: int, decode_repeats: int, progress: Progress | None = None
+) -> Comparison:
+    """Times causal language models on a prompt of token ids [1, tokens]; the first one is the baseline of the speedups."""
+    prefill = interleaved({n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill")
+    decode = interleaved({n: _decode(m, prompt) for n, m in models.items()}, decode_repeats, progress, "timing decode")
+    return Comparison(
+        {name: Latency(Spread.of(prefill[name]), Spread.of(decode[name])) for name in models},
+        _ratios(prefill),
+        _ratios(decode),
+    )
+
+
+def _ratios(times: Mapping[str, list[float]]) -> dict[str, Spread]:
+    base = next(iter(times.values()))
+    return {name: Spread.of([b / t for b, t in zip(base, own, strict=True)]) for name, own in times.items()}
+
+
+def _prefill(model: Any, prompt: Tensor) -> Callable[[], None]:
+    prompt = prompt.to(next(model.parameters()).device)
+
+    def run() -> None:
+        model(input_ids=prompt, use_cache=True)
+        _wait(prompt)
+
+    return run
+
+
+def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
+    """Every call decodes one token further, as generation does."""
+    prompt = prompt.to(next(model.parameters()).device)
+    state = model(input_ids=prompt, use_cache=True)
+    cache, token = state.past_key_values, state.logits[:, -1:].argmax(dim=-1)
+    del state
+
+    def run() -> None:
+        nonlocal cache, token
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache, token = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+        _wait(token)
+
+    return run
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

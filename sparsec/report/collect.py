@@ -1,0 +1,109 @@
+"""From a graph and the records of its passes to a report: counted, not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sparsec import memory
+from sparsec.ir.facts import GROUPS, Op, Weight
+from sparsec.ir.graph import Graph
+from sparsec.pipeline.base import PassRecord
+from sparsec.report.records import GroupRow, LayerRow, ReportData, total
+from sparsec.report.text import render
+
+
+@dataclass(frozen=True)
+class Report(ReportData):
+    """A report that prints as text. See also `sparsec.report.schema` for JSON and CSV."""
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def collect(graph: Graph, records: Sequence[PassRecord] = (), notes: Iterable[str] = ()) -> Report:
+    """What the graph knows of its weights and ops, per weight and per group."""
+    layers = tuple(_layer(graph, weight) for weight in graph.weights.values())
+    held = memory.held(graph.module).total
+    return Report(
+        passes=tuple(records),
+        layers=layers,
+        groups=tuple(_groups(graph, layers)),
+        bytes_buffers=held - sum(row.bytes_held for row in layers),
+        flops_without_weights=total([op.flops_dense for op in graph.ops.values() if not op.weights]),
+        notes=tuple(notes),
+    )
+
+
+def nnz_of(weight: Weight) -> int:
+    """The format's count, or the mask's, or all: a weight without a mask keeps everything, zeros of its own included."""
+    if weight.packed is not None:
+        return weight.packed.nnz
+    if weight.mask is not None:
+        return int(weight.mask.sum())
+    return weight.numel
+
+
+def _layer(graph: Graph, weight: Weight) -> LayerRow:
+    ops = graph.ops_of(weight.name)
+    out_features, in_features = _features(weight)
+    kernels = dict.fromkeys(op.kernel for op in ops if op.kernel is not None)
+    return LayerRow(
+        name=weight.name,
+        aliases=weight.aliases,
+        kind=weight.kind,
+        group=weight.group,
+        shape=weight.shape,
+        out_features=out_features,
+        in_features=in_features,
+        parameters=weight.numel,
+        nnz=nnz_of(weight),
+        flops_per_token=total([_executed(graph, op) for op in ops]),
+        flops_dense=total([op.flops_dense for op in ops]),
+        bytes_dense=weight.nbytes_dense,
+        bytes_held=weight.nbytes,
+        bytes_mask=weight.nbytes_mask,
+        value_bytes=weight.dtype.itemsize,
+        format=weight.format,
+        kernel=", ".join(kernels) or None,
+        reason=weight.reason,
+    )
+
+
+def _features(weight: Weight) -> tuple[int | None, int | None]:
+    if weight.kind == "conv1d":
+        return weight.matrix_shape
+    match weight.shape:
+        case (out_features,):
+            return out_features, None
+        case (out_features, in_features):
+            return out_features, in_features
+    return None, None
+
+
+def _executed(graph: Graph, op: Op) -> float | None:
+    """A mask alone saves no work: a dense kernel multiplies by the zeros too."""
+    if op.weights and graph.weights[op.weights[0]].packed is not None:
+        return op.flops
+    return op.flops_dense
+
+
+def _groups(graph: Graph, layers: Sequence[LayerRow]) -> Iterable[GroupRow]:
+    parameters = sum(row.parameters for row in layers)
+    for group in GROUPS:
+        members = [row for row in layers if row.group == group]
+        ops = [op for op in graph.ops.values() if op.group == group]
+        executed = total([_executed(graph, op) for op in ops])
+        if not members and not executed:
+            continue
+        count = sum(row.parameters for row in members)
+        yield GroupRow(
+            group=group,
+            parameters=count,
+            nnz=sum(row.nnz for row in members),
+            flops_per_token=executed,
+            flops_dense=total([op.flops_dense for op in ops]),
+            bytes_dense=sum(row.bytes_dense for row in members),
+            bytes_held=sum(row.bytes_held for row in members),
+            share=count / parameters if parameters else 0.0,
+        )

@@ -1,0 +1,217 @@
+"""What a report holds: plain facts, ready to be printed or written. Nothing here measures or prints.
+
+Conventions: sparsity is the share of zeros by mask, never by looking for values that are 0. A multiply-add is 2 FLOPs, and FLOPs
+are per token. Bytes are those of the tensors held. None means: not known, because the pass or measurement that tells did not run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparsec.latency import Spread
+from sparsec.machine import Machine
+from sparsec.pipeline.base import PassRecord
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One stored weight. A tied weight is one row, with its other names in `aliases`."""
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    group: str
+    shape: tuple[int, ...]  # as stored
+    out_features: int | None  # of a matrix; for a vector its length
+    in_features: int | None  # of a matrix
+    parameters: int
+    nnz: int
+    flops_per_token: float | None  # what its ops execute
+    flops_dense: float | None
+    bytes_dense: int
+    bytes_held: int  # without the mask
+    bytes_mask: int
+    value_bytes: int  # of one value
+    format: str
+    kernel: str | None  # None where nothing but torch runs
+    reason: str | None  # why it is dense, where that needs saying
+    speedup_measured: float | None = None
+    speedup_predicted: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1.0 - self.nnz / self.parameters if self.parameters else 0.0
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is stored in a sparse format."""
+        return self.format != "dense"
+
+    @property
+    def speedup_theoretical(self) -> float | None:
+        """By FLOPs: dense / executed."""
+        return ratio(self.flops_dense, self.flops_per_token)
+
+    @property
+    def speedup_theoretical_bytes(self) -> float | None:
+        """By bytes read: dense / held. The bound of decoding one token at a time."""
+        return ratio(self.bytes_dense, self.bytes_held)
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """The weights and ops of one group. FLOPs go by the op: a tied head's product counts under lm_head, its weight under
+    embedding."""
+
+    group: str
+    parameters: int
+    nnz: int
+    flops_per_token: float | None
+    flops_dense: float | None
+    bytes_dense: int
+    bytes_held: int
+    share: float  # of all parameters
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1.0 - self.nnz / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model that was compiled."""
+
+    name: str
+    architecture: str
+    source: str
+    source_precision: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """What a perplexity was computed on."""
+
+    text: str
+    text_sha256: str
+    text_tokens: int
+    windows: int
+    window_length: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LatencyFacts:
+    """How latency was measured."""
+
+    prompt_tokens: int
+    threads: int
+    prefill_repeats: int
+    decode_repeats: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the compared models: dense, masked or lowered. Model bytes are found by walking every tensor that it holds."""
+
+    parameters: int  # dense count: zeros are parameters too
+    nnz: int
+    bytes: int
+    bytes_masks: int  # beside the model, while it is being pruned
+    flops_per_token: float | None
+    speedup_theoretical: float | None  # by FLOPs
+    speedup_theoretical_bytes: float | None
+    resident_bytes: int | None = None  # what it added to the process's resident memory, masks included
+    perplexity: float | None = None
+    top1: float | None = None  # agreement with dense
+    prefill_ms: Spread | None = None
+    decode_ms: Spread | None = None
+    speedup_prefill: Spread | None = None  # measured, against dense in the same round
+    speedup_decode: Spread | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among all parameters."""
+        return 1.0 - self.nnz / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A greedy continuation of one prompt."""
+
+    prompt: str
+    chat: bool  # went through the model's chat template
+    new_tokens: int
+    texts: dict[str, str]  # by variant
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """A whole report. The parts that need a measurement are None where nothing was measured."""
+
+    passes: tuple[PassRecord, ...]
+    layers: tuple[LayerRow, ...]
+    groups: tuple[GroupRow, ...]
+    bytes_buffers: int  # beside the weights: rotary tables, position numbers, ...
+    flops_without_weights: float | None = None  # per token: attention scores and values
+    notes: tuple[str, ...] = ()
+    machine: Machine | None = None
+    model: ModelFacts | None = None
+    summary: dict[str, Variant] = field(default_factory=dict)  # dense, masked, lowered
+    evaluation: EvaluationFacts | None = None
+    latency: LatencyFacts | None = None
+    sample: Sample | None = None
+    remarks: tuple[str, ...] = ()  # on how it was measured
+
+    @property
+    def parameters(self) -> int:
+        """Dense count, tied weights once."""
+        return sum(row.parameters for row in self.layers)
+
+    @property
+    def nnz(self) -> int:
+        """Of all weights."""
+        return sum(row.nnz for row in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among all parameters."""
+        return 1.0 - self.nnz / self.parameters if self.parameters else 0.0
+
+    @property
+    def bytes_dense(self) -> int:
+        """Of all tensors if no weight were packed, masks left out."""
+        return sum(row.bytes_dense for row in self.layers) + self.bytes_buffers
+
+    @property
+    def bytes_held(self) -> int:
+        """Of all tensors, masks left out."""
+        return sum(row.bytes_held for row in self.layers) + self.bytes_buffers
+
+    @property
+    def bytes_masks(self) -> int:
+        """Of the masks that are still there."""
+        return sum(row.bytes_mask for row in self.layers)
+
+    @property
+    def flops_dense(self) -> float | None:
+        """Per token, of all groups."""
+        return total([row.flops_dense for row in self.groups])
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Per token, as executed, of all groups."""
+        return total([row.flops_per_token for row in self.groups])
+
+
+def total(values: list[float | None]) -> float | None:
+    """Sum of what is known; None when nothing is."""
+    known = [v for v in values if v is not None]
+    return sum(known) if known else None
+
+
+def ratio(dense: float | None, now: float | None) -> float | None:
+    """dense / now; None where unknown or meaningless."""
+    return dense / now if dense and now else None

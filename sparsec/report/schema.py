@@ -1,0 +1,193 @@
+"""A report as JSON and CSV. The JSON's schema is the table `SCHEMA` below, which `check` holds a document against.
+
+`schema` names the version, `sparsec.report/1`. A new key keeps the version, since readers skip what they do not know; a key that
+goes away or changes its meaning takes the next one. null stands for what is not known: a pass or measurement did not run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import asdict
+from typing import Any
+
+from sparsec.latency import Spread
+from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
+from sparsec.report.words import dense_reason
+
+VERSION = "sparsec.report/1"
+
+NUMBER = (int, float)
+NONE = type(None)
+Keys = dict[str, tuple[tuple[type, ...], str]]
+
+PASS: Keys = {
+    "index": ((int,), "from 1"),
+    "spec": ((str,), "canonical text with options"),
+    "name": ((str,), "of the pass"),
+    "effect": ((str,), "analysis, exact, numeric or lossy"),
+    "seconds": (NUMBER, "wall time"),
+    "changed": ((bool,), "whether the computation or its masks changed"),
+    "summary": ((str,), "one line"),
+    "notes": ((list,), "strings: what was left alone, and why"),
+}
+LAYER: Keys = {
+    "name": ((str,), "of the stored weight"),
+    "aliases": ((list,), "its other names, where it is tied"),
+    "kind": ((str,), "linear, conv1d, experts, embedding, bias or other"),
+    "group": ((str,), "attention, mlp, experts, router, lm_head, embedding, norm or other"),
+    "shape": ((list,), "as stored"),
+    "out_features": ((int, NONE), "of a matrix [out, in]; the length of a vector; null for more dimensions"),
+    "in_features": ((int, NONE), "of a matrix; else null"),
+    "parameters": ((int,), "zeros included"),
+    "nnz": ((int,), "kept by the mask"),
+    "sparsity": (NUMBER, "share of zeros, 0 to 1"),
+    "flops_per_token": ((*NUMBER, NONE), "as executed; a multiply-add is 2"),
+    "flops_dense": ((*NUMBER, NONE), "as if nothing were zero"),
+    "bytes_dense": ((int,), "of the dense tensor"),
+    "bytes_held": ((int,), "of the tensors held instead, without the mask"),
+    "bytes_mask": ((int,), "of the mask, while there is one"),
+    "format": ((str,), "dense, csr16, csr32, ..."),
+    "kernel": ((str, NONE), "that executes it; null where only torch does"),
+    "reason": ((str, NONE), "why it is dense"),
+    "speedup_theoretical": ((*NUMBER, NONE), "by FLOPs: flops_dense / flops_per_token"),
+    "speedup_theoretical_bytes": ((*NUMBER, NONE), "bytes_dense / bytes_held"),
+    "speedup_predicted": ((*NUMBER, NONE), "by a cost model"),
+    "speedup_measured": ((*NUMBER, NONE), "one row, against the dense layer, in rotation over all layers"),
+}
+GROUP: Keys = {
+    "group": ((str,), "as in a layer"),
+    "parameters": ((int,), "stored in it"),
+    "nnz": ((int,), "kept"),
+    "sparsity": (NUMBER, "share of zeros"),
+    "flops_per_token": ((*NUMBER, NONE), "executed by its ops, those without weights included"),
+    "flops_dense": ((*NUMBER, NONE), "as if nothing were zero"),
+    "bytes_dense": ((int,), "dense"),
+    "bytes_held": ((int,), "held"),
+    "share": (NUMBER, "of all parameters"),
+}
+VARIANT: Keys = {
+    "parameters": ((int,), "dense count"),
+    "nnz": ((int,), "kept"),
+    "sparsity": (NUMBER, "share of zeros among all parameters"),
+    "bytes": ((int,), "of every tensor held by the model, each storage once"),
+    "bytes_masks": ((int,), "of the masks beside it"),
+    "resident_bytes": ((int, NONE), "that building it added to the process, masks included"),
+    "perplexity": ((*NUMBER, NONE), "see evaluation; a number beyond floating point is null"),
+    "top1": ((*NUMBER, NONE), "agreement with dense, 0 to 1"),
+    "flops_per_token": ((*NUMBER, NONE), "as executed"),
+    "prefill_ms": ((*NUMBER, NONE), "median"),
+    "prefill_ms_quartiles": ((list, NONE), "[lower, upper]"),
+    "decode_ms": ((*NUMBER, NONE), "median, per token"),
+    "decode_ms_quartiles": ((list, NONE), "[lower, upper]"),
+    "speedup_theoretical": ((*NUMBER, NONE), "by FLOPs"),
+    "speedup_theoretical_bytes": ((*NUMBER, NONE), "by model bytes"),
+    "speedup_prefill": ((*NUMBER, NONE), "measured: median over rounds of dense / this"),
+    "speedup_prefill_quartiles": ((list, NONE), "[lower, upper]"),
+    "speedup_decode": ((*NUMBER, NONE), "measured: median over rounds of dense / this"),
+    "speedup_decode_quartiles": ((list, NONE), "[lower, upper]"),
+}
+SCHEMA: Keys = {
+    "schema": ((str,), f"{VERSION!r}"),
+    "machine": (
+        (dict, NONE),
+        "cpu, isa, cores, memory_bytes, gpu, system, python, versions, commit, threads, kernels, native, load",
+    ),
+    "model": ((dict, NONE), "name, architecture, source, source_precision, dtype"),
+    "passes": ((list,), "of PASS, in order"),
+    "layers": ((list,), "of LAYER, one per stored weight"),
+    "groups": ((list,), "of GROUP"),
+    "bytes_buffers": ((int,), "beside the weights"),
+    "flops_without_weights": (
+        (*NUMBER, NONE),
+        "per token, of attention scores and values at the context of the pass flops",
+    ),
+    "summary": ((dict,), "of VARIANT under dense, masked and lowered; empty where nothing was compared"),
+    "evaluation": ((dict, NONE), "text, text_sha256, text_tokens, windows, window_length, dtype"),
+    "latency": ((dict, NONE), "prompt_tokens, threads, prefill_repeats, decode_repeats"),
+    "sample": ((dict, NONE), "prompt, chat, new_tokens, texts by variant"),
+    "notes": ((list,), "strings of tracing and emission"),
+    "remarks": ((list,), "strings on how it was measured"),
+}
+
+
+def document(report: ReportData) -> dict[str, Any]:
+    """The report as what `json.dumps(..., allow_nan=False)` takes."""
+    return {
+        "schema": VERSION,
+        "machine": asdict(report.machine) if report.machine is not None else None,
+        "model": asdict(report.model) if report.model is not None else None,
+        "passes": [asdict(p) | {"effect": p.effect.value, "notes": list(p.notes)} for p in report.passes],
+        "layers": [_layer(row) for row in report.layers],
+        "groups": [_group(row) for row in report.groups],
+        "bytes_buffers": report.bytes_buffers,
+        "flops_without_weights": report.flops_without_weights,
+        "summary": {name: _variant(v) for name, v in report.summary.items()},
+        "evaluation": asdict(report.evaluation) if report.evaluation is not None else None,
+        "latency": asdict(report.latency) if report.latency is not None else None,
+        "sample": asdict(report.sample) if report.sample is not None else None,
+        "notes": list(report.notes),
+        "remarks": list(report.remarks),
+    }
+
+
+def layers_csv(report: ReportData) -> str:
+    """The layers as CSV, a header line first; the columns are the keys of LAYER, lists joined with spaces."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(LAYER), lineterminator="\n")
+    writer.writeheader()
+    for row in report.layers:
+        cells = _layer(row)
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in cells.items()})
+    return stream.getvalue()
+
+
+def check(found: Any) -> list[str]:
+    """How a document departs from the schema; empty when it does not. Unknown keys are allowed."""
+    problems = _check("report", found, SCHEMA)
+    if problems:
+        return problems
+    if found["schema"] != VERSION:
+        problems.append(f"report.schema: expected {VERSION!r}, got {found['schema']!r}")
+    for part, keys in (("passes", PASS), ("layers", LAYER), ("groups", GROUP)):
+        for i, item in enumerate(found[part]):
+            problems += _check(f"{part}[{i}]", item, keys)
+    for name, item in found["summary"].items():
+        problems += _check(f"summary.{name}", item, VARIANT)
+    return problems
+
+
+def _check(where: str, found: Any, keys: Keys) -> list[str]:
+    if not isinstance(found, dict):
+        return [f"{where}: expected an object, got {type(found).__name__}"]
+    problems = [f"{where}: lacks {key!r} ({doc})" for key, (_, doc) in keys.items() if key not in found]
+    for key, (types, doc) in keys.items():
+        # bool is an int to Python, but not to a reader of JSON
+        wrong = key in found and (
+            not isinstance(found[key], types) or (isinstance(found[key], bool) and bool not in types)
+        )
+        if wrong:
+            names = " or ".join("null" if t is NONE else t.__name__ for t in types)
+            problems.append(f"{where}.{key} ({doc}): expected {names}, got {found[key]!r}")
+    return problems
+
+
+def _layer(row: LayerRow) -> dict[str, Any]:
+    cells = {key: getattr(row, key) for key in LAYER}
+    return cells | {"aliases": list(row.aliases), "shape": list(row.shape), "reason": dense_reason(row)}
+
+
+def _group(row: GroupRow) -> dict[str, Any]:
+    return {key: getattr(row, key) for key in GROUP}
+
+
+def _variant(v: Variant) -> dict[str, Any]:
+    cells: dict[str, Any] = {key: getattr(v, key) for key in VARIANT if not key.endswith("_quartiles")}
+    for key in ("prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"):
+        spread: Spread | None = cells[key]
+        cells[key] = spread.median if spread is not None else None
+        cells[f"{key}_quartiles"] = [spread.lower, spread.upper] if spread is not None else None
+    if v.perplexity is not None and not math.isfinite(v.perplexity):
+        cells["perplexity"] = None
+    return {key: cells[key] for key in VARIANT}

@@ -1,0 +1,244 @@
+"""A report as text, at most 120 columns wide and plain ASCII, so that a terminal, a pipe and a log show the same."""
+
+from __future__ import annotations
+
+import string
+
+from sparsec.latency import Spread
+from sparsec.machine import Machine
+from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
+from sparsec.report.table import heading, mega, paragraph, percent, shorten, table, times
+from sparsec.report.words import dense_reason, storage
+
+_NAME = 36
+
+
+def render(report: ReportData) -> str:
+    """All sections that the report has something for, ending without a newline."""
+    lines: list[str] = []
+    if report.machine is not None:
+        lines += machine_lines(report.machine)
+    if report.model is not None:
+        m = report.model
+        lines += heading("Model")
+        lines += paragraph(f"{m.name} ({m.architecture}), from {m.source}; weights stored as: {m.source_precision}")
+        lines += [f"computes in {m.dtype}, {report.parameters:,} parameters"]
+    lines += _passes(report) + _layers(report) + _groups(report)
+    if report.summary:
+        lines += _summary(report)
+    if report.sample is not None:
+        lines += _sample(report)
+    if report.notes or report.remarks:
+        lines += heading("Notes")
+        lines += [line for note in (*report.notes, *report.remarks) for line in paragraph(note, "- ")]
+    return "\n".join(lines[1:] if lines[0] == "" else lines)
+
+
+def machine_lines(m: Machine) -> list[str]:
+    """The environment, also for bug reports."""
+    memory = f", {m.memory_bytes / 2**30:.0f} GiB" if m.memory_bytes else ""
+    versions = ", ".join(f"{name} {version}" for name, version in m.versions.items())
+    rows = [
+        ("cpu", f"{m.cpu}, {m.isa}, {m.cores} cores{memory}; torch uses {m.threads} threads"),
+        ("gpu", m.gpu or "none"),
+        ("system", f"{m.system}, Python {m.python}"),
+        ("versions", versions + (f"; commit {m.commit}" if m.commit else "")),
+        ("native", m.native),
+        *[(f"kernel {name}", state) for name, state in m.kernels.items()],
+    ]
+    if m.load is not None:
+        rows.append(("load", f"{m.load:.1f} processes ran or waited over the last minute"))
+    return heading("Machine") + [line for key, text in rows for line in paragraph(text, f"{key:<22}")]
+
+
+def _passes(report: ReportData) -> list[str]:
+    if not report.passes:
+        return []
+    lines = heading("Passes")
+    for p in report.passes:
+        lines += paragraph(f"{p.spec}  [{p.effect.value}]  {p.seconds:.2f} s", f"{p.index:>2}  ")
+        lines += paragraph(p.summary + ("" if p.changed else " (the computation is unchanged)"), "      ")
+        shown = p.notes[:5]
+        lines += [line for note in shown for line in paragraph(note, "      - ")]
+        if len(p.notes) > len(shown):
+            lines.append(f"      - and {len(p.notes) - len(shown)} more notes (all of them are in the JSON)")
+    return lines
+
+
+def _layers(report: ReportData) -> list[str]:
+    legend: dict[str, str] = {}
+    rows = [_layer(row, legend) for row in report.layers]
+    header = (
+        "name",
+        "group",
+        "out x in",
+        "zero",
+        "MFLOP",
+        "MB dense",
+        "MB held",
+        "format[kernel]",
+        "FLOPs",
+        "measured",
+    )
+    lines = heading("Layers: one row per stored weight; MFLOP per token as executed; FLOPs: theoretical speedup")
+    lines += table(header, rows, left=(0, 1, 7), gap=1)
+    lines += [line for reason, mark in legend.items() for line in paragraph(f"dense because: {reason}", f"({mark}) ")]
+    tied = [row for row in report.layers if row.aliases]
+    lines += [line for row in tied for line in paragraph(f"tied, counted once: {row.name} = {', '.join(row.aliases)}")]
+    for text in storage(report.layers):
+        lines += paragraph(text)
+    return lines
+
+
+def _layer(row: LayerRow, legend: dict[str, str]) -> tuple[str, ...]:
+    reason = dense_reason(row)
+    if reason is None:
+        where = f"{row.format}[{row.kernel or '-'}]"
+    else:
+        where = f"dense ({legend.setdefault(reason, _mark(len(legend)))})"
+    shape = "x".join(map(str, (row.out_features, row.in_features) if row.in_features else row.shape))
+    name = shorten(row.name.removesuffix(".weight"), _NAME)
+    speed = (times(row.speedup_theoretical), times(row.speedup_measured))
+    zero = percent(row.sparsity)
+    return (
+        name,
+        row.group,
+        shape,
+        zero,
+        mega(row.flops_per_token),
+        mega(row.bytes_dense),
+        mega(row.bytes_held),
+        where,
+        *speed,
+    )
+
+
+def _mark(index: int) -> str:
+    letters = string.ascii_lowercase
+    return letters[index] if index < len(letters) else f"{letters[index % 26]}{index // 26}"
+
+
+def _groups(report: ReportData) -> list[str]:
+    whole = GroupRow(
+        "all weights",
+        report.parameters,
+        report.nnz,
+        report.flops_per_token,
+        report.flops_dense,
+        sum(r.bytes_dense for r in report.layers),
+        sum(r.bytes_held for r in report.layers),
+        1.0,
+    )
+    rows = [
+        (
+            g.group,
+            f"{g.parameters:,}",
+            percent(g.share),
+            percent(g.sparsity, 2),
+            mega(g.flops_dense),
+            mega(g.flops_per_token),
+            mega(g.bytes_dense),
+            mega(g.bytes_held),
+        )
+        for g in (*report.groups, whole)
+    ]
+    header = ("group", "parameters", "share", "zero", "MFLOP dense", "MFLOP now", "MB dense", "MB held")
+    lines = heading("Groups: FLOPs per token by what executes them, parameters by where they are stored")
+    lines += table(header, rows)
+    lines.append(
+        f"buffers beside the weights: {mega(report.bytes_buffers)} MB; masks still held: {mega(report.bytes_masks)} MB"
+    )
+    if report.flops_dense is None:
+        lines.append("FLOPs are not counted: add the pass flops")
+    elif report.flops_without_weights:
+        work = f"{mega(report.flops_without_weights)} MFLOP per token are attention scores and values at the context of the pass flops"
+        lines += paragraph(f"{work}; they have no weights, so pruning leaves them as they are")
+    return lines
+
+
+def _summary(report: ReportData) -> list[str]:
+    variants = list(report.summary.values())
+    rows: list[tuple[str, ...]] = []
+
+    def row(title: str, cells: list[str]) -> None:
+        if any(cell != "-" for cell in cells):
+            rows.append((title, *cells))
+
+    row("parameters (zeros included)", [f"{v.parameters:,}" for v in variants])
+    row("kept (nnz)", [f"{v.nnz:,}" for v in variants])
+    row("sparsity of all parameters", [percent(v.sparsity, 2) for v in variants])
+    row("model bytes, MB", [mega(v.bytes) for v in variants])
+    row("  masks beside it, MB", [mega(v.bytes_masks) for v in variants])
+    row("resident memory added, MB", [mega(v.resident_bytes, 0) for v in variants])
+    row("perplexity", ["-" if v.perplexity is None else f"{v.perplexity:.5g}" for v in variants])
+    row("top-1 agreement with dense", ["-" if v.top1 is None else f"{v.top1:.4f}" for v in variants])
+    row("MFLOP per token", [mega(v.flops_per_token, 1) for v in variants])
+    row("prefill, ms (quartiles)", [_spread(v.prefill_ms) for v in variants])
+    row("decode, ms per token (quartiles)", [_spread(v.decode_ms) for v in variants])
+    row("theoretical speedup, FLOPs", [times(v.speedup_theoretical) for v in variants])
+    row("theoretical speedup, bytes", [times(v.speedup_theoretical_bytes) for v in variants])
+    row("measured speedup, prefill", [_spread(v.speedup_prefill, "x") for v in variants])
+    row("measured speedup, decode", [_spread(v.speedup_decode, "x") for v in variants])
+    lines = heading("Summary") + table(("", *report.summary), rows)
+    return lines + [line for text in _footnotes(report) for line in paragraph(text)] + _verdict(report)
+
+
+def _spread(spread: Spread | None, unit: str = "") -> str:
+    if spread is None:
+        return "-"
+    digits = 2 if spread.median < 100 else 0
+    return f"{spread.median:.{digits}f}{unit} ({spread.lower:.{digits}f}-{spread.upper:.{digits}f})"
+
+
+def _footnotes(report: ReportData) -> list[str]:
+    notes = []
+    if (e := report.evaluation) is not None:
+        notes.append(
+            f"perplexity and top-1 on {e.text} (sha256 {e.text_sha256[:16]}, {e.text_tokens:,} tokens): "
+            f"{e.windows} windows of {e.window_length} tokens, {e.dtype}"
+        )
+    if (t := report.latency) is not None:
+        notes.append(
+            f"latency at batch 1 with {t.threads} threads, models in turn: median (quartiles) of {t.prefill_repeats} prefills of "
+            f"{t.prompt_tokens} tokens and of {t.decode_repeats} tokens decoded after them"
+        )
+    return notes
+
+
+def _verdict(report: ReportData) -> list[str]:
+    """In words, where lowering did not pay."""
+    lowered, dense = report.summary.get("lowered"), report.summary.get("dense")
+    if lowered is None or dense is None:
+        return []
+    lines = []
+    if lowered.bytes > dense.bytes:
+        lines += paragraph(
+            f"The lowered model is LARGER than the dense one: {mega(lowered.bytes)} MB against {mega(dense.bytes)} MB. "
+            "At this sparsity the column numbers cost more than the zeros save; prune further, or leave it dense."
+        )
+    if lowered.speedup_decode is not None and lowered.speedup_decode.median < 1:
+        lines += paragraph(
+            f"The lowered model decodes SLOWER than the dense one ({times(lowered.speedup_decode.median)}).{_why_slow(report, lowered)}"
+        )
+    return lines
+
+
+def _why_slow(report: ReportData, lowered: Variant) -> str:
+    kernels = {row.kernel for row in report.layers if row.packed and row.kernel}
+    reference = sorted(k for k in kernels if k.endswith("_reference"))
+    if reference:
+        return f" It ran on {', '.join(reference)}, which is right but not fast: the native kernels did not serve it."
+    if lowered.speedup_theoretical_bytes is not None and lowered.speedup_theoretical_bytes < 1:
+        return " Decoding reads every stored byte once a token, and there are more of them than before."
+    return ""
+
+
+def _sample(report: ReportData) -> list[str]:
+    sample = report.sample
+    assert sample is not None
+    template = " (through the chat template)" if sample.chat else ""
+    lines = heading(f"Sample: greedy, up to {sample.new_tokens} new tokens{template}")
+    lines += paragraph(repr(sample.prompt), f"{'prompt':<9}")
+    for name, text in sample.texts.items():
+        lines += paragraph(repr(text), f"{name:<9}")
+    return lines

@@ -1,0 +1,70 @@
+"""What the tables do not say by themselves: where packing made a layer larger, and why what is dense is dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparsec.report.records import LayerRow
+from sparsec.report.table import mega, percent
+
+
+def dense_reason(row: LayerRow) -> str | None:
+    """Why a row is dense; None for a packed one."""
+    if row.packed:
+        return None
+    if row.reason:
+        return row.reason
+    if row.bytes_mask:
+        return "it has a mask, but no pass lowered it"
+    if row.nnz < row.parameters:
+        return "its zeros are counted, but no pass lowered it"
+    match row.kind:
+        case "linear" | "conv1d":
+            return "no pass pruned it"
+        case "embedding" if row.flops_dense:
+            return "no pass pruned it; tied to a product's weight, so pruning one prunes the other"
+        case "embedding":
+            return "embedding: looked up, not multiplied"
+        case "bias":
+            return "bias: a vector"
+        case "experts":
+            return "fused experts: no pass prunes them"
+    return "not a matrix of a linear layer"
+
+
+def storage(layers: Sequence[LayerRow]) -> list[str]:
+    """Per format, one paragraph: bytes against dense, and from which sparsity on it pays. Larger is called larger."""
+    paragraphs = []
+    for name in dict.fromkeys(row.format for row in layers if row.packed):
+        rows = [row for row in layers if row.format == name]
+        larger = [row for row in rows if row.bytes_held > row.bytes_dense]
+        held, dense = sum(r.bytes_held for r in rows), sum(r.bytes_dense for r in rows)
+        parameters = sum(r.parameters for r in rows)
+        sparsity = 1 - sum(r.nnz for r in rows) / parameters if parameters else 0.0
+        text = (
+            f"{name}: {len(rows)} weights, {percent(sparsity)} zero, {mega(held)} MB held against {mega(dense)} MB dense "
+            f"({bits(held, parameters)} against {bits(dense, parameters)} bits per weight)."
+        )
+        if larger:
+            few = ", ".join(row.name for row in larger[:3]) + (", ..." if len(larger) > 3 else "")
+            verdict = (
+                "so the packed weights are LARGER than dense" if held > dense else "though in all they are smaller"
+            )
+            text += (
+                f" {len(larger)} of them are LARGER than dense ({few}), {verdict}: every kept weight carries a column number. "
+                f"{name} takes less than dense from about {percent(pays_from(rows), 0)} zeros."
+            )
+        paragraphs.append(text)
+    return paragraphs
+
+
+def bits(nbytes: int, parameters: int) -> str:
+    """Per weight."""
+    return f"{8 * nbytes / parameters:.1f}" if parameters else "-"
+
+
+def pays_from(rows: Sequence[LayerRow]) -> float:
+    """The sparsity at which packed and dense would take the same bytes, their cost per kept weight being what it is here."""
+    held, dense = sum(r.bytes_held for r in rows), sum(r.bytes_dense for r in rows)
+    density = sum(r.nnz for r in rows) / sum(r.parameters for r in rows)
+    return max(0.0, 1.0 - density * dense / held) if held else 0.0
