@@ -89,8 +89,8 @@ def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     try:
-        named = isinstance(example_inputs, Mapping)
-        bound = signature.bind(**example_inputs) if named else signature.bind(*example_inputs)
+        args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TraceError(f"{name}.forward{signature} does not take these example inputs: {error}") from error
     arguments: dict[str, Any] = {}

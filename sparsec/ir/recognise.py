@@ -6,7 +6,7 @@ Recognition is by operator name and by what the operands are, so it holds for ev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Read:
     matrix: fx.Node | None = None  # the get_attr of the matrix, None where there is none or where it is computed
     computed: fx.Node | None = None  # the node that computes the weight of a linear product
     parameters: tuple[fx.Node, ...] = ()  # every parameter the node reads, the matrix first
+    views: tuple[fx.Node, ...] = ()  # calls between the node and its parameters that only look at them another way
 
 
 def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn.Module]) -> Read | None:
@@ -85,7 +86,16 @@ def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn
     else:
         return None
     rest = tuple(p for p in dict.fromkeys(direct) if p is not matrix)
-    return Read(node, kind, owner, matrix, computed, rest if matrix is None else (matrix, *rest))
+    through = _VIEWS if kind == "grouped_linear" else _SAME
+    views = tuple(v for n in node.all_input_nodes if _behind(n, through) in parameters for v in _between(n, through))
+    return Read(node, kind, owner, matrix, computed, rest if matrix is None else (matrix, *rest), views)
+
+
+def without_views(reads: Sequence[Read]) -> tuple[Read, ...]:
+    """Leaves out the calls that only hand a parameter on to products: a cast to the dtype it has, a transposed stack of experts."""
+    views = {view for r in reads for view in r.views}
+    readers = {r.node for r in reads} | views
+    return tuple(r for r in reads if not (r.node in views and all(user in readers for user in r.node.users)))
 
 
 def sources(node: fx.Node, parameters: frozenset[fx.Node]) -> list[fx.Node]:
@@ -120,14 +130,24 @@ def op_name(node: fx.Node) -> tuple[str, str]:
 
 def _behind(node: fx.Node | None, through: frozenset[str]) -> fx.Node | None:
     """The node behind calls that hand on the same values: those in `through`, and casts to the dtype it already has."""
-    while node is not None and node.op == "call_function" and node.all_input_nodes:
-        namespace, name = op_name(node)
-        source = node.all_input_nodes[0]
-        cast = name in ("to", "_to_copy") and _dtype(node) == _dtype(source)
-        if namespace != "aten" or not (cast or name in through):
-            return node
-        node = source
+    while node is not None and _hands_on(node, through):
+        node = node.all_input_nodes[0]
     return node
+
+
+def _between(node: fx.Node, through: frozenset[str]) -> Iterator[fx.Node]:
+    """The calls that `_behind` looks through."""
+    while _hands_on(node, through):
+        yield node
+        node = node.all_input_nodes[0]
+
+
+def _hands_on(node: fx.Node, through: frozenset[str]) -> bool:
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    namespace, name = op_name(node)
+    cast = name in ("to", "_to_copy") and _dtype(node) == _dtype(node.all_input_nodes[0])
+    return namespace == "aten" and (cast or name in through)
 
 
 def _stacked(node: fx.Node | None, parameters: frozenset[fx.Node]) -> fx.Node | None:

@@ -148,7 +148,7 @@ def _kind(name: str, reads: list[Read], findings: Findings) -> tuple[WeightKind,
         elif r.kind == "grouped_linear":
             kinds.add("experts")
         else:
-            kinds.add(r.kind if r.kind in ("linear", "conv1d", "embedding") else "other")  # type: ignore[arg-type]
+            kinds.add(r.kind if r.kind in ("linear", "conv1d", "embedding") else "other")
     if len(kinds) == 1:
         return kinds.pop(), None
     if kinds == {"embedding", "linear"}:

@@ -17,7 +17,7 @@ from sparsec.ir.graph import Graph, fetch
 from sparsec.ir.groups import Structure
 from sparsec.ir.names import node_names
 from sparsec.ir.output import OutputCodeGen
-from sparsec.ir.recognise import LINEAR_KINDS, op_name, read
+from sparsec.ir.recognise import LINEAR_KINDS, op_name, read, without_views
 from sparsec.ir.shapes import shape_of, size_names
 from sparsec.ir.tables import Findings, naming_path, ops_table, weights_table
 
@@ -50,7 +50,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Grap
             f"{type(model).__name__} was in train mode and is traced in eval mode: dropout does nothing in the graph"
         )
     inputs = tuple(name for name in exported.inputs if name is not None)
-    return Graph(_module(model, exported.module, graph), weights, ops, inputs, exported.rung, notes=notes)
+    example = tuple(call.tensors[name] for name in inputs)
+    module = _module(model, exported.module, graph)
+    return Graph(module, weights, ops, inputs, exported.rung, notes=notes, example=example)
 
 
 def _tidy(module: fx.GraphModule, model: nn.Module) -> dict[fx.Node, str]:
@@ -78,14 +80,14 @@ def _findings(model: nn.Module, exported: Exported, parameters: dict[fx.Node, st
     nodes = list(exported.module.graph.nodes)
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in nodes if node.op == "call_function"]
-    reads = [r for node in calls if (r := read(node, frozenset(parameters), modules)) is not None]
+    reads = without_views([r for node in calls if (r := read(node, frozenset(parameters), modules)) is not None])
     structure = Structure(model, [r.owner for r in reads if r.kind in LINEAR_KINDS])
     placeholders = {
         name: n for name, n in zip(exported.inputs, (n for n in nodes if n.op == "placeholder"), strict=True) if name
     }
     symbols = size_names(placeholders, exported.dims)
     shapes = {node: shape_of(node.meta.get("val"), symbols) for node in nodes}
-    return Findings(model, structure, tuple(reads), parameters, shapes)
+    return Findings(model, structure, reads, parameters, shapes)
 
 
 def _rebuild(
