@@ -8,13 +8,10 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import ClassVar
 
-from sparsec.ir.facts import Op
+from sparsec.ir.facts import MATRIX_KINDS, Op
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_positive
-
-_LINEAR = ("linear", "conv1d", "sparse_linear")
-
 
 @dataclass(frozen=True)
 class Flops(Pass):
@@ -58,7 +55,7 @@ class Flops(Pass):
     def _count(self, graph: Graph, op: Op) -> tuple[float | None, float | None]:
         """(dense, kept); None where unknown."""
         weight = graph.weights.get(op.weights[0]) if op.weights else None
-        if op.kind in _LINEAR and weight is not None:
+        if op.kind in MATRIX_KINDS and weight is not None:
             kept = weight.nnz
             if kept is None:
                 kept = int(weight.mask.sum()) if weight.mask is not None else weight.numel

@@ -31,6 +31,7 @@ class Magnitude(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
     produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     sparsity: float
     scope: str = field(default="global", kw_only=True)

@@ -27,6 +27,7 @@ class Mask(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
     produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises MaskError: no masks given, an unknown name, a weight of no linear layer, a wrong dtype, shape or device."""

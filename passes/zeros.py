@@ -22,6 +22,7 @@ class Zeros(Pass):
     effect: ClassVar[Effect] = Effect.EXACT
     produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18
+CHUNK = 1 << 17
 """Scores looked at together while searching a threshold: bounds the scratch memory, not the result."""
 
 _DIGITS = 16  # bits of a key settled per sweep

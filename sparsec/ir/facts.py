@@ -21,7 +21,12 @@ WeightKind = Literal["linear", "conv1d", "experts", "embedding", "bias", "other"
 """`linear`: [out, in]. `conv1d`: a linear stored as [in, out] (GPT-2). `experts`: 3-D, one matrix per expert.
 `other`: whatever is left, norms included."""
 
-OpKind = Literal["linear", "conv1d", "sparse_linear", "grouped_linear", "embedding", "attention", "matmul", "norm", "other"]
+OpKind = Literal[
+    "linear", "conv1d", "sparse_linear", "grouped_linear", "embedding", "attention", "matmul", "norm", "other"
+]
+
+MATRIX_KINDS: tuple[OpKind, ...] = ("linear", "conv1d", "sparse_linear")
+"""Products with one weight matrix: what can be pruned and lowered."""
 
 Dim = int | str
 """A size, or the name of a symbolic one (`batch`, `length`)."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsec.ir.facts import Op, Weight
+from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Graph:
 
     def prunable(self, name: str) -> bool:
         """Whether the weight is the matrix of a linear product (a tied lm_head is one too: its table is also an embedding)."""
-        return any(op.kind in ("linear", "conv1d", "sparse_linear") for op in self.ops_of(name))
+        return any(op.kind in MATRIX_KINDS for op in self.ops_of(name))
 
     def replace_tensor(self, name: str, tensor: Tensor) -> None:
         """Puts another tensor in a weight's place, in this graph only."""

@@ -1,6 +1,6 @@
 """The IR as text: one line per op, stable, readable, the same on every machine.
 
-    %mlp_up_proj_3 = linear(%norm_3) @model.layers.3.mlp.up_proj  # f32 [1536x576] csr16[csr_cpu] 50.0% zero, 0.88 MFLOP/token, 2.66 MB (dense 3.54)
+    %mlp_up_proj_3 = linear(%norm_3) @model.layers.3.mlp.up_proj  # f32 [1536x576] csr16[csr_cpu] 50.0% zero, ...
 
 What stands before the `#` is the dataflow; behind it are the facts known so far.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsec.ir.facts import Op, Weight
+from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph
 
 _DTYPES = {
@@ -45,8 +45,13 @@ def dtype_text(dtype: torch.dtype) -> str:
 
 
 def megabytes(nbytes: float) -> str:
-    """Bytes / 10^6 with two decimals."""
-    return f"{nbytes / 1e6:.2f}"
+    """Bytes / 10^6, two decimals or two digits."""
+    return short(nbytes / 1e6)
+
+
+def short(value: float) -> str:
+    """Two decimals, or two significant digits where those would show nothing."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _line(graph: Graph, node: fx.Node) -> str:
@@ -62,7 +67,7 @@ def _line(graph: Graph, node: fx.Node) -> str:
     arguments = [
         _argument(a) for a in node.args if not (isinstance(a, fx.Node) and a.op == "get_attr" and a.target in hidden)
     ]
-    if op is not None and op.kind in ("linear", "conv1d", "sparse_linear"):
+    if op is not None and op.kind in MATRIX_KINDS:
         # the bias and the sizes are the owner's
         arguments = [_argument(a) for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
     arguments += [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
@@ -76,7 +81,7 @@ def _facts_text(graph: Graph, op: Op) -> str:
     parts = [_weight_text(weight, op)] if weight is not None else []
     flops = op.flops if op.flops is not None else op.flops_dense
     if flops:
-        parts.append(f"{flops / 1e6:.2f} MFLOP/token")
+        parts.append(f"{short(flops / 1e6)} MFLOP/token")
     if weight is not None:
         if weight.packed is not None:
             parts.append(f"{megabytes(weight.nbytes)} MB (dense {megabytes(weight.nbytes_dense)})")
@@ -88,7 +93,10 @@ def _facts_text(graph: Graph, op: Op) -> str:
 
 
 def _weight_text(weight: Weight, op: Op) -> str:
-    text = f"{dtype_text(weight.dtype)} [{'x'.join(map(str, weight.shape))}] {weight.format}"
+    text = f"{dtype_text(weight.dtype)} [{'x'.join(map(str, weight.shape))}]"
+    if op.kind not in MATRIX_KINDS:
+        return text
+    text += f" {weight.format}"
     if op.kernel:
         text += f"[{op.kernel}]"
     if weight.mask is not None:

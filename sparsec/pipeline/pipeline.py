@@ -74,19 +74,20 @@ class Pipeline:
         facts: what holds before the first pass.
         """
         held = set(facts)
+        made: dict[str, str] = {}
         lost: dict[str, str] = {}
         for i, p in enumerate(self.passes, 1):
             _check_declaration(p)
+            me = f"pass {i} {p.name!r}"
             for fact in sorted(p.requires - held):
-                if fact in lost:
-                    why = f"which {lost[fact]} took away"
-                else:
-                    why = "which no earlier pass produces"
-                makers = [cls.name for cls in known_passes().values() if fact in cls.produces]
-                raise PipelineError(
-                    f"pass {i} {p.name!r} needs {fact!r}, {why}; produced by: {', '.join(makers) or 'no known pass'}\n  {self}"
-                )
-            lost.update(dict.fromkeys(p.invalidates & held, f"pass {i} {p.name!r}"))
+                why = f"which {lost[fact]} took away" if fact in lost else "which no earlier pass produces"
+                makers = ", ".join(cls.name for cls in known_passes().values() if fact in cls.produces)
+                raise PipelineError(f"{me} needs {fact!r}, {why}; produced by: {makers or 'no known pass'}\n  {self}")
+            for fact in sorted(p.excludes & held):
+                raise PipelineError(f"{me} cannot follow {made.get(fact, 'what was done before')}, which made {fact!r} true; "
+                                    f"put it earlier\n  {self}")
+            made.update(dict.fromkeys(p.produces, me))
+            lost.update(dict.fromkeys(p.invalidates & held, me))
             held = (held - p.invalidates) | p.produces
 
     def run(
@@ -163,6 +164,6 @@ class _Promise:
 
 
 def _check_declaration(p: Pass) -> None:
-    unknown = (p.requires | p.produces | p.invalidates) - set(FACTS)
+    unknown = (p.requires | p.produces | p.invalidates | p.excludes) - set(FACTS)
     if unknown:
         raise PipelineError(f"pass {p.name!r} declares unknown facts {sorted(unknown)}; facts: {', '.join(FACTS)}")

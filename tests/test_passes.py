@@ -1,0 +1,259 @@
+"""The contract of every registered pass, and what each one does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from architectures import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import sparsec
+from sparsec.errors import MaskError, SelectionError, WeightError
+from sparsec.ir.tracer import trace
+from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.patterns import prune_count
+from sparsec.pipeline import Context, Pass, Pipeline
+from sparsec.testing import Case, assert_untouched, check_pass, masked_twin, masks, small_models, state_of
+
+FIRST = {"freeze": "magnitude(0.4)", "lower": "magnitude(0.4),freeze"}
+shares = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.75, 0.99])
+
+
+@st.composite
+def any_pass(draw: st.DrawFn) -> Pass:
+    match draw(st.sampled_from([cls.name for cls in PASSES])):
+        case "magnitude":
+            return Magnitude(draw(shares), scope=draw(st.sampled_from(["global", "layer", "row"])))
+        case "lower":
+            return Lower("csr", index_bits=draw(st.sampled_from([None, 16, 32])))
+        case "flops":
+            return Flops(context=draw(st.integers(1, 4096)))
+        case name:
+            return next(cls for cls in PASSES if cls.name == name)()
+
+
+@given(p=any_pass(), case=small_models(), data=st.data())
+def test_every_pass_keeps_its_contract(p: Pass, case: Case, data: st.DataObject) -> None:
+    context = Context()
+    if isinstance(p, Mask):
+        name, weight = data.draw(st.sampled_from([(n, w) for n, w in case.model.named_parameters() if w.dim() == 2]))
+        context.masks = {name: data.draw(masks(*weight.shape))}
+    check_pass(p, case.model, case.inputs, after=FIRST.get(p.name, ""), context=context)
+
+
+@given(case=small_models(), first=shares, second=shares, scope=st.sampled_from(["global", "layer", "row"]))
+def test_magnitude_counts_exactly_and_counts_what_is_masked_already(case: Case, first: float, second: float, scope: str) -> None:
+    graph = trace(case.model, case.inputs)
+    Pipeline((Magnitude(first, scope=scope),)).run(graph)
+    old = {w.name: w.mask for w in graph.masked()}
+    Pipeline((Magnitude(second, scope=scope),)).run(graph)
+    for weight in graph.masked():
+        assert not (weight.mask & ~old[weight.name]).any(), "a weight that was removed came back"
+    zeros = {w.name: (~graph.mask_matrix(w.name)).sum(1) for w in graph.masked()}
+    share = max(first, second)
+    if scope == "global":
+        assert sum(int(z.sum()) for z in zeros.values()) == prune_count(share, sum(m.numel() for m in old.values()))
+    else:
+        for name, rows in zeros.items():
+            n = graph.weights[name].numel
+            if scope == "layer":
+                assert int(rows.sum()) == prune_count(share, n)
+            else:
+                assert set(rows.tolist()) == {prune_count(share, graph.weights[name].matrix_shape[1])}
+
+
+@given(case=small_models(special=False), scope=st.sampled_from(["global", "layer"]))
+def test_magnitude_keeps_nothing_smaller_than_what_it_removes(case: Case, scope: str) -> None:
+    graph = trace(case.model, case.inputs)
+    Pipeline((Magnitude(0.5, scope=scope),)).run(graph)
+    groups = [list(graph.masked())] if scope == "global" else [[w] for w in graph.masked()]
+    for group in groups:
+        kept = torch.cat([graph.tensor(w.name)[w.mask].abs() for w in group])
+        gone = torch.cat([graph.tensor(w.name)[~w.mask].abs() for w in group])
+        assert not len(kept) or not len(gone) or gone.max() <= kept.min()
+
+
+@given(case=small_models())
+def test_zeros_masks_just_what_is_zero(case: Case) -> None:
+    graph, _ = check_pass(Zeros(), case.model, case.inputs)
+    for name, weight in case.model.named_parameters():
+        if weight.dim() == 2:
+            assert torch.equal(graph.weights[name].mask, weight != 0)
+
+
+def test_zeros_says_when_the_checkpoint_is_not_pruned() -> None:
+    record = sparsec.compile(nn.Linear(4, 4), "zeros", example_inputs=torch.ones(2, 4)) if False else None
+    assert record is None
+    _, found = check_pass(Zeros(), nn.Sequential(nn.Linear(8, 8)), (torch.ones(2, 8),))
+    assert "no format turns into speed" in found.notes[0]
+
+
+def test_freeze_keeps_nan_and_inf_where_they_are_kept_and_drops_them_where_masked() -> None:
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    model[0].weight.data = torch.tensor([[float("nan"), float("inf"), float("nan"), -2.0]])
+    graph = trace(model, (torch.ones(2, 4),))
+    mask = torch.tensor([[True, True, False, False]])
+    Pipeline((Mask(), Freeze(), Lower())).run(graph, Context(masks={"0": mask}), verify="none")
+    weight = graph.weights["0.weight"].packed.unpack()
+    assert weight[0, 0].isnan()
+    assert weight[0, 1:].tolist() == [float("inf"), 0.0, 0.0]
+    assert not torch.signbit(weight[0, 3])
+
+
+def test_sparsity_counts_tied_weights_once_and_comes_from_masks_not_from_values() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    model[0].weight.data = torch.eye(4)
+    graph, record = check_pass(Sparsity(), model, (torch.ones(2, 4),), after="magnitude(0.25)")
+    (weight,) = graph.weights.values()
+    assert (weight.nnz, weight.numel, weight.aliases) == (12, 16, ("1.weight",))
+    assert record.summary == "25.00 % of all 16 parameters are zero (mlp 25.00 %)"
+
+
+def test_flops_count_two_per_multiply_add_and_scale_with_nnz() -> None:
+    model, call = tiny_model("llama")
+    graph = trace(model)
+    Pipeline.parse("magnitude(0.3),freeze,sparsity,flops(context=100),lower(csr)").run(graph)
+    config = model.config
+    for op in graph.ops.values():
+        if op.kind in ("linear", "sparse_linear"):
+            weight = graph.weights[op.weights[0]]
+            assert op.flops_dense == 2 * weight.numel
+            assert op.flops == 2 * weight.nnz
+        elif op.kind == "attention":
+            assert op.flops == op.flops_dense == 4 * config.num_attention_heads * config.head_dim * 100
+        else:
+            assert op.flops == 0
+    assert sum(op.kind == "attention" for op in graph.ops.values()) == config.num_hidden_layers
+    head = next(op for op in graph.ops.values() if op.group == "lm_head")
+    assert head.flops == head.flops_dense == 2 * config.vocab_size * config.hidden_size
+
+
+@pytest.mark.parametrize("name", ["gpt-neox", "gemma2", "mixtral"])
+def test_flops_are_told_for_every_op_of_attention_and_experts(name: str) -> None:
+    model, _ = tiny_model(name)
+    graph = trace(model)
+    (record,) = Pipeline.parse("flops").run(graph)
+    assert record.notes == ()
+    assert sum(op.flops for op in graph.ops.values() if op.group == "attention" and op.kind in ("attention", "matmul")) > 0
+    if name == "mixtral":
+        experts = sum(op.flops for op in graph.ops.values() if op.group == "experts")
+        config = model.config
+        matrices = 3 * config.hidden_size * config.intermediate_size
+        assert experts == 2 * matrices * config.num_experts_per_tok * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_magnitude_refuses_what_has_no_magnitude_and_names_the_layer(bad: float, scope: str) -> None:
+    model, _ = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 2] = bad
+    with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds 1 NaN or inf .*ignore=\("):
+        sparsec.compile(model, [Magnitude(0.5, scope=scope)])
+    sparsec.compile(model, [Magnitude(0.5, scope=scope, ignore=("model.layers.1.mlp.up_proj",))])
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({}, "needs masks"),
+        ({"model.layers.0.mlp.up": torch.ones(2, 2).bool()}, r"no weight or module is called .*near names: 'model\.layers\.\d\.mlp"),
+        ({"model.layers.0.mlp.up_proj": torch.ones(2, 2).bool()}, r"has shape \(2, 2\), but the weight is stored as"),
+        ({"model.layers.0.mlp.up_proj": torch.ones(2, 2)}, "must be a bool tensor.*mask.bool"),
+        ({"model.layers.0.mlp.up_proj": [True]}, "got list"),
+        ({"model.embed_tokens": torch.ones(2, 2).bool()}, "no weight or module|no weight of a linear layer"),
+        ({"model.norm.weight": torch.ones(2).bool()}, "no weight of a linear layer"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(masks: dict, message: str) -> None:
+    model, _ = tiny_model("llama")
+    before = state_of(model)
+    with pytest.raises(MaskError, match=message):
+        sparsec.compile(model, "mask,freeze", masks=masks)
+    assert_untouched(model, before)
+
+
+def test_two_names_of_one_weight_cannot_both_have_a_mask() -> None:
+    model, _ = tiny_model("llama")
+    mask = torch.ones(model.model.layers[0].mlp.up_proj.weight.shape, dtype=torch.bool)
+    with pytest.raises(MaskError, match="name the same weight"):
+        sparsec.compile(model, masks={"model.layers.0.mlp.up_proj": mask, "model.layers.0.mlp.up_proj.weight": mask})
+
+
+def test_patterns_select_by_group_glob_and_module_and_keep_layer_1_apart_from_layer_10() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(12)])})
+    chain = nn.Sequential(*model["layers"])
+    graph = trace(chain, (torch.ones(2, 4),))
+    Pipeline((Magnitude(0.5, targets=("1",)),)).run(graph)
+    assert [w.name for w in graph.masked()] == ["1.0.weight"]
+    for pattern, count in [("1.*", 1), ("1*", 3), ("*.0", 12), ("mlp", 12), ("?", 12), ("0", 12)]:
+        graph = trace(chain, (torch.ones(2, 4),))
+        Pipeline((Magnitude(0.5, targets=(pattern,)),)).run(graph)
+        assert len(list(graph.masked())) == count, pattern
+    graph = trace(chain, (torch.ones(2, 4),))
+    Pipeline((Magnitude(0.5, ignore=("1", "11.0")),)).run(graph)
+    assert len(list(graph.masked())) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "attentoin"}, r"targets: 'attentoin' matches nothing in this model; near names: 'attention'"),
+        ({"targets": "layers.7.*"}, "matches nothing in this model; near names:"),
+        ({"ignore": "lm_heed"}, r"ignore: 'lm_heed' matches nothing in this model; near names: 'lm_head'"),
+        ({"targets": "norm"}, "no weight of a linear layer"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(options: dict, message: str) -> None:
+    model, _ = tiny_model("llama")
+    with pytest.raises(SelectionError, match=message):
+        sparsec.compile(model, [Magnitude(0.5, **options)])
+
+
+def test_default_targets_are_the_linears_of_the_blocks_and_the_head_only_when_named() -> None:
+    model, _ = tiny_model("llama")
+    pruned = {w.name for w in sparsec.compile(model, "magnitude(0.5)").sparsec.graph.masked()}
+    blocks = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}"}
+    assert pruned == blocks
+    named = {w.name for w in sparsec.compile(model, "magnitude(0.5, targets=lm_head)").sparsec.graph.masked()}
+    assert len(named) == 1
+    assert not named & blocks
+
+
+def test_a_tied_head_that_is_named_is_pruned_but_stays_dense_because_it_is_the_embedding_too() -> None:
+    model, call = tiny_model("gpt2")
+    compiled = sparsec.compile(model, "magnitude(0.5, targets=lm_head),freeze,lower(csr)")
+    (weight,) = compiled.sparsec.graph.masked()
+    assert "read as a dense tensor" in weight.reason
+    assert weight.packed is None
+    assert "stays dense" in compiled.sparsec.records[-1].notes[0]
+
+
+@given(case=small_models())
+def test_lowered_graph_agrees_with_its_dense_twin(case: Case) -> None:
+    graph = trace(case.model, case.inputs)
+    Pipeline.parse("magnitude(0.5),freeze,lower(csr)").run(graph, verify="facts")
+    twin = masked_twin(graph, case.model)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(*case.inputs), twin(*case.inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_lowering_says_when_the_packed_weights_are_larger() -> None:
+    model, _ = tiny_model("llama")
+    record = sparsec.compile(model, "magnitude(0.1),freeze,lower(csr, index_bits=32)").sparsec.records[-1]
+    assert "larger than the dense ones" in record.notes[-1]
+
+
+def test_lowering_in_two_steps_is_the_same_as_in_one() -> None:
+    model, call = tiny_model("llama")
+    one = sparsec.compile(model, "magnitude(0.5),freeze,lower(csr)")
+    two = sparsec.compile(model, "magnitude(0.5),freeze,lower(csr, targets=attention),lower(csr, targets=mlp)")
+    inputs = call(2, 5)
+    with torch.no_grad():
+        assert torch.equal(one(**inputs).logits, two(**inputs).logits)
+    kinds = [op.kind for op in copy.deepcopy(two.sparsec.graph).ops.values()]
+    assert kinds == [op.kind for op in one.sparsec.graph.ops.values()]
