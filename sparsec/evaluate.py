@@ -9,7 +9,6 @@ One window is in memory at a time; of its logits only the loss and the argmax ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsec.data.progress import Progress
 from sparsec.data.text import Text
 from sparsec.errors import DataError
 
-Progress = Callable[[str, int, int], None]
 _ROWS = 256  # of logits turned into losses at once: 50 MB of float32 at a vocabulary of 49,152
 
 

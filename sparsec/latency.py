@@ -12,9 +12,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Progress = Callable[[str, int, int], None]
+from sparsec.data.progress import Progress
+
 WARM_UP = 2
 
 
@@ -124,3 +125,41 @@ def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
 def _wait(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
+
+
+@torch.inference_mode()
+def layer_speedups(
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]], rounds: int, progress: Progress | None = None
+) -> dict[str, float]:
+    """Median over rounds of (time of the first) / (time of the second) for pairs of linear modules, at one row.
+
+    Every round goes through all pairs, as decoding goes through all layers: a small layer looped by itself would be timed in
+    a cache that it never finds warm. The modules have `in_features` or a Conv1D's `weight` [in, out].
+    """
+    found: dict[str, list[float]] = {name: [] for name in pairs}
+    rows = {name: _row(dense) for name, (dense, _) in pairs.items()}
+    for turn in range(WARM_UP + rounds):
+        if progress is not None:
+            progress("timing layers", turn, WARM_UP + rounds)
+        for name, pair in pairs.items():
+            order = pair if turn % 2 == 0 else pair[::-1]
+            first, second = (_call_seconds(module, rows[name]) for module in order)
+            if turn >= WARM_UP:
+                found[name].append(first / second if turn % 2 == 0 else second / first)
+    if progress is not None:
+        progress("timing layers", WARM_UP + rounds, WARM_UP + rounds)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _row(dense: nn.Module) -> Tensor:
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    in_features = dense.in_features if isinstance(dense, nn.Linear) else weight.shape[0]
+    return torch.randn(1, in_features, dtype=weight.dtype, device=weight.device)
+
+
+def _call_seconds(module: nn.Module, x: Tensor) -> float:
+    start = perf_counter()
+    module(x)
+    _wait(x)
+    return perf_counter() - start

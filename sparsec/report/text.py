@@ -92,10 +92,8 @@ def _layers(report: ReportData) -> list[str]:
 
 def _layer(row: LayerRow, legend: dict[str, str]) -> tuple[str, ...]:
     reason = dense_reason(row)
-    if reason is None:
-        where = f"{row.format}[{row.kernel or '-'}]"
-    else:
-        where = f"dense ({legend.setdefault(reason, _mark(len(legend)))})"
+    dense = "" if reason is None else f"dense ({legend.setdefault(reason, _mark(len(legend)))})"
+    where = dense or f"{row.format}[{row.kernel or '-'}]"
     shape = "x".join(map(str, (row.out_features, row.in_features) if row.in_features else row.shape))
     name = shorten(row.name.removesuffix(".weight"), _NAME)
     speed = (times(row.speedup_theoretical), times(row.speedup_measured))
@@ -151,7 +149,7 @@ def _groups(report: ReportData) -> list[str]:
     if report.flops_dense is None:
         lines.append("FLOPs are not counted: add the pass flops")
     elif report.flops_without_weights:
-        work = f"{mega(report.flops_without_weights)} MFLOP per token are attention scores and values at the context of the pass flops"
+        work = f"{mega(report.flops_without_weights)} MFLOP per token are attention scores and values at the pass flops' context"
         lines += paragraph(f"{work}; they have no weights, so pruning leaves them as they are")
     return lines
 
@@ -170,7 +168,7 @@ def _summary(report: ReportData) -> list[str]:
     row("model bytes, MB", [mega(v.bytes) for v in variants])
     row("  masks beside it, MB", [mega(v.bytes_masks) for v in variants])
     row("resident memory added, MB", [mega(v.resident_bytes, 0) for v in variants])
-    row("perplexity", ["-" if v.perplexity is None else f"{v.perplexity:.5g}" for v in variants])
+    row("perplexity", [_perplexity(v.perplexity) for v in variants])
     row("top-1 agreement with dense", ["-" if v.top1 is None else f"{v.top1:.4f}" for v in variants])
     row("MFLOP per token", [mega(v.flops_per_token, 1) for v in variants])
     row("prefill, ms (quartiles)", [_spread(v.prefill_ms) for v in variants])
@@ -188,6 +186,12 @@ def _spread(spread: Spread | None, unit: str = "") -> str:
         return "-"
     digits = 2 if spread.median < 100 else 0
     return f"{spread.median:.{digits}f}{unit} ({spread.lower:.{digits}f}-{spread.upper:.{digits}f})"
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
 
 
 def _footnotes(report: ReportData) -> list[str]:
@@ -218,7 +222,8 @@ def _verdict(report: ReportData) -> list[str]:
         )
     if lowered.speedup_decode is not None and lowered.speedup_decode.median < 1:
         lines += paragraph(
-            f"The lowered model decodes SLOWER than the dense one ({times(lowered.speedup_decode.median)}).{_why_slow(report, lowered)}"
+            f"The lowered model decodes SLOWER than the dense one ({times(lowered.speedup_decode.median)})."
+            + _why_slow(report, lowered)
         )
     return lines
 

@@ -1,0 +1,165 @@
+"""`python -m sparsec.report`: a model compiled, compared with itself and reported layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sparsec.compiler import DEFAULT_PASSES
+from sparsec.data import load_model, load_text
+from sparsec.errors import DataError, SparsecError
+from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
+from sparsec.report.measure import QUICK, Effort, measured_report, plan
+from sparsec.report.progress import shown_progress
+from sparsec.report.schema import document, layers_csv
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EXAMPLES = f"""
+examples:
+  python -m sparsec.report                              SmolLM2-135M from its package, {DEFAULT_PASSES}
+  python -m sparsec.report tiny --quick                 a small random model, in seconds
+  python -m sparsec.report facebook/opt-125m --passes "magnitude(0.3),freeze,sparsity,flops,lower(csr, index_bits=32)"
+  python -m sparsec.report my-model.gguf --print-ir changed --no-measure
+  python -m sparsec.report my-folder --text my.txt --eval-length 1024 --json report.json --csv layers.csv
+
+`python -m sparsec` lists passes, formats and kernels.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m sparsec.report",
+        description="Compiles a language model and reports it: per pass, layer and group, and dense / masked / lowered compared.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    usual = Effort()
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder, a .gguf file, a hub id, or `tiny` (small, random); default: the packaged SmolLM2-135M",
+    )
+    p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
+    p.add_argument("--threads", type=_positive, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--seed", type=int, default=0, help="of random weights; default: %(default)s")
+    out = p.add_argument_group("output")
+    out.add_argument(
+        "--print-ir", choices=("none", "before", "after", "changed"), default="none", help="around every pass"
+    )
+    out.add_argument("--dump-ir", metavar="DIR", help="write the IR there, one numbered file per pass")
+    out.add_argument("--json", metavar="FILE", help="the whole report; schema in sparsec/report/schema.py")
+    out.add_argument("--csv", metavar="FILE", help="the layers")
+    how = p.add_argument_group("measuring")
+    how.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: an embedded text",
+    )
+    how.add_argument("--eval-windows", type=_positive, metavar="N", help=f"default: {usual.windows}")
+    how.add_argument("--eval-length", type=_positive, metavar="L", help="tokens of a window; default: 512")
+    how.add_argument("--prompt", metavar="TEXT", help=f"for the sample; default: {usual.prompt!r}")
+    how.add_argument(
+        "--prompt-tokens", type=_positive, metavar="N", help=f"of the timed prefill; default: {usual.prompt_tokens}"
+    )
+    how.add_argument(
+        "--new-tokens",
+        type=_positive,
+        metavar="N",
+        help=f"of the sample and the timed decoding; default: {usual.new_tokens}",
+    )
+    how.add_argument("--no-measure", action="store_true", help="count, but run no model")
+    how.add_argument(
+        "--quick", action="store_true", help="few windows and repeats: to see that it works, not to compare"
+    )
+    p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    args = parser().parse_args(argv)
+    try:
+        _run(args)
+    except SparsecError as error:
+        if args.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    # What can be wrong is looked at before anything slow runs.
+    pipeline = Pipeline.parse(args.passes)
+    pipeline.validate()
+    outputs = [_writable(path) for path in (args.json, args.csv) if path]
+    text = None if args.no_measure else load_text(args.text)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    instruments: list[Instrument] = [] if args.print_ir == "none" else [PrintIR(args.print_ir)]
+    if args.dump_ir:
+        instruments.append(DumpIR(args.dump_ir))
+    with shown_progress(sys.stderr) as progress:
+        loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed)
+        planned = None if text is None else plan(loaded, text, _effort(args))
+        report = measured_report(loaded, pipeline, planned, instruments, progress)
+    print(report)
+    if args.json:
+        _write(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
+    if args.csv:
+        _write(args.csv, layers_csv(report))
+    if outputs:
+        print(f"\nwritten: {', '.join(outputs)}")
+
+
+def _effort(args: argparse.Namespace) -> Effort:
+    given = {
+        "windows": args.eval_windows,
+        "length": args.eval_length,
+        "prompt": args.prompt,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+    }
+    return replace(QUICK if args.quick else Effort(), **{k: v for k, v in given.items() if v is not None})
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _writable(path: str) -> str:
+    parent = Path(path).absolute().parent
+    if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DataError(
+            f"{path}: cannot be written; its folder must exist and be writable, and the name must not be a folder's"
+        )
+    return path
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); give another file") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

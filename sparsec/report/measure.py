@@ -1,0 +1,220 @@
+"""The measured part of a report: dense, masked and lowered built from one model and compared on one machine in one run.
+
+masked is the pipeline up to `lower`, so that what pruning changes and what the kernels change can be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from sparsec import memory
+from sparsec.compiler import compile
+from sparsec.data import LoadedModel, Text
+from sparsec.data.tiny import tiny_model
+from sparsec.errors import DataError
+from sparsec.evaluate import Evaluation, Windows, cut, evaluate, top1_agreement
+from sparsec.latency import WARM_UP, Comparison, compare, layer_speedups
+from sparsec.machine import machine
+from sparsec.pipeline import Instrument, Pipeline, Progress
+from sparsec.report.collect import Report
+from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Variant, ratio
+from sparsec.report.sample import sample
+
+T = TypeVar("T")
+MIN_REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    windows: int = 8
+    length: int | None = None  # None: 512, or what the model takes
+    prompt: str = "Explain in two sentences why the sky is blue."
+    prompt_tokens: int = 64
+    new_tokens: int = 40
+    repeats: int = MIN_REPEATS
+
+
+QUICK = Effort(windows=2, length=128, prompt_tokens=16, new_tokens=8, repeats=5)
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will be measured on what, checked before anything slow runs."""
+
+    windows: Windows
+    prompt: torch.Tensor  # of token ids [1, prompt tokens]
+    effort: Effort
+
+
+def plan(loaded: LoadedModel, text: Text, effort: Effort) -> Plan:
+    """Raises DataError when the model has no tokenizer, or the text or the model's positions do not suffice."""
+    if loaded.tokenizer is None:
+        raise DataError(
+            f"{loaded.name}: there is no tokenizer, so no text can be evaluated; add one, or use --no-measure"
+        )
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    length = effort.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    windows = cut(text, loaded.tokenizer, length, effort.windows, limit)
+    tokens = windows.tokens.flatten()
+    if effort.prompt_tokens > len(tokens):
+        raise DataError(
+            f"a prompt of {effort.prompt_tokens} tokens is cut from the {len(tokens)} evaluated ones; "
+            f"take a shorter prompt, or more or longer windows"
+        )
+    needed = effort.prompt_tokens + WARM_UP + max(effort.repeats, effort.new_tokens) + 1
+    if limit is not None and needed > limit:
+        raise DataError(
+            f"prompt and decoded tokens need {needed} positions, the model has {limit}; take fewer of either"
+        )
+    return Plan(windows, tokens[: effort.prompt_tokens][None], effort)
+
+
+def measured_report(
+    loaded: LoadedModel,
+    pipeline: Pipeline,
+    planned: Plan | None,
+    instruments: Sequence[Instrument] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Compiles the masked and the lowered model and compares them with the dense one.
+
+    planned: None leaves out everything that runs a model. Raises what `compile` raises.
+    """
+    pipeline.validate()
+    # The first trace and the first kernel pay for imports and a build, which are nobody's memory or time.
+    compile(tiny_model(), copy=False)
+    dense = loaded.model
+    models: dict[str, Any] = {"dense": dense}
+    resident = {"dense": loaded.resident_bytes}
+    before = pipeline.before("lower")
+    lowers = before != pipeline
+    watch = [] if lowers else instruments
+    models["masked"], resident["masked"] = _resident(
+        lambda: compile(dense, before, instruments=watch, progress=progress)
+    )
+    if lowers:
+        models["lowered"], resident["lowered"] = _resident(
+            lambda: compile(dense, pipeline, instruments=instruments, progress=progress)
+        )
+    reports = {name: models[name].sparsec.report() for name in models if name != "dense"}
+    report: Report = reports["lowered" if lowers else "masked"]
+    summary = {name: _counted(model, reports.get(name), report, resident[name]) for name, model in models.items()}
+    facts = ModelFacts(
+        loaded.name,
+        type(dense).__name__,
+        loaded.source,
+        loaded.source_precision,
+        str(next(dense.parameters()).dtype).removeprefix("torch."),
+    )
+    remarks = [
+        "resident memory: what loading (dense) or building as a copy (masked, lowered) added to the process, masks included"
+    ]
+    notice = memory.resident_notice()
+    remarks += [notice] if notice else []
+    if not lowers:
+        remarks.append("the passes hold no `lower`, so there is no lowered model")
+    here = machine()
+    if here.load is not None and here.load > here.cores:
+        remarks.append(
+            f"the machine was busy before the timing ({here.load:.1f} processes on {here.cores} cores): "
+            f"trust the ratios more than the milliseconds, and neither much"
+        )
+    report = replace(report, machine=here, model=facts, summary=summary, remarks=tuple(remarks))
+    return report if planned is None else _measured(report, loaded, models, planned, progress)
+
+
+def _measured(
+    report: Report, loaded: LoadedModel, models: Mapping[str, Any], planned: Plan, progress: Progress | None
+) -> Report:
+    windows, effort = planned.windows, planned.effort
+    evaluations = {n: evaluate(m, windows, progress, f"perplexity of {n}") for n, m in models.items()}
+    decode_repeats = max(effort.repeats, effort.new_tokens)
+    times = compare(models, planned.prompt, effort.repeats, decode_repeats, progress)
+    summary = {name: _with_measurements(variant, name, evaluations, times) for name, variant in report.summary.items()}
+    remarks = list(report.remarks)
+    layers = report.layers
+    if "lowered" in models:
+        pairs = _pairs(models["dense"], models["lowered"])
+        speed = layer_speedups(pairs, effort.repeats, progress)
+        layers = tuple(replace(row, speedup_measured=speed.get(row.name)) for row in layers)
+        remarks.append(
+            f"measured speedup of a layer: one row through its module against the dense module, median of {effort.repeats} "
+            f"rounds, each through all {len(pairs)} lowered layers as decoding does"
+        )
+    if effort.repeats < MIN_REPEATS:
+        remarks.append(
+            f"quick: {effort.repeats} repeats and {windows.count} windows of {windows.length} are too few to compare by"
+        )
+    shown = {name: model for name, model in models.items() if name != "masked" or "lowered" not in models}
+    return replace(
+        report,
+        layers=layers,
+        summary=summary,
+        evaluation=EvaluationFacts(
+            text=windows.text_name,
+            text_sha256=windows.text_sha256,
+            text_tokens=windows.tokens_in_text,
+            windows=windows.count,
+            window_length=windows.length,
+            dtype=str(evaluations["dense"].dtype).removeprefix("torch."),
+        ),
+        latency=LatencyFacts(planned.prompt.shape[1], torch.get_num_threads(), effort.repeats, decode_repeats),
+        sample=sample(shown, loaded.tokenizer, effort.prompt, effort.new_tokens),
+        remarks=tuple(remarks),
+    )
+
+
+def _counted(model: Any, own: Report | None, final: Report, resident: int | None) -> Variant:
+    """own: the report of this variant; None for dense, whose counts are those of any of them without zeros."""
+    held = memory.held(model).total
+    flops = final.flops_dense if own is None else own.flops_per_token
+    if own is not None and flops is None and not any(row.packed for row in own.layers):
+        flops = final.flops_dense  # the pass flops stands behind lower: a masked model executes what a dense one does
+    return Variant(
+        parameters=final.parameters,
+        nnz=final.parameters if own is None else own.nnz,
+        bytes=held,
+        bytes_masks=0 if own is None else own.bytes_masks,
+        flops_per_token=flops,
+        speedup_theoretical=ratio(final.flops_dense, flops),
+        speedup_theoretical_bytes=ratio(final.bytes_dense, held),
+        resident_bytes=resident,
+    )
+
+
+def _with_measurements(
+    variant: Variant, name: str, evaluations: Mapping[str, Evaluation], times: Comparison
+) -> Variant:
+    return replace(
+        variant,
+        perplexity=evaluations[name].perplexity,
+        top1=top1_agreement(evaluations["dense"], evaluations[name]),
+        prefill_ms=times.latencies[name].prefill_ms,
+        decode_ms=times.latencies[name].decode_ms,
+        speedup_prefill=times.prefill_speedup[name],
+        speedup_decode=times.decode_speedup[name],
+    )
+
+
+def _pairs(dense: Any, lowered: Any) -> dict[str, tuple[Any, Any]]:
+    """weight -> (dense module, lowered module), in the model's order."""
+    weights = lowered.sparsec.graph.weights.values()
+    return {
+        w.name: (dense.get_submodule(w.owners[0]), lowered.get_submodule(w.owners[0]))
+        for w in weights
+        if w.packed is not None and w.owners
+    }
+
+
+def _resident(build: Callable[[], T]) -> tuple[T, int | None]:
+    before = memory.resident()
+    built = build()
+    after = memory.resident()
+    return built, None if before is None or after is None else after - before
