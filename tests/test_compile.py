@@ -1,0 +1,378 @@
+"""compile(): the same class back, everything that worked before still works, and the numbers are those of the graph."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from architectures import CAUSAL_LMS, tiny_model
+from torch import nn
+from transformers import DynamicCache
+
+import sparsec
+from sparsec.errors import CompileError, KernelError, PipelineError, SpecError, TraceError
+from sparsec.ir.tracer import trace
+from sparsec.kernels import SparseLinear
+from sparsec.pipeline import Pass
+from sparsec.testing import assert_untouched, masked_twin, state_of
+
+SPEC = "magnitude(0.4),freeze,sparsity,flops,lower(csr)"
+ARCHITECTURES = [
+    "llama", "mistral", "qwen3", "gemma2", "opt", "gpt-neox", "gpt2", "phi3", "qwen2-moe", "mixtral", "bert", "mlp",
+]  # fmt: skip
+VIEWS = {"view", "reshape", "size", "sym_size", "getitem", "mul", "_operator"}
+
+
+def outputs(model: nn.Module, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        result = model(**inputs)
+    return next(v for v in result.values() if isinstance(v, torch.Tensor)) if hasattr(result, "values") else result
+
+
+def sequence(graph: sparsec.Graph) -> list[tuple[str, str]]:
+    """(op, owner) of every op in the table."""
+    return [(op.kind, op.owner) for op in graph.ops.values()]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_graph_emitted_model_and_dense_twin_agree_and_tracing_again_gives_the_lowered_graph(name: str) -> None:
+    model, call = tiny_model(name)
+    before = state_of(model)
+    example = None if name != "mlp" else call()
+    compiled = sparsec.compile(model, SPEC, example_inputs=example, verify="probe")
+    assert type(compiled) is type(model)
+    assert_untouched(model, before)
+    graph = compiled.sparsec.graph
+    twin = masked_twin(graph, model)
+    masked = sparsec.compile(model, "magnitude(0.4)", example_inputs=example)
+    frozen = sparsec.compile(model, "magnitude(0.4),freeze", example_inputs=example)
+    inputs = call(2, 6)
+    expected = outputs(twin, inputs)
+    assert torch.equal(outputs(masked, inputs), expected)
+    assert torch.equal(outputs(frozen, inputs), expected)
+    assert torch.equal(outputs(graph.run and _Run(graph), inputs), outputs(compiled, inputs))
+    torch.testing.assert_close(outputs(compiled, inputs), expected, rtol=1e-3, atol=1e-5)
+    assert any(isinstance(m, SparseLinear) for m in compiled.modules())
+    again = trace(compiled, example)
+    assert sequence(again) == sequence(graph)
+
+
+class _Run(nn.Module):
+    """A graph as a module."""
+
+    def __init__(self, graph: sparsec.Graph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, **inputs: torch.Tensor) -> object:
+        return self.graph.run(**inputs)
+
+
+def test_architectures_of_the_first_issue_are_all_there() -> None:
+    assert set(ARCHITECTURES) - {"bert", "mlp"} <= set(CAUSAL_LMS)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, nn.Module]:
+    """(dense twin, lowered) of a tiny Llama."""
+    model, _ = tiny_model("llama")
+    compiled = sparsec.compile(model, SPEC)
+    return masked_twin(compiled.sparsec.graph, model), compiled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 8},
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "past_key_values": "dynamic"},
+    ],
+    ids=["greedy", "sampling", "beams", "static cache", "no cache", "dynamic cache"],
+)
+def test_generate_gives_the_tokens_of_the_dense_twin(pair, options: dict) -> None:
+    twin, compiled = pair
+    ids = torch.tensor([[0, 0, 5, 9, 7], [3, 8, 1, 4, 6]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # left padding
+    results = []
+    for model in (twin, compiled):
+        torch.manual_seed(0)
+        if options.get("past_key_values"):
+            options = options | {"past_key_values": DynamicCache(config=model.config)}
+        results.append(model.generate(ids, attention_mask=mask, max_new_tokens=12, pad_token_id=0, **options))
+    assert torch.equal(*results)
+    assert results[0].shape[1] > 5
+
+
+def test_modes_copies_and_pickles_keep_working(pair) -> None:
+    _, compiled = pair
+    ids = torch.tensor([[3, 8, 1, 4]])
+    expected = outputs(compiled, {"input_ids": ids})
+    assert not compiled.training
+    assert compiled.train().training
+    assert compiled.model.layers[0].mlp.up_proj.training
+    compiled.eval()
+    twin = copy.deepcopy(compiled)
+    assert torch.equal(outputs(twin, {"input_ids": ids}), expected)
+    assert twin.sparsec.report()
+    assert twin.sparsec.graph is not compiled.sparsec.graph
+    shared = {t.data_ptr() for t in compiled.buffers()} & {t.data_ptr() for t in twin.buffers()}
+    assert not shared - {0}
+    layer = pickle.loads(pickle.dumps(compiled.model.layers[0].mlp.up_proj))
+    x = torch.randn(2, 32)
+    assert torch.equal(layer(x), compiled.model.layers[0].mlp.up_proj(x))
+
+
+def test_moving_the_model_moves_the_graph_and_leaves_nothing_behind(pair) -> None:
+    compiled = copy.deepcopy(pair[1])
+    old = [weakref.ref(w.packed.values) for w in compiled.sparsec.graph.weights.values() if w.packed is not None]
+    storages = {t.data_ptr() for t in compiled.buffers() if t.is_floating_point()}
+    compiled.to(torch.bfloat16)
+    gc.collect()
+    for weight in compiled.sparsec.graph.weights.values():
+        if weight.packed is not None:
+            assert weight.packed.values.dtype == torch.bfloat16
+    assert not storages & {r().data_ptr() for r in old if r() is not None}
+    assert outputs(compiled, {"input_ids": torch.tensor([[3, 8, 1, 4]])}).dtype == torch.bfloat16
+
+
+def test_torch_compile_on_top(pair) -> None:
+    _, compiled = pair
+    inputs = {"input_ids": torch.tensor([[3, 8, 1, 4]])}
+    expected = outputs(compiled, inputs)
+    faster = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(outputs(faster, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_what_stays_trainable(pair) -> None:
+    twin, compiled = pair
+    ids = torch.tensor([[3, 8, 1, 4], [2, 7, 9, 5]])
+    grads = []
+    for model in (twin, compiled):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append(model.model.embed_tokens.weight.grad)
+        model.zero_grad()
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+    assert grads[0].abs().sum() > 0
+
+
+def test_hooks_on_a_swapped_module_are_carried_over() -> None:
+    model, call = tiny_model("llama")
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, x, y: seen.append(type(m).__name__))
+    compiled = sparsec.compile(model, SPEC)
+    seen.clear()
+    outputs(compiled, call(2, 4))
+    assert seen == ["SparseLinear"]
+
+
+def test_no_tensor_is_held_twice_and_dense_weights_are_gone(pair) -> None:
+    _, compiled = pair
+    assert "sparsec" not in dict(compiled.named_modules())
+    graph = compiled.sparsec.graph
+    model_tensors = {id(t) for t in (*compiled.parameters(), *compiled.buffers())}
+    for tensor in (*graph.module.parameters(), *graph.module.buffers()):
+        assert id(tensor) in model_tensors or tensor.numel() < 256, "the graph holds a tensor of its own"
+    for weight in graph.weights.values():
+        if weight.packed is not None:
+            assert all(id(t) in model_tensors for t in weight.packed.tensors().values())
+            assert weight.mask is None
+
+
+def test_consuming_a_model_frees_each_dense_weight_as_it_is_packed() -> None:
+    model, _ = tiny_model("llama")
+    parameters = {n: p for n, p in model.named_parameters() if "_proj" in n}
+    compiled = sparsec.compile(model, SPEC, copy=False)
+    assert compiled is model
+    assert all(p.numel() == 0 for p in parameters.values()), "somebody who still holds the Parameter keeps no memory alive"
+
+
+def test_a_module_registered_under_two_names_is_swapped_under_both() -> None:
+    shared = nn.Linear(8, 8)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = shared, shared
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    compiled = sparsec.compile(Twice(), SPEC, example_inputs=torch.randn(3, 8))
+    assert compiled.a is compiled.b
+    assert isinstance(compiled.a, SparseLinear)
+    assert len(compiled.sparsec.graph.ops_of("a.weight")) == 2
+
+
+def test_two_modules_on_one_parameter_share_the_packed_tensors() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6, bias=False))
+    model[1].weight = model[0].weight
+    compiled = sparsec.compile(model, SPEC, example_inputs=torch.randn(3, 6))
+    assert compiled[0].values is compiled[1].values
+    assert compiled[0].bias is not None
+    assert compiled[1].bias is None
+
+
+class OwnForward(nn.Linear):
+    """Adds something: swapping it would lose that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+class Functional(nn.Module):
+    """A product outside of any nn.Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"), [(OwnForward(6, 6), "with a forward of its own"), (Functional(), "which is no nn.Linear")]
+)
+def test_a_site_that_cannot_be_swapped_stays_dense_and_says_why(module: nn.Module, reason: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), module)
+    x = torch.randn(3, 6)
+    compiled = sparsec.compile(model, SPEC, example_inputs=x)
+    assert isinstance(compiled[0], SparseLinear)
+    assert type(compiled[1]) is type(module)
+    weight = compiled.sparsec.graph.weights["1.weight"]
+    assert reason in weight.reason
+    assert any("1.weight stays dense" in note for note in compiled.sparsec.records[-1].notes)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), masked_twin(compiled.sparsec.graph, model)(x))
+    assert reason in str(compiled.sparsec.report())
+
+
+def test_unfrozen_masks_are_written_by_emission_which_says_so() -> None:
+    model, call = tiny_model("llama")
+    compiled = sparsec.compile(model, "magnitude(0.5)")
+    assert "freeze was missing" in compiled.sparsec.notes[-1]
+    assert sparsec.compile(model, "magnitude(0.5),freeze").sparsec.notes == compiled.sparsec.notes[:-1]
+
+
+def test_masks_of_the_user_take_the_place_of_pruning() -> None:
+    model, _ = tiny_model("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    mask = torch.rand(weight.shape) < 0.3
+    compiled = sparsec.compile(model, masks={"model.layers.0.mlp.up_proj": mask})
+    assert [r.name for r in compiled.sparsec.records] == ["mask", "freeze", "sparsity", "flops", "lower"]
+    layer = compiled.model.layers[0].mlp.up_proj
+    assert torch.equal(layer.weight, torch.where(mask, weight, 0.0))
+    assert sum(isinstance(m, SparseLinear) for m in compiled.modules()) == 1
+    both = sparsec.compile(model, SPEC, masks={"model.layers.0.mlp.up_proj": mask})
+    assert both.sparsec.records[0].name == "mask"
+    assert not (both.model.layers[0].mlp.up_proj.weight[~mask] != 0).any()
+
+
+def test_saving_a_lowered_model_is_refused_and_a_pruned_dense_one_is_not(tmp_path) -> None:
+    model, call = tiny_model("llama")
+    compiled = sparsec.compile(model, SPEC)
+    with pytest.raises(CompileError, match="save_pretrained: lowered models cannot be saved yet.*magnitude"):
+        compiled.save_pretrained(tmp_path / "lowered")
+    assert not (tmp_path / "lowered").exists()
+    with pytest.raises(CompileError):
+        copy.deepcopy(compiled).save_pretrained(tmp_path / "lowered")
+    pruned = sparsec.compile(model, "magnitude(0.5),freeze")
+    pruned.save_pretrained(tmp_path / "pruned")
+    again = type(model).from_pretrained(tmp_path / "pruned")
+    lowered = sparsec.compile(again, "zeros,freeze,lower(csr)")
+    inputs = call(2, 5)
+    torch.testing.assert_close(outputs(lowered, inputs), outputs(pruned, inputs), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "passes", "error", "message"),
+    [
+        (lambda: "gpt2", None, CompileError, "takes a torch.nn.Module, got str"),
+        (lambda: nn.LayerNorm(4), None, CompileError, "no linear layer whose weight is a plain parameter"),
+        (lambda: nn.ReLU(), None, CompileError, "no parameters"),
+        (lambda: torch.compile(nn.Linear(4, 4)), None, CompileError, "went through torch.compile"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), "magnitud(0.5)", SpecError, "did you mean 'magnitude'"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), "magnitude(0.5),lower(csr)", PipelineError, "needs 'frozen'"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), "magnitude(1.5)", SpecError, r"in \[0, 1\)"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)).to(torch.float8_e4m3fn), SPEC, sparsec.SparsecError, "float8_e4m3fn"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(build, passes, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        sparsec.compile(build(), passes, example_inputs=torch.randn(3, 4))
+
+
+def test_an_unknown_verify_level_is_refused() -> None:
+    with pytest.raises(SpecError, match="verify must be one of none, structure, facts, probe, got 'all'"):
+        sparsec.compile(nn.Sequential(nn.Linear(4, 4)), example_inputs=torch.randn(3, 4), verify="all")  # type: ignore[arg-type]
+
+
+def test_compiling_twice_is_refused_with_the_reason(pair) -> None:
+    with pytest.raises(CompileError, match=r"compiled already \(model\.layers\.0\.self_attn\.q_proj is a SparseLinear\)"):
+        sparsec.compile(pair[1])
+    pruned = sparsec.compile(tiny_model("llama")[0], "magnitude(0.5)")
+    with pytest.raises(CompileError, match="compiled already"):
+        sparsec.compile(pruned)
+
+
+def test_a_model_that_cannot_be_traced_says_which_rung_failed() -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) if x.sum() > 0 else x
+
+    with pytest.raises(TraceError, match="static"):
+        sparsec.compile(Moody(), example_inputs=torch.randn(3, 4))
+
+
+def test_a_dtype_that_no_kernel_serves_names_layer_kernels_and_way_out() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4).to(torch.complex64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    with pytest.raises((KernelError, sparsec.SparsecError), match=r"linear\.weight.*complex64"):
+        sparsec.compile(Half(), "zeros,freeze,lower(csr)", example_inputs=torch.randn(3, 4, dtype=torch.complex64))
+
+
+def test_a_pass_that_breaks_its_promise_is_caught() -> None:
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from sparsec.errors import VerifyError
+    from sparsec.pipeline import Context, Effect, PassResult
+
+    @dataclass(frozen=True)
+    class Liar(Pass):
+        name: ClassVar[str] = "liar"
+        effect: ClassVar[Effect] = Effect.EXACT
+
+        def run(self, graph: sparsec.Graph, context: Context) -> PassResult:
+            with torch.no_grad():
+                for weight in graph.weights.values():
+                    graph.tensor(weight.name).mul_(1.5)
+            return PassResult(True, "scaled")
+
+    with pytest.raises(VerifyError, match="after pass 1 'liar'.*declared exact.*not bit-identical"):
+        sparsec.compile(tiny_model("llama")[0], [Liar()], verify="probe")
+
+
+def test_progress_is_told_for_the_long_passes() -> None:
+    steps = []
+    sparsec.compile(tiny_model("llama")[0], "magnitude(0.5, scope=layer),freeze,lower(csr)", progress=lambda *a: steps.append(a))
+    assert {what for what, _, _ in steps} >= {"magnitude", "freeze", "lower"}
+    assert all(0 <= done <= total for _, done, total in steps)
