@@ -5,7 +5,7 @@ Importing this package builds nothing; the first product on a CPU, or the first 
 
 from __future__ import annotations
 
-from sparsec.kernels.build import NativeStatus, status
+from sparsec.kernels.loader import NativeStatus, force_isa, status
 from sparsec.kernels.ops import operator, operator_args
 from sparsec.kernels.reference import tolerance
 from sparsec.kernels.registry import KERNELS, Kernel, Problem, select
@@ -17,6 +17,7 @@ __all__ = [
     "NativeStatus",
     "Problem",
     "SparseLinear",
+    "force_isa",
     "operator",
     "operator_args",
     "select",

@@ -1,21 +1,67 @@
-"""Builds and loads the native CPU kernels."""
+"""python -m sparsec.kernels.build: builds the native kernels ahead of time, or checks that a compiler accepts them.
+
+Without this, they are built at first use into a cache folder. Built here they lie in the package, so that an image or a wheel
+carries them and the machine that runs it needs no compiler.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import sys
+from pathlib import Path
+
+from sparsec.errors import SparsecError
+from sparsec.kernels import toolchain
+from sparsec.kernels.loader import NativeStatus, status
+
+__all__ = ["NativeStatus", "main", "status"]
+
+_EXAMPLES = """examples:
+  python -m sparsec.kernels.build                     build into the installed package
+  python -m sparsec.kernels.build --output build/     build elsewhere; SPARSEC_NATIVE_LIBRARY=FILE uses it
+  python -m sparsec.kernels.build --status            what runs in this environment, and why
+  python -m sparsec.kernels.build --check --portable --compiler aarch64-linux-gnu-g++
+                                                      does this compiler accept the portable kernels?
+"""
 
 
-@dataclass(frozen=True)
-class NativeStatus:
-    """Whether the native kernels run in this process, and if not, why."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 with the reason on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsec.kernels.build",
+        description="Build the native CPU kernels ahead of time.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--compiler", help="C++ compiler; default: $CXX, then c++, g++, clang++")
+    parser.add_argument("--portable", action="store_true", help="only plain C++, no x86 instruction sets")
+    parser.add_argument("--simde", action="store_true", help="emulate AVX-512 with SIMDe (for tests on a CPU without)")
+    parser.add_argument("--output", type=Path, default=toolchain.SOURCES, help="folder; default: the package")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="compile every file, keep nothing")
+    action.add_argument("--status", action="store_true", help="say what runs in this environment")
+    options = parser.parse_args(argv)
+    try:
+        print(_act(options))
+    except (SparsecError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
-    built: bool
-    path: str | None = None
-    isa: str | None = None
-    compiler: str | None = None
-    reason: str | None = None
+
+def _act(options: argparse.Namespace) -> str:
+    if options.status:
+        now = status()
+        by = f", built by {now.compiler}" if now.compiler else ", built ahead of time"
+        return f"{now.isa} kernels from {now.path}{by}" if now.built else f"reference kernels: {now.reason}"
+    chain = toolchain.find(options.compiler, portable=options.portable, simde=options.simde)
+    if options.check:
+        chain.check()
+        return f"{chain.version} for {chain.machine} accepts {', '.join(chain.files)}"
+    target = options.output / toolchain.library_name()
+    chain.build(target)
+    return f"built {target} with {chain.version} for {chain.machine}"
 
 
-def status() -> NativeStatus:
-    """The state of the native kernels in this process."""
-    return NativeStatus(built=False, reason="the native library is not part of this version")
+if __name__ == "__main__":
+    sys.exit(main())

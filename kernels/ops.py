@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
 from sparsec.formats.csr import csr_to_dense
+from sparsec.kernels import loader
 from sparsec.kernels.reference import accumulation_dtype, check_csr_call, csr_linear_reference
 
 # Operators live as long as the library object.
@@ -44,6 +45,16 @@ def operator(packed: Packed) -> OpOverload:
 def operator_args(packed: Packed, bias: Tensor | None) -> tuple[Tensor | int | None, ...]:
     """What the operator takes after x."""
     return (*packed.tensors().values(), bias, *packed.scalars().values())
+
+
+def _implementation(
+    x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None, in_features: int
+) -> Tensor:
+    """Serves every device; the first call on a CPU loads the native library, whose implementation then takes its place."""
+    if x.device.type == "cpu" and not loader.asked() and loader.status().built:
+        out: Tensor = csr_linear(x, values, col_idx, row_ptr, bias, in_features)
+        return out
+    return csr_linear_reference(x, values, col_idx, row_ptr, bias, in_features)
 
 
 def _fake(x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
@@ -76,6 +87,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None
 
 
-torch.library.impl(LIBRARY, "csr_linear", "CompositeExplicitAutograd")(csr_linear_reference)
+torch.library.impl(LIBRARY, "csr_linear", "CompositeExplicitAutograd")(_implementation)
 torch.library.register_fake("sparsec::csr_linear", _fake, lib=LIBRARY)
 torch.library.register_autograd("sparsec::csr_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
 from sparsec.formats.csr import VALUE_DTYPES
-from sparsec.kernels import build
+from sparsec.kernels import loader
 from sparsec.kernels.ops import csr_linear
 
 
@@ -68,7 +68,7 @@ class Kernel:
 
 
 def _native_missing() -> list[str]:
-    status = build.status()
+    status = loader.status()
     return [] if status.reason is None else [status.reason]
 
 
