@@ -1,0 +1,76 @@
+"""`python -m sparsec`: what there is: commands, passes with their options, formats, kernels, and the environment."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from importlib.util import find_spec
+
+from sparsec import __version__
+from sparsec.formats import FORMATS
+from sparsec.kernels import KERNELS
+from sparsec.machine import machine
+from sparsec.pipeline.table import known_passes
+from sparsec.report.table import heading, paragraph
+from sparsec.report.text import machine_lines
+
+COMMANDS = {
+    "sparsec": "this overview; --version",
+    "sparsec.report": "compiles a model and reports it per pass, layer and group, dense / masked / lowered compared",
+    "sparsec.bench": "times kernels against dense and against torch.sparse",
+    "sparsec.kernels.build": "builds the native kernels ahead of time, into the package",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsec", description="Lists commands, passes, formats and kernels."
+    )
+    parser.add_argument("--version", action="version", version=f"sparsec {__version__}")
+    parser.parse_args(argv)
+    print(overview())
+    return 0
+
+
+def overview() -> str:
+    """All of it. May build the native kernels, to say whether they can be."""
+    here = machine()
+    lines = [f"sparsec {__version__}", *heading("Commands (each takes --help)")]
+    for module, text in COMMANDS.items():
+        if find_spec(module) is not None:
+            lines += paragraph(text, f"{'python -m ' + module:<34}")
+    lines += heading("Passes")
+    for cls in known_passes().values():
+        lines += paragraph(f"{cls.__doc__}".strip().splitlines()[0], f"{cls.name:<12}[{cls.effect.value}] ", " " * 12)
+        options = [_option(f) for f in fields(cls)]
+        lines += paragraph(", ".join(options) if options else "(no options)", " " * 12)
+        lines += paragraph(f"needs {_facts(cls.requires)}; gives {_facts(cls.produces)}", " " * 12)
+    lines += heading("Formats")
+    for name, kind in FORMATS.items():
+        lines += paragraph(f"{kind.__doc__}".strip().splitlines()[0], f"{name:<12}")
+    lines += heading("Kernels")
+    for kernel in KERNELS:
+        devices = ", ".join(kernel.devices) if kernel.devices else "every device"
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
+        text = f"{here.kernels[kernel.name]}: format {kernel.format}, {devices}, {dtypes}"
+        lines += paragraph(text, f"{kernel.name:<16}")
+    return "\n".join(lines + machine_lines(here))
+
+
+def _option(option: Field[object]) -> str:
+    if option.default is not MISSING:
+        return f"{option.name}={option.default!r}"
+    if option.default_factory is not MISSING:
+        return f"{option.name}={option.default_factory()!r}"
+    return f"{option.name} (must be given)"
+
+
+def _facts(facts: frozenset[str]) -> str:
+    return ", ".join(sorted(facts)) or "nothing"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
