@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ _VIEWS = _SAME | {
     "clone",
 }
 _PRODUCTS = frozenset({"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "mv", "dot"})
+_TRANSPOSES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("t", ()),
+    ("numpy_T", ()),
+    ("mT", ()),
+    *(("transpose", dims) for dims in ((0, 1), (1, 0), (-1, -2), (-2, -1))),
+    ("permute", ([1, 0],)),
+)
+"""The ways to write the transpose of a matrix."""
 _EMBEDDINGS = frozenset({"embedding", "embedding_bag", "_embedding_bag"})
 
 
@@ -96,6 +104,25 @@ def without_views(reads: Sequence[Read]) -> tuple[Read, ...]:
     views = {view for r in reads for view in r.views}
     readers = {r.node for r in reads} | views
     return tuple(r for r in reads if not (r.node in views and all(user in readers for user in r.node.users)))
+
+
+def as_one_layout(reads: Sequence[Read]) -> tuple[Read, ...]:
+    """A matrix that is [out, in] to one product cannot be [in, out] to another: the latter becomes a plain matrix product."""
+    straight = {r.matrix for r in reads if r.kind == "linear"}
+    return tuple(replace(r, kind="matmul") if r.kind == "conv1d" and r.matrix in straight else r for r in reads)
+
+
+def transposed_weight(node: fx.Node, parameters: frozenset[fx.Node]) -> fx.Node | None:
+    """The weight [out, in] of a product written `x @ weight.T`; None for every other node."""
+    if op_name(node) not in (("aten", "matmul"), ("aten", "mm")) or len(node.args) != 2:
+        return None
+    x, turned = _node(node.args[0]), _node(node.args[1])
+    if x is None or turned is None or turned.op != "call_function" or x.meta["val"].dim() < 2:
+        return None
+    source = turned.all_input_nodes[0] if len(turned.all_input_nodes) == 1 else None
+    if source not in parameters or source is None or source.meta["val"].dim() != 2:
+        return None
+    return source if (op_name(turned)[1], turned.args[1:]) in _TRANSPOSES else None
 
 
 def sources(node: fx.Node, parameters: frozenset[fx.Node]) -> list[fx.Node]:

@@ -17,6 +17,10 @@ from sparsec.ir.groups import Structure
 from sparsec.ir.recognise import Read, owner_of, sources
 
 
+_LEADING: tuple[WeightKind, ...] = ("conv1d", "embedding", "linear", "experts", "bias", "other")
+"""The kind of a weight that is read in several ways is the first of these: a tied head is an embedding."""
+
+
 @dataclass(frozen=True, eq=False)
 class Findings:
     """What was recognised in an exported graph."""
@@ -140,23 +144,22 @@ def weights_table(findings: Findings) -> tuple[dict[str, Weight], list[str]]:
 
 
 def _kind(name: str, reads: list[Read], findings: Findings) -> tuple[WeightKind, str | None]:
-    """The kind of a weight that is read, and the reason where its readers disagree."""
-    kinds: set[WeightKind] = set()
+    """The kind of a weight that is read; and where a matrix is also read by something else than its products, who that is."""
+    kinds: dict[WeightKind, list[str]] = {}
     for r in reads:
-        if r.matrix is None or findings.parameters[r.matrix] != name:
-            kinds.add("bias" if name.rpartition(".")[2].endswith("bias") else "other")
-        elif r.kind == "grouped_linear":
-            kinds.add("experts")
-        else:
-            kinds.add(r.kind if r.kind in ("linear", "conv1d", "embedding") else "other")
-    if len(kinds) == 1:
-        return kinds.pop(), None
-    if kinds == {"embedding", "linear"}:
-        return "embedding", None  # a tied head; its aliases tell
-    return (
-        "other",
-        f"it is read in several ways ({', '.join(sorted(kinds))}), by {', '.join(sorted({findings.owner(r) for r in reads}))}",
-    )
+        kind: WeightKind = "bias" if name.rpartition(".")[2].endswith("bias") else "other"
+        if r.matrix is not None and findings.parameters[r.matrix] == name:
+            match r.kind:
+                case "linear" | "conv1d" | "embedding":
+                    kind = r.kind
+                case "grouped_linear":
+                    kind = "experts"
+        kinds.setdefault(kind, []).append(r.node.name)
+    leading = next(k for k in _LEADING if k in kinds)
+    others = kinds.get("other", [])
+    if leading in ("linear", "conv1d") and others:
+        return leading, f"it is also read as a plain tensor ({', '.join(others)})"
+    return leading, None
 
 
 def _unread_kind(model: nn.Module, name: str) -> WeightKind:

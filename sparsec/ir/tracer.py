@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from sparsec.errors import TraceError
@@ -17,7 +18,7 @@ from sparsec.ir.graph import Graph, fetch
 from sparsec.ir.groups import Structure
 from sparsec.ir.names import node_names
 from sparsec.ir.output import OutputCodeGen
-from sparsec.ir.recognise import LINEAR_KINDS, op_name, read, without_views
+from sparsec.ir.recognise import LINEAR_KINDS, as_one_layout, op_name, read, transposed_weight, without_views
 from sparsec.ir.shapes import shape_of, size_names
 from sparsec.ir.tables import Findings, naming_path, ops_table, weights_table
 
@@ -72,7 +73,21 @@ def _tidy(module: fx.GraphModule, model: nn.Module) -> dict[fx.Node, str]:
             node.replace_all_uses_with(kept[node.target])
             graph.erase_node(node)
     names = {name for name, _ in model.named_parameters()}
-    return {node: name for name, node in kept.items() if name in names}
+    parameters = {node: name for name, node in kept.items() if name in names}
+    _write_linears(graph, frozenset(parameters))
+    return parameters
+
+
+def _write_linears(graph: fx.Graph, parameters: frozenset[fx.Node]) -> None:
+    """Writes `x @ weight.T` as the linear that it is (Falcon's layers, heads that share the embedding by hand)."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and (weight := transposed_weight(node, parameters)) is not None:
+            with graph.inserting_after(node):
+                linear = graph.call_function(torch.ops.aten.linear.default, (node.args[0], weight))
+            linear.meta = node.meta
+            node.replace_all_uses_with(linear)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _findings(model: nn.Module, exported: Exported, parameters: dict[fx.Node, str]) -> Findings:
@@ -80,7 +95,8 @@ def _findings(model: nn.Module, exported: Exported, parameters: dict[fx.Node, st
     nodes = list(exported.module.graph.nodes)
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in nodes if node.op == "call_function"]
-    reads = without_views([r for node in calls if (r := read(node, frozenset(parameters), modules)) is not None])
+    found = [r for node in calls if (r := read(node, frozenset(parameters), modules)) is not None]
+    reads = as_one_layout(without_views(found))
     structure = Structure(model, [r.owner for r in reads if r.kind in LINEAR_KINDS])
     placeholders = {
         name: n for name, n in zip(exported.inputs, (n for n in nodes if n.op == "placeholder"), strict=True) if name
