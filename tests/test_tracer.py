@@ -145,7 +145,7 @@ def test_a_fixed_length_holds_for_every_batch_and_is_enforced(name: str) -> None
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_modules_of_the_repeated_block_fall_into_their_groups(name: str) -> None:
-    model, _, graph = traced(name)
+    _, _, graph = traced(name)
     found: dict[str, set[str]] = {}
     last = max(int(p) for key in graph.weights for p in key.split(".") if p.isdigit())
     for weight in graph.weights.values():
@@ -200,7 +200,7 @@ def test_every_linear_module_is_one_linear_op_of_its_own_weight(name: str) -> No
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-moe", "bert"])
 def test_tracing_leaves_the_model_as_it_was(name: str) -> None:
-    model, example = tiny_model(name)
+    model, _ = tiny_model(name)
     model.train()
     next(iter(model.children())).eval()
     flags = [m.training for m in model.modules()]
@@ -288,7 +288,7 @@ def test_result_is_what_the_model_returns() -> None:
 
 
 def test_copy_is_independent_and_computes_the_same() -> None:
-    model, example, graph = traced("llama-tied")
+    _, example, graph = traced("llama-tied")
     copied = graph.copy()
     assert_same(copied.run(**example()), graph.run(**example()))
     copied.tensor("model.norm.weight").data.zero_()

@@ -16,7 +16,6 @@ from sparsec.ir.facts import Dim, Group, Op, Weight, WeightKind
 from sparsec.ir.groups import Structure
 from sparsec.ir.recognise import Read, owner_of, sources
 
-
 _LEADING: tuple[WeightKind, ...] = ("conv1d", "embedding", "linear", "experts", "bias", "other")
 """The kind of a weight that is read in several ways is the first of these: a tied head is an embedding."""
 
