@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,17 @@ class SparseLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dense matrix [out, in], unpacked at every access; writing to it changes nothing."""
         return self.packed.unpack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to()` and friends, in place as for parameters: who shares a packed tensor (a tied layer, the graph) follows."""
+        before = {name: self._buffers[name] for name in self._names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and torch._has_compatible_shallow_copy_type(old, new):
+                old.data = new.data
+                self._buffers[name] = old
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Operators cannot be pickled; the format names ours.

@@ -15,7 +15,7 @@ from sparsec.ir.graph import Graph
 from sparsec.kernels import Kernel, Problem, operator
 from sparsec.kernels import select as select_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_choice, check_patterns
+from sparsec.pipeline.options import check_choice, check_ignore, check_patterns
 from sparsec.pipeline.selection import select
 
 
@@ -42,7 +42,7 @@ class Lower(Pass):
         if self.index_bits is not None:
             check_choice(self.index_bits, "index_bits", (16, 32))
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
-        object.__setattr__(self, "ignore", check_patterns(self.ignore or None, "ignore") or ())
+        object.__setattr__(self, "ignore", check_ignore(self.ignore))
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for a dtype, device or width that cannot be served."""
@@ -92,7 +92,7 @@ class Lower(Pass):
                 f"{weight.name}: {error}; or leave it dense with lower({self.format}, ignore=({owner!r},))"
             ) from error
         del matrix, mask
-        operations = graph.ops_of(weight.name)
+        operations = graph.products_of(weight.name)
         _register(graph.module, weight.name, matrix_packed)
         for op in operations:
             _rewrite(graph, op, weight, matrix_packed, kernel)
@@ -107,7 +107,7 @@ class Lower(Pass):
 def _stays_dense(graph: Graph, weight: Weight) -> str:
     """Why a weight cannot be packed at all, "" when it can."""
     readers = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == weight.name for n in n.users]
-    matrix_of = {op.node for op in graph.ops_of(weight.name) if op.kind in ("linear", "conv1d")}
+    matrix_of = {op.node for op in graph.products_of(weight.name)}
     others = sorted({n.name for n in readers if n.name not in matrix_of})
     if others:
         return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"

@@ -13,9 +13,10 @@ from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.patterns import unstructured, unstructured_rows
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_choice, check_patterns, check_sparsity
+from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
 from sparsec.pipeline.selection import select
 
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCOPES = ("global", "layer", "row")
 
 
@@ -42,7 +43,7 @@ class Magnitude(Pass):
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
         check_choice(self.scope, "scope", SCOPES)
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
-        object.__setattr__(self, "ignore", check_patterns(self.ignore or None, "ignore") or ())
+        object.__setattr__(self, "ignore", check_ignore(self.ignore))
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises WeightError for NaN or inf, SelectionError for patterns that match nothing."""
@@ -77,6 +78,11 @@ class Magnitude(Pass):
 
 
 def _check_finite(tensor: Tensor, weight: Weight) -> None:
+    if tensor.dtype not in VALUE_DTYPES:
+        raise WeightError(
+            f"{weight.name}: is {tensor.dtype}, and only {', '.join(map(str, VALUE_DTYPES))} can be pruned; convert the model first, "
+            "for instance with model.float()"
+        )
     bad = int(tensor.numel() - torch.isfinite(tensor.detach()).sum())
     if bad:
         where = weight.owners[0] if weight.owners else weight.name

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_patterns
+from sparsec.pipeline.options import check_ignore, check_patterns
 from sparsec.pipeline.selection import select
 
 
@@ -29,7 +29,7 @@ class Zeros(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
-        object.__setattr__(self, "ignore", check_patterns(self.ignore or None, "ignore") or ())
+        object.__setattr__(self, "ignore", check_ignore(self.ignore))
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises SelectionError for patterns that match nothing."""

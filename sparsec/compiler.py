@@ -16,6 +16,7 @@ from sparsec.errors import CompileError
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
 from sparsec.kernels import SparseLinear
+from sparsec.memory import held
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.report.collect import Report, collect
@@ -35,11 +36,12 @@ class Compiled:
     records: tuple[PassRecord, ...]
     trace_seconds: float
     emit_seconds: float
+    model_bytes: int  # of all tensors that the compiled model holds
     notes: tuple[str, ...]  # what tracing and emission had to say
 
     def report(self) -> Report:
         """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields."""
-        return collect(self.graph, self.records, self.notes)
+        return collect(self.graph, self.records, self.notes, self.model_bytes)
 
     def __repr__(self) -> str:
         lowered = sum(w.packed is not None for w in self.graph.weights.values())
@@ -75,7 +77,7 @@ def compile(
     pipeline = _pipeline(passes, masks)
     pipeline.validate()
     if copy:
-        model = copying.deepcopy(model)
+        model = _copied(model)
     start = perf_counter()
     graph = trace(model, example_inputs)
     traced = perf_counter() - start
@@ -94,7 +96,7 @@ def compile(
     emitted = perf_counter() - start
     if any(w.packed is not None for w in graph.weights.values()) and hasattr(model, "save_pretrained"):
         object.__setattr__(model, "save_pretrained", partial(_refuse_saving, type(model).__name__))
-    object.__setattr__(model, "sparsec", Compiled(graph, pipeline, records, traced, emitted, notes))
+    object.__setattr__(model, "sparsec", Compiled(graph, pipeline, records, traced, emitted, held(model).total, notes))
     return model
 
 
@@ -109,6 +111,16 @@ def _pipeline(
     return pipeline
 
 
+def _copied(model: Model) -> Model:
+    try:
+        return copying.deepcopy(model)
+    except RuntimeError as error:
+        raise CompileError(
+            f"the model cannot be copied: {error}; if it was pruned with torch.nn.utils.prune, make that permanent with "
+            "prune.remove(module, 'weight') and use the pass 'zeros'; or hand the model over with copy=False"
+        ) from error
+
+
 def _refuse(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise CompileError(
@@ -118,6 +130,9 @@ def _refuse(model: nn.Module) -> None:
         raise CompileError(
             "this model went through torch.compile; give sparsec the model inside, and call torch.compile on the result"
         )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise CompileError(f"{meta} is on the meta device and holds no values; load the checkpoint into the model first")
     already = isinstance(getattr(model, "sparsec", None), Compiled)
     sparse = next((path for path, m in model.named_modules() if isinstance(m, SparseLinear)), None)
     if already or sparse is not None:

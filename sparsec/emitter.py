@@ -32,7 +32,7 @@ def unswappable(model: nn.Module, graph: Graph) -> dict[str, str]:
     for weight in graph.weights.values():
         if not graph.prunable(weight.name):
             continue
-        for op in graph.ops_of(weight.name):
+        for op in graph.products_of(weight.name):
             reason = _reason(model, op.owner, weight)
             if reason:
                 reasons[weight.name] = reason
@@ -48,7 +48,7 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
     notes = []
     for weight in list(graph.weights.values()):
         if weight.packed is not None:
-            for owner in dict.fromkeys(op.owner for op in graph.ops_of(weight.name)):
+            for owner in dict.fromkeys(op.owner for op in graph.products_of(weight.name)):
                 _swap(model, graph, owner, weight)
         elif weight.mask is not None and not weight.frozen:
             tensor = graph.tensor(weight.name)
@@ -75,7 +75,7 @@ def _reason(model: nn.Module, owner: str, weight: Weight) -> str:
         plain = kind.forward is Conv1D.forward
     else:
         return f"its product is written inside {kind.__name__} ({owner or 'the root module'}), which is no nn.Linear"
-    if not plain:
+    if not plain or "forward" in module.__dict__:  # such as accelerate's patched instances
         return f"{owner} is a {kind.__name__} with a forward of its own"
     if getattr(module, "weight", None) is None or not owner:
         return f"{owner or 'the root module'} cannot be replaced inside its parent"

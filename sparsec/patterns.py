@@ -56,6 +56,7 @@ def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: S
     The threshold is found digit by digit (radix selection): non-negative IEEE numbers order as their bit patterns do, and half types widen to float32 without loss.
     """
     pairs = list(zip(scores, old, strict=True))
+    wide = any(score().dtype == torch.float64 for score in scores)
     total = removed = 0
     for score, before in pairs:
         if before is None:
@@ -69,23 +70,23 @@ def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: S
             before.clone() if before is not None else torch.ones_like(score(), dtype=torch.bool)
             for score, before in pairs
         ]
-    threshold, ties = _kth_key(pairs, zeros)
+    threshold, ties = _kth_key(pairs, zeros, wide)
     masks = []
     for score, before in pairs:
-        mask, ties = _above(score(), before, threshold, ties)
+        mask, ties = _above(score(), before, threshold, ties, wide)
         masks.append(mask)
     return masks
 
 
-def _kth_key(pairs: list[tuple[Callable[[], Tensor], Tensor | None]], count: int) -> tuple[int, int]:
+def _kth_key(pairs: list[tuple[Callable[[], Tensor], Tensor | None]], count: int, wide: bool) -> tuple[int, int]:
     """(key of the count-th smallest entry, how many entries equal to it are among the count smallest)."""
     prefix, known = 0, 0  # the leading bits settled so far, and how many
-    width = _key_bits(pairs[0][0]().dtype)
+    width = 64 if wide else 32
     while known < width:
         shift = width - known - _DIGITS
         bins = torch.zeros(1 << _DIGITS, dtype=torch.int64)
         for score, before in pairs:
-            for keys in _chunks(score(), before):
+            for keys in _chunks(score(), before, wide):
                 inside = keys if known == 0 else keys[(keys >> (width - known)) == prefix]
                 bins += torch.bincount((inside >> shift) & ((1 << _DIGITS) - 1), minlength=1 << _DIGITS).cpu()
         reached = bins.cumsum(0)
@@ -95,12 +96,12 @@ def _kth_key(pairs: list[tuple[Callable[[], Tensor], Tensor | None]], count: int
     return prefix, count
 
 
-def _above(score: Tensor, before: Tensor | None, threshold: int, ties: int) -> tuple[Tensor, int]:
+def _above(score: Tensor, before: Tensor | None, threshold: int, ties: int, wide: bool) -> tuple[Tensor, int]:
     """Mask of the entries above the threshold, the first `ties` equal ones pruned; and how many ties are left to prune."""
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     flat, start = mask.view(-1), 0
     old = None if before is None else before.reshape(-1)
-    for keys in _chunks(score, None):
+    for keys in _chunks(score, None, wide):
         part = slice(start, start + keys.numel())
         kept = keys >= threshold
         if old is not None:
@@ -114,15 +115,11 @@ def _above(score: Tensor, before: Tensor | None, threshold: int, ties: int) -> t
     return mask, ties
 
 
-def _key_bits(dtype: torch.dtype) -> int:
-    return 64 if dtype == torch.float64 else 32
-
-
-def _chunks(score: Tensor, before: Tensor | None) -> Iterator[Tensor]:
-    """The absolute values as int64 keys, CHUNK at a time, without those that an old mask removed."""
+def _chunks(score: Tensor, before: Tensor | None, wide: bool) -> Iterator[Tensor]:
+    """The absolute values as int64 keys of 64 or 32 bits, CHUNK at a time, without those that an old mask removed."""
     flat = score.detach().reshape(-1)
     keep = None if before is None else before.reshape(-1)
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK].abs()  # clears the sign bit: -0.0 has the smallest key
-        keys = part.view(torch.int64) if part.dtype == torch.float64 else part.float().view(torch.int32).to(torch.int64)
+        keys = part.double().view(torch.int64) if wide else part.float().view(torch.int32).to(torch.int64)
         yield keys if keep is None else keys[keep[start : start + CHUNK]]

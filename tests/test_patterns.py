@@ -74,6 +74,14 @@ def test_number_of_zeros_is_exact(case) -> None:
     assert sum(int((~m).sum()) for m in masks) == max(wanted, removed)
 
 
+@given(case=scored(), data=st.data())
+def test_weights_of_different_dtypes_are_compared_by_value(case, data) -> None:
+    scores, old, sparsity = case
+    mixed = [s.to(data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))) for s in scores]
+    for mask, expected in zip(unstructured([lambda s=s: s for s in mixed], sparsity, old), by_sorting(mixed, old, sparsity), strict=True):
+        assert torch.equal(mask, expected)
+
+
 def test_old_masks_are_not_handed_out_for_change() -> None:
     old = torch.tensor([True, False])
     mask = unstructured([lambda: torch.ones(2)], 0.0, [old])[0]

@@ -66,9 +66,13 @@ class Graph:
         """Ops whose matrix is this weight, in order of execution."""
         return [op for op in self.ops.values() if op.weights and op.weights[0] == weight]
 
+    def products_of(self, weight: str) -> list[Op]:
+        """Linear products among them: what pruning is for and what lowering rewrites."""
+        return [op for op in self.ops_of(weight) if op.kind in MATRIX_KINDS]
+
     def prunable(self, name: str) -> bool:
         """Whether the weight is the matrix of a linear product (a tied lm_head is one too: its table is also an embedding)."""
-        return any(op.kind in MATRIX_KINDS for op in self.ops_of(name))
+        return bool(self.products_of(name))
 
     def replace_tensor(self, name: str, tensor: Tensor) -> None:
         """Puts another tensor in a weight's place, in this graph only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from sparsec.errors import SpecError
 
 def check_sparsity(value: Any, name: str = "sparsity") -> float:
     """A share of zeros in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:  # NaN compares false
         raise SpecError(f"{name} must be a share of zeros in [0, 1), got {value!r}; half of the weights is 0.5")
     return float(value)
 
@@ -29,6 +28,11 @@ def check_positive(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise SpecError(f"{name} must be a whole number above 0, got {value!r}")
     return value
+
+
+def check_ignore(value: str | Sequence[str], name: str = "ignore") -> tuple[str, ...]:
+    """Patterns, or an empty tuple for none."""
+    return () if isinstance(value, tuple | list) and not value else check_patterns(value, name) or ()
 
 
 def check_patterns(value: str | Sequence[str] | None, name: str) -> tuple[str, ...] | None:

@@ -42,6 +42,8 @@ class Pipeline:
             return cls.parse(passes)
         if isinstance(passes, Pass):
             return cls((passes,))
+        if not isinstance(passes, Iterable):
+            raise SpecError(f"passes: expected a specification, a Pipeline or a list, got {type(passes).__name__}: {passes!r}")
         found: list[Pass] = []
         for item in passes:
             if isinstance(item, str):
@@ -54,6 +56,8 @@ class Pipeline:
                 raise SpecError(
                     f"passes: expected specifications and Pass objects, got {type(item).__name__}: {item!r}"
                 )
+        if not found:
+            raise SpecError("passes: an empty list; for example: ['magnitude(0.5)', 'freeze', 'lower(csr)']")
         return cls(tuple(found))
 
     def __str__(self) -> str:

@@ -40,6 +40,12 @@ def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -
                     f"{_why(found)}; linear layers are in the groups {_groups(graph)}"
                 )
             chosen.update(w.name for w in prunable)
+    if not chosen - ignored:
+        raise SelectionError(
+            f"{'targets: ' + ', '.join(targets) if targets else 'the default targets, ' + ' and '.join(DEFAULT_TARGETS)}"
+            f"{', less what ignore takes away,' if chosen else ''} leave no linear layer to work on; linear layers are in the groups "
+            f"{_groups(graph)}; name others with targets=..."
+        )
     return [w for w in graph.weights.values() if w.name in chosen - ignored]
 
 

@@ -71,6 +71,8 @@ def _items(text: str) -> list[ast.expr]:
         raise SpecError(f"not a pass specification: {type(error).__name__}: {error}") from None
     if not isinstance(body, ast.List):
         raise SpecError(f"not a pass specification: {text!r}; passes are separated by commas")
+    if not body.elts:
+        raise SpecError(f"no pass in {text!r}; for example: magnitude(0.5),freeze,lower(csr)")
     return body.elts
 
 
