@@ -107,22 +107,19 @@ def _flat(program: ExportedProgram, call: Call, rung: str, dims: tuple[tuple[str
 
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no cache, attention written out; all of it put back afterwards."""
+    """Eval mode, no gradients, no cache; all of it put back afterwards."""
     # Modules keep plain attributes too: a pruning hook, for one, leaves a fake tensor in `weight`.
     before = [(module, dict(vars(module))) for module in model.modules()]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         if use_cache:
             config.use_cache = False  # type: ignore[union-attr]
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide its linears
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         if use_cache:
             config.use_cache = use_cache  # type: ignore[union-attr]
         for module, attributes in before:
