@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,7 +128,9 @@ def _packed(packed: CSR, x: Tensor, copies: int) -> Contender:
 
 
 def _torch_sparse(weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Contender | None:
-    matrix = weight.to_sparse_csr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = weight.to_sparse_csr()
     parts = (matrix.crow_indices(), matrix.col_indices(), matrix.values())
     nbytes = sum(p.nbytes for p in parts)
     columns = x.t().contiguous()
