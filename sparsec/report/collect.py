@@ -21,10 +21,15 @@ class Report(ReportData):
         return render(self)
 
 
-def collect(graph: Graph, records: Sequence[PassRecord] = (), notes: Iterable[str] = ()) -> Report:
-    """What the graph knows of its weights and ops, per weight and per group."""
+def collect(
+    graph: Graph, records: Sequence[PassRecord] = (), notes: Iterable[str] = (), model_bytes: int | None = None
+) -> Report:
+    """What the graph knows of its weights and ops, per weight and per group.
+
+    model_bytes: of all tensors of the model that runs. It may hold buffers that the graph never reads; None takes the graph's.
+    """
     layers = tuple(_layer(graph, weight) for weight in graph.weights.values())
-    held = memory.held(graph.module).total
+    held = memory.held(graph.module).total if model_bytes is None else model_bytes
     return Report(
         passes=tuple(records),
         layers=layers,

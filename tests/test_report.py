@@ -1,0 +1,187 @@
+"""What a report counts, and what it says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_cases
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsec import memory
+from sparsec.report import schema
+from sparsec.report.text import render
+from sparsec.report.words import pays_from, storage
+
+GOLDEN = Path(__file__).parent / "golden" / "report.txt"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    return report_cases.compiled()
+
+
+@pytest.fixture(scope="module")
+def full() -> Any:
+    return report_cases.report()
+
+
+def test_text_of_a_whole_report(full: Any) -> None:
+    """Refresh with SPARSEC_REFRESH_GOLDEN=1, and read the difference."""
+    text = str(full) + "\n"
+    if os.environ.get("SPARSEC_REFRESH_GOLDEN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_text_is_ascii_and_at_most_120_columns_wide(full: Any) -> None:
+    text = render(full)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("spec", [report_cases.SPEC, "magnitude(0.9),freeze", "magnitude(0.5)", "flops"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_are_those_found_by_walking_the_emitted_model(spec: str, tied: bool) -> None:
+    model = report_cases.compiled(spec, tied)
+    report = model.sparsec.report()
+    assert report.bytes_held == memory.held(model).total
+    assert report.bytes_masks == sum(w.mask.numel() for w in model.sparsec.graph.masked())
+
+
+def test_rows_add_up_to_the_model(compiled: Any) -> None:
+    report, dense = compiled.sparsec.report(), report_cases.model()
+    assert report.parameters == sum(p.numel() for p in dense.parameters())
+    assert report.bytes_dense == memory.held(dense).total
+    for key in ("parameters", "nnz", "bytes_dense", "bytes_held"):
+        assert sum(getattr(g, key) for g in report.groups) == sum(getattr(row, key) for row in report.layers), key
+    assert sum(g.share for g in report.groups) == pytest.approx(1.0)
+
+
+def test_nnz_is_the_masks_sum_and_not_a_count_of_values(compiled: Any) -> None:
+    """The arithmetic weights hold a zero of their own; the masks are exact to one weight per matrix set."""
+    pruned = [row for row in compiled.sparsec.report().layers if row.packed]
+    total = sum(row.parameters for row in pruned)
+    assert len(pruned) == 10
+    assert sum(row.parameters - row.nnz for row in pruned) == round(0.3 * total)
+
+
+def test_a_tied_weight_is_one_row_and_its_product_counts_under_lm_head(compiled: Any) -> None:
+    report = compiled.sparsec.report()
+    (row,) = [row for row in report.layers if row.aliases]
+    groups = {g.group: g for g in report.groups}
+    assert (row.name, row.aliases) == ("model.embed_tokens.weight", ("lm_head.weight",))
+    assert groups["embedding"].parameters == 96 * 32
+    assert groups["lm_head"].parameters == 0
+    assert groups["lm_head"].flops_per_token == 2 * 96 * 32
+    assert groups["embedding"].flops_per_token == 0
+
+
+def test_flops_scale_with_nnz_only_where_a_sparse_kernel_runs() -> None:
+    lowered = report_cases.compiled().sparsec.report()
+    masked = report_cases.compiled(report_cases.SPEC.split(",lower")[0]).sparsec.report()
+    for row, before in zip(lowered.layers, masked.layers, strict=True):
+        assert row.nnz == before.nnz
+        assert before.flops_per_token == before.flops_dense
+        assert row.flops_per_token == (2 * row.nnz if row.packed else row.flops_dense)
+    attention = next(g for g in lowered.groups if g.group == "attention")
+    assert lowered.flops_without_weights == 2 * 2 * (2 * 32 * 32)  # layers, scores and values, heads*head_dim*context
+    assert attention.flops_dense == lowered.flops_without_weights + 2 * 2 * (2 * 32 * 32 + 2 * 16 * 32)
+
+
+def test_flops_that_nobody_counted_are_unknown_not_zero() -> None:
+    report = report_cases.compiled("magnitude(0.5),freeze,lower(csr)").sparsec.report()
+    assert report.flops_per_token is None
+    assert {row.flops_per_token for row in report.layers} == {None}
+    assert "FLOPs are not counted: add the pass flops" in str(report)
+    assert schema.check(schema.document(report)) == []
+
+
+def test_larger_than_dense_is_called_larger(compiled: Any) -> None:
+    """CSR with 32-bit columns at 30 % holds 1.4 times the bytes of fp32."""
+    (text,) = storage(compiled.sparsec.report().layers)
+    assert "10 of them are LARGER than dense" in text
+    assert "so the packed weights are LARGER than dense" in text
+    (smaller,) = storage(report_cases.compiled("magnitude(0.9),freeze,lower(csr)").sparsec.report().layers)
+    assert "LARGER" not in smaller
+
+
+def test_csr_with_32_bit_columns_pays_from_about_half_zeros(compiled: Any) -> None:
+    rows = [row for row in compiled.sparsec.report().layers if row.packed]
+    assert pays_from(rows) == pytest.approx(0.5, abs=0.04)  # beside 8 bytes per kept weight there are row pointers
+
+
+def test_every_dense_row_has_a_reason_and_no_packed_one(compiled: Any) -> None:
+    rows = schema.document(compiled.sparsec.report())["layers"]
+    assert all((row["reason"] is None) == (row["format"] != "dense") for row in rows)
+    reasons = {row["name"]: row["reason"] for row in rows}
+    assert reasons["model.layers.1.self_attn.q_proj.weight"] == "no pass pruned it"
+    assert "tied" in reasons["model.embed_tokens.weight"]
+
+
+def test_json_holds_to_its_schema_and_is_plain_json(full: Any) -> None:
+    found = json.loads(json.dumps(schema.document(full), allow_nan=False))
+    assert schema.check(found) == []
+    assert found["schema"] == "sparsec.report/1"
+    assert list(found["summary"]) == ["dense", "masked", "lowered"]
+    assert found["summary"]["lowered"]["decode_ms"] == 3.0
+    assert found["summary"]["lowered"]["decode_ms_quartiles"] == [2.5, 150.0]
+    assert found["passes"][0]["effect"] == "lossy"
+    assert {"out_features", "in_features", "nnz", "kernel", "speedup_predicted"} <= found["layers"][0].keys()
+
+
+def test_json_takes_a_perplexity_beyond_floating_point(full: Any) -> None:
+    broken = replace(full, summary={"dense": replace(full.summary["dense"], perplexity=float("inf"))})
+    found = json.loads(json.dumps(schema.document(broken), allow_nan=False))
+    assert found["summary"]["dense"]["perplexity"] is None
+
+
+@given(data=st.data())
+def test_check_finds_what_is_missing_or_of_the_wrong_type(data: st.DataObject) -> None:
+    found = json.loads(REPORT_JSON)
+    places = [found, found["passes"][0], found["layers"][3], found["groups"][0], found["summary"]["masked"]]
+    tables = [schema.SCHEMA, schema.PASS, schema.LAYER, schema.GROUP, schema.VARIANT]
+    index = data.draw(st.integers(0, 4))
+    key = data.draw(st.sampled_from(sorted(tables[index])))
+    if data.draw(st.booleans()):
+        del places[index][key]
+    else:
+        places[index][key] = {"neither": "number"} if key not in ("summary", "machine", "model") else 3
+    if isinstance(places[index].get(key), dict) and dict in tables[index][key][0]:
+        places[index][key] = "no object"
+    assert any(key in problem for problem in schema.check(found))
+
+
+REPORT_JSON = json.dumps(schema.document(report_cases.report()))
+
+
+def test_csv_has_one_line_per_weight(full: Any) -> None:
+    rows = list(csv.DictReader(io.StringIO(schema.layers_csv(full))))
+    assert [row["name"] for row in rows] == [row.name for row in full.layers]
+    packed = next(row for row in rows if row["name"] == "model.layers.0.mlp.up_proj.weight")
+    assert (packed["out_features"], packed["in_features"], packed["format"]) == ("48", "32", "csr32")
+    assert (packed["shape"], packed["reason"]) == ("48 32", "")
+    assert int(packed["nnz"]) == next(r.nnz for r in full.layers if r.name == packed["name"])
+
+
+def test_a_report_holds_no_tensor(compiled: Any) -> None:
+    """It outlives the model, so it must not keep the model's memory."""
+    seen: list[Any] = [compiled.sparsec.report()]
+    while seen:
+        item = seen.pop()
+        assert not isinstance(item, torch.Tensor | torch.nn.Module)
+        if isinstance(item, tuple | list):
+            seen.extend(item)
+        elif isinstance(item, dict):
+            seen.extend(item.values())
+        elif is_dataclass(item):
+            seen.extend(getattr(item, f.name) for f in fields(item))
