@@ -1,9 +1,11 @@
-"""FLOPs: arithmetic per token of every op, dense and as kept. A multiply-add counts 2; look-ups, norms and pointwise ops count 0."""
+"""FLOPs: arithmetic per token of every op, dense and as kept.
+
+A multiply-add counts 2; look-ups, norms and pointwise ops count 0.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import ClassVar
@@ -12,6 +14,7 @@ from sparsec.ir.facts import MATRIX_KINDS, Op
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_positive
+
 
 @dataclass(frozen=True)
 class Flops(Pass):
@@ -40,9 +43,9 @@ class Flops(Pass):
                     f"%{name} ({op.kind}, {op.group}) is not counted: its shape does not tell the work per token"
                 )
             graph.ops[name] = replace(op, flops_dense=dense, flops=kept)
-        groups: Counter[str] = Counter()
+        groups: dict[str, float] = {}
         for op in graph.ops.values():
-            groups[op.group] += op.flops or 0
+            groups[op.group] = groups.get(op.group, 0) + (op.flops or 0)
         total = sum(op.flops or 0 for op in graph.ops.values())
         full = sum(op.flops_dense or 0 for op in graph.ops.values())
         parts = ", ".join(f"{g} {f / 1e6:.1f}" for g, f in groups.items() if f)
@@ -79,14 +82,15 @@ class Flops(Pass):
 
 
 def _width(op: Op) -> int | None:
-    """heads * head_dim of an attention result [batch, heads, length, head_dim]."""
+    """heads * head_dim of an attention result [batch, heads, length, head_dim] or [heads * batch, length, head_dim]."""
     if op.shape is None or len(op.shape) < 3:
         return None
-    *lead, _, last = op.shape
-    heads = lead[1:] if len(lead) > 1 else []
-    if not isinstance(last, int) or not all(isinstance(h, int) for h in heads):
+    first, *heads, _, last = op.shape
+    if not isinstance(last, int):
         return None
-    return prod([last, *(h for h in heads if isinstance(h, int))])
+    folded = re.fullmatch(r"(\d+)\*batch", str(first).replace(" ", ""))  # [heads * batch, length, head_dim]
+    counts = [h for h in heads if isinstance(h, int)]
+    return None if len(counts) < len(heads) else prod([last, *counts, int(folded.group(1)) if folded else 1])
 
 
 def _pair(op: Op, other: Op) -> bool:

@@ -1,4 +1,7 @@
-"""Freeze: the mask's zeros become zeros in the stored weight: `where(mask, w, 0)`, since `w * mask` would keep NaN and make -0.0."""
+"""Freeze: the mask's zeros become zeros in the stored weight.
+
+`where(mask, w, 0)`, since `w * mask` would keep NaN and make -0.0.
+"""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class Lower(Pass):
         graph.module.recompile()
         if packed > dense:
             notes.append(
-                f"the packed weights are larger than the dense ones, {packed / 1e6:.1f} MB against {dense / 1e6:.1f} MB: at this sparsity "
-                "the column numbers cost more than the zeros save; prune further or keep these layers dense"
+                f"the packed weights are larger than the dense ones, {packed / 1e6:.1f} MB against {dense / 1e6:.1f} MB: at "
+                "this sparsity the column numbers cost more than the zeros save; prune further or keep these layers dense"
             )
         count = sum(1 for w in chosen if graph.weights[w.name].packed is not None)
         ratio = f", {packed / dense:.2f}x of dense" if dense else ""

@@ -1,8 +1,12 @@
-"""Magnitude pruning: the smallest |W| go (Han et al. 2015, arXiv:1506.02626; global scope as in Lee et al. 2019, arXiv:1810.02340)."""
+"""Magnitude pruning: the smallest |W| go (Han et al. 2015, arXiv:1506.02626).
+
+Global scope compares all layers with each other, as in Gale et al. 2019, arXiv:1902.09574.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -63,14 +67,13 @@ class Magnitude(Pass):
 
     def _masks(self, graph: Graph, chosen: list[Weight], context: Context) -> list[Tensor]:
         if self.scope == "global":
-            scores = [lambda name=w.name: graph.tensor(name).detach() for w in chosen]  # type: ignore[misc]
-            return unstructured(scores, self.sparsity, [w.mask for w in chosen]) if chosen else []
+            scores = [partial(graph.tensor, w.name) for w in chosen]
+            return unstructured(scores, self.sparsity, [w.mask for w in chosen])
         masks = []
         for i, weight in enumerate(chosen):
             context.step("magnitude", i, len(chosen))
             if self.scope == "layer":
-                tensor = graph.tensor(weight.name).detach()
-                masks += unstructured([lambda tensor=tensor: tensor], self.sparsity, [weight.mask])  # type: ignore[misc]
+                masks += unstructured([partial(graph.tensor, weight.name)], self.sparsity, [weight.mask])
             else:
                 mask = unstructured_rows(graph.matrix(weight.name), self.sparsity, graph.mask_matrix(weight.name))
                 masks.append(mask.t().contiguous() if weight.kind == "conv1d" else mask)
@@ -80,8 +83,8 @@ class Magnitude(Pass):
 def _check_finite(tensor: Tensor, weight: Weight) -> None:
     if tensor.dtype not in VALUE_DTYPES:
         raise WeightError(
-            f"{weight.name}: is {tensor.dtype}, and only {', '.join(map(str, VALUE_DTYPES))} can be pruned; convert the model first, "
-            "for instance with model.float()"
+            f"{weight.name}: is {tensor.dtype}, and only {', '.join(map(str, VALUE_DTYPES))} can be pruned; "
+            "convert the model first, for instance with model.float()"
         )
     bad = int(tensor.numel() - torch.isfinite(tensor.detach()).sum())
     if bad:

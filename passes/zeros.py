@@ -44,7 +44,7 @@ class Zeros(Pass):
             total += mask.numel()
             zeros += mask.numel() - int(mask.sum())
         share = zeros / total if total else 0.0
-        notes = ()
+        notes: tuple[str, ...] = ()
         if share < 0.05:
             notes = (
                 f"the checkpoint holds only {100 * share:.2f} % zeros in these weights, which no format turns into speed; "

@@ -61,12 +61,14 @@ def compile(
 ) -> Model:
     """A model of the same class whose pruned linear layers run on sparse kernels.
 
-    passes: a specification (default `magnitude(0.5),freeze,sparsity,flops,lower(csr)`), a Pipeline, or a list of specifications and Pass
-    objects. example_inputs: needed for models that are not from transformers: a tensor, a tuple or a dict of tensors, with sizes of
-    at least 2 where sizes vary. masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
-    `mask,freeze,sparsity,flops,lower(csr)`, and a pass `mask` is put first where `passes` has none. copy: True leaves `model` untouched;
-    False consumes it: each dense weight is freed as soon as it is packed. verify: none, structure, facts or probe. progress: called with
-    (what, done, total). instruments: see `sparsec.PrintIR` and `sparsec.DumpIR`.
+    passes: a specification (default `magnitude(0.5),freeze,sparsity,flops,lower(csr)`), a Pipeline, or a list of specifications
+    and Pass objects.
+    example_inputs: needed for models that are not from transformers: a tensor, a tuple or a dict of tensors, with sizes of at
+    least 2 where sizes vary.
+    masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
+    `mask,freeze,sparsity,flops,lower(csr)`, and a pass `mask` is put first where `passes` has none.
+    copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed.
+    verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
     The result's `.sparsec` holds the graph, the records of the passes and `report()`.
 
@@ -132,7 +134,9 @@ def _refuse(model: nn.Module) -> None:
         )
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
-        raise CompileError(f"{meta} is on the meta device and holds no values; load the checkpoint into the model first")
+        raise CompileError(
+            f"{meta} is on the meta device and holds no values; load the checkpoint into the model first"
+        )
     already = isinstance(getattr(model, "sparsec", None), Compiled)
     sparse = next((path for path, m in model.named_modules() if isinstance(m, SparseLinear)), None)
     if already or sparse is not None:
@@ -149,8 +153,8 @@ def _nothing_to_prune(graph: Graph) -> str:
     kinds = ", ".join(dict.fromkeys(w.kind for w in graph.weights.values()))
     seen = "".join(f"\n  {note}" for note in graph.notes)
     return (
-        f"the model has no linear layer whose weight is a plain parameter, so there is nothing to make sparse (its parameters: {kinds}); "
-        f"sparsec works on nn.Linear and transformers' Conv1D{seen}"
+        "the model has no linear layer whose weight is a plain parameter, so there is nothing to make sparse "
+        f"(its parameters: {kinds}); sparsec works on nn.Linear and transformers' Conv1D{seen}"
     )
 
 

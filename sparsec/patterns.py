@@ -53,7 +53,8 @@ def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: S
     results are never kept together; beside them and the masks, the search holds CHUNK keys and 2**16 counters.
     old: a bool mask of the same shape, or None, per weight.
 
-    The threshold is found digit by digit (radix selection): non-negative IEEE numbers order as their bit patterns do, and half types widen to float32 without loss.
+    The threshold is found digit by digit (radix selection): non-negative IEEE numbers order as their bit patterns do, and half
+    types widen to float32 without loss.
     """
     pairs = list(zip(scores, old, strict=True))
     wide = any(score().dtype == torch.float64 for score in scores)

@@ -30,7 +30,9 @@ VIEWS = {"view", "reshape", "size", "sym_size", "getitem", "mul", "_operator"}
 def outputs(model: nn.Module, inputs: dict) -> torch.Tensor:
     with torch.no_grad():
         result = model(**inputs)
-    return result if isinstance(result, torch.Tensor) else next(v for v in result.values() if isinstance(v, torch.Tensor))
+    return (
+        result if isinstance(result, torch.Tensor) else next(v for v in result.values() if isinstance(v, torch.Tensor))
+    )
 
 
 def sequence(graph: sparsec.Graph) -> list[tuple[str, str]]:
@@ -189,7 +191,9 @@ def test_consuming_a_model_frees_each_dense_weight_as_it_is_packed() -> None:
     parameters = {n: p for n, p in model.named_parameters() if "_proj" in n}
     compiled = sparsec.compile(model, SPEC, copy=False)
     assert compiled is model
-    assert all(p.numel() == 0 for p in parameters.values()), "somebody who still holds the Parameter keeps no memory alive"
+    assert all(p.numel() == 0 for p in parameters.values()), (
+        "somebody who still holds the Parameter keeps no memory alive"
+    )
 
 
 def test_a_module_registered_under_two_names_is_swapped_under_both() -> None:
@@ -266,7 +270,7 @@ def _doubled(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_unfrozen_masks_are_written_by_emission_which_says_so() -> None:
-    model, call = tiny_model("llama")
+    model, _ = tiny_model("llama")
     compiled = sparsec.compile(model, "magnitude(0.5)")
     assert "freeze was missing" in compiled.sparsec.notes[-1]
     assert sparsec.compile(model, "magnitude(0.5),freeze").sparsec.notes == compiled.sparsec.notes[:-1]
@@ -289,7 +293,7 @@ def test_masks_of_the_user_take_the_place_of_pruning() -> None:
 def test_saving_a_lowered_model_is_refused_and_a_pruned_dense_one_is_not(tmp_path) -> None:
     model, call = tiny_model("llama")
     compiled = sparsec.compile(model, SPEC)
-    with pytest.raises(CompileError, match="save_pretrained: lowered models cannot be saved yet.*magnitude"):
+    with pytest.raises(CompileError, match=r"save_pretrained: lowered models cannot be saved yet.*magnitude"):
         compiled.save_pretrained(tmp_path / "lowered")
     assert not (tmp_path / "lowered").exists()
     with pytest.raises(CompileError):
@@ -321,7 +325,12 @@ def test_saving_a_lowered_model_is_refused_and_a_pruned_dense_one_is_not(tmp_pat
         (lambda: nn.Sequential(nn.Linear(4, 4)), "magnitude(0.5, ignore='')", SpecError, "ignore must be a pattern"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "magnitude(0.5, ignore=mlp)", SelectionError, "leave no linear layer"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "magnitude(" + "9" * 400 + ")", SpecError, r"in \[0, 1\)"),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), SPEC + ",magnitude(0.7)", PipelineError, "cannot follow pass 5 'lower'"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4)),
+            SPEC + ",magnitude(0.7)",
+            PipelineError,
+            "cannot follow pass 5 'lower'",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_with_the_reason(build, passes, error, message: str) -> None:
@@ -335,7 +344,9 @@ def test_an_unknown_verify_level_is_refused() -> None:
 
 
 def test_compiling_twice_is_refused_with_the_reason(pair) -> None:
-    with pytest.raises(CompileError, match=r"compiled already \(model\.layers\.0\.self_attn\.q_proj is a SparseLinear\)"):
+    with pytest.raises(
+        CompileError, match=r"compiled already \(model\.layers\.0\.self_attn\.q_proj is a SparseLinear\)"
+    ):
         sparsec.compile(pair[1])
     pruned = sparsec.compile(tiny_model("llama")[0], "magnitude(0.5)")
     with pytest.raises(CompileError, match="compiled already"):
@@ -392,6 +403,8 @@ def test_a_pass_that_breaks_its_promise_is_caught() -> None:
 
 def test_progress_is_told_for_the_long_passes() -> None:
     steps = []
-    sparsec.compile(tiny_model("llama")[0], "magnitude(0.5, scope=layer),freeze,lower(csr)", progress=lambda *a: steps.append(a))
+    sparsec.compile(
+        tiny_model("llama")[0], "magnitude(0.5, scope=layer),freeze,lower(csr)", progress=lambda *a: steps.append(a)
+    )
     assert {what for what, _, _ in steps} >= {"magnitude", "freeze", "lower"}
     assert all(0 <= done <= total for _, done, total in steps)

@@ -35,11 +35,16 @@ def scored(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[torch.Tensor | Non
 def by_sorting(scores: list[torch.Tensor], old: list[torch.Tensor | None], sparsity: float) -> list[torch.Tensor]:
     """The slow twin: one stable sort over everything, removed entries first."""
     flat = torch.cat([s.double().abs().reshape(-1) for s in scores])
-    kept = torch.cat([(torch.ones_like(s, dtype=torch.bool) if m is None else m).reshape(-1) for s, m in zip(scores, old)])
+    kept = torch.cat(
+        [
+            (torch.ones_like(s, dtype=torch.bool) if m is None else m).reshape(-1)
+            for s, m in zip(scores, old, strict=True)
+        ]
+    )
     order = np.lexsort((np.arange(len(flat)), flat.numpy(), kept.numpy()))
     mask = kept.clone()
     mask[torch.from_numpy(order[: prune_count(sparsity, len(flat))].copy())] = False
-    return [m.reshape(s.shape) for m, s in zip(mask.split([s.numel() for s in scores]), scores)]
+    return [m.reshape(s.shape) for m, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 18])
@@ -78,7 +83,9 @@ def test_number_of_zeros_is_exact(case) -> None:
 def test_weights_of_different_dtypes_are_compared_by_value(case, data) -> None:
     scores, old, sparsity = case
     mixed = [s.to(data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))) for s in scores]
-    for mask, expected in zip(unstructured([lambda s=s: s for s in mixed], sparsity, old), by_sorting(mixed, old, sparsity), strict=True):
+    for mask, expected in zip(
+        unstructured([lambda s=s: s for s in mixed], sparsity, old), by_sorting(mixed, old, sparsity), strict=True
+    ):
         assert torch.equal(mask, expected)
 
 

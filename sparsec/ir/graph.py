@@ -81,7 +81,8 @@ class Graph:
 
     def node(self, name: str) -> fx.Node:
         """The fx node of that name."""
-        return next(n for n in self.module.graph.nodes if n.name == name)
+        node: fx.Node = next(n for n in self.module.graph.nodes if n.name == name)
+        return node
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Executes the graph, masks applied. Arguments as in `inputs`."""

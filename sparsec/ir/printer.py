@@ -8,7 +8,6 @@ What stands before the `#` is the dataflow; behind it are the facts known so far
 from __future__ import annotations
 
 import difflib
-import operator
 from typing import Any
 
 import torch
@@ -126,6 +125,4 @@ def _argument(value: Any) -> str:
 def _target(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.partition("::")[2]
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return str(target.__name__)
     return str(getattr(target, "__name__", target))

@@ -89,9 +89,9 @@ def _tables(graph: Graph) -> Iterator[str]:
         if name != op.node or name not in nodes:
             yield f"ops: {name!r} is not a node of the graph"
             continue
-        for weight in op.weights:
-            if weight not in graph.weights:
-                yield f"%{name} names the weight {weight!r}, which is not in the table"
+        for read in op.weights:
+            if read not in graph.weights:
+                yield f"%{name} names the weight {read!r}, which is not in the table"
     for name, weight in graph.weights.items():
         if name != weight.name:
             yield f"weights: the record of {name!r} says {weight.name!r}"

@@ -77,7 +77,9 @@ class Pass(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     produces: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()
-    excludes: ClassVar[frozenset[str]] = frozenset()  # facts that must not hold yet: pruning needs weights not yet packed
+    excludes: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # facts that must not hold yet: pruning needs weights not yet packed
 
     @property
     def needs_calibration(self) -> bool:

@@ -34,7 +34,7 @@ class Pipeline:
         return cls(parse(text, known_passes()))
 
     @classmethod
-    def of(cls, passes: Pipeline | str | Pass | Iterable[str | Pass]) -> Pipeline:
+    def of(cls, passes: object) -> Pipeline:
         """From whatever `passes=` may hold: a Pipeline, a specification, a Pass, or a sequence of the last two."""
         if isinstance(passes, Pipeline):
             return passes
@@ -43,7 +43,9 @@ class Pipeline:
         if isinstance(passes, Pass):
             return cls((passes,))
         if not isinstance(passes, Iterable):
-            raise SpecError(f"passes: expected a specification, a Pipeline or a list, got {type(passes).__name__}: {passes!r}")
+            raise SpecError(
+                f"passes: expected a specification, a Pipeline or a list, got {type(passes).__name__}: {passes!r}"
+            )
         found: list[Pass] = []
         for item in passes:
             if isinstance(item, str):
@@ -88,8 +90,10 @@ class Pipeline:
                 makers = ", ".join(cls.name for cls in known_passes().values() if fact in cls.produces)
                 raise PipelineError(f"{me} needs {fact!r}, {why}; produced by: {makers or 'no known pass'}\n  {self}")
             for fact in sorted(p.excludes & held):
-                raise PipelineError(f"{me} cannot follow {made.get(fact, 'what was done before')}, which made {fact!r} true; "
-                                    f"put it earlier\n  {self}")
+                raise PipelineError(
+                    f"{me} cannot follow {made.get(fact, 'what was done before')}, which made {fact!r} true; "
+                    f"put it earlier\n  {self}"
+                )
             made.update(dict.fromkeys(p.produces, me))
             lost.update(dict.fromkeys(p.invalidates & held, me))
             held = (held - p.invalidates) | p.produces

@@ -1,8 +1,8 @@
 """Which weights a pass works on: one mechanism for all passes.
 
-`targets=` and `ignore=` take groups (`attention`, `mlp`, ...) and globs over module paths. A glob is compared with the path, with
-each of its ends after a dot, and with the paths of the modules around it: `layers.1.*`, `layers.1` and `*.1.mlp` all work, and none of
-them matches `layers.10`. A pattern that matches nothing is an error: a typo must not prune less than was asked for.
+`targets=` and `ignore=` take groups (`attention`, `mlp`, ...) and globs over module paths. A glob is compared with the path,
+with each of its ends after a dot, and with the paths of the modules around it: `layers.1.*`, `layers.1` and `*.1.mlp` all work,
+and none of them matches `layers.10`. A pattern that matches nothing is an error: a typo must not prune less than was asked for.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -
     if not chosen - ignored:
         raise SelectionError(
             f"{'targets: ' + ', '.join(targets) if targets else 'the default targets, ' + ' and '.join(DEFAULT_TARGETS)}"
-            f"{', less what ignore takes away,' if chosen else ''} leave no linear layer to work on; linear layers are in the groups "
-            f"{_groups(graph)}; name others with targets=..."
+            f"{', less what ignore takes away,' if chosen else ''} leave no linear layer to work on; linear layers are in "
+            f"the groups {_groups(graph)}; name others with targets=..."
         )
     return [w for w in graph.weights.values() if w.name in chosen - ignored]
 

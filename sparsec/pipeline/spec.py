@@ -121,14 +121,12 @@ def _build(node: ast.expr, text: str, table: Mapping[str, type[Pass]]) -> Pass:
 def _value(node: ast.expr, text: str) -> Any:
     """A literal; a bare name stands for itself as text."""
     match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None):
-            return node.value
+        case ast.Constant(value=(bool() | int() | float() | str() | None) as value):
+            return value
         case ast.Name():
             return node.id
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())) if not isinstance(
-            node.operand.value, bool
-        ):
-            return -node.operand.value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=(int() | float()) as number)) if number is not True:
+            return -number
         case ast.Tuple() | ast.List():
             return tuple(_value(e, text) for e in node.elts)
     raise _fail(
