@@ -76,7 +76,7 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to()` and friends, in place as for parameters: who shares a packed tensor (a tied layer, the graph) follows."""
         before = {name: self._buffers[name] for name in self._names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and torch._has_compatible_shallow_copy_type(old, new):

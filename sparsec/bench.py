@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import platform
 import statistics
@@ -115,7 +116,7 @@ def measure(case: Case, *, repeats: int = 20, rotate_bytes: int = 1 << 30, index
 
 
 def _dense(weight: Tensor, x: Tensor, copies: int) -> Contender:
-    return [lambda w=w: F.linear(x, w) for w in [weight.clone() for _ in range(copies)]], weight.nbytes
+    return [functools.partial(F.linear, x, weight.clone()) for _ in range(copies)], weight.nbytes
 
 
 def _packed(packed: CSR, x: Tensor, copies: int) -> Contender:
@@ -123,27 +124,22 @@ def _packed(packed: CSR, x: Tensor, copies: int) -> Contender:
         tensors = {name: tensor.clone() for name, tensor in packed.tensors().items()}
         return SparseLinear(CSR.from_parts(tensors, packed.scalars()))
 
-    modules = [twin() for _ in range(copies)]
-    return [lambda m=m: m(x) for m in modules], packed.nbytes
+    return [functools.partial(twin(), x) for _ in range(copies)], packed.nbytes
 
 
 def _torch_sparse(weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Contender | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         matrix = weight.to_sparse_csr()
-    parts = (matrix.crow_indices(), matrix.col_indices(), matrix.values())
-    nbytes = sum(p.nbytes for p in parts)
+    nbytes = matrix.crow_indices().nbytes + matrix.col_indices().nbytes + matrix.values().nbytes
     columns = x.t().contiguous()
     try:
         torch.sparse.mm(matrix, columns)
     except RuntimeError:
         return None  # the table says n/a
 
-    def twin() -> Tensor:
-        return torch.sparse_csr_tensor(*(p.clone() for p in parts), size=weight.shape, check_invariants=False)
-
-    twins = [twin() for _ in range(copies(nbytes))]
-    return [lambda t=t: torch.sparse.mm(t, columns) for t in twins], nbytes
+    twins = [matrix.clone() for _ in range(copies(nbytes))]
+    return [functools.partial(torch.sparse.mm, twin, columns) for twin in twins], nbytes
 
 
 def _interleaved(contenders: Sequence[Contender], repeats: int) -> list[Timing]:

@@ -27,23 +27,23 @@ void one(const Product& p) {
   }
 }
 
-// GCC and clang lower a vector type to whatever registers there are: 16 floats are one AVX-512, two AVX2 or four NEON ones.
-template <int L>
-struct Lanes {
-  typedef float type __attribute__((vector_size(4 * L)));
-};
-
-template <int L>
-inline typename Lanes<L>::type load(const float* from) {
-  typename Lanes<L>::type v;
-  memcpy(&v, from, sizeof(v));
-  return v;
-}
+// GCC and clang map a vector type of register width to one register; of a wider one GCC 12 makes stack traffic (5 times
+// slower), so that L lanes are an array of registers.
+#if defined(__AVX512F__)
+constexpr int kRegister = 16;
+#elif defined(__AVX2__)
+constexpr int kRegister = 8;
+#else
+constexpr int kRegister = 4;
+#endif
 
 // Lanes are rows of x: one value is multiplied with a contiguous run of x, no gather and no horizontal sum.
 template <int L, class T, class I>
 void few(const Product& p) {
-  using Vec = typename Lanes<L>::type;
+  constexpr int W = L < kRegister ? L : kRegister;
+  constexpr int N = L / W;
+  constexpr int C = N >= 4 ? 2 : 4;  // chains that hide the latency of the multiply-add; N * C accumulators fit the registers
+  typedef float Vec __attribute__((vector_size(4 * W)));
   const T* values = static_cast<const T*>(p.values);
   const I* columns = static_cast<const I*>(p.columns);
   const T* bias = static_cast<const T*>(p.bias);
@@ -52,25 +52,40 @@ void few(const Product& p) {
   int64_t at = p.row_ptr[p.first];
   for (int64_t r = p.first; r < p.last; ++r) {
     const int64_t end = p.row_ptr[r + 1];
-    Vec a{}, b{}, c{}, d{};  // four chains hide the latency of the multiply-add
+    Vec sums[C][N] = {};
     for (; at + 8 <= end; at += 8) {
       float v[8];
       widen8(values + at, v);
-      const I* col = columns + at;
-      a += v[0] * load<L>(x + static_cast<int64_t>(col[0]) * L);
-      b += v[1] * load<L>(x + static_cast<int64_t>(col[1]) * L);
-      c += v[2] * load<L>(x + static_cast<int64_t>(col[2]) * L);
-      d += v[3] * load<L>(x + static_cast<int64_t>(col[3]) * L);
-      a += v[4] * load<L>(x + static_cast<int64_t>(col[4]) * L);
-      b += v[5] * load<L>(x + static_cast<int64_t>(col[5]) * L);
-      c += v[6] * load<L>(x + static_cast<int64_t>(col[6]) * L);
-      d += v[7] * load<L>(x + static_cast<int64_t>(col[7]) * L);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        const float* from = x + static_cast<int64_t>(columns[at + k]) * L;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          Vec run;
+          memcpy(&run, from + n * W, sizeof(run));
+          sums[k % C][n] += v[k] * run;
+        }
+      }
     }
-    for (; at < end; ++at) a += widen(values[at]) * load<L>(x + static_cast<int64_t>(columns[at]) * L);
-    Vec sum = (a + b) + (c + d);
-    if (bias) sum += widen(bias[r]);
+    for (; at < end; ++at) {
+      const float v = widen(values[at]);
+      const float* from = x + static_cast<int64_t>(columns[at]) * L;
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        Vec run;
+        memcpy(&run, from + n * W, sizeof(run));
+        sums[0][n] += v * run;
+      }
+    }
     float lanes[L];
-    memcpy(lanes, &sum, sizeof(sum));
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      Vec sum = sums[0][n];
+#pragma GCC unroll 4
+      for (int c = 1; c < C; ++c) sum += sums[c][n];
+      if (bias) sum += widen(bias[r]);
+      memcpy(lanes + n * W, &sum, sizeof(sum));
+    }
     for (int64_t t = 0; t < p.tokens; ++t) narrow(lanes[t], out + t * p.out_stride + r);
   }
 }
