@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ def model(tied: bool = True) -> Any:
     return made
 
 
+@cache
 def compiled(spec: str = SPEC, tied: bool = True) -> Any:
-    """The model above, compiled."""
+    """The model above, compiled; only to be read."""
     return sparsec.compiler.compile(model(tied), spec)
 
 

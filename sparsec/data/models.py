@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.utils import get_session
+from huggingface_hub import get_session
 from torch import nn
 
 from sparsec import memory

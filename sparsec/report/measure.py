@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -88,21 +89,21 @@ def measured_report(
     planned: None leaves out everything that runs a model. Raises what `compile` raises.
     """
     pipeline.validate()
-    # The first trace and the first kernel pay for imports and a build, which are nobody's memory or time.
-    compile(tiny_model(), copy=False)
-    dense = loaded.model
-    models: dict[str, Any] = {"dense": dense}
-    resident = {"dense": loaded.resident_bytes}
+    measuring = planned is not None
+    if measuring:
+        # The first trace and the first kernel pay for imports and a build, which are nobody's memory or time.
+        compile(tiny_model(), copy=False)
     before = pipeline.before("lower")
     lowers = before != pipeline
-    watch = [] if lowers else instruments
-    models["masked"], resident["masked"] = _resident(
-        lambda: compile(dense, before, instruments=watch, progress=progress)
-    )
-    if lowers:
-        models["lowered"], resident["lowered"] = _resident(
-            lambda: compile(dense, pipeline, instruments=instruments, progress=progress)
+    wanted = {"masked": before, "lowered": pipeline} if lowers else {"masked": before}
+    dense = loaded.model
+    models: dict[str, Any] = {"dense": dense}
+    resident = {"dense": loaded.resident_bytes if measuring else None}
+    for name, passes in wanted.items():
+        build = partial(
+            compile, dense, passes, instruments=instruments if passes == pipeline else (), progress=progress
         )
+        models[name], resident[name] = _resident(build) if measuring else (build(), None)
     reports = {name: models[name].sparsec.report() for name in models if name != "dense"}
     report: Report = reports["lowered" if lowers else "masked"]
     summary = {name: _counted(model, reports.get(name), report, resident[name]) for name, model in models.items()}
@@ -113,15 +114,13 @@ def measured_report(
         loaded.source_precision,
         str(next(dense.parameters()).dtype).removeprefix("torch."),
     )
-    remarks = [
-        "resident memory: what loading (dense) or building as a copy (masked, lowered) added to the process, masks included"
-    ]
-    notice = memory.resident_notice()
-    remarks += [notice] if notice else []
+    remarks = _on_resident_memory() if measuring else ["no model was run: nothing is measured"]
+    last = models["lowered" if lowers else "masked"].sparsec
+    remarks.append(f"tracing took {last.trace_seconds:.1f} s, emission {last.emit_seconds:.2f} s")
     if not lowers:
         remarks.append("the passes hold no `lower`, so there is no lowered model")
     here = machine()
-    if here.load is not None and here.load > here.cores:
+    if measuring and here.load is not None and here.load > here.cores:
         remarks.append(
             f"the machine was busy before the timing ({here.load:.1f} processes on {here.cores} cores): "
             f"trust the ratios more than the milliseconds, and neither much"
@@ -211,6 +210,12 @@ def _pairs(dense: Any, lowered: Any) -> dict[str, tuple[Any, Any]]:
         for w in weights
         if w.packed is not None and w.owners
     }
+
+
+def _on_resident_memory() -> list[str]:
+    notice = memory.resident_notice()
+    what = "resident memory: what loading (dense) or building as a copy (masked, lowered) added to the process, masks included"
+    return [what, notice] if notice else [what]
 
 
 def _resident(build: Callable[[], T]) -> tuple[T, int | None]:
