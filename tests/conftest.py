@@ -23,6 +23,11 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Whole texts that tests compare with are written anew on request only."""
+    parser.addoption("--refresh-goldens", action="store_true", help="write tests/golden anew instead of comparing")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """`python -m pytest` puts the checkout on the import path, and with it a `kernels` that transformers looks for."""
     spec = importlib.util.find_spec("kernels")

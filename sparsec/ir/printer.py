@@ -43,14 +43,9 @@ def dtype_text(dtype: torch.dtype) -> str:
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def megabytes(nbytes: float) -> str:
-    """Bytes / 10^6, two decimals or two digits."""
-    return short(nbytes / 1e6)
-
-
-def short(value: float) -> str:
-    """Two decimals, or two significant digits where those would show nothing."""
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+def amount(value: float, unit: str) -> str:
+    """`1.83 MB` from 10,000 up, `128 B` below."""
+    return f"{value / 1e6:.2f} M{unit}" if value >= 1e4 else f"{value:.0f} {unit}"
 
 
 def _line(graph: Graph, node: fx.Node) -> str:
@@ -80,12 +75,12 @@ def _facts_text(graph: Graph, op: Op) -> str:
     parts = [_weight_text(weight, op)] if weight is not None else []
     flops = op.flops if op.flops is not None else op.flops_dense
     if flops:
-        parts.append(f"{short(flops / 1e6)} MFLOP/token")
+        parts.append(f"{amount(flops, 'FLOP')}/token")
     if weight is not None:
         if weight.packed is not None:
-            parts.append(f"{megabytes(weight.nbytes)} MB (dense {megabytes(weight.nbytes_dense)})")
+            parts.append(f"{amount(weight.nbytes, 'B')} (dense {amount(weight.nbytes_dense, 'B')})")
         else:
-            parts.append(f"{megabytes(weight.nbytes)} MB")
+            parts.append(amount(weight.nbytes, "B"))
         if weight.reason:
             parts.append(f"dense: {weight.reason}")
     return ", ".join(parts)

@@ -95,8 +95,6 @@ def _tables(graph: Graph) -> Iterator[str]:
     for name, weight in graph.weights.items():
         if name != weight.name:
             yield f"weights: the record of {name!r} says {weight.name!r}"
-    if "frozen" in graph.facts and any(not w.frozen for w in graph.masked()):
-        yield "'frozen' is said to hold, but a mask is not frozen"
 
 
 def _weight(graph: Graph, weight: Weight) -> Iterator[str]:
@@ -126,6 +124,8 @@ def _weight(graph: Graph, weight: Weight) -> Iterator[str]:
             yield f"{name}: the mask is {weight.mask.dtype} {tuple(weight.mask.shape)}, not bool {tuple(tensor.shape)}"
         if weight.pattern is None:
             yield f"{name}: a mask without a pattern"
+        if "frozen" in graph.facts and not weight.frozen:
+            yield f"{name}: 'frozen' is said to hold, but its mask is not frozen"
     elif weight.frozen:
         yield f"{name}: frozen without a mask"
 

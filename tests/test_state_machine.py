@@ -1,0 +1,107 @@
+"""Any sequence of passes: a legal one runs and agrees with the dense twin; an illegal one is refused and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from sparsec.errors import PipelineError
+from sparsec.ir.tracer import trace
+from sparsec.ir.verifier import problems, snapshot
+from sparsec.passes import Flops, Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.patterns import prune_count
+from sparsec.pipeline import Context, Effect, Pass, Pipeline
+from sparsec.testing import Case, assert_untouched, masks, small_models, state_of
+
+
+class PassSequences(RuleBasedStateMachine):
+    """A graph under passes, and beside it a plain dense model in which every pruned weight is set to zero by hand."""
+
+    @initialize(case=small_models())
+    def start(self, case: Case) -> None:
+        self.case = case
+        self.untouched = state_of(case.model)
+        self.graph = trace(case.model, case.inputs)
+        self.context = Context(probe=case.inputs)
+        self.twin = copy.deepcopy(case.model)
+        self.pruned: dict[str, torch.Tensor] = {}  # weight -> what is zero
+        self.facts: set[str] = set()
+
+    def apply(self, p: Pass) -> bool:
+        """Runs a pass where it is legal by its own words, else sees it refused."""
+        if p.requires <= self.facts and not p.excludes & self.facts:
+            Pipeline((p,)).run(self.graph, self.context, verify="probe")
+            self.facts = (self.facts - p.invalidates) | p.produces
+            assert self.graph.facts == self.facts
+            return True
+        before = snapshot(self.graph)
+        with pytest.raises(PipelineError, match=f"pass 1 '{p.name}'"):
+            Pipeline((p,)).run(self.graph, self.context)
+        assert snapshot(self.graph) == before
+        return False
+
+    def prune_twin(self) -> None:
+        """Takes the graph's new masks over; they only ever take away."""
+        parameters = dict(self.twin.named_parameters())
+        for weight in self.graph.masked():
+            zero = ~weight.mask
+            old = self.pruned.get(weight.name, torch.zeros_like(zero))
+            assert not (old & ~zero).any()
+            self.pruned[weight.name] = zero
+            parameters[weight.name].data.masked_fill_(zero, 0)
+
+    @rule(share=st.sampled_from([0.0, 0.2, 0.5, 0.9]), scope=st.sampled_from(["global", "layer", "row"]))
+    def magnitude(self, share: float, scope: str) -> None:
+        if self.apply(Magnitude(share, scope=scope)):
+            self.prune_twin()
+            total = sum(z.numel() for z in self.pruned.values())
+            assert sum(int(z.sum()) for z in self.pruned.values()) >= prune_count(share, total) or scope != "global"
+
+    @rule()
+    def zeros(self) -> None:
+        if self.apply(Zeros()):
+            self.prune_twin()
+
+    @rule(data=st.data())
+    def mask(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from([n for n, w in self.case.model.named_parameters() if w.dim() == 2]))
+        shape = self.case.model.get_parameter(name).shape
+        self.context.masks = {name: data.draw(masks(*shape))}
+        if self.apply(Mask()):
+            self.prune_twin()
+
+    @rule(p=st.sampled_from([Freeze(), Sparsity(), Flops(), Lower(), Lower("csr", index_bits=32)]))
+    def other(self, p: Pass) -> None:
+        assert p.effect is not Effect.LOSSY
+        self.apply(p)
+
+    @invariant()
+    def graph_is_whole_and_means_what_the_twin_computes(self) -> None:
+        if not hasattr(self, "graph"):
+            return
+        assert problems(self.graph, recompute=True) == []
+        assert_untouched(self.case.model, self.untouched)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                self.graph.run(*self.case.inputs), self.twin(*self.case.inputs), rtol=1e-4, atol=1e-4, equal_nan=True
+            )
+        for weight in self.graph.weights.values():
+            if weight.packed is not None:
+                zero = self.pruned[weight.name]
+                assert weight.packed.nnz == int((~zero).sum())
+                assert torch.equal(weight.packed.unpack(), dict(self.twin.named_parameters())[weight.name])
+
+
+PassSequences.TestCase.settings = settings(max_examples=25, stateful_step_count=8)
+TestPassSequences = PassSequences.TestCase
+
+
+def test_the_machine_has_a_rule_for_every_pass() -> None:
+    from sparsec.passes import PASSES
+
+    assert {cls.name for cls in PASSES} == {"magnitude", "zeros", "mask", "freeze", "sparsity", "flops", "lower"}
