@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn, TypeVar
@@ -42,6 +42,16 @@ class Compiled:
     def report(self) -> Report:
         """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields."""
         return collect(self.graph, self.records, self.notes, self.model_bytes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
+        return Compiled(**{f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self)})
+
+    def __reduce__(self) -> NoReturn:
+        raise CompileError(
+            "compiled models cannot be pickled yet (torch.save of the whole model, other processes); save compiled.state_dict(), "
+            "and load it into a model that was compiled with the same passes"
+        )
 
     def __repr__(self) -> str:
         lowered = sum(w.packed is not None for w in self.graph.weights.values())

@@ -131,6 +131,18 @@ def test_modes_copies_and_pickles_keep_working(pair) -> None:
     assert torch.equal(layer(x), compiled.model.layers[0].mlp.up_proj(x))
 
 
+def test_pickling_a_compiled_model_is_refused_with_a_way_out(pair, tmp_path) -> None:
+    with pytest.raises(CompileError, match=r"cannot be pickled yet.*state_dict"):
+        torch.save(pair[1], tmp_path / "model.pt")
+    model, call = tiny_model("llama")
+    other = sparsec.compile(model, SPEC)
+    for tensor in other.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.zero_()
+    other.load_state_dict(pair[1].state_dict())
+    assert torch.equal(outputs(other, call(2, 5)), outputs(pair[1], call(2, 5)))
+
+
 def test_moving_the_model_moves_the_graph_and_leaves_nothing_behind(pair) -> None:
     compiled = copy.deepcopy(pair[1])
     compiled.to(torch.bfloat16)
@@ -267,6 +279,13 @@ def test_an_instance_with_a_patched_forward_stays_dense() -> None:
 
 def _doubled(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return 2 * nn.functional.linear(x, linear.weight, linear.bias)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_fused_experts_that_stay_dense_are_said(name: str) -> None:
+    compiled = sparsec.compile(tiny_model(name)[0])
+    assert any("fused expert weights" in note and "stay dense" in note for note in compiled.sparsec.notes)
+    assert "fused experts: no pass prunes them" in str(compiled.sparsec.report())
 
 
 def test_unfrozen_masks_are_written_by_emission_which_says_so() -> None:

@@ -1,6 +1,6 @@
 """What must hold on a real pretrained model: SmolLM2-135M, float32, 30 % of all attention and MLP weights pruned by magnitude.
 
-Its weights are de-quantised from 4 bits, so many are equal and some are zero: ties and zeros of the model's own are the normal case.
+Its weights are de-quantised from 4 bits, so many are equal and some are zero: ties and zeros of its own are the normal case.
 """
 
 from __future__ import annotations
