@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,9 @@ def full() -> Any:
     return report_cases.report()
 
 
-def test_text_of_a_whole_report(full: Any) -> None:
-    """Refresh with SPARSEC_REFRESH_GOLDEN=1, and read the difference."""
+def test_text_of_a_whole_report(full: Any, request: pytest.FixtureRequest) -> None:
     text = str(full) + "\n"
-    if os.environ.get("SPARSEC_REFRESH_GOLDEN"):
-        GOLDEN.parent.mkdir(exist_ok=True)
+    if request.config.getoption("--refresh-goldens"):
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")
 
