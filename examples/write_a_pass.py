@@ -30,6 +30,7 @@ class RandomMask(sparsec.Pass):
     effect: ClassVar[sparsec.Effect] = sparsec.Effect.LOSSY  # the verifier holds a pass to what it declares
     produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})  # what is packed has no dense weight left to prune
 
     sparsity: float
     seed: int = field(default=0, kw_only=True)

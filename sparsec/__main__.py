@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
 
 from sparsec import __version__
+from sparsec.errors import SparsecError
 from sparsec.formats import FORMATS
 from sparsec.kernels import KERNELS
 from sparsec.machine import machine
+from sparsec.pipeline.spec import signature
 from sparsec.pipeline.table import known_passes
 from sparsec.report.table import heading, paragraph
 from sparsec.report.text import machine_lines
@@ -25,13 +26,17 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Returns the exit code: 0, or 2 where the environment asks for what there is not."""
     parser = argparse.ArgumentParser(
         prog="python -m sparsec", description="Lists commands, passes, formats and kernels."
     )
     parser.add_argument("--version", action="version", version=f"sparsec {__version__}")
     parser.parse_args(argv)
-    print(overview())
+    try:
+        print(overview())
+    except SparsecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -45,8 +50,7 @@ def overview() -> str:
     lines += heading("Passes")
     for cls in known_passes().values():
         lines += paragraph(f"{cls.__doc__}".strip().splitlines()[0], f"{cls.name:<12}[{cls.effect.value}] ", " " * 12)
-        options = [_option(f) for f in fields(cls)]
-        lines += paragraph(", ".join(options) if options else "(no options)", " " * 12)
+        lines += paragraph(signature(cls), " " * 12)
         lines += paragraph(f"needs {_facts(cls.requires)}; gives {_facts(cls.produces)}", " " * 12)
     lines += heading("Formats")
     for name, kind in FORMATS.items():
@@ -58,14 +62,6 @@ def overview() -> str:
         text = f"{here.kernels[kernel.name]}: format {kernel.format}, {devices}, {dtypes}"
         lines += paragraph(text, f"{kernel.name:<16}")
     return "\n".join(lines + machine_lines(here))
-
-
-def _option(option: Field[object]) -> str:
-    if option.default is not MISSING:
-        return f"{option.name}={option.default!r}"
-    if option.default_factory is not MISSING:
-        return f"{option.name}={option.default_factory()!r}"
-    return f"{option.name} (must be given)"
 
 
 def _facts(facts: frozenset[str]) -> str:

@@ -19,7 +19,7 @@ SPEC = "magnitude(0.3, targets=('mlp', 'model.layers.0.self_attn.*')),freeze,spa
 
 
 def model(tied: bool = True) -> Any:
-    """One layer; its weights are arithmetic, since random numbers may differ in the last bit between processors."""
+    """Two layers; its weights are arithmetic, since random numbers may differ in the last bit between processors."""
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=32,

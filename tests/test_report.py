@@ -15,10 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sparsec
 from sparsec import memory
 from sparsec.report import schema
 from sparsec.report.text import render
-from sparsec.report.words import pays_from, storage
+from sparsec.report.words import dense_reason, pays_from, storage
 
 GOLDEN = Path(__file__).parent / "golden" / "report.txt"
 
@@ -130,6 +131,16 @@ def test_every_dense_row_has_a_reason_and_no_packed_one(compiled: Any) -> None:
     reasons = {row["name"]: row["reason"] for row in rows}
     assert reasons["model.layers.1.self_attn.q_proj.weight"] == "no pass pruned it"
     assert "tied" in reasons["model.embed_tokens.weight"]
+
+
+def test_a_linear_that_the_trace_never_executed_is_said_to_be() -> None:
+    """Regression: it was said that no pass had pruned it."""
+    model = report_cases.model()
+    model.model.layers[0].unused = torch.nn.Linear(32, 32, bias=False)
+    rows = sparsec.compile(model, "magnitude(0.5, ignore=('lm_head',)),freeze").sparsec.report().layers
+    reasons = {row.name: dense_reason(row) for row in rows}
+    assert reasons["model.layers.0.unused.weight"] == "not executed in the traced call"
+    assert reasons["model.layers.0.mlp.up_proj.weight"] == "it has a mask, but no pass lowered it"
 
 
 def test_json_holds_to_its_schema_and_is_plain_json(full: Any) -> None:

@@ -1,6 +1,7 @@
 """Passes, the text that names them, and how a sequence of them runs."""
 
-from sparsec.pipeline.base import FACTS, Context, Effect, Pass, PassRecord, PassResult, Progress
+from sparsec.data.progress import Progress
+from sparsec.pipeline.base import FACTS, Context, Effect, Pass, PassRecord, PassResult
 from sparsec.pipeline.instruments import DumpIR, Instrument, PrintIR, Timing
 from sparsec.pipeline.pipeline import Pipeline, Verify
 from sparsec.pipeline.selection import DEFAULT_TARGETS, select

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
 from torch import Tensor
 
+from sparsec.data.progress import Progress
 from sparsec.ir.graph import Graph
 
 
@@ -24,9 +25,6 @@ class Effect(Enum):
 
 FACTS: tuple[str, ...] = ("mask", "pattern", "frozen", "sparsity", "flops", "lowered", "latency")
 """The names that `requires`, `produces` and `invalidates` may hold."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 
 
 @dataclass(eq=False)

@@ -23,8 +23,8 @@ from sparsec.report.schema import document, layers_csv
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = f"""
 examples:
-  python -m sparsec.report                              SmolLM2-135M from its package, {DEFAULT_PASSES}
-  python -m sparsec.report tiny --quick                 a small random model, in seconds
+  python -m sparsec.report                 # SmolLM2-135M from its package, {DEFAULT_PASSES}
+  python -m sparsec.report tiny --quick    # a small random model, in seconds
   python -m sparsec.report facebook/opt-125m --passes "magnitude(0.3),freeze,sparsity,flops,lower(csr, index_bits=32)"
   python -m sparsec.report my-model.gguf --print-ir changed --no-measure
   python -m sparsec.report my-folder --text my.txt --eval-length 1024 --json report.json --csv layers.csv
@@ -107,6 +107,8 @@ def _run(args: argparse.Namespace) -> None:
     pipeline = Pipeline.parse(args.passes)
     pipeline.validate()
     outputs = [_writable(path) for path in (args.json, args.csv) if path]
+    if args.dump_ir:
+        _writable_folder(args.dump_ir)
     text = None if args.no_measure else load_text(args.text)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -116,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
         instruments.append(DumpIR(args.dump_ir))
     with shown_progress(sys.stderr) as progress:
         loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed)
-        planned = None if text is None else plan(loaded, text, _effort(args))
+        planned = None if text is None else plan(loaded, text, effort(args))
         report = measured_report(loaded, pipeline, planned, instruments, progress)
     print(report)
     if args.json:
@@ -127,7 +129,8 @@ def _run(args: argparse.Namespace) -> None:
         print(f"\nwritten: {', '.join(outputs)}")
 
 
-def _effort(args: argparse.Namespace) -> Effort:
+def effort(args: argparse.Namespace) -> Effort:
+    """How much to measure: the usual or `--quick`, with what was given in its place."""
     given = {
         "windows": args.eval_windows,
         "length": args.eval_length,
@@ -139,19 +142,32 @@ def _effort(args: argparse.Namespace) -> Effort:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return value
 
 
 def _writable(path: str) -> str:
-    parent = Path(path).absolute().parent
-    if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+    file = Path(path).absolute()
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise DataError(
-            f"{path}: cannot be written; its folder must exist and be writable, and the name must not be a folder's"
+            f"{path}: cannot be written; a file there must be writable, else its folder must exist and be writable, and the "
+            "name must not be a folder's; give another file"
         )
     return path
+
+
+def _writable_folder(path: str) -> None:
+    folder = Path(path).absolute()
+    while not folder.exists() and folder != folder.parent:  # what is missing is made
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "is a file" if folder.is_file() else "cannot be written to"
+        raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
 
 
 def _write(path: str, text: str) -> None:

@@ -72,6 +72,7 @@ def _layer(graph: Graph, weight: Weight) -> LayerRow:
         format=weight.format,
         kernel=", ".join(kernels) or None,
         reason=weight.reason,
+        executed=bool(ops),
     )
 
 

@@ -15,15 +15,16 @@ import torch
 from sparsec import memory
 from sparsec.compiler import compile
 from sparsec.data import LoadedModel, Text
+from sparsec.data.progress import Progress
 from sparsec.data.tiny import tiny_model
 from sparsec.errors import DataError
 from sparsec.evaluate import Evaluation, Windows, cut, evaluate, top1_agreement
 from sparsec.latency import WARM_UP, Comparison, compare, layer_speedups
 from sparsec.machine import machine
-from sparsec.pipeline import Instrument, Pipeline, Progress
+from sparsec.pipeline import Instrument, Pipeline
 from sparsec.report.collect import Report
 from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Variant, ratio
-from sparsec.report.sample import sample
+from sparsec.report.sample import Prompt, read_prompt, sample
 
 T = TypeVar("T")
 MIN_REPEATS = 20
@@ -50,12 +51,13 @@ class Plan:
     """What will be measured on what, checked before anything slow runs."""
 
     windows: Windows
-    prompt: torch.Tensor  # of token ids [1, prompt tokens]
+    timed: torch.Tensor  # the prompt of the timing: token ids [1, prompt tokens]
+    prompt: Prompt  # of the sample
     effort: Effort
 
 
 def plan(loaded: LoadedModel, text: Text, effort: Effort) -> Plan:
-    """Raises DataError when the model has no tokenizer, or the text or the model's positions do not suffice."""
+    """Raises DataError when the model has no tokenizer, or the text, the prompt or the model's positions do not suffice."""
     if loaded.tokenizer is None:
         raise DataError(
             f"{loaded.name}: there is no tokenizer, so no text can be evaluated; add one, or use --no-measure"
@@ -74,7 +76,8 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort) -> Plan:
         raise DataError(
             f"prompt and decoded tokens need {needed} positions, the model has {limit}; take fewer of either"
         )
-    return Plan(windows, tokens[: effort.prompt_tokens][None], effort)
+    prompt = read_prompt(loaded.tokenizer, effort.prompt, effort.new_tokens, limit)
+    return Plan(windows, tokens[: effort.prompt_tokens][None], prompt, effort)
 
 
 def measured_report(
@@ -135,7 +138,7 @@ def _measured(
     windows, effort = planned.windows, planned.effort
     evaluations = {n: evaluate(m, windows, progress, f"perplexity of {n}") for n, m in models.items()}
     decode_repeats = max(effort.repeats, effort.new_tokens)
-    times = compare(models, planned.prompt, effort.repeats, decode_repeats, progress)
+    times = compare(models, planned.timed, effort.repeats, decode_repeats, progress)
     summary = {name: _with_measurements(variant, name, evaluations, times) for name, variant in report.summary.items()}
     remarks = list(report.remarks)
     layers = report.layers
@@ -164,8 +167,8 @@ def _measured(
             window_length=windows.length,
             dtype=str(evaluations["dense"].dtype).removeprefix("torch."),
         ),
-        latency=LatencyFacts(planned.prompt.shape[1], torch.get_num_threads(), effort.repeats, decode_repeats),
-        sample=sample(shown, loaded.tokenizer, effort.prompt, effort.new_tokens),
+        latency=LatencyFacts(planned.timed.shape[1], torch.get_num_threads(), effort.repeats, decode_repeats),
+        sample=sample(shown, loaded.tokenizer, planned.prompt, effort.new_tokens),
         remarks=tuple(remarks),
     )
 

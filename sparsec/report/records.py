@@ -35,6 +35,7 @@ class LayerRow:
     format: str
     kernel: str | None  # None where nothing but torch runs
     reason: str | None  # why it is dense, where that needs saying
+    executed: bool  # in the traced call
     speedup_measured: float | None = None
     speedup_predicted: float | None = None
 

@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from sparsec.errors import DataError
 from sparsec.report.records import Sample
 
 
-def sample(models: Mapping[str, Any], tokenizer: Any, prompt: str, new_tokens: int) -> Sample:
-    """Greedy continuations of one prompt by several models; through the chat template where the tokenizer has one."""
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as a model reads it."""
+
+    text: str
+    chat: bool  # went through the tokenizer's chat template
+    tokens: torch.Tensor  # int64 [1, tokens]
+
+
+def read_prompt(tokenizer: Any, text: str, new_tokens: int, limit: int | None = None) -> Prompt:
+    """Tokenises a prompt, through the chat template where the tokenizer has one.
+
+    limit: the model's positions. Raises DataError for a prompt without tokens, and for one that leaves no room for `new_tokens`.
+    """
     chat = bool(getattr(tokenizer, "chat_template", None))
     if chat:
-        message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        message = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    return Sample(prompt, chat, new_tokens, {n: _continue(m, tokenizer, inputs, new_tokens) for n, m in models.items()})
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    if not ids:
+        raise DataError(f"the prompt {text!r} has no tokens, and a model continues at least one; give it a word")
+    if limit is not None and len(ids) + new_tokens > limit:
+        raise DataError(
+            f"the prompt has {len(ids)} tokens, which with {new_tokens} new ones need {len(ids) + new_tokens} positions, the "
+            f"model has {limit}; take a shorter prompt or fewer new tokens"
+        )
+    return Prompt(text, chat, torch.tensor([ids], dtype=torch.int64))
+
+
+def sample(models: Mapping[str, Any], tokenizer: Any, prompt: Prompt, new_tokens: int) -> Sample:
+    """Greedy continuations of one prompt by several models."""
+    texts = {name: _continue(model, tokenizer, prompt.tokens, new_tokens) for name, model in models.items()}
+    return Sample(prompt.text, prompt.chat, new_tokens, texts)
 
 
 @torch.inference_mode()
-def _continue(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> str:
-    ids = inputs["input_ids"].to(model.device)
-    mask = inputs["attention_mask"].to(model.device)
+def _continue(model: Any, tokenizer: Any, tokens: torch.Tensor, new_tokens: int) -> str:
+    ids = tokens.to(model.device)
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     # A configuration of its own: the model's may ask for sampling.
@@ -37,6 +61,6 @@ def _continue(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], ne
         eos_token_id=end,
         pad_token_id=pad[0] if isinstance(pad, list) else pad,
     )
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text

@@ -14,6 +14,8 @@ def dense_reason(row: LayerRow) -> str | None:
         return None
     if row.reason:
         return row.reason
+    if row.kind in ("linear", "conv1d") and not row.executed:
+        return "not executed in the traced call"
     if row.bytes_mask:
         return "it has a mask, but no pass lowered it"
     if row.nnz < row.parameters:
