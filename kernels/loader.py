@@ -20,6 +20,7 @@ from sparsec.errors import BuildError, KernelError
 from sparsec.kernels import toolchain
 
 REFERENCE = "reference"
+SYMBOLS = ("sparsec_isa", "sparsec_cpu_has", "sparsec_chosen", "sparsec_choose", "sparsec_force_half_product")
 ISAS = ("avx512", "avx2", "portable", REFERENCE)
 
 
@@ -42,6 +43,12 @@ class Library:
             self._c = ctypes.CDLL(str(path))
         except OSError as error:
             raise BuildError(f"{path} cannot be loaded: {error}; delete it and it is built again") from error
+        missing = [name for name in SYMBOLS if not hasattr(self._c, name)]
+        if missing:
+            raise BuildError(
+                f"{path} is no library of this version's kernels: it lacks {', '.join(missing)}; "
+                "build one with python -m sparsec.kernels.build, or unset SPARSEC_NATIVE_LIBRARY"
+            )
         self.path = path
         self.compiler = compiler
         self._c.sparsec_isa.restype = self._c.sparsec_chosen.restype = ctypes.c_char_p
@@ -145,7 +152,7 @@ def _locate() -> Library:
     if packaged.exists():
         return Library(packaged, None)
     chain = toolchain.find()
-    path = cache_folder() / chain.key() / toolchain.library_name()
+    path = cache_folder() / "kernels" / chain.key() / toolchain.library_name()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
@@ -155,9 +162,9 @@ def _locate() -> Library:
 
 
 def cache_folder() -> Path:
-    """Where libraries built at first use lie: $XDG_CACHE_HOME/sparsec/kernels, by default under ~/.cache."""
+    """The user's cache folder: $XDG_CACHE_HOME/sparsec, by default ~/.cache/sparsec."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "sparsec" / "kernels"
+    return Path(base) / "sparsec"
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ Gradients are for x and bias. Packed values are constants: a call whose values a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ csr_linear: OpOverload = torch.ops.sparsec.csr_linear.default
 OPERATORS: dict[str, OpOverload] = {"csr": csr_linear}
 """By the format's name."""
 
+CHECKS: dict[str, Callable[..., None]] = {"csr": check_csr_call}
+"""By the format's name: takes the operator's arguments and raises KernelError when they do not fit each other."""
+
 
 def operator(packed: Packed) -> OpOverload:
     """The operator that multiplies by a packed matrix. KernelError for a format without one."""
@@ -45,6 +49,19 @@ def operator(packed: Packed) -> OpOverload:
 def operator_args(packed: Packed, bias: Tensor | None) -> tuple[Tensor | int | None, ...]:
     """What the operator takes after x."""
     return (*packed.tensors().values(), bias, *packed.scalars().values())
+
+
+def explain(format_name: str, error: RuntimeError, x: Tensor, args: Sequence[Tensor | int | None]) -> None:
+    """Raises KernelError where an operator failed because it refused its arguments; does nothing for other failures.
+
+    The native library can only throw a RuntimeError that names its own source file; the reference's check says it better.
+    """
+    if isinstance(error, KernelError):
+        return
+    CHECKS[format_name](x, *args)
+    before, name, reason = str(error).partition(f"{format_name}_linear: ")
+    if name and "\n" not in before:
+        raise KernelError(name + reason.partition("\n")[0])
 
 
 def _implementation(

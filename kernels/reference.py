@@ -30,7 +30,8 @@ def check_csr_call(
         raise KernelError(f"csr_linear: values must be float32, bfloat16, float16 or float64, got {values.dtype}")
     if x.dtype != values.dtype:
         raise KernelError(
-            f"csr_linear: x must have the dtype of the weights, {values.dtype}, got {x.dtype}; convert x or the model"
+            f"csr_linear: x must have the dtype of the weights, {values.dtype}, got {x.dtype}; convert x, or the model "
+            f"before compiling it, model.to({x.dtype}), and leave torch.autocast off, which changes x and not packed weights"
         )
     if col_idx.dtype not in INDEX_DTYPES.values() or row_ptr.dtype != torch.int32:
         raise KernelError(
@@ -40,6 +41,11 @@ def check_csr_call(
         raise KernelError(
             "csr_linear: values and col_idx must be [nnz] and row_ptr [out_features + 1], "
             f"got {list(values.shape)}, {list(col_idx.shape)} and {list(row_ptr.shape)}"
+        )
+    if not x.device == values.device == col_idx.device == row_ptr.device:
+        raise KernelError(
+            f"csr_linear: x and the packed weight must be on one device, got {x.device} and {values.device}; "
+            "move the model with .to(device)"
         )
     out_features = row_ptr.shape[0] - 1
     if bias is not None and (bias.dtype != values.dtype or tuple(bias.shape) != (out_features,)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
-from sparsec.kernels.ops import OPERATORS, operator
+from sparsec.kernels.ops import OPERATORS, explain, operator
 from sparsec.kernels.registry import Problem, select
 
 
@@ -19,6 +19,9 @@ class SparseLinear(nn.Module):
 
     The packed tensors are buffers under the names that the format gives them; the bias stays the given Parameter.
     Gradients flow to x and bias, never to W. Not an nn.Linear, because there is no weight that could be written to.
+
+    Activations are assumed finite: at a pruned weight, inf or NaN in x becomes NaN in the result of the reference and of the
+    native product of many rows, as in the masked dense model, while the native product of few rows skips it.
     """
 
     in_features: int
@@ -48,18 +51,25 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """x [..., in_features] -> [..., out_features]. KernelError when x does not fit the weight in size, dtype or device."""
         # Looked up in the dictionaries at every call: nn.Module's attribute access costs 1 us a tensor, and a tuple
         # kept from an earlier call would go stale after .to(), load_state_dict(assign=True) or functional_call.
         buffers = self._buffers
         args = (*[buffers[n] for n in self._names], self._parameters["bias"], *self._scalar_args)
         out: Tensor
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             out = self._op(x, *args)
-        else:
-            # Without gradients the operator's autograd layer (in Python, 10 us and more) has nothing to do.
-            with torch._C._AutoDispatchBelowAutograd():
+            return out
+        try:
+            if torch.is_grad_enabled():
                 out = self._op(x, *args)
+            else:
+                # Without gradients the operator's autograd layer (in Python, 10 us and more) has nothing to do.
+                with torch._C._AutoDispatchBelowAutograd():
+                    out = self._op(x, *args)
+        except RuntimeError as error:
+            explain(self.format, error, x, args)
+            raise
         return out
 
     @property
@@ -75,14 +85,26 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to()` and friends, in place as for parameters: who shares a packed tensor (a tied layer, the graph) follows."""
-        before = {name: self._buffers[name] for name in self._names}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._keep(before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """`load_state_dict(assign=True)` puts new tensors in place of the packed ones; who shares them follows here too."""
+        before = dict(self._buffers)
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._keep(before)
+
+    def _keep(self, before: Mapping[str, Tensor | None]) -> None:
+        """Gives the tensors held before the contents of those held now, and holds them again."""
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and torch._has_compatible_shallow_copy_type(old, new):
+            if new is old or old is None or new is None:
+                continue
+            if torch._has_compatible_shallow_copy_type(old, new):  # not between meta and a real device
                 old.data = new.data
                 self._buffers[name] = old
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Operators cannot be pickled; the format names ours.

@@ -89,15 +89,27 @@ class Toolchain:
 
 
 def find(compiler: str | None = None, *, portable: bool = False, simde: bool = False) -> Toolchain:
-    """The compiler that is named, else the one in CXX, else the first of c++, g++, clang++. BuildError when none works."""
+    """The compiler that is named, else the one in CXX, else the first of c++, g++, clang++ that answers.
+
+    Raises BuildError when a compiler that was named is missing or fails, or none of the others answers.
+    """
     wanted = compiler or os.environ.get("CXX")
-    names = (wanted,) if wanted else CANDIDATES
-    for name in names:
+    failures = []
+    for name in (wanted,) if wanted else CANDIDATES:
         command = tuple(shlex.split(name))
-        if command and shutil.which(command[0]):
+        if not command or not shutil.which(command[0]):
+            continue
+        try:
             version = _run([*command, "--version"]).splitlines()[:1]
             machine = _run([*command, "-dumpmachine"]).strip()
-            return Toolchain(command, " ".join(version), machine, portable, simde)
+        except BuildError as error:
+            if wanted:
+                raise
+            failures.append(f"{name}: {error}")  # such as the c++ of a macOS without its command line tools
+            continue
+        return Toolchain(command, " ".join(version), machine, portable, simde)
+    if failures:
+        raise BuildError(f"none of {', '.join(CANDIDATES)} works:\n" + "\n".join(failures))
     where = (
         f"{wanted!r}, named in CXX or --compiler, was not found" if wanted else f"none of {', '.join(CANDIDATES)} found"
     )

@@ -11,8 +11,6 @@ import argparse
 import csv
 import functools
 import json
-import platform
-import statistics
 import sys
 import time
 import warnings
@@ -26,11 +24,15 @@ from torch import Tensor
 
 from sparsec.errors import SparsecError, SpecError
 from sparsec.formats import CSR
-from sparsec.kernels import Problem, SparseLinear, select, status
+from sparsec.kernels import Problem, SparseLinear, select
+from sparsec.latency import Spread
+from sparsec.machine import Machine, machine
+from sparsec.report.table import table, times
+from sparsec.rotation import Rotation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_BATCH_SECONDS = 0.002  # shorter measurements are lost in the timer and in the waking of threads
-SCHEMA = "sparsec.bench/1"
+SCHEMA = "sparsec.bench/2"
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median and quartiles over the repeats."""
+    """One contender: seconds per call over the repeats."""
 
-    median: float
-    lower: float
-    upper: float
+    seconds: Spread
     nbytes: int  # of one weight
     copies: int  # that were rotated over
 
     @property
     def gigabytes_per_second(self) -> float:
         """Weight bytes read per second."""
-        return self.nbytes / self.median / 1e9
+        return self.nbytes / self.seconds.median / 1e9
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Result:
     @property
     def speedup(self) -> float:
         """Against F.linear."""
-        return self.dense.median / self.sparse.median
+        return self.dense.seconds.median / self.sparse.seconds.median
 
     @property
     def bound(self) -> float:
@@ -86,11 +86,8 @@ Contender = tuple[list[Callable[[], Tensor]], int]
 """One call per copy of the weight, and the bytes of one copy."""
 
 
-def measure(case: Case, *, repeats: int = 20, rotate_bytes: int = 1 << 30, index_bits: int | None = None) -> Result:
-    """Times one product on the CPU with torch's present number of threads.
-
-    Every contender gets copies of its weight of `rotate_bytes` together; 0 keeps one copy, warm in the cache.
-    """
+def measure(case: Case, rotation: Rotation, *, repeats: int = 20, index_bits: int | None = None) -> Result:
+    """Times one product on the CPU with torch's present number of threads."""
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
     weight = torch.randn(case.out_features, case.in_features).to(dtype)
@@ -98,16 +95,9 @@ def measure(case: Case, *, repeats: int = 20, rotate_bytes: int = 1 << 30, index
     weight = torch.where(mask, weight, 0)
     packed = CSR.pack(weight, mask, index_bits=index_bits)
     x = torch.randn(case.rows, case.in_features).to(dtype)
-
-    def copies(nbytes: int) -> int:
-        return max(1, -(-rotate_bytes // max(1, nbytes)))
-
     with torch.no_grad():
-        contenders = [
-            _dense(weight, x, copies(weight.nbytes)),
-            _packed(packed, x, copies(packed.nbytes)),
-        ]
-        other = _torch_sparse(weight, x, copies)
+        contenders = [_dense(weight, x, rotation), _packed(packed, x, rotation)]
+        other = _torch_sparse(weight, x, rotation)
         if other is not None:
             contenders.append(other)
         timings = _interleaved(contenders, repeats)
@@ -115,31 +105,32 @@ def measure(case: Case, *, repeats: int = 20, rotate_bytes: int = 1 << 30, index
     return Result(case, packed.describe(), kernel, timings[0], timings[1], timings[2] if other else None)
 
 
-def _dense(weight: Tensor, x: Tensor, copies: int) -> Contender:
-    return [functools.partial(F.linear, x, weight.clone()) for _ in range(copies)], weight.nbytes
+def _dense(weight: Tensor, x: Tensor, rotation: Rotation) -> Contender:
+    return [functools.partial(F.linear, x, twin) for (twin,) in rotation.copies("dense", [weight])], weight.nbytes
 
 
-def _packed(packed: CSR, x: Tensor, copies: int) -> Contender:
-    def twin() -> SparseLinear:
-        tensors = {name: tensor.clone() for name, tensor in packed.tensors().items()}
-        return SparseLinear(CSR.from_parts(tensors, packed.scalars()))
+def _packed(packed: CSR, x: Tensor, rotation: Rotation) -> Contender:
+    names, scalars = list(packed.tensors()), packed.scalars()
+    twins = (
+        SparseLinear(CSR.from_parts(dict(zip(names, tensors, strict=True)), scalars))
+        for tensors in rotation.copies("packed", list(packed.tensors().values()))
+    )
+    return [functools.partial(twin, x) for twin in twins], packed.nbytes
 
-    return [functools.partial(twin(), x) for _ in range(copies)], packed.nbytes
 
-
-def _torch_sparse(weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Contender | None:
+def _torch_sparse(weight: Tensor, x: Tensor, rotation: Rotation) -> Contender | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         matrix = weight.to_sparse_csr()
-    nbytes = matrix.crow_indices().nbytes + matrix.col_indices().nbytes + matrix.values().nbytes
     columns = x.t().contiguous()
     try:
         torch.sparse.mm(matrix, columns)
     except RuntimeError:
         return None  # the table says n/a
-
-    twins = [matrix.clone() for _ in range(copies(nbytes))]
-    return [functools.partial(torch.sparse.mm, twin, columns) for twin in twins], nbytes
+    parts = [matrix.crow_indices(), matrix.col_indices(), matrix.values()]
+    shared = functools.partial(torch.sparse_csr_tensor, size=weight.shape, check_invariants=False)
+    twins = (shared(*twin) for twin in rotation.copies("torch.sparse", parts))
+    return [functools.partial(torch.sparse.mm, twin, columns) for twin in twins], sum(t.nbytes for t in parts)
 
 
 def _interleaved(contenders: Sequence[Contender], repeats: int) -> list[Timing]:
@@ -161,32 +152,22 @@ def _interleaved(contenders: Sequence[Contender], repeats: int) -> list[Timing]:
             for call in chosen:
                 call()
             seconds[i].append((time.perf_counter() - start) / batches[i])
-    timings = []
-    for (calls, nbytes), times in zip(contenders, seconds, strict=True):
-        lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-        timings.append(Timing(median, lower, upper, nbytes, len(calls)))
-    return timings
+    return [
+        Timing(Spread.of(times), nbytes, len(calls)) for (calls, nbytes), times in zip(contenders, seconds, strict=True)
+    ]
 
 
-def machine(rotate_bytes: int) -> dict[str, str | int]:
-    """What the numbers depend on."""
-    native = status()
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "native": native.isa or f"reference kernels: {native.reason}",
+def about(found: Machine, rotate_bytes: int) -> str:
+    """What the numbers depend on, in one line."""
+    facts = {
+        "cpu": found.cpu,
+        "threads": found.threads,
+        "torch": found.versions["torch"],
+        "native kernels": found.native,
+        "commit": found.commit or "unknown",
         "weights": f"rotated over {rotate_bytes >> 20} MiB" if rotate_bytes else "cache-warm",
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return "  ".join(f"{k}: {v}" for k, v in facts.items())
 
 
 HEADER = (
@@ -207,35 +188,29 @@ HEADER = (
 
 def line(result: Result) -> tuple[str, ...]:
     """The cells of one line, as in HEADER. `torch.sparse` is its speedup against F.linear."""
-    case, sparse = result.case, result.sparse
-    other = result.torch_sparse
+    case, sparse = result.case, result.sparse.seconds
+    dense, other = result.dense.seconds.median, result.torch_sparse
     return (
         f"{case.out_features}x{case.in_features}",
         f"{case.sparsity:.0%}",
         case.dtype,
         str(case.rows),
         f"{result.format}[{result.kernel}]",
-        f"{result.dense.median * 1e3:.3f}",
+        f"{dense * 1e3:.3f}",
         f"{sparse.median * 1e3:.3f}",
         f"{sparse.lower * 1e3:.3f}-{sparse.upper * 1e3:.3f}",
-        f"{result.speedup:.2f}x",
-        f"{result.bound:.2f}x",
-        f"{sparse.gigabytes_per_second:.1f}",
-        f"{result.dense.median / other.median:.2f}x" if other else "n/a",
+        times(result.speedup),
+        times(result.bound),
+        f"{result.sparse.gigabytes_per_second:.1f}",
+        times(dense / other.seconds.median) if other else "n/a",
     )
 
 
-def table(results: Sequence[Result]) -> str:
-    """All lines, columns aligned."""
-    cells = [HEADER, *(line(r) for r in results)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-
-
-def as_json(results: Sequence[Result], about: dict[str, str | int]) -> str:
-    """Schema `sparsec.bench/1`: `machine`, and `results` with seconds per call."""
+def as_json(results: Sequence[Result], found: Machine, rotate_bytes: int) -> str:
+    """Schema `sparsec.bench/2`: `machine`, `rotate_bytes`, and `results` with seconds per call."""
     rows = [{**asdict(r), "speedup": r.speedup, "bound": r.bound} for r in results]
-    return json.dumps({"schema": SCHEMA, "machine": about, "results": rows}, indent=2)
+    content = {"schema": SCHEMA, "machine": asdict(found), "rotate_bytes": rotate_bytes, "results": rows}
+    return json.dumps(content, indent=2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,23 +221,23 @@ def main(argv: list[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         rotate_bytes = options.rotate_mb << 20
-        about = machine(rotate_bytes)
-        print("  ".join(f"{k}: {v}" for k, v in about.items()))
+        found = machine()
+        print(about(found, rotate_bytes))
+        rotation = Rotation(rotate_bytes)
         results = []
         for i, case in enumerate(cases, 1):
             if sys.stderr.isatty():
                 print(f"\r{i}/{len(cases)} {case}\x1b[K", end="", file=sys.stderr, flush=True)
-            results.append(
-                measure(case, repeats=options.repeats, rotate_bytes=rotate_bytes, index_bits=options.index_bits)
-            )
+            results.append(measure(case, rotation, repeats=options.repeats, index_bits=options.index_bits))
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
-        print(table(results))
+        lines = [line(r) for r in results]
+        print("\n".join(table(HEADER, lines, left=(0, 2, 4))))
         if options.json:
-            options.json.write_text(as_json(results, about) + "\n")
+            options.json.write_text(as_json(results, found, rotate_bytes) + "\n")
         if options.csv:
             with options.csv.open("w", newline="") as file:
-                csv.writer(file).writerows([HEADER, *(line(r) for r in results)])
+                csv.writer(file).writerows([HEADER, *lines])
     except (SparsecError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsec.bench import HEADER, SCHEMA, Case, main, measure
+from sparsec.rotation import Rotation
 
 
 def test_a_measurement_counts_bytes_copies_and_the_bound() -> None:
-    result = measure(Case(64, 96, 0.5, "fp32", 1), repeats=3, rotate_bytes=100_000)
+    result = measure(Case(64, 96, 0.5, "fp32", 1), Rotation(100_000), repeats=3)
     assert result.dense.nbytes == 64 * 96 * 4
     assert result.dense.copies == -(-100_000 // result.dense.nbytes)
     assert result.sparse.copies == -(-100_000 // result.sparse.nbytes)
@@ -20,7 +23,24 @@ def test_a_measurement_counts_bytes_copies_and_the_bound() -> None:
     assert result.format == "csr16"
     assert result.torch_sparse is not None
     for timing in (result.dense, result.sparse, result.torch_sparse):
-        assert 0 < timing.lower <= timing.median <= timing.upper
+        assert 0 < timing.seconds.lower <= timing.seconds.median <= timing.seconds.upper
+        assert timing.seconds.repeats == 3
+
+
+def test_copies_are_equal_lie_apart_and_use_the_memory_again() -> None:
+    rotation = Rotation(1000)
+    tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.int16)]
+    twins = rotation.copies("a", tensors)
+    assert len(twins) == -(-1000 // (60 + 14))
+    assert all(torch.equal(a, b) for pair in twins for a, b in zip(pair, tensors, strict=True))
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for pair in twins for t in pair)
+    assert all(begin % 64 == 0 for begin, _ in places)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
+    other = rotation.copies("b", [torch.ones(4)])
+    assert all(torch.equal(a, b) for pair in twins for a, b in zip(pair, tensors, strict=True))
+    again = rotation.copies("a", [torch.ones(4)])
+    assert again[0][0].data_ptr() == twins[0][0].data_ptr() != other[0][0].data_ptr()
+    assert len(Rotation(0).copies("a", tensors)) == 1
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +62,9 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert "cache-warm" in printed
     written = json.loads((tmp_path / "b.json").read_text())
     assert written["schema"] == SCHEMA
+    assert written["rotate_bytes"] == 0
+    assert written["machine"]["commit"] in (None, *printed.split())
+    assert {"cpu", "threads", "native", "versions"} <= set(written["machine"])
     assert [r["case"]["out_features"] for r in written["results"]] == [8, 16, 8, 16]
     with (tmp_path / "b.csv").open() as file:
         rows = list(csv.reader(file))

@@ -110,6 +110,45 @@ def test_a_damaged_library_is_named(fresh: pytest.MonkeyPatch, tmp_path: Path) -
         assert not loader.status().built
 
 
+@needs_compiler
+def test_a_foreign_library_is_named(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It loads, and used to end in an AttributeError about an undefined symbol."""
+    source, path = tmp_path / "foreign.cpp", tmp_path / "foreign.so"
+    source.write_text('extern "C" int sparsec_isa(int) { return 0; }')
+    subprocess.run([*toolchain.find().command, "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    fresh.setenv("SPARSEC_NATIVE_LIBRARY", str(path))
+    message = (
+        r"foreign\.so is no library of .* lacks sparsec_cpu_has, .*; build one with .*unset SPARSEC_NATIVE_LIBRARY"
+    )
+    with pytest.warns(RuntimeWarning, match=message):
+        assert not loader.status().built
+    with pytest.raises(BuildError, match=message):
+        loader.Library(path, None)
+
+
+WORKS = 'case "$1" in --version) echo works 1;; -dumpmachine) echo x86_64-linux;; esac'
+
+
+def test_a_compiler_that_fails_makes_way_for_the_next(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script(tmp_path / "c++", "echo no tools installed >&2; exit 1")
+    fresh.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ works:\nc\+\+: (.|\n)*no tools installed"):
+        toolchain.find()
+    script(tmp_path / "clang++", WORKS)
+    assert toolchain.find().command == ("clang++",)
+
+
+def test_a_compiler_that_was_named_does_not_make_way(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script(tmp_path / "clang++", WORKS)
+    script(tmp_path / "mine", "echo broken >&2; exit 1")
+    fresh.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match="broken"):
+        toolchain.find("mine")
+    fresh.setenv("CXX", "mine")
+    with pytest.raises(BuildError, match="broken"):
+        toolchain.find()
+
+
 def test_an_unknown_instruction_set_is_refused(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("SPARSEC_ISA", "sse9")
     with pytest.raises(KernelError, match="one of avx512, avx2, portable, reference, got 'sse9'"):
@@ -203,9 +242,23 @@ def test_a_cross_compiler_accepts_the_portable_kernels(capsys: pytest.CaptureFix
     assert set(toolchain.find(compiler).files) == {"library.cpp", "csr_portable.cpp"}
 
 
+@needs_compiler
 def test_no_portable_source_includes_an_x86_header() -> None:
-    for name in ("csr_portable.cpp", "csr_rows.h", "kernels.h", "library.cpp"):
-        assert "immintrin" not in (toolchain.SOURCES / name).read_text()
+    """Looked for in what the compiler reads, headers and all, and with the instruction sets that CXX might turn on."""
+    chain = toolchain.find()
+    on = ["-mf16c", "-mavx2"] if chain.machine.startswith("x86_64") else []
+    command = [*chain.command, "-std=c++17", "-E", *on]
+    read = {
+        name: subprocess.run(
+            [*command, str(toolchain.SOURCES / name)], capture_output=True, text=True, check=True
+        ).stdout
+        for name in ("csr_portable.cpp", "csr_avx2.cpp")[: 1 + bool(on)]
+    }
+    assert "convert.h" in read["csr_portable.cpp"]
+    assert "immintrin" not in read["csr_portable.cpp"]
+    if on:
+        assert "immintrin" in read["csr_avx2.cpp"]  # the test would see it
+    assert "immintrin" not in (toolchain.SOURCES / "library.cpp").read_text()
 
 
 def test_the_command_reports_a_failure_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

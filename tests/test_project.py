@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("formats",),
     ("ir",),
     ("kernels",),
-    ("cost", "machine", "memory"),
+    ("cost", "machine", "memory", "rotation"),
     ("data", "calibrate"),
     ("pipeline",),
     ("passes",),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsec.errors import KernelError
 from sparsec.formats import CSR
-from sparsec.kernels import SparseLinear
+from sparsec.kernels import SparseLinear, status
 from sparsec.kernels.ops import csr_linear
 
 
@@ -126,6 +126,63 @@ def test_a_loaded_state_is_used_by_the_next_call(assign: bool) -> None:
         other.proj.bias.add_(1)
     block.load_state_dict(other.state_dict(), assign=assign)
     assert torch.equal(block(x), other(x))
+
+
+def test_an_assigned_state_reaches_everyone_who_shares_the_packed_tensors() -> None:
+    """A compiled model's graph holds the same tensors; load_state_dict(assign=True) used to cut them apart."""
+    packed = CSR.pack(torch.randn(8, 12), torch.rand(8, 12) < 0.5)
+    block, tied = SparseLinear(packed), SparseLinear(packed)
+    state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    state["values"] *= -2
+    block.load_state_dict(state, assign=True)
+    assert block.values is tied.values is packed.values
+    assert packed.values.data_ptr() == state["values"].data_ptr()  # assigned, not copied
+    x = torch.randn(3, 12)
+    assert torch.equal(tied(x), block(x))
+    same(block(x), nn.functional.linear(x, block.weight))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_x_that_does_not_fit_is_refused_in_the_words_of_the_reference(gradients: bool) -> None:
+    module = Block().proj
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(KernelError, match=r"^csr_linear: x must be \[..., in_features=12\], got \[2, 11\]"):
+            module(torch.randn(2, 11))
+        with pytest.raises(KernelError, match=r"^csr_linear: x must have the dtype of the weights, torch.float32, got"):
+            module(torch.randn(2, 12, dtype=torch.float64))
+        with pytest.raises(KernelError, match=r"^csr_linear: x and the packed weight must be on one device, got meta"):
+            module(torch.randn(2, 12, device="meta"))
+
+
+def test_a_refusal_that_only_the_native_library_knows_keeps_its_words() -> None:
+    if not status().built:
+        pytest.skip("needs the native library: only it looks at the end of row_ptr")
+    module = Block().proj
+    module.row_ptr[-1] += 1
+    with pytest.raises(KernelError, match=r"^csr_linear: row_ptr ends at \d+, values has \d+ entries$"):
+        module(torch.randn(2, 12))
+
+
+def test_a_failure_of_another_kind_is_not_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Block().proj, torch.randn(2, 12)
+
+    def out_of_memory(*_: object) -> Tensor:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(module, "_op", out_of_memory)
+    with pytest.raises(RuntimeError, match=r"^not enough memory$") as caught:
+        module(x)
+    assert not isinstance(caught.value, KernelError)
+
+
+def test_autocast_is_refused_with_the_way_out() -> None:
+    """It used to end in a bare C++ error that named a source file."""
+    model = nn.Sequential(nn.Linear(12, 12), Block())
+    x = torch.randn(3, 12)
+    refused = pytest.raises(KernelError, match=r"model\.to\(torch\.bfloat16\), and leave torch\.autocast off")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), refused:
+        model(x)
+    assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_functional_call_uses_the_given_bias() -> None:

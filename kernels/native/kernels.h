@@ -34,6 +34,8 @@ using Kernel = void (*)(const Product&);
 constexpr int kLaneCounts = 4;
 constexpr int kLanes[kLaneCounts] = {4, 8, 16, 32};
 
+// Neither kind reads x at a pruned weight: inf or NaN there does not reach the result, as it does in a dense product and in
+// the panels of many rows (library.cpp). Finite x is assumed.
 struct InstructionSet {
   const char* name;
   Kernel one[kValueTypes][kIndexTypes];                // one row of x: bound by reading W

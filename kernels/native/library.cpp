@@ -7,11 +7,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <string>
+#include <type_traits>
+#include <vector>
 
 #include "convert.h"
 #include "kernels.h"
@@ -103,7 +107,8 @@ Csr read_arguments(const Tensor& x, const Tensor& values, const Tensor& col_idx,
   Csr csr{};
   csr.type = value_type(values.scalar_type());
   STD_TORCH_CHECK(x.scalar_type() == values.scalar_type(),
-                  "csr_linear: x must have the dtype of the weights; convert x or the model");
+                  "csr_linear: x must have the dtype of the weights; convert x, or the model before compiling it, and leave "
+                  "torch.autocast off, which changes x and not packed weights");
   const ScalarType index = col_idx.scalar_type();
   STD_TORCH_CHECK((index == ScalarType::Short || index == ScalarType::Int) && row_ptr.scalar_type() == ScalarType::Int,
                   "csr_linear: col_idx must be int16 or int32 and row_ptr int32");
@@ -347,7 +352,7 @@ Tensor csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, std::
 
 }  // namespace
 
-// ---- for kernels/build.py, through ctypes -------------------------------------------------------------------------------------
+// ---- for kernels/loader.py, through ctypes -------------------------------------------------------------------------------------
 
 // Name of the i-th instruction set of this library, best first; null past the end.
 SPARSEC_EXPORT const char* sparsec_isa(int64_t i) {

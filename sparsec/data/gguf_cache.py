@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -23,16 +22,11 @@ import transformers
 from sparsec.data.progress import Progress
 from sparsec.data.quiet import quiet
 from sparsec.errors import DataError, MissingExtraError
+from sparsec.kernels.loader import cache_folder
 
 _FACTS = "sparsec_source.json"
 _LAYOUT = "1"  # of the cached folder; a change of what is written there takes the next number
 _MAGIC = b"GGUF"
-
-
-def cache_folder() -> Path:
-    """The user's cache folder: $XDG_CACHE_HOME/sparsec, by default ~/.cache/sparsec."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "sparsec"
 
 
 def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) -> tuple[Path, str]:
