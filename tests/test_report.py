@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 import sparsec
 from sparsec import memory
+from sparsec.data.tiny import byte_tokenizer
+from sparsec.errors import DataError
 from sparsec.report import schema
+from sparsec.report.sample import read_prompt
 from sparsec.report.text import render
 from sparsec.report.words import dense_reason, pays_from, storage
 
@@ -141,6 +144,17 @@ def test_a_linear_that_the_trace_never_executed_is_said_to_be() -> None:
     reasons = {row.name: dense_reason(row) for row in rows}
     assert reasons["model.layers.0.unused.weight"] == "not executed in the traced call"
     assert reasons["model.layers.0.mlp.up_proj.weight"] == "it has a mask, but no pass lowered it"
+
+
+def test_a_prompt_goes_through_the_chat_template_and_leaves_room_for_the_answer() -> None:
+    tokenizer = byte_tokenizer()
+    assert read_prompt(tokenizer, "Why?", 4, limit=8).tokens.tolist() == [list(tokenizer("Why?")["input_ids"])]
+    with pytest.raises(DataError, match="4 tokens, which with 5 new ones need 9 positions, the model has 8"):
+        read_prompt(tokenizer, "Why?", 5, limit=8)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}{% endfor %};"
+    found = read_prompt(tokenizer, "Why?", 4)
+    assert found.chat
+    assert tokenizer.decode(found.tokens[0]) == "user:Why?;"
 
 
 def test_json_holds_to_its_schema_and_is_plain_json(full: Any) -> None:
