@@ -93,7 +93,7 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """`load_state_dict(assign=True)` puts new tensors in place of the packed ones; who shares them follows here too."""
         before = dict(self._buffers)
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self._keep(before)
 
     def _keep(self, before: Mapping[str, Tensor | None]) -> None:
