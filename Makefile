@@ -38,7 +38,7 @@ demo: $(STAMP) ## a real language model: traced, pruned, frozen, lowered to CSR,
 	$(BIN)/python -m sparsec.report $(MODEL) $(ARGS)
 
 test: $(STAMP) ## the tests (HYPOTHESIS_PROFILE=thorough for ten times the random examples)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -58,6 +58,8 @@ class Flops(Pass):
     def _count(self, graph: Graph, op: Op) -> tuple[float | None, float | None]:
         """(dense, kept); None where unknown."""
         weight = graph.weights.get(op.weights[0]) if op.weights else None
+        if weight is None and op.kind in (*MATRIX_KINDS, "grouped_linear"):
+            return None, None  # its weight is computed, not stored
         if op.kind in MATRIX_KINDS and weight is not None:
             kept = weight.nnz
             if kept is None:
@@ -74,6 +76,8 @@ class Flops(Pass):
             if width is None:  # scores [.., length, length]: as much work as the values that they weigh
                 width = next((w for other in graph.ops.values() if _pair(op, other) and (w := _width(other))), None)
             return self._twice(width, 2.0)
+        if op.kind == "other" and "conv" in str(graph.node(op.node).target):
+            return None, None
         return 0.0, 0.0
 
     def _twice(self, width: int | None, factor: float) -> tuple[float | None, float | None]:

@@ -31,7 +31,8 @@ class Freeze(Pass):
             tensor = graph.tensor(weight.name)
             assert weight.mask is not None
             if context.owns_weights:
-                tensor.data.masked_fill_(~weight.mask, 0)
+                with torch.no_grad():
+                    tensor.masked_fill_(~weight.mask, 0)
             else:
                 zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
                 graph.replace_tensor(weight.name, torch.where(weight.mask, tensor.detach(), zero))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from sparsec.errors import FormatError, KernelError
 from sparsec.formats import FORMATS
@@ -30,7 +30,7 @@ class Lower(Pass):
     name: ClassVar[str] = "lower"
     effect: ClassVar[Effect] = Effect.NUMERIC
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
-    produces: ClassVar[frozenset[str]] = frozenset({"lowered", "sparsity"})
+    produces: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     format: str = "csr"
     index_bits: int | None = field(default=None, kw_only=True)
@@ -47,13 +47,18 @@ class Lower(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for a dtype, device or width that cannot be served."""
         chosen = self._chosen(graph)
+        reasons = {w.name: context.keep_dense.get(w.name) or _stays_dense(graph, w) for w in chosen}
+        for weight in chosen:  # what will be refused is refused before any dense weight is gone
+            if not reasons[weight.name]:
+                self._pack(graph, weight, rows=0)
         notes, dense, packed = [], 0, 0
+        if not chosen:
+            notes.append("no selected weight has a mask, so nothing was packed")
         for i, weight in enumerate(chosen):
             context.step("lower", i, len(chosen))
-            reason = context.keep_dense.get(weight.name) or _stays_dense(graph, weight)
-            if reason:
-                graph.update(weight.name, reason=reason)
-                notes.append(f"{weight.name} stays dense: {reason}")
+            if reasons[weight.name]:
+                graph.update(weight.name, reason=reasons[weight.name])
+                notes.append(f"{weight.name} stays dense: {reasons[weight.name]}")
                 continue
             done = self._lower(graph, weight, context)
             dense += done.nbytes_dense
@@ -81,37 +86,44 @@ class Lower(Pass):
         return [w for w in select(graph, everything, self.ignore) if w.name in masked]
 
     def _lower(self, graph: Graph, weight: Weight, context: Context) -> Weight:
+        packed = self._pack(graph, weight)
+        kernel = select_kernel(Problem.of(packed))
+        operations = graph.products_of(weight.name)
+        _register(graph.module, weight.name, packed)
+        for op in operations:
+            _rewrite(graph, op, weight, packed, kernel)
+        _drop(graph, weight.name, free=context.owns_weights)
+        return graph.update(weight.name, packed=packed, mask=None, nnz=packed.nnz)
+
+    def _pack(self, graph: Graph, weight: Weight, rows: int | None = None) -> Packed:
+        """The first `rows` rows, None for all; none at all still asks format and kernel whether they serve this weight."""
         matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
         assert mask is not None
+        options: dict[str, Any] = {"index_bits": self.index_bits} if self.index_bits is not None else {}
         try:
-            matrix_packed = self._pack(matrix, mask)
-            kernel = select_kernel(Problem.of(matrix_packed))
+            packed: Packed = FORMATS[self.format].pack(matrix[:rows], mask[:rows], **options)  # type: ignore[attr-defined]
+            select_kernel(Problem.of(packed))
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name
-            raise type(error)(
-                f"{weight.name}: {error}; or leave it dense with lower({self.format}, ignore=({owner!r},))"
-            ) from error
-        del matrix, mask
-        operations = graph.products_of(weight.name)
-        _register(graph.module, weight.name, matrix_packed)
-        for op in operations:
-            _rewrite(graph, op, weight, matrix_packed, kernel)
-        _drop(graph, weight.name, free=context.owns_weights)
-        return graph.update(weight.name, packed=matrix_packed, mask=None, nnz=matrix_packed.nnz)
-
-    def _pack(self, matrix: Tensor, mask: Tensor) -> Packed:
-        options: dict[str, Any] = {"index_bits": self.index_bits} if self.index_bits is not None else {}
-        return FORMATS[self.format].pack(matrix, mask, **options)  # type: ignore[attr-defined, no-any-return]
+            way_out = f"or leave it dense with lower({self.format}, ignore=({owner!r},))"
+            raise type(error)(f"{weight.name}: {error}; {way_out}") from error
+        return packed
 
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:
     """Why a weight cannot be packed at all, "" when it can."""
-    readers = [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == weight.name for n in n.users]
-    matrix_of = {op.node for op in graph.products_of(weight.name)}
-    others = sorted({n.name for n in readers if n.name not in matrix_of})
+    products = {op.node for op in graph.products_of(weight.name)}
+    reads = [(user, node) for node in graph.module.graph.nodes if _reads(node, weight.name) for user in node.users]
+    others = {user.name for user, _ in reads if user.name not in products}
+    # x @ (w @ w.T): the product's other operand is the weight itself
+    others |= {user.name for user, node in reads if sum(a is node for a in user.args) > 1}
     if others:
-        return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"
+        return f"it is also read as a dense tensor, by %{', %'.join(sorted(others))} (a tied embedding table, for instance)"
     return ""
+
+
+def _reads(node: fx.Node, name: str) -> bool:
+    return node.op == "get_attr" and node.target == name
 
 
 def buffer_name(weight: str, part: str) -> str:
@@ -146,7 +158,7 @@ def _rewrite(graph: Graph, op: Op, weight: Weight, packed: Packed, kernel: Kerne
 
 def _drop(graph: Graph, name: str, free: bool) -> None:
     """Takes the dense tensor out of the graph; with `free`, its memory goes back even while the model still names it."""
-    for node in [n for n in graph.module.graph.nodes if n.op == "get_attr" and n.target == name]:
+    for node in [n for n in graph.module.graph.nodes if _reads(n, name)]:
         graph.module.graph.erase_node(node)
     tensor = graph.tensor(name)
     owner, _, leaf = name.rpartition(".")

@@ -20,7 +20,6 @@ from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
 from sparsec.pipeline.selection import select
 
-VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCOPES = ("global", "layer", "row")
 
 
@@ -81,11 +80,6 @@ class Magnitude(Pass):
 
 
 def _check_finite(tensor: Tensor, weight: Weight) -> None:
-    if tensor.dtype not in VALUE_DTYPES:
-        raise WeightError(
-            f"{weight.name}: is {tensor.dtype}, and only {', '.join(map(str, VALUE_DTYPES))} can be pruned; "
-            "convert the model first, for instance with model.float()"
-        )
     bad = int(tensor.numel() - torch.isfinite(tensor.detach()).sum())
     if bad:
         where = weight.owners[0] if weight.owners else weight.name

@@ -13,6 +13,7 @@ from sparsec.errors import MaskError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.selection import check_dtype
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def _find(graph: Graph, given: str) -> Weight:
 def _check(graph: Graph, given: str, weight: Weight, mask: Tensor) -> None:
     if not graph.prunable(weight.name):
         raise MaskError(f"masks: {given!r} is no weight of a linear layer (kind {weight.kind}, group {weight.group})")
+    check_dtype(weight)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise MaskError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy as copying
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn, TypeVar
@@ -12,10 +13,10 @@ from typing import Any, NoReturn, TypeVar
 from torch import Tensor, nn
 
 from sparsec.emitter import emit, unswappable
-from sparsec.errors import CompileError
+from sparsec.errors import CompileError, MaskError
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
-from sparsec.kernels import SparseLinear
+from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.memory import held
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
@@ -36,21 +37,28 @@ class Compiled:
     records: tuple[PassRecord, ...]
     trace_seconds: float
     emit_seconds: float
-    model_bytes: int  # of all tensors that the compiled model holds
     notes: tuple[str, ...]  # what tracing and emission had to say
+    model: weakref.ref[nn.Module]  # the compiled model
 
     def report(self) -> Report:
-        """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields."""
-        return collect(self.graph, self.records, self.notes, self.model_bytes)
+        """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields.
+
+        Of the model as it is now: it may have been moved or converted since it was compiled.
+        """
+        _refresh(self.graph)
+        model = self.model()
+        return collect(self.graph, self.records, self.notes, None if model is None else held(model).total)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
-        return Compiled(**{f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self)})
+        model = self.model()
+        copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "model"}
+        return Compiled(**copied, model=weakref.ref(memo.get(id(model), model)))
 
     def __reduce__(self) -> NoReturn:
         raise CompileError(
             "compiled models cannot be pickled yet (torch.save of the whole model, other processes); save compiled.state_dict(), "
-            "and load it into a model that was compiled with the same passes"
+            "and load it into a model that was compiled from the same weights with the same passes"
         )
 
     def __repr__(self) -> str:
@@ -108,17 +116,19 @@ def compile(
     emitted = perf_counter() - start
     if any(w.packed is not None for w in graph.weights.values()) and hasattr(model, "save_pretrained"):
         object.__setattr__(model, "save_pretrained", partial(_refuse_saving, type(model).__name__))
-    object.__setattr__(model, "sparsec", Compiled(graph, pipeline, records, traced, emitted, held(model).total, notes))
+    object.__setattr__(model, "sparsec", Compiled(graph, pipeline, records, traced, emitted, notes, weakref.ref(model)))
     return model
 
 
 def _pipeline(
     passes: Pipeline | str | Pass | Iterable[str | Pass] | None, masks: Mapping[str, Tensor] | None
 ) -> Pipeline:
+    if masks is not None and not isinstance(masks, Mapping):
+        raise MaskError(f"masks must map weight or module names to bool tensors, got {type(masks).__name__}")
     if passes is None:
-        return Pipeline.parse(DEFAULT_PASSES_WITH_MASKS if masks else DEFAULT_PASSES)
+        return Pipeline.parse(DEFAULT_PASSES if masks is None else DEFAULT_PASSES_WITH_MASKS)
     pipeline = Pipeline.of(passes)
-    if masks and not any(isinstance(p, Mask) for p in pipeline.passes):
+    if masks is not None and not any(isinstance(p, Mask) for p in pipeline.passes):
         return pipeline.with_first(Mask())
     return pipeline
 
@@ -126,11 +136,23 @@ def _pipeline(
 def _copied(model: Model) -> Model:
     try:
         return copying.deepcopy(model)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CompileError(
-            f"the model cannot be copied: {error}; if it was pruned with torch.nn.utils.prune, make that permanent with "
-            "prune.remove(module, 'weight') and use the pass 'zeros'; or hand the model over with copy=False"
+            f"the model cannot be copied: {error}; hand it over with copy=False, or, where torch.nn.utils.prune is the cause, make "
+            "its masks permanent with prune.remove(module, 'weight') and use the pass 'zeros'"
         ) from error
+
+
+def _refresh(graph: Graph) -> None:
+    """Takes dtypes and kernels anew from the tensors."""
+    for weight in list(graph.weights.values()):
+        if weight.packed is None:
+            graph.update(weight.name, dtype=graph.tensor(weight.name).dtype)
+            continue
+        graph.update(weight.name, dtype=weight.packed.dtype)
+        kernel = select(Problem.of(weight.packed)).name
+        for op in graph.products_of(weight.name):
+            graph.ops[op.node] = replace(op, kernel=kernel)
 
 
 def _refuse(model: nn.Module) -> None:

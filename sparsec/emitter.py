@@ -30,13 +30,12 @@ def unswappable(model: nn.Module, graph: Graph) -> dict[str, str]:
     """Weight -> why the module that executes it cannot become a SparseLinear."""
     reasons = {}
     for weight in graph.weights.values():
-        if not graph.prunable(weight.name):
-            continue
-        for op in graph.products_of(weight.name):
-            reason = _reason(model, op.owner, weight)
-            if reason:
-                reasons[weight.name] = reason
-                break
+        products = graph.products_of(weight.name)
+        why = [r for op in products if (r := _reason(model, op.owner))] or _elsewhere(
+            model, weight, {op.owner for op in products}
+        )
+        if products and why:
+            reasons[weight.name] = why[0]
     return reasons
 
 
@@ -51,8 +50,8 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
             for owner in dict.fromkeys(op.owner for op in graph.products_of(weight.name)):
                 _swap(model, graph, owner, weight)
         elif weight.mask is not None and not weight.frozen:
-            tensor = graph.tensor(weight.name)
-            tensor.data.masked_fill_(~weight.mask, 0)
+            with torch.no_grad():
+                graph.tensor(weight.name).masked_fill_(~weight.mask, 0)
             graph.update(weight.name, frozen=True)
             notes.append(weight.name)
     if not notes:
@@ -63,7 +62,22 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
     )
 
 
-def _reason(model: nn.Module, owner: str, weight: Weight) -> str:
+def _elsewhere(model: nn.Module, weight: Weight, swapped: set[str]) -> list[str]:
+    """Modules that hold the weight too, but did not multiply by it in the traced call: their copy would be left without values."""
+    modules = {id(model.get_submodule(path)) for path in swapped if _has(model, path)}
+    holders = [name.rpartition(".")[0] for name in (weight.name, *weight.aliases)]
+    others = [path for path in holders if id(model.get_submodule(path)) not in modules]
+    return [
+        f"{path or 'the root module'} holds the same tensor, and the traced call did not multiply by it there"
+        for path in others
+    ]
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return any(path == name for name, _ in model.named_modules(remove_duplicate=False))
+
+
+def _reason(model: nn.Module, owner: str) -> str:
     try:
         module = model.get_submodule(owner)
     except AttributeError:
@@ -77,8 +91,14 @@ def _reason(model: nn.Module, owner: str, weight: Weight) -> str:
         return f"its product is written inside {kind.__name__} ({owner or 'the root module'}), which is no nn.Linear"
     if not plain or "forward" in module.__dict__:  # such as accelerate's patched instances
         return f"{owner} is a {kind.__name__} with a forward of its own"
-    if getattr(module, "weight", None) is None or not owner:
-        return f"{owner or 'the root module'} cannot be replaced inside its parent"
+    if not owner:
+        return "the model is itself the linear, and only modules inside of a model can be swapped; wrap it in nn.Sequential"
+    more = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n not in ("weight", "bias")]
+    if more:
+        return f"{owner} also holds {', '.join(more)}, which a SparseLinear would lose"
+    parent = model.get_submodule(owner.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "the fast path of nn.TransformerEncoderLayer reads its weights past the linear modules"
     return ""
 
 
@@ -95,18 +115,10 @@ def _swap(model: nn.Module, graph: Graph, owner: str, weight: Weight) -> None:
     new = SparseLinear(weight.packed, old.bias)
     new.train(old.training)
     for name in _HOOKS:
-        getattr(new, name).update(getattr(old, name))
+        setattr(
+            new, name, getattr(old, name)
+        )  # the same dictionaries: the user's handles go on removing what they added
     new._is_full_backward_hook = old._is_full_backward_hook
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
             model.set_submodule(path, new)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The one device that a model's tensors are on. Raises EmitError for a model spread over several."""
-    devices = {t.device for t in (*model.parameters(), *model.buffers())}
-    if len(devices) > 1:
-        raise EmitError(
-            f"the model is spread over {', '.join(sorted(map(str, devices)))}; move it to one device first: model.to('cpu')"
-        )
-    return next(iter(devices), torch.device("cpu"))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Several workers share the cores; and the checkout must not be on the import path."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _refuse_checkout_on_path()
+
+
+def _refuse_checkout_on_path() -> None:
     """`python -m pytest` puts the checkout on the import path, and with it a `kernels` that transformers looks for."""
     spec = importlib.util.find_spec("kernels")
     if spec is not None and any(Path(p).resolve() == ROOT / "kernels" for p in spec.submodule_search_locations or ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import ClassVar
 
 import pytest
@@ -12,8 +13,26 @@ from torch import nn
 from torch.nn.utils import prune
 
 import sparsec
-from sparsec.errors import CompileError, KernelError, PipelineError, SelectionError, SpecError, TraceError, VerifyError
+from sparsec.errors import (
+    CompileError,
+    MaskError,
+    PipelineError,
+    SelectionError,
+    SpecError,
+    TraceError,
+    VerifyError,
+    WeightError,
+)
 from sparsec.pipeline import Context, Effect, Pass, PassResult
+
+
+class Locked(nn.Module):
+    """Cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = Lock()
+
 
 SPEC = "magnitude(0.4),freeze,sparsity,flops,lower(csr)"
 
@@ -31,6 +50,12 @@ SPEC = "magnitude(0.4),freeze,sparsity,flops,lower(csr)"
         (lambda: nn.Sequential(nn.Linear(4, 4)).to(torch.float8_e4m3fn), SPEC, sparsec.SparsecError, "float8_e4m3fn"),
         (lambda: nn.Sequential(nn.Linear(4, 4)).to("meta"), SPEC, CompileError, "0.weight is on the meta device"),
         (lambda: nn.Sequential(prune.identity(nn.Linear(4, 4), "weight")), SPEC, CompileError, r"prune\.remove"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4)).append(Locked()),
+            SPEC,
+            CompileError,
+            "cannot be copied: .*lock.*copy=False",
+        ),
         (lambda: nn.Sequential(nn.Linear(4, 4)), 3, SpecError, "got int: 3"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), [], SpecError, "an empty list"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "# nothing", SpecError, "no pass in"),
@@ -48,6 +73,14 @@ SPEC = "magnitude(0.4),freeze,sparsity,flops,lower(csr)"
 def test_what_cannot_be_compiled_is_refused_with_the_reason(build, passes, error, message: str) -> None:
     with pytest.raises(error, match=message):
         sparsec.compile(build(), passes, example_inputs=torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"), [({}, "needs masks"), ([torch.ones(4, 4).bool()], "must map .* got list")]
+)
+def test_masks_that_are_none_or_no_mapping_do_not_fall_back_to_pruning(masks: object, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        sparsec.compile(nn.Sequential(nn.Linear(4, 4)), example_inputs=torch.randn(3, 4), masks=masks)  # type: ignore[arg-type]
 
 
 def test_an_unknown_verify_level_is_refused() -> None:
@@ -87,8 +120,11 @@ def test_a_dtype_that_no_kernel_serves_names_layer_kernels_and_way_out() -> None
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x)
 
-    with pytest.raises((KernelError, sparsec.SparsecError), match=r"linear\.weight.*complex64"):
-        sparsec.compile(Half(), "zeros,freeze,lower(csr)", example_inputs=torch.randn(3, 4, dtype=torch.complex64))
+    for spec in ("zeros,freeze,lower(csr)", "magnitude(0.5),freeze,lower(csr)"):
+        with pytest.raises(
+            WeightError, match=r"linear\.weight: is torch\.complex64, which no format or kernel serves; .*ignore="
+        ):
+            sparsec.compile(Half(), spec, example_inputs=torch.randn(3, 4, dtype=torch.complex64))
 
 
 def test_a_pass_that_breaks_its_promise_is_caught() -> None:

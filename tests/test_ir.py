@@ -113,6 +113,10 @@ def _change(name: str, **changes: object) -> Callable[[Graph], None]:
     return lambda graph: graph.update(name, **changes) and None
 
 
+def _change_ops(**changes: object) -> Callable[[Graph], None]:
+    return lambda graph: graph.ops.update({n: replace(op, **changes) for n, op in graph.ops.items()})
+
+
 def _drop_tensor(graph: Graph) -> None:
     del graph.module.up.bias
 
@@ -160,6 +164,9 @@ def _wrong_key(graph: Graph) -> None:
             "a masked entry is not zero",
         ),
         (_change("up.bias", nnz=2), "nnz is 2 of 8 without a mask"),
+        (_change("up.bias", nnz=None), "'sparsity' is said to hold, but nobody counted"),
+        (_change_ops(flops=123.0), "FLOPs are 123"),
+        (_change_ops(flops=None), "'flops' is said to hold, but nobody counted"),
     ],
 )
 def test_the_verifier_finds_what_is_broken(lowered: Graph, break_it: Callable[[Graph], None], message: str) -> None:
@@ -183,6 +190,10 @@ def test_a_snapshot_sees_tensors_masks_and_dataflow_but_not_facts() -> None:
     before = snapshot(graph)
     graph.update("up.weight", nnz=3, reason="a fact")
     assert snapshot(graph) == before
+    contents = snapshot(graph, contents=True)
+    graph.tensor("down.weight").data.mul_(2)  # goes around the version counter
+    assert snapshot(graph) == before
+    assert snapshot(graph, contents=True) != contents
     with torch.no_grad():
         graph.tensor("up.weight").add_(1)
     changed = snapshot(graph)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparsec
-from sparsec.errors import MaskError, SelectionError, WeightError
+from sparsec.errors import FormatError, MaskError, SelectionError, WeightError
 from sparsec.ir.tracer import trace
 from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
 from sparsec.patterns import prune_count
@@ -233,7 +233,7 @@ def test_a_tied_head_that_is_named_is_pruned_but_stays_dense_because_it_is_the_e
     model, _ = tiny_model("gpt2")
     compiled = sparsec.compile(model, "magnitude(0.5, targets=lm_head),freeze,lower(csr)")
     (weight,) = compiled.sparsec.graph.masked()
-    assert "read as a dense tensor" in weight.reason
+    assert "transformer.wte holds the same tensor" in weight.reason
     assert weight.packed is None
     assert "stays dense" in compiled.sparsec.records[-1].notes[0]
 
@@ -262,3 +262,72 @@ def test_lowering_in_two_steps_is_the_same_as_in_one() -> None:
         assert torch.equal(one(**inputs).logits, two(**inputs).logits)
     kinds = [op.kind for op in copy.deepcopy(two.sparsec.graph).ops.values()]
     assert kinds == [op.kind for op in one.sparsec.graph.ops.values()]
+
+
+def test_facts_that_a_later_pass_makes_stale_are_dropped_not_kept() -> None:
+    model, _ = tiny_model("llama")
+    graph = trace(model)
+    Pipeline.parse("sparsity,flops,magnitude(0.5)").run(graph)
+    assert not {"flops", "sparsity"} & graph.facts
+    assert all(op.flops is None for op in graph.ops.values())
+    assert all(w.nnz is None for w in graph.weights.values())
+    compiled = sparsec.compile(model, "flops,magnitude(0.5),freeze,lower(csr)")
+    assert all(row.flops_per_token is None for row in compiled.sparsec.report().layers if row.packed)
+
+
+def test_what_no_rule_counts_is_named_instead_of_counted_as_nothing() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)), nn.Linear(5, 5))
+    graph = trace(model.eval(), (torch.ones(2, 3, 5),))
+    (record,) = Pipeline.parse("flops").run(graph)
+    assert len(record.notes) == 2
+    assert all("is not counted" in note for note in record.notes)
+
+
+class Scaled(nn.Module):
+    """addmm with factors: no linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias, self.linear = (
+            nn.Parameter(torch.randn(4, 4)),
+            nn.Parameter(torch.randn(4)),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, self.linear(x), self.weight, beta=2.0, alpha=3.0)
+
+
+class OwnOperand(nn.Module):
+    """The product's other operand is the weight itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.linear(self.linear.weight)
+
+
+@pytest.mark.parametrize("model", [Scaled(), OwnOperand()], ids=["scaled", "own operand"])
+def test_products_that_only_look_like_a_linear_layer_keep_their_numbers(model: nn.Module) -> None:
+    x = torch.randn(3, 4)
+    graph = trace(model, (x,))
+    Pipeline.parse("magnitude(0.5),freeze,lower(csr)").run(graph, verify="facts")
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(x), masked_twin(graph, model)(x))
+
+
+def test_a_late_refusal_leaves_every_dense_weight_in_place() -> None:
+    model = nn.Sequential(nn.Linear(4, 70_000), nn.Linear(70_000, 4))
+    with pytest.raises(FormatError, match=r"1\.weight: index_bits=16 reaches 65536 columns.*ignore=\('1',\)"):
+        sparsec.compile(
+            model, "magnitude(0.5),freeze,lower(csr, index_bits=16)", example_inputs=torch.ones(2, 4), copy=False
+        )
+    assert model[0].weight.shape == (70_000, 4)
+
+
+def test_lowering_where_nothing_is_masked_says_so() -> None:
+    model, _ = tiny_model("llama")
+    compiled = sparsec.compile(model, "magnitude(0.5, targets=mlp),freeze,lower(csr, targets=attention)")
+    assert "no selected weight has a mask" in compiled.sparsec.records[-1].notes[0]

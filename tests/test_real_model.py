@@ -35,7 +35,6 @@ def loaded():
 def variants(loaded) -> dict[str, torch.nn.Module]:
     before = {name: p.detach().clone() for name, p in list(loaded.model.named_parameters())[:12]}
     built = {
-        "masked": sparsec.compile(loaded.model, "magnitude(0.3)"),
         "frozen": sparsec.compile(loaded.model, "magnitude(0.3),freeze"),
         "lowered": sparsec.compile(loaded.model, SPEC),
     }
@@ -46,13 +45,19 @@ def variants(loaded) -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def windows(loaded):
-    return cut(load_text(), loaded.tokenizer, length=256, count=3)
+    return cut(load_text(), loaded.tokenizer, length=128, count=3)
 
 
 @pytest.fixture(scope="module")
-def logits(variants, windows) -> dict[str, torch.Tensor]:
+def logits(loaded, variants, windows) -> dict[str, torch.Tensor]:
     with torch.no_grad():
-        return {name: model(input_ids=windows.tokens, use_cache=False).logits for name, model in variants.items()}
+        found = {name: model(input_ids=windows.tokens, use_cache=False).logits for name, model in variants.items()}
+        # The masked model is the dense one, its weights read through the masks.
+        dense, graph = loaded.model, variants["frozen"].sparsec.graph
+        masked = {w.name: torch.where(w.mask, dense.get_parameter(w.name), 0.0) for w in graph.masked()}
+        call = {"input_ids": windows.tokens, "use_cache": False}
+        found["masked"] = torch.func.functional_call(dense, masked, args=(), kwargs=call).logits
+    return found
 
 
 def test_zeros_are_counted_from_the_mask_and_exactly_although_the_model_has_zeros_of_its_own(loaded, variants) -> None:
@@ -83,7 +88,7 @@ def test_lowered_and_masked_differ_by_rounding_alone(logits, variants, windows) 
     gap = (masked - lowered).abs().max()
     assert gap < 1e-3 * masked.abs().max()
     assert bool(((top[..., 0] - top[..., 1])[changed] <= 2 * gap).all()), "a token changed that was no tie"
-    results = [evaluate(variants[name], windows) for name in ("masked", "lowered")]
+    results = [evaluate(variants[name], windows) for name in ("frozen", "lowered")]
     assert f"{results[0].perplexity:.4g}" == f"{results[1].perplexity:.4g}"
 
 
@@ -109,7 +114,7 @@ def test_bytes_are_those_of_all_tensors_and_words_say_that_csr_is_larger_at_thir
     walked = sum(
         t.numel() * t.element_size() for t in {id(t): t for t in (*lowered.parameters(), *lowered.buffers())}.values()
     )
-    assert report.model_bytes == walked == held(lowered).total
+    assert report.bytes_held == walked == held(lowered).total
     packed = [w for w in lowered.sparsec.graph.weights.values() if w.packed is not None]
     ratio = sum(w.nbytes for w in packed) / sum(w.nbytes_dense for w in packed)
     assert ratio == pytest.approx(0.7 * (32 + 16) / 32, rel=0.005)  # bits per weight, and row pointers
@@ -137,11 +142,9 @@ model = load_model(None, torch.float32).model
 for p in model.parameters():
     p.data = p.data.clone()  # pages of our own, not of the file
 before = resident()
-sparsec.trace(model)  # what tracing leaves behind in the process is not the model's
-traced = resident()
 compiled = sparsec.compile(model, "magnitude(0.9),freeze,lower(csr)", copy=False)
 del model
-print(before, traced, resident())
+print(before, resident())
 """
 
 
@@ -150,6 +153,9 @@ def test_dense_weights_leave_resident_memory_when_packed(loaded) -> None:
         pytest.skip("resident memory is read from /proc")
     run = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    _, traced, after = map(int, run.stdout.split())
-    dense, packed = 4 * PRUNED, 0.1 * PRUNED * 6
-    assert traced - after > 0.9 * (dense - packed), f"resident memory fell by {(traced - after) / 1e6:.0f} MB only"
+    before, after = map(int, run.stdout.split())
+    # 361 MB of weights go; what tracing leaves in the process (imports, caches, the graph) stays
+    expected = 4 * PRUNED - 0.1 * PRUNED * 6
+    assert before - after > 0.7 * expected, (
+        f"resident memory fell by {(before - after) / 1e6:.0f} MB of {expected / 1e6:.0f}"
+    )

@@ -217,12 +217,20 @@ class Halve(Sparsity):
 
 @pytest.mark.parametrize(
     ("loaded", "message"),
-    [(ImportError("no module"), "does not load"), (int, "no subclass"), (Freeze, "name is taken")],
+    [(ImportError("no module"), "does not load"), (SyntaxError("bad"), "does not load"), (int, "no subclass")],
 )
-def test_a_broken_entry_point_says_which_package_and_why(monkeypatch, loaded: object, message: str) -> None:
+def test_a_broken_entry_point_is_left_out_and_named(monkeypatch, loaded: object, message: str) -> None:
     known_passes.cache_clear()
     monkeypatch.setattr("sparsec.pipeline.table.entry_points", lambda group: [_Entry("thing", loaded)])
-    with pytest.raises(SpecError, match=message):
+    with pytest.warns(UserWarning, match=f"'thing' .*third.party:Thing.*{message}"):
+        assert "thing" not in known_passes()
+    known_passes.cache_clear()
+
+
+def test_an_entry_point_cannot_take_the_name_of_another_pass(monkeypatch) -> None:
+    known_passes.cache_clear()
+    monkeypatch.setattr("sparsec.pipeline.table.entry_points", lambda group: [_Entry("thing", Freeze)])
+    with pytest.raises(SpecError, match="name is taken"):
         known_passes()
     known_passes.cache_clear()
 

@@ -74,6 +74,16 @@ class Graph:
         """Whether the weight is the matrix of a linear product (a tied lm_head is one too: its table is also an embedding)."""
         return bool(self.products_of(name))
 
+    def forget(self, facts: frozenset[str]) -> None:
+        """These facts no longer hold; what was counted under them is dropped, so that nobody reads a stale figure."""
+        self.facts -= facts
+        if "flops" in facts:
+            self.ops = {name: replace(op, flops=None, flops_dense=None) for name, op in self.ops.items()}
+        if "sparsity" in facts:
+            for weight in list(self.weights.values()):
+                if weight.packed is None:
+                    self.update(weight.name, nnz=None)
+
     def replace_tensor(self, name: str, tensor: Tensor) -> None:
         """Puts another tensor in a weight's place, in this graph only."""
         owner, _, attribute = name.rpartition(".")

@@ -77,7 +77,12 @@ def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn
             stacked = _stacked(weight, parameters)
             matrix, kind = (stacked, "grouped_linear") if stacked is not None else (None, "linear")
             computed = weight if stacked is None else None
-    elif namespace == "aten" and name == "addmm" and (weight := _behind(_node(node.args[2]), _SAME)) in parameters:
+    elif (
+        namespace == "aten"
+        and name == "addmm"
+        and not node.kwargs
+        and (weight := _behind(_node(node.args[2]), _SAME)) in parameters
+    ):
         matrix, kind = weight, "conv1d"
     elif namespace == "aten" and name in _EMBEDDINGS:
         source = _behind(_node(node.args[0]), _SAME)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparsec.errors import FormatError
-from sparsec.ir.facts import Weight
+from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph, fetch
 
 
@@ -25,16 +25,24 @@ def problems(graph: Graph, recompute: bool = False) -> list[str]:
             found.extend(_weight(graph, weight))
             if recompute:
                 found.extend(_facts(graph, weight))
+        if recompute:
+            for op in graph.ops.values():
+                found.extend(_op_facts(graph, op))
     return found
 
 
-def snapshot(graph: Graph) -> Hashable:
-    """Changes when, and only when, the dataflow, a mask or a stored tensor does; facts do not count."""
+def snapshot(graph: Graph, contents: bool = False) -> Hashable:
+    """Changes when the dataflow, a mask or a stored tensor does; facts do not count.
+
+    Tensors are told apart by identity and version, which `.data` can get around; with `contents` also by a hash of their values.
+    """
     nodes = tuple((n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in graph.module.graph.nodes)
     held = [t for w in graph.weights.values() if w.packed is not None for t in w.packed.tensors().values()]
     masks = [w.mask for w in graph.weights.values() if w.mask is not None]
     tensors = [*graph.module.parameters(), *graph.module.buffers(), *held, *masks]
     state = tuple((id(t), None if t.is_inference() else t._version, _pointer(t)) for t in tensors)
+    if contents:
+        state += tuple((i, _hash(t), 0) for i, t in enumerate(tensors))
     return nodes, state, tuple((w.name, w.frozen) for w in graph.weights.values())
 
 
@@ -131,6 +139,8 @@ def _weight(graph: Graph, weight: Weight) -> Iterator[str]:
 
 
 def _facts(graph: Graph, weight: Weight) -> Iterator[str]:
+    if "sparsity" in graph.facts and weight.nnz is None:
+        yield f"{weight.name}: 'sparsity' is said to hold, but nobody counted"
     if weight.packed is not None:
         try:
             weight.packed.check()
@@ -147,8 +157,23 @@ def _facts(graph: Graph, weight: Weight) -> Iterator[str]:
         yield f"{weight.name}: nnz is {weight.nnz} of {weight.numel} without a mask"
 
 
+def _op_facts(graph: Graph, op: Op) -> Iterator[str]:
+    weight = graph.weights.get(op.weights[0]) if op.weights else None
+    if weight is None or op.kind not in MATRIX_KINDS:
+        return
+    kept = weight.nnz if weight.nnz is not None else int(weight.mask.sum()) if weight.mask is not None else weight.numel
+    if op.flops_dense not in (None, 2 * weight.numel) or op.flops not in (None, 2 * kept):
+        yield f"%{op.node}: FLOPs are {op.flops} of {op.flops_dense}, but 2 per weight are {2 * kept} of {2 * weight.numel}"
+    if "flops" in graph.facts and op.flops is None:
+        yield f"%{op.node}: 'flops' is said to hold, but nobody counted"
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _hash(tensor: Tensor) -> int:
+    return int(torch.hash_tensor(tensor.detach()).view(torch.int64)) if tensor.numel() else 0
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -121,7 +121,8 @@ class Pipeline:
                 for instrument in (*instruments, timing):
                     around.enter_context(instrument.around(i, p, graph))
                 result = p.run(graph, context)
-                graph.facts = (graph.facts - p.invalidates) | p.produces
+                graph.forget(p.invalidates - p.produces)
+                graph.facts |= p.produces
             held.check(result)
             records.append(
                 PassRecord(
@@ -143,14 +144,18 @@ class _Promise:
 
     def __init__(self, p: Pass, index: int, graph: Graph, context: Context, level: Verify) -> None:
         self.p, self.index, self.graph, self.context, self.level = p, index, graph, context, level
-        self.before = snapshot(graph) if level != "none" else None
+        self.before = snapshot(graph, self.recompute) if level != "none" else None
         self.outputs = self._outputs()
+
+    @property
+    def recompute(self) -> bool:
+        return self.level in ("facts", "probe")
 
     def check(self, result: PassResult) -> None:
         if self.level == "none":
             return
-        found = problems(self.graph, recompute=self.level in ("facts", "probe"))
-        changed = snapshot(self.graph) != self.before
+        found = problems(self.graph, self.recompute)
+        changed = snapshot(self.graph, self.recompute) != self.before
         if self.p.effect is Effect.ANALYSIS and changed:
             found.append("it is declared an analysis, but the dataflow, a mask or a tensor changed")
         if changed and not result.changed and self.p.effect is not Effect.ANALYSIS:

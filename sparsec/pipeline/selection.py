@@ -11,7 +11,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from sparsec.errors import SelectionError
+from sparsec.errors import SelectionError, WeightError
+from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import GROUPS, Weight
 from sparsec.ir.graph import Graph
 
@@ -46,7 +47,20 @@ def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -
             f"{', less what ignore takes away,' if chosen else ''} leave no linear layer to work on; linear layers are in "
             f"the groups {_groups(graph)}; name others with targets=..."
         )
-    return [w for w in graph.weights.values() if w.name in chosen - ignored]
+    selected = [w for w in graph.weights.values() if w.name in chosen - ignored]
+    for weight in selected:
+        check_dtype(weight)
+    return selected
+
+
+def check_dtype(weight: Weight) -> None:
+    """Raises WeightError for a dtype whose values cannot be masked and packed."""
+    if weight.dtype not in VALUE_DTYPES:
+        served = ", ".join(str(d).removeprefix("torch.") for d in VALUE_DTYPES)
+        raise WeightError(
+            f"{weight.name}: is {weight.dtype}, which no format or kernel serves; those serve {served}; convert the model first, "
+            f"for instance with model.float(), or leave it out with ignore=({(weight.owners or (weight.name,))[0]!r},)"
+        )
 
 
 def matches(graph: Graph, weight: Weight, pattern: str) -> bool:

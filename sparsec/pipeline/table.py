@@ -8,6 +8,7 @@ A package offers a pass by an entry point of the group `sparsec.passes` that nam
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -20,20 +21,23 @@ ENTRY_POINTS = "sparsec.passes"
 
 @cache
 def known_passes() -> dict[str, type[Pass]]:
-    """Every pass by name, sparsec's own first. Raises SpecError for an entry point that is broken or takes a used name."""
+    """Every pass by name, sparsec's own first.
+
+    An entry point that does not load or is no pass is left out with a warning: another package's fault must not stop this one.
+    Raises SpecError when one takes a name that is used.
+    """
     # By name, at run time: passes import this layer, so this layer must not import them.
     table: dict[str, type[Pass]] = {cls.name: cls for cls in import_module("sparsec.passes").PASSES}
     for entry in entry_points(group=ENTRY_POINTS):
+        what = f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value})"
         try:
             cls = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise SpecError(
-                f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value}) does not load: {error}"
-            ) from error
+        except Exception as error:  # whatever a stranger's module raises while it is imported
+            warnings.warn(f"{what} does not load and is left out: {type(error).__name__}: {error}", stacklevel=2)
+            continue
         if not (isinstance(cls, type) and issubclass(cls, Pass)):
-            raise SpecError(
-                f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value}) is no subclass of sparsec.Pass"
-            )
+            warnings.warn(f"{what} is no subclass of sparsec.Pass and is left out", stacklevel=2)
+            continue
         if cls.name in table:
             raise SpecError(
                 f"entry point {entry.name!r} offers a pass {cls.name!r}, but that name is taken by {table[cls.name]!r}"
