@@ -1,8 +1,8 @@
 """sparsec: a sparsity compiler for PyTorch transformer language models.
 
-    compiled = sparsec.compile(model, passes="magnitude(0.5),freeze,sparsity,flops,lower(csr)")
-    compiled.generate(...)
-    print(compiled.sparsec.report())
+compiled = sparsec.compile(model, passes="magnitude(0.5),freeze,sparsity,flops,lower(csr)")
+compiled.generate(...)
+print(compiled.sparsec.report())
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -53,7 +53,8 @@ class Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
         model = self.model()
         copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "model"}
-        return Compiled(**copied, model=weakref.ref(memo.get(id(model), model)))
+        twin = None if model is None else memo.get(id(model), model)
+        return Compiled(**copied, model=self.model if twin is None else weakref.ref(twin))
 
     def __reduce__(self) -> NoReturn:
         raise CompileError(
