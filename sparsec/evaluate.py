@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsec.data.progress import Progress
 from sparsec.data.text import Text
 from sparsec.errors import DataError
+from sparsec.progress import Progress
 
 _ROWS = 256  # of logits turned into losses at once: 50 MB of float32 at a vocabulary of 49,152
 

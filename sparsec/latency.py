@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsec.data.progress import Progress
+from sparsec.progress import Progress
 
 WARM_UP = 2
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import transformers
 
-from sparsec.data.progress import Progress
 from sparsec.data.quiet import quiet
 from sparsec.errors import DataError, MissingExtraError
 from sparsec.kernels.loader import cache_folder
+from sparsec.progress import Progress
 
 _FACTS = "sparsec_source.json"
 _LAYOUT = "1"  # of the cached folder; a change of what is written there takes the next number

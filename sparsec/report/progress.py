@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from sparsec.data.progress import Progress
+from sparsec.progress import Progress
 
 
 @contextmanager
