@@ -94,7 +94,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(folder: Path, tmp_path: Pat
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"lacks 1 of the model's weights \(model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(DataError, match=r"lacks 1 of the model's weights \(model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(str(broken))
 
 

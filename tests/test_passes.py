@@ -97,6 +97,13 @@ def test_freeze_keeps_nan_and_inf_where_they_are_kept_and_drops_them_where_maske
     model[0].weight.data = torch.tensor([[float("nan"), float("inf"), float("nan"), -2.0]])
     graph = trace(model, (torch.ones(2, 4),))
     mask = torch.tensor([[True, True, False, False]])
+    for owned in (False, True):
+        other = trace(copy.deepcopy(model), (torch.ones(2, 4),))
+        Pipeline((Mask(), Freeze())).run(other, Context(masks={"0": mask}, owns_weights=owned))
+        stored = other.tensor("0.weight")
+        assert stored[0, :2].tolist()[1:] == [float("inf")]
+        assert stored[0, 2:].tolist() == [0.0, 0.0]
+        assert not torch.signbit(stored[0, 2:]).any()
     Pipeline((Mask(), Freeze(), Lower())).run(graph, Context(masks={"0": mask}), verify="none")
     weight = graph.weights["0.weight"].packed.unpack()
     assert weight[0, 0].isnan()

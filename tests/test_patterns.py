@@ -47,6 +47,23 @@ def by_sorting(scores: list[torch.Tensor], old: list[torch.Tensor | None], spars
     return [m.reshape(s.shape) for m, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "total", "zeros"),
+    [
+        (0.5, 10, 5),
+        (0.3, 10, 3),
+        (0.29, 100, 29),
+        (0.26, 10, 3),
+        (0.0, 7, 0),
+        (0.99, 10, 10),
+        (0.5, 0, 0),
+        (0.3, 101, 30),
+    ],
+)
+def test_counts_are_rounded(sparsity: float, total: int, zeros: int) -> None:
+    assert prune_count(sparsity, total) == zeros
+
+
 @pytest.mark.parametrize("chunk", [3, 1 << 18])
 @given(case=scored())
 def test_threshold_search_agrees_with_sorting_everything(case, chunk: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sparsec.errors import PipelineError
 from sparsec.ir.tracer import trace
@@ -75,10 +75,25 @@ class PassSequences(RuleBasedStateMachine):
         if self.apply(Mask()):
             self.prune_twin()
 
-    @rule(p=st.sampled_from([Freeze(), Sparsity(), Flops(), Lower(), Lower("csr", index_bits=32)]))
-    def other(self, p: Pass) -> None:
-        assert p.effect is not Effect.LOSSY
+    @rule()
+    def freeze(self) -> None:
+        self.apply(Freeze())
+
+    @precondition(lambda self: "mask" in self.facts)
+    @rule()
+    def freeze_and_lower(self) -> None:
+        """As people do; by chance alone few sequences get this far."""
+        self.apply(Freeze())
+        self.apply(Lower())
+
+    @rule(p=st.sampled_from([Sparsity(), Flops()]))
+    def analyse(self, p: Pass) -> None:
+        assert p.effect is Effect.ANALYSIS
         self.apply(p)
+
+    @rule(bits=st.sampled_from([None, 32]))
+    def lower(self, bits: int | None) -> None:
+        self.apply(Lower("csr", index_bits=bits))
 
     @invariant()
     def graph_is_whole_and_means_what_the_twin_computes(self) -> None:
@@ -97,7 +112,7 @@ class PassSequences(RuleBasedStateMachine):
                 assert torch.equal(weight.packed.unpack(), dict(self.twin.named_parameters())[weight.name])
 
 
-PassSequences.TestCase.settings = settings(max_examples=25, stateful_step_count=8)
+PassSequences.TestCase.settings = settings(max_examples=25, stateful_step_count=12)
 TestPassSequences = PassSequences.TestCase
 
 
