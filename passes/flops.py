@@ -63,7 +63,7 @@ class Flops(Pass):
         if op.kind in MATRIX_KINDS and weight is not None:
             kept = weight.nnz
             if kept is None:
-                kept = int(weight.mask.sum()) if weight.mask is not None else weight.numel
+                kept = int(weight.mask.count_nonzero()) if weight.mask is not None else weight.numel
             return 2.0 * weight.numel, 2.0 * kept
         if op.kind == "grouped_linear" and weight is not None:
             rows = _rows_per_token(op)

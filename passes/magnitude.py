@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sparsec.errors import WeightError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.patterns import unstructured, unstructured_rows
+from sparsec.patterns import CHUNK, unstructured, unstructured_rows
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
 from sparsec.pipeline.selection import select
@@ -57,7 +56,7 @@ class Magnitude(Pass):
         for weight, mask in zip(chosen, masks, strict=True):
             graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None)
         total = sum(w.numel for w in chosen)
-        zeros = total - sum(int(m.sum()) for m in masks)
+        zeros = total - sum(int(m.count_nonzero()) for m in masks)
         share = zeros / total if total else 0.0
         return PassResult(
             changed=bool(chosen),
@@ -80,7 +79,8 @@ class Magnitude(Pass):
 
 
 def _check_finite(tensor: Tensor, weight: Weight) -> None:
-    bad = int(tensor.numel() - torch.isfinite(tensor.detach()).sum())
+    # A piece at a time: isfinite of a whole weight would take more scratch than the threshold search.
+    bad = sum(int(part.numel() - part.isfinite().count_nonzero()) for part in tensor.detach().reshape(-1).split(CHUNK))
     if bad:
         where = weight.owners[0] if weight.owners else weight.name
         raise WeightError(

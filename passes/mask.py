@@ -51,7 +51,7 @@ class Mask(Pass):
             kept = mask.clone() if weight.mask is None else mask & weight.mask
             graph.update(weight.name, mask=kept, pattern="unstructured", frozen=False, nnz=None)
             total += kept.numel()
-            zeros += kept.numel() - int(kept.sum())
+            zeros += kept.numel() - int(kept.count_nonzero())
         share = zeros / total if total else 0.0
         return PassResult(
             changed=True,

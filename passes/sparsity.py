@@ -21,7 +21,9 @@ class Sparsity(Pass):
         """Fills `Weight.nnz`."""
         for weight in list(graph.weights.values()):
             if weight.packed is None:
-                graph.update(weight.name, nnz=int(weight.mask.sum()) if weight.mask is not None else weight.numel)
+                graph.update(
+                    weight.name, nnz=int(weight.mask.count_nonzero()) if weight.mask is not None else weight.numel
+                )
         total = sum(w.numel for w in graph.weights.values())
         kept = sum(w.nnz or 0 for w in graph.weights.values())
         groups = []

@@ -42,7 +42,7 @@ class Zeros(Pass):
                 mask &= weight.mask
             graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None)
             total += mask.numel()
-            zeros += mask.numel() - int(mask.sum())
+            zeros += mask.numel() - int(mask.count_nonzero())
         share = zeros / total if total else 0.0
         notes: tuple[str, ...] = ()
         if share < 0.05:

@@ -64,7 +64,7 @@ def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: S
             total += score().numel()
         else:
             total += before.numel()
-            removed += before.numel() - int(before.sum())
+            removed += before.numel() - int(before.count_nonzero())
     zeros = prune_count(sparsity, total) - removed
     if zeros <= 0:
         return [

@@ -7,9 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from sparsec import patterns
+from sparsec.ir.tracer import trace
+from sparsec.passes import Magnitude
 from sparsec.patterns import prune_count, unstructured, unstructured_rows
+from sparsec.pipeline import Context
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Few different values: ties are the normal case in de-quantised checkpoints.
@@ -118,6 +122,16 @@ def test_global_threshold_needs_scratch_below_five_percent_of_the_weights() -> N
     peak = _peak_allocation(lambda: unstructured([lambda w=w: w for w in weights], 0.5, [None] * len(weights)))
     masks = sum(w.numel() for w in weights)
     assert peak - masks < 0.05 * sum(w.nbytes for w in weights)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_the_magnitude_pass_keeps_to_that_on_one_large_weight_too(scope: str) -> None:
+    model = nn.Sequential(nn.Linear(5120, 5120, bias=False))  # 26M weights, 105 MB
+    graph = trace(model, torch.randn(2, 5120))
+    p = Magnitude(0.5, scope=scope)
+    peak = _peak_allocation(lambda: p.run(graph, Context()))
+    weight = model[0].weight
+    assert peak - weight.numel() < 0.05 * weight.nbytes
 
 
 def _peak_allocation(function) -> int:

@@ -148,7 +148,7 @@ def _facts(graph: Graph, weight: Weight) -> Iterator[str]:
             yield f"{weight.name}: {error}"
         return
     if weight.mask is not None:
-        kept = int(weight.mask.sum())
+        kept = int(weight.mask.count_nonzero())
         if weight.nnz is not None and weight.nnz != kept:
             yield f"{weight.name}: nnz is {weight.nnz}, but the mask keeps {kept}"
         if weight.frozen and bool((graph.tensor(weight.name)[~weight.mask] != 0).any()):
@@ -161,7 +161,13 @@ def _op_facts(graph: Graph, op: Op) -> Iterator[str]:
     weight = graph.weights.get(op.weights[0]) if op.weights else None
     if weight is None or op.kind not in MATRIX_KINDS:
         return
-    kept = weight.nnz if weight.nnz is not None else int(weight.mask.sum()) if weight.mask is not None else weight.numel
+    kept = (
+        weight.nnz
+        if weight.nnz is not None
+        else int(weight.mask.count_nonzero())
+        if weight.mask is not None
+        else weight.numel
+    )
     if op.flops_dense not in (None, 2 * weight.numel) or op.flops not in (None, 2 * kept):
         yield f"%{op.node}: FLOPs are {op.flops} of {op.flops_dense}, but 2 per weight are {2 * kept} of {2 * weight.numel}"
     if "flops" in graph.facts and op.flops is None:

@@ -45,7 +45,7 @@ def nnz_of(weight: Weight) -> int:
     if weight.packed is not None:
         return weight.packed.nnz
     if weight.mask is not None:
-        return int(weight.mask.sum())
+        return int(weight.mask.count_nonzero())
     return weight.numel
 
 
