@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sparsec.errors import WeightError
@@ -80,7 +81,8 @@ class Magnitude(Pass):
 
 def _check_finite(tensor: Tensor, weight: Weight) -> None:
     # A piece at a time: isfinite of a whole weight would take more scratch than the threshold search.
-    bad = sum(int(part.numel() - part.isfinite().count_nonzero()) for part in tensor.detach().reshape(-1).split(CHUNK))
+    parts = torch.split(tensor.detach().reshape(-1), CHUNK)
+    bad = sum(int(part.isfinite().logical_not().count_nonzero()) for part in parts)
     if bad:
         where = weight.owners[0] if weight.owners else weight.name
         raise WeightError(
