@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
-
-from torch import fx, nn
 
 from sparsec.errors import FormatError, KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.ir.facts import Op, Weight
+from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.kernels import Kernel, Problem, operator
+from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
+from sparsec.lowering import dense_readers, lower_weight
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns
 from sparsec.pipeline.selection import select
@@ -88,12 +87,7 @@ class Lower(Pass):
     def _lower(self, graph: Graph, weight: Weight, context: Context) -> Weight:
         packed = self._pack(graph, weight)
         kernel = select_kernel(Problem.of(packed))
-        operations = graph.products_of(weight.name)
-        _register(graph.module, weight.name, packed)
-        for op in operations:
-            _rewrite(graph, op, weight, packed, kernel)
-        _drop(graph, weight.name, free=context.owns_weights)
-        return graph.update(weight.name, packed=packed, mask=None, nnz=packed.nnz)
+        return lower_weight(graph, weight.name, packed, kernel.name, free=context.owns_weights)
 
     def _pack(self, graph: Graph, weight: Weight, rows: int | None = None) -> Packed:
         """The first `rows` rows, None for all; none at all still asks format and kernel whether they serve this weight."""
@@ -112,56 +106,7 @@ class Lower(Pass):
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:
     """Why a weight cannot be packed at all, "" when it can."""
-    products = {op.node for op in graph.products_of(weight.name)}
-    reads = [(user, node) for node in graph.module.graph.nodes if _reads(node, weight.name) for user in node.users]
-    others = {user.name for user, _ in reads if user.name not in products}
-    # x @ (w @ w.T): the product's other operand is the weight itself
-    others |= {user.name for user, node in reads if sum(a is node for a in user.args) > 1}
+    others = dense_readers(graph, weight.name)
     if others:
-        return f"it is also read as a dense tensor, by %{', %'.join(sorted(others))} (a tied embedding table, for instance)"
+        return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"
     return ""
-
-
-def _reads(node: fx.Node, name: str) -> bool:
-    return node.op == "get_attr" and node.target == name
-
-
-def buffer_name(weight: str, part: str) -> str:
-    """Where a packed tensor lives: beside the bias of the module that owned the weight."""
-    owner, _, name = weight.rpartition(".")
-    # `...up_proj.weight` -> `...up_proj.values`; a second weight of one module keeps its name apart
-    leaf = part if name == "weight" else f"{name}_{part}"
-    return f"{owner}.{leaf}" if owner else leaf
-
-
-def _register(module: fx.GraphModule, weight: str, packed: Packed) -> None:
-    for part, tensor in packed.tensors().items():
-        owner, _, leaf = buffer_name(weight, part).rpartition(".")
-        module.get_submodule(owner).register_buffer(leaf, tensor)
-
-
-def _rewrite(graph: Graph, op: Op, weight: Weight, packed: Packed, kernel: Kernel) -> None:
-    """The same node, under the same name, now calls the sparse operator."""
-    node = graph.node(op.node)
-    if weight.kind == "conv1d":
-        bias, x = node.args[0], node.args[1]  # addmm(bias, x, weight)
-    else:
-        x = node.args[0]
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    with graph.module.graph.inserting_before(node):
-        parts = [graph.module.graph.get_attr(buffer_name(weight.name, part)) for part in packed.tensors()]
-    node.target = operator(packed)
-    node.args = (x, *parts, bias, *packed.scalars().values())
-    node.kwargs = {}
-    graph.ops[op.node] = replace(op, kind="sparse_linear", kernel=kernel.name)
-
-
-def _drop(graph: Graph, name: str, free: bool) -> None:
-    """Takes the dense tensor out of the graph; with `free`, its memory goes back even while the model still names it."""
-    for node in [n for n in graph.module.graph.nodes if _reads(n, name)]:
-        graph.module.graph.erase_node(node)
-    tensor = graph.tensor(name)
-    owner, _, leaf = name.rpartition(".")
-    delattr(graph.module.get_submodule(owner), leaf)
-    if free and isinstance(tensor, nn.Parameter):
-        tensor.data = tensor.data.new_empty(0)

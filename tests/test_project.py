@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cost", "machine", "memory", "rotation"),
     ("data", "calibrate"),
     ("pipeline",),
+    ("lowering",),
     ("passes",),
     ("emitter", "evaluate", "latency"),
     ("report.collect", "report.text", "report.schema", "report"),

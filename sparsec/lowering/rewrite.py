@@ -1,0 +1,86 @@
+"""One weight from dense to packed: its tensors enter the graph, its products call the sparse operator, the dense tensor goes.
+
+The choice of the format and of the kernel is the pass's; nothing here asks whether the weight should be packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx, nn
+
+from sparsec.formats.base import Packed
+from sparsec.ir.facts import Op, Weight
+from sparsec.ir.graph import Graph
+from sparsec.kernels import operator
+
+
+def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str, free: bool = False) -> Weight:
+    """Puts `packed` in the place of a dense weight and of its mask, in every product of it; returns the new record.
+
+    packed: the matrix [out, in], whatever layout the weight is stored in. kernel: name of the kernel that serves it. free: the
+    dense tensor's memory goes back at once, even while somebody else still names it.
+
+    Call `graph.module.recompile()` when all weights are done.
+    """
+    weight = graph.weights[name]
+    _register(graph.module, name, packed)
+    for op in graph.products_of(name):
+        _rewrite(graph, op, weight, packed, kernel)
+    _drop(graph, name, free)
+    return graph.update(name, packed=packed, mask=None, nnz=packed.nnz)
+
+
+def dense_readers(graph: Graph, name: str) -> tuple[str, ...]:
+    """Nodes that read a weight as a dense tensor, so that it cannot be packed: everything but its own products."""
+    products = {op.node for op in graph.products_of(name)}
+    reads = [(user, node) for node in graph.module.graph.nodes if _reads(node, name) for user in node.users]
+    others = {user.name for user, _ in reads if user.name not in products}
+    # x @ (w @ w.T): the product's other operand is the weight itself
+    others |= {user.name for user, node in reads if sum(a is node for a in user.args) > 1}
+    return tuple(sorted(others))
+
+
+def buffer_name(weight: str, part: str) -> str:
+    """Where a packed tensor lives: beside the bias of the module that owned the weight."""
+    owner, _, name = weight.rpartition(".")
+    # `...up_proj.weight` -> `...up_proj.values`; a second weight of one module keeps its name apart
+    leaf = part if name == "weight" else f"{name}_{part}"
+    return f"{owner}.{leaf}" if owner else leaf
+
+
+def _reads(node: fx.Node, name: str) -> bool:
+    return node.op == "get_attr" and node.target == name
+
+
+def _register(module: fx.GraphModule, weight: str, packed: Packed) -> None:
+    for part, tensor in packed.tensors().items():
+        owner, _, leaf = buffer_name(weight, part).rpartition(".")
+        module.get_submodule(owner).register_buffer(leaf, tensor)
+
+
+def _rewrite(graph: Graph, op: Op, weight: Weight, packed: Packed, kernel: str) -> None:
+    """The same node, under the same name, now calls the sparse operator."""
+    node = graph.node(op.node)
+    if weight.kind == "conv1d":
+        bias, x = node.args[0], node.args[1]  # addmm(bias, x, weight)
+    else:
+        x = node.args[0]
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    with graph.module.graph.inserting_before(node):
+        parts = [graph.module.graph.get_attr(buffer_name(weight.name, part)) for part in packed.tensors()]
+    node.target = operator(packed)
+    node.args = (x, *parts, bias, *packed.scalars().values())
+    node.kwargs = {}
+    graph.ops[op.node] = replace(op, kind="sparse_linear", kernel=kernel)
+
+
+def _drop(graph: Graph, name: str, free: bool) -> None:
+    """Takes the dense tensor out of the graph; with `free`, its memory goes back even while the model still names it."""
+    for node in [n for n in graph.module.graph.nodes if _reads(n, name)]:
+        graph.module.graph.erase_node(node)
+    tensor = graph.tensor(name)
+    owner, _, leaf = name.rpartition(".")
+    delattr(graph.module.get_submodule(owner), leaf)
+    if free and isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.data.new_empty(0)
