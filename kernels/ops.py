@@ -1,8 +1,8 @@
-"""The operators: schema, shape rule and gradient, defined once, whatever machine executes them.
+"""The operators: schema, shape rule and gradient of every format, defined once, whatever machine executes them.
 
 The reference is the implementation for every device; the native library replaces it on the CPU when it is loaded. So a
-graph holds the same operator names with and without a compiler. All formats follow one rule: the arguments are
-`(x, *packed.tensors().values(), bias, *packed.scalars().values())`.
+graph holds the same operator names with and without a compiler. All formats follow one rule: operator `<format>_linear`
+takes `(x, *packed.tensors().values(), bias, *packed.scalars().values())`, and everything here is made from that.
 
 Gradients are for x and bias. Packed values are constants: a call whose values ask for a gradient is refused.
 """
@@ -10,32 +10,23 @@ Gradients are for x and bias. Packed values are constants: a call whose values a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
+from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.formats.csr import csr_to_dense
 from sparsec.kernels import loader
-from sparsec.kernels.reference import accumulation_dtype, check_csr_call, csr_linear_reference
+from sparsec.kernels.reference import accumulation_dtype, check_call, reference_linear
 
 # Operators live as long as the library object.
 LIBRARY = torch.library.Library("sparsec", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define(  # type: ignore[no-untyped-call]
-    "csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, Tensor? bias, int in_features) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-csr_linear: OpOverload = torch.ops.sparsec.csr_linear.default
 
-OPERATORS: dict[str, OpOverload] = {"csr": csr_linear}
-"""By the format's name."""
-
-CHECKS: dict[str, Callable[..., None]] = {"csr": check_csr_call}
-"""By the format's name: takes the operator's arguments and raises KernelError when they do not fit each other."""
+Argument = Tensor | int | None
 
 
 def operator(packed: Packed) -> OpOverload:
@@ -46,64 +37,98 @@ def operator(packed: Packed) -> OpOverload:
         raise KernelError(f"format {packed.format!r} has no operator; those with one: {', '.join(OPERATORS)}") from None
 
 
-def operator_args(packed: Packed, bias: Tensor | None) -> tuple[Tensor | int | None, ...]:
+def operator_args(packed: Packed, bias: Tensor | None) -> tuple[Argument, ...]:
     """What the operator takes after x."""
     return (*packed.tensors().values(), bias, *packed.scalars().values())
 
 
-def explain(format_name: str, error: RuntimeError, x: Tensor, args: Sequence[Tensor | int | None]) -> None:
+def packed_and_bias(format_name: str, args: Sequence[Argument]) -> tuple[Packed, Tensor | None]:
+    """The inverse of `operator_args`; does not check."""
+    kind = FORMATS[format_name]
+    at = len(kind.tensor_names)
+    tensors = dict(zip(kind.tensor_names, cast(Sequence[Tensor], args[:at]), strict=True))
+    scalars = dict(zip(kind.scalar_names, cast(Sequence[int], args[at + 1 :]), strict=True))
+    return kind.from_parts(tensors, scalars), cast(Tensor | None, args[at])
+
+
+def explain(format_name: str, error: RuntimeError, x: Tensor, args: Sequence[Argument]) -> None:
     """Raises KernelError where an operator failed because it refused its arguments; does nothing for other failures.
 
     The native library can only throw a RuntimeError that names its own source file; the reference's check says it better.
     """
     if isinstance(error, KernelError):
         return
-    CHECKS[format_name](x, *args)
+    check_call(x, *packed_and_bias(format_name, args))
     before, name, reason = str(error).partition(f"{format_name}_linear: ")
     if name and "\n" not in before:
         raise KernelError(name + reason.partition("\n")[0])
 
 
-def _implementation(
-    x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None, in_features: int
-) -> Tensor:
-    """Serves every device; the first call on a CPU loads the native library, whose implementation then takes its place."""
-    if x.device.type == "cpu" and not loader.asked() and loader.status().built:
-        out: Tensor = csr_linear(x, values, col_idx, row_ptr, bias, in_features)
-        return out
-    return csr_linear_reference(x, values, col_idx, row_ptr, bias, in_features)
+def has_native(name: str) -> bool:
+    """Whether the loaded native library implements the operator `sparsec::name`; loads nothing."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsec::{name}", "CPU"))
 
 
-def _fake(x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None, in_features: int) -> Tensor:
-    check_csr_call(x, values, col_idx, row_ptr, bias, in_features)
-    return x.new_empty((*x.shape[:-1], row_ptr.shape[0] - 1))
+def loads_native(x: Tensor, name: str) -> bool:
+    """Whether this first call on a CPU brought a native implementation, which is then the one to call."""
+    # Without the last question an operator that the library lacks would call itself for ever.
+    return x.device.type == "cpu" and not loader.asked() and loader.status().built and has_native(name)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _x, values, col_idx, row_ptr, _bias, in_features = inputs
-    if ctx.needs_input_grad[1]:
-        raise KernelError(
-            "csr_linear: packed values are constants and have no gradient; call requires_grad_(False) on them, "
-            "or train before lowering"
-        )
-    ctx.save_for_backward(values, col_idx, row_ptr)
-    ctx.in_features = in_features
+def _define(kind: type[Packed]) -> OpOverload:
+    """Schema, reference, shape rule and gradient of one format's operator."""
+    name = f"{kind.format}_linear"
+    tensors = "".join(f", Tensor {n}" for n in kind.tensor_names)
+    scalars = "".join(f", int {n}" for n in kind.scalar_names)
+    LIBRARY.define(  # type: ignore[no-untyped-call]
+        f"{name}(Tensor x{tensors}, Tensor? bias{scalars}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    op: OpOverload = getattr(torch.ops.sparsec, name).default
+    bias_at = len(kind.tensor_names) + 1
+
+    def implementation(x: Tensor, *args: Argument) -> Tensor:
+        if loads_native(x, name):
+            return cast(Tensor, op(x, *args))
+        return reference_linear(x, *packed_and_bias(kind.format, args))
+
+    def fake(x: Tensor, *args: Argument) -> Tensor:
+        packed, bias = packed_and_bias(kind.format, args)
+        check_call(x, packed, bias)
+        return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if any(ctx.needs_input_grad[1:bias_at]):
+            raise KernelError(
+                f"{name}: packed values are constants and have no gradient; call requires_grad_(False) on them, "
+                "or train before lowering"
+            )
+        ctx.save_for_backward(*inputs[1:bias_at])
+        ctx.scalars = inputs[bias_at + 1 :]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed, _ = packed_and_bias(kind.format, (*ctx.saved_tensors, None, *ctx.scalars))
+        grad_x, grad_bias = product_gradients(grad, packed, ctx.needs_input_grad[0], ctx.needs_input_grad[bias_at])
+        return (grad_x, *[None] * len(kind.tensor_names), grad_bias, *[None] * len(kind.scalar_names))
+
+    torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(implementation)
+    torch.library.register_fake(f"sparsec::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"sparsec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return op
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, col_idx, row_ptr = ctx.saved_tensors
+def product_gradients(grad: Tensor, packed: Packed, of_x: bool, of_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients [..., in] of x and [out] of bias, from the result's [..., out], where asked for."""
     wide = accumulation_dtype(grad.dtype)
-    out_features = row_ptr.shape[0] - 1
+    out_features, in_features = packed.shape
     flat = grad.reshape(math.prod(grad.shape[:-1]), out_features).to(wide)
     grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        weight = csr_to_dense(values.to(wide), col_idx, row_ptr, ctx.in_features)
-        grad_x = (flat @ weight).to(grad.dtype).reshape(*grad.shape[:-1], ctx.in_features)
-    if ctx.needs_input_grad[4]:
+    if of_x:
+        grad_x = (flat @ packed.unpack().to(wide)).to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+    if of_bias:
         grad_bias = flat.sum(0).to(grad.dtype)
-    return grad_x, None, None, None, grad_bias, None
+    return grad_x, grad_bias
 
 
-torch.library.impl(LIBRARY, "csr_linear", "CompositeExplicitAutograd")(_implementation)
-torch.library.register_fake("sparsec::csr_linear", _fake, lib=LIBRARY)
-torch.library.register_autograd("sparsec::csr_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+OPERATORS: dict[str, OpOverload] = {name: _define(kind) for name, kind in FORMATS.items()}
+"""By the format's name."""
+csr_linear: OpOverload = OPERATORS["csr"]

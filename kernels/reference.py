@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsec.errors import KernelError
-from sparsec.formats.csr import INDEX_DTYPES, VALUE_DTYPES, csr_to_dense
+from sparsec.formats.base import Packed
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,53 +20,61 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def check_csr_call(
-    x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None, in_features: int
-) -> None:
-    """Raises KernelError when the arguments of csr_linear do not fit each other; never looks at contents."""
+def check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
+    """Raises KernelError when the arguments of a product do not fit each other; never looks at contents."""
+    name = f"{packed.format}_linear"
+    out_features, in_features = packed.shape
+    check_x(name, x, in_features)
+    faults = packed.layout_faults()
+    if faults:
+        raise KernelError(f"{name}: {'; '.join(faults)}; pack the matrix again from its dense weight")
+    check_operands(name, x, packed.values, bias, out_features)
+
+
+def check_x(name: str, x: Tensor, in_features: int) -> None:
+    """Raises KernelError unless x is [..., in_features]."""
     if x.ndim == 0 or x.shape[-1] != in_features:
-        raise KernelError(f"csr_linear: x must be [..., in_features={in_features}], got {list(x.shape)}")
-    if values.dtype not in VALUE_DTYPES:
-        raise KernelError(f"csr_linear: values must be float32, bfloat16, float16 or float64, got {values.dtype}")
-    if x.dtype != values.dtype:
+        raise KernelError(f"{name}: x must be [..., in_features={in_features}], got {list(x.shape)}")
+
+
+def check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
+    """Raises KernelError unless x and bias have the dtype and the device of the weight's values, and bias its size."""
+    if x.dtype != weight.dtype:
         raise KernelError(
-            f"csr_linear: x must have the dtype of the weights, {values.dtype}, got {x.dtype}; convert x, or the model "
+            f"{name}: x must have the dtype of the weights, {weight.dtype}, got {x.dtype}; convert x, or the model "
             f"before compiling it, model.to({x.dtype}), and leave torch.autocast off, which changes x and not packed weights"
         )
-    if col_idx.dtype not in INDEX_DTYPES.values() or row_ptr.dtype != torch.int32:
+    if x.device != weight.device:
         raise KernelError(
-            f"csr_linear: col_idx must be int16 or int32 and row_ptr int32, got {col_idx.dtype} and {row_ptr.dtype}"
-        )
-    if values.ndim != 1 or col_idx.shape != values.shape or row_ptr.ndim != 1 or row_ptr.shape[0] < 1:
-        raise KernelError(
-            "csr_linear: values and col_idx must be [nnz] and row_ptr [out_features + 1], "
-            f"got {list(values.shape)}, {list(col_idx.shape)} and {list(row_ptr.shape)}"
-        )
-    if not x.device == values.device == col_idx.device == row_ptr.device:
-        raise KernelError(
-            f"csr_linear: x and the packed weight must be on one device, got {x.device} and {values.device}; "
+            f"{name}: x and the packed weight must be on one device, got {x.device} and {weight.device}; "
             "move the model with .to(device)"
         )
-    out_features = row_ptr.shape[0] - 1
-    if bias is not None and (bias.dtype != values.dtype or tuple(bias.shape) != (out_features,)):
+    if bias is None:
+        return
+    if bias.dtype != weight.dtype or tuple(bias.shape) != (out_features,):
+        raise KernelError(f"{name}: bias must be {weight.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
+    if bias.device != weight.device:
         raise KernelError(
-            f"csr_linear: bias must be {values.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}"
+            f"{name}: bias and the packed weight must be on one device, got {bias.device} and {weight.device}; "
+            "move the model with .to(device)"
         )
 
 
-def csr_linear_reference(
-    x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None, in_features: int
-) -> Tensor:
-    """x [..., in] @ W.T + bias -> [..., out], W [out, in] in CSR."""
-    check_csr_call(x, values, col_idx, row_ptr, bias, in_features)
+def reference_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., in] @ W.T + bias -> [..., out], W [out, in] packed in any format."""
+    check_call(x, packed, bias)
+    return dense_product(x, packed.unpack(), bias)
+
+
+def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] @ weight.T + bias -> [..., out], weight [out, in], summed in the accumulation type."""
     wide = accumulation_dtype(x.dtype)
-    weight = csr_to_dense(values.to(wide), col_idx, row_ptr, in_features)
     # Flat and not [..., in]: a matmul with a batch of zero-sized matrices takes other paths.
     tokens = math.prod(x.shape[:-1])
-    out = x.reshape(tokens, in_features).to(wide) @ weight.t()
+    out = x.reshape(tokens, weight.shape[1]).to(wide) @ weight.to(wide).t()
     if bias is not None:
         out = out + bias.to(wide)
-    return out.to(x.dtype).reshape(*x.shape[:-1], row_ptr.shape[0] - 1)
+    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def tolerance(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

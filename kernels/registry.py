@@ -13,10 +13,10 @@ import torch
 from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
+from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.kernels import loader
-from sparsec.kernels.ops import csr_linear
+from sparsec.kernels.ops import OPERATORS, has_native
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,30 @@ class Kernel:
         return reasons or self.available()
 
 
-def _native_missing() -> list[str]:
-    status = loader.status()
-    return [] if status.reason is None else [status.reason]
+def native_missing(operator_name: str) -> Callable[[], list[str]]:
+    """Asks why the native library does not serve an operator; empty when it does. Asking loads, and may build, it."""
+
+    def reasons() -> list[str]:
+        status = loader.status()
+        if status.reason is not None:
+            return [status.reason]
+        if not has_native(operator_name):
+            return [f"{status.path} has no {operator_name}; build it again with python -m sparsec.kernels.build"]
+        return []
+
+    return reasons
 
 
-KERNELS: tuple[Kernel, ...] = (
-    Kernel("csr_cpu", "csr", csr_linear, VALUE_DTYPES, ("cpu",), _native_missing),
-    Kernel("csr_reference", "csr", csr_linear, VALUE_DTYPES, None, list),
-)
+def _of_format(kind: type[Packed]) -> tuple[Kernel, Kernel]:
+    """The native kernel of a format and its slow twin."""
+    name, op = kind.format, OPERATORS[kind.format]
+    return (
+        Kernel(f"{name}_cpu", name, op, kind.dtypes, ("cpu",), native_missing(f"{name}_linear")),
+        Kernel(f"{name}_reference", name, op, kind.dtypes, None, list),
+    )
+
+
+KERNELS: tuple[Kernel, ...] = tuple(kernel for kind in FORMATS.values() for kernel in _of_format(kind))
 
 
 def select(problem: Problem, kernels: tuple[Kernel, ...] = KERNELS) -> Kernel:

@@ -112,20 +112,26 @@ def small() -> CSR:
 
 
 CORRUPTIONS = {
-    "values must be one-dimensional": lambda c: replace(c, values=c.values[None]),
-    "values must be float32": lambda c: replace(c, values=c.values.int()),
-    "col_idx must be int16 or int32": lambda c: replace(c, col_idx=c.col_idx.long()),
-    "col_idx must have one entry per value": lambda c: replace(c, col_idx=c.col_idx[:-1]),
-    "col_idx of 16 bits": lambda c: replace(c, in_features=70000),
+    "float16 or float64 [stored = 5], got float32 [1, 5]": lambda c: replace(
+        c, values=c.values[None]
+    ),
+    "values must be float32, bfloat16, float16 or float64 [stored = 5], got int32 [5]": lambda c: replace(
+        c, values=c.values.int()
+    ),
+    "col_idx must be uint8, int16 or int32 [stored = 5], got int64 [5]": lambda c: replace(c, col_idx=c.col_idx.long()),
+    "col_idx must be uint8, int16 or int32 [stored = 5], got int16 [4]": lambda c: replace(c, col_idx=c.col_idx[:-1]),
+    "col_idx must be int32 [stored = 5], got int16 [5]": lambda c: replace(c, in_features=70000),
     "col_idx must lie in [0, 5), got 65535": lambda c: replace(c, col_idx=-(c.col_idx > 3).short() + c.col_idx * 0),
     "col_idx must lie in [0, 4), got 4": lambda c: replace(c, in_features=4),
     "col_idx must ascend strictly within a row, but does not in row 2": lambda c: replace(
         c, col_idx=torch.tensor([0, 2, 1, 1, 4], dtype=torch.int16)
     ),
-    "row_ptr must be int32": lambda c: replace(c, row_ptr=c.row_ptr.long()),
-    "row_ptr must hold out_features + 1 = 4 entries, got 3": lambda c: replace(c, row_ptr=c.row_ptr[[0, 1, 3]]),
-    "row_ptr must run from 0 to nnz = 5, got 0 to 4": lambda c: replace(c, row_ptr=c.row_ptr.clamp(max=4)),
-    "row_ptr must run from 0 to nnz = 5, got 1": lambda c: replace(c, row_ptr=c.row_ptr.clamp(min=1)),
+    "row_ptr must be int32 [out_features + 1 = 4], got int64 [4]": lambda c: replace(c, row_ptr=c.row_ptr.long()),
+    "row_ptr must be int32 [out_features + 1 = 4], got int32 [3]": lambda c: replace(c, row_ptr=c.row_ptr[[0, 1, 3]]),
+    "row_ptr must run from 0 to the number of values = 5, got 0 to 4": lambda c: replace(
+        c, row_ptr=c.row_ptr.clamp(max=4)
+    ),
+    "row_ptr must run from 0 to the number of values = 5, got 1": lambda c: replace(c, row_ptr=c.row_ptr.clamp(min=1)),
     "row_ptr must not fall, but does after row 1": lambda c: replace(c, row_ptr=c.row_ptr[[0, 3, 1, 3]]),
     "must be on one device": lambda c: replace(c, values=c.values.to("meta")),
     "must not be negative": lambda c: replace(c, in_features=-1),
@@ -146,7 +152,7 @@ REFUSALS = {
     "got torch.bool [4, 3]": lambda: CSR.pack(torch.ones(3, 4), torch.ones(4, 3).bool()),
     "got torch.float32 [3, 4]": lambda: CSR.pack(torch.ones(3, 4), torch.ones(3, 4)),
     "got meta and cpu": lambda: CSR.pack(torch.ones(3, 4), torch.ones(3, 4, device="meta").bool()),
-    "index_bits 16 or 32, got 8": lambda: CSR.pack(torch.ones(3, 4), torch.ones(3, 4).bool(), index_bits=8),
+    "index_bits 8, 16 or 32, got 4": lambda: CSR.pack(torch.ones(3, 4), torch.ones(3, 4).bool(), index_bits=4),
     "use index_bits=32": lambda: CSR.pack(torch.ones(1, 65537), torch.ones(1, 65537).bool(), index_bits=16),
 }
 

@@ -14,8 +14,8 @@ from sparsec.errors import KernelError
 from sparsec.formats import CSR
 from sparsec.kernels import KERNELS, Problem, force_isa, operator, operator_args, select, status, tolerance
 from sparsec.kernels.loader import library
-from sparsec.kernels.ops import csr_linear
-from sparsec.kernels.reference import csr_linear_reference
+from sparsec.kernels.ops import csr_linear, packed_and_bias
+from sparsec.kernels.reference import reference_linear
 
 NATIVE = ("avx512", "avx2", "portable")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +38,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
     if status().built:
         force_isa(None)
+
+
+def csr_linear_reference(x: Tensor, *args: Tensor | int | None) -> Tensor:
+    return reference_linear(x, *packed_and_bias("csr", args))
 
 
 def product(isa: str, x: Tensor, packed: CSR, bias: Tensor | None) -> Tensor:
@@ -183,8 +187,8 @@ CALLS = {
     "x must be [..., in_features=10]": {"x": torch.ones(2, 9)},
     "x must have the dtype of the weights": {"x": torch.ones(2, 10).double()},
     "values must be float32": {"values": torch.ones(3, dtype=torch.int32), "x": torch.ones(2, 10, dtype=torch.int32)},
-    "col_idx must be int16 or int32": {"col_idx": torch.zeros(3, dtype=torch.int64)},
-    "must be [nnz]": {"col_idx": torch.zeros(2, dtype=torch.int16)},
+    "col_idx must be": {"col_idx": torch.zeros(3, dtype=torch.int64)},
+    "col_idx must be uint8": {"col_idx": torch.zeros(2, dtype=torch.int16)},
     "bias must be": {"bias": torch.ones(5)},
 }
 
@@ -198,6 +202,7 @@ def test_arguments_that_do_not_fit_are_refused(isa: str, message: str) -> None:
         "row_ptr": torch.tensor([0, 1, 1, 2, 3], dtype=torch.int32),
         "bias": None,
         "in_features": 10,
+        "nnz": 3,
     }
     function = csr_linear_reference if isa == "reference" else csr_linear
     assert function(*args.values()).shape == (2, 4)

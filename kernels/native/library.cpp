@@ -315,7 +315,8 @@ int64_t few_rows_limit(const Csr& csr, bool half) {
 
 // ---- the operator ----------------------------------------------------------------------------------------------------------
 
-Tensor csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, std::optional<Tensor> bias, int64_t in_features) {
+Tensor csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, std::optional<Tensor> bias, int64_t in_features,
+                  int64_t /* nnz */) {
   const Csr csr = read_arguments(x, values, col_idx, row_ptr, bias, in_features);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const auto x_sizes = x.sizes();

@@ -12,6 +12,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from sparsec.errors import FormatError
+from sparsec.formats.faults import Field, field_faults
+
+MAX_COUNT = 2**31 - 1
+"""Positions inside a matrix's values are int32."""
+
 
 class Packed(ABC):
     """One sparse matrix [out_features, in_features] in packed form.
@@ -21,24 +27,38 @@ class Packed(ABC):
         @classmethod
         def pack(cls, weight: Tensor, mask: Tensor, **options) -> Self
 
+        @classmethod
+        def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype, **options) -> int
+
     where weight is [out, in], mask is a bool tensor of the same shape with True where a weight is kept, and the kept values
-    are stored bit for bit, whatever they are (zeros, NaN and inf included).
+    are stored bit for bit, whatever they are (zeros, NaN and inf included). `planned_nbytes` tells the `nbytes` of what
+    `pack` would return, and refuses with a FormatError what `pack` would refuse, in one or two passes over the mask.
     """
 
     format: ClassVar[str]
+    title: ClassVar[str]
+    """The format in messages."""
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+    """Of the values."""
+    tensor_names: ClassVar[tuple[str, ...]]
+    """Every tensor held, in the order in which the operator takes them; attributes."""
+    scalar_names: ClassVar[tuple[str, ...]]
+    """The integers that the tensors do not tell, in the order in which the operator takes them; attributes."""
+
+    values: Tensor
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor held, by name, in the order in which the operator takes them."""
+        """Every tensor held, by name, in the operator's order."""
+        return {name: getattr(self, name) for name in self.tensor_names}
 
-    @abstractmethod
     def scalars(self) -> dict[str, int]:
-        """The integers that the tensors do not tell, in the order in which the operator takes them."""
+        """The integers that the tensors do not tell, in the operator's order."""
+        return {name: getattr(self, name) for name in self.scalar_names}
 
     @classmethod
     @abstractmethod
@@ -55,8 +75,26 @@ class Packed(ABC):
         """The dense matrix [out, in]: `where(mask, weight, 0)` bit for bit."""
 
     @abstractmethod
+    def fields(self) -> list[Field]:
+        """What every tensor must look like, given the others and the scalars; may stop at the first that hides the rest."""
+
+    @abstractmethod
+    def content_faults(self) -> list[str]:
+        """What is wrong with the contents, once dtypes, shapes and devices are right; names the tensor."""
+
+    def layout_faults(self) -> list[str]:
+        """What is wrong with sizes, dtypes, shapes and devices; looks at no contents, so that fake tensors do."""
+        out_features, in_features = self.shape
+        if out_features < 0 or in_features < 0:
+            return [f"out_features and in_features must not be negative, got {out_features} and {in_features}"]
+        return field_faults(self.fields())
+
     def check(self) -> None:
         """Raises FormatError, naming the field, when the tensors do not form a valid matrix."""
+        faults = self.layout_faults() or self.content_faults()
+        if faults:
+            what = f"{self.title} [{self.shape[0]}x{self.shape[1]}]"
+            raise FormatError(f"{what}: {'; '.join(faults)}; pack the matrix again from its dense weight")
 
     @abstractmethod
     def describe(self) -> str:
@@ -65,7 +103,7 @@ class Packed(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the values."""
-        return self.tensors()["values"].dtype
+        return self.values.dtype
 
     @property
     def nbytes(self) -> int:
