@@ -1,0 +1,54 @@
+"""The operator `fused_linear`: several products with the same x in one call, each matrix in a format of its own.
+
+Why: on a small layer the call and the waking of the threads are the cost, and one parallel region serves all parts. The
+reference calls each part's own operator, and so do the gradients: fusing changes who computes, never what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from sparsec.formats.parts import DENSE, Part, unflatten
+from sparsec.kernels.dense import dense_linear
+from sparsec.kernels.ops import LIBRARY, OPERATORS, loads_native
+
+NAME = "fused_linear"
+
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    f"{NAME}(Tensor x, Tensor[] tensors, int[] layout) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
+fused_linear: OpOverload = torch.ops.sparsec.fused_linear.default
+
+
+def part_operator(part: Part[Tensor]) -> OpOverload:
+    """The operator that computes one part by itself."""
+    return dense_linear if part.format == DENSE else OPERATORS[part.format]
+
+
+def _separately(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
+    return [part_operator(part)(x, *part.arguments) for part in unflatten(tensors, layout)]
+
+
+def _implementation(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
+    if loads_native(x, NAME):
+        out: list[Tensor] = fused_linear(x, tensors, layout)
+        return out
+    return _separately(x, tensors, layout)
+
+
+def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
+    """Each part's own gradients: x and bias of a packed part, the weight too of a dense one."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+        return _separately(x, tensors, layout)
+    with torch._C._AutoDispatchBelowAutograd():
+        out: list[Tensor] = fused_linear(x, tensors, layout)
+    return out
+
+
+torch.library.impl(LIBRARY, NAME, "CompositeExplicitAutograd")(_implementation)
+torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)
+torch.library.register_fake(f"sparsec::{NAME}", _separately, lib=LIBRARY)
