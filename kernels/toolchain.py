@@ -29,6 +29,8 @@ WAY_OUT = (
 
 _COMMON = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"),
+    # ISO C++ alone would leave a product and its sum two instructions.
+    "-ffp-contract=fast",
     # Vector types wider than the registers draw notes about passing them between functions; none leaves its file.
     "-Wno-psabi",
 )
@@ -53,13 +55,13 @@ class Toolchain:
         """The flags of every source file."""
         library: tuple[str, ...] = (*_TORCH, "-isystem", str(Path(torch.__file__).parent / "include"))
         if self.portable or not self.machine.startswith(("x86_64", "amd64")):
-            return {"library.cpp": (*library, "-DSPARSEC_PORTABLE"), "csr_portable.cpp": ()}
+            return {"library.cpp": (*library, "-DSPARSEC_PORTABLE"), "isa_portable.cpp": ()}
         emulated = ("-DSPARSEC_SIMDE",) if self.simde else ()
         return {
             "library.cpp": (*library, *emulated),
-            "csr_portable.cpp": (),
-            "csr_avx2.cpp": _AVX2,
-            "csr_avx512.cpp": (*_AVX2, *emulated) if self.simde else _AVX512,
+            "isa_portable.cpp": (),
+            "isa_avx2.cpp": _AVX2,
+            "isa_avx512.cpp": (*_AVX2, *emulated) if self.simde else _AVX512,
         }
 
     def key(self) -> str:

@@ -14,6 +14,23 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// A column of CSR as the distance to the one before it in the row.
+struct Delta {
+  uint8_t distance;
+};
+
+// Where the columns of a row stand: as they are, or as the distance to the one before.
+template <class I>
+struct Columns {
+  const I* at;
+  int64_t operator()(int64_t i) { return at[i]; }
+};
+template <>
+struct Columns<Delta> {
+  const Delta* at;
+  int64_t column = 0;
+  int64_t operator()(int64_t i) { return column += at[i].distance; }
+};
 
 inline float from_bits(uint32_t bits) {
   float value;

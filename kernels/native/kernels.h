@@ -1,4 +1,4 @@
-// The interface between the library (library.cpp, which knows torch) and one instruction set (csr_*.cpp, which do not).
+// The interface between the library, which knows torch and threads, and one instruction set (isa_*.cpp), which knows neither.
 //
 // An instruction-set file includes no C++ library and no torch header, and keeps everything but its table internal. Else the
 // linker could take an inline function that was compiled for AVX-512 and hand it to a CPU without.
@@ -11,35 +11,85 @@
 
 namespace sparsec {
 
+enum Format { kDense, kCsr, kBitmap, kBsr, kNm, kFormats };  // as numbered by the layout of fused_linear
 enum ValueType { kFloat32, kBFloat16, kFloat16, kFloat64, kValueTypes };
-enum IndexType { kUInt16, kInt32, kIndexTypes };
+enum IndexType { kUInt16, kInt32, kDelta8, kIndexTypes };
 
-// One product with rows [first, last) of W [out, in]. fp64 has its own function; all other types read x as fp32.
-struct Product {
-  const void* values;      // [nnz]
-  const void* columns;     // [nnz]
-  const int32_t* row_ptr;  // [out + 1]
-  const void* bias;        // [out] in the values' type, or null
-  const void* x;           // `one`: [in]; `few`: [in][lanes], so that one column serves all rows of x; fp64: [tokens][in]
-  void* out;               // [tokens][out_stride] in the values' type
-  int64_t out_stride;
+constexpr int64_t kPanel = 16;  // output rows that a vector of lanes serves
+
+// One matrix W [out_features, in_features]. A unit is the smallest piece of work: a row (dense, CSR), a panel of 16 rows (bitmap,
+// N:M), a row of blocks (BSR).
+struct Matrix {
+  Format format;
+  ValueType type;
+  IndexType index;       // of the columns of CSR and BSR
+  const void* values;    // dense: [out][in]; CSR: [stored]; bitmap: [nnz + 16]; BSR: [blocks][c][r]; N:M: [panels][in / m][n][16]
+  const void* columns;   // CSR: [stored]; bitmap: bits [panels][in]; BSR: [blocks]; N:M: slot positions, 2 or 3 bits each
+  const int32_t* start;  // [units + 1], where a unit's values (BSR: blocks) begin; null: all units are of one size
+  const void* bias;      // [out_features] in the values' type, or null
+  int64_t out_features;
   int64_t in_features;
-  int64_t tokens;  // rows of x in use, at most `lanes`
+  int64_t units;
+  int64_t rows_per_unit;
+  int64_t stored;        // values held
+  int64_t r, c;          // BSR: the block; N:M: n, m
+};
+
+// Units [first, last) of W times up to `tokens` rows of x, into out [tokens][out_stride] of the values' type.
+struct Task {
+  const Matrix* matrix;
+  const void* x;  // fp32; `one` [in]; `lanes` [in][lanes]; `rows` [tokens][in]; fp64: fp64 [tokens][in]
+  void* out;
+  int64_t out_stride;
+  int64_t tokens;
   int64_t first;
   int64_t last;
 };
 
-using Kernel = void (*)(const Product&);
+// Panels [first, last) of W times many rows of x: a panel is decoded once into a cache and multiplied with all of them.
+struct PanelTask {
+  const Matrix* matrix;
+  const float* x;  // [tiles][in][rows_per_tile], absent rows 0
+  int64_t tiles;
+  int64_t rows_per_tile;
+  void* out;
+  int64_t out_stride;
+  int64_t tokens;
+  int64_t first;
+  int64_t last;
+  float* scratch;  // panel_scratch() floats
+};
+
+// Panels [first, last) of W as rows of the values' type, [16 * (last - first)][in] (absent rows are left alone).
+struct ExpandTask {
+  const Matrix* matrix;
+  void* out;
+  int64_t first;
+  int64_t last;
+  float* scratch;
+};
+
+using Kernel = void (*)(const Task&);
 
 constexpr int kLaneCounts = 4;
 constexpr int kLanes[kLaneCounts] = {4, 8, 16, 32};
 
-// Neither kind reads x at a pruned weight: inf or NaN there does not reach the result, as it does in a dense product and in
-// the panels of many rows (library.cpp). Finite x is assumed.
+constexpr int64_t kDecodedColumns = 256;  // of a panel at a time: 16 KB, half of a first-level cache
+constexpr int64_t kPanelGroup = 8;        // panels that go through the columns together, while that part of x is in a cache
+
+constexpr int64_t panel_scratch(int64_t block_columns, int64_t rows_of_x) {
+  return kPanel * (kDecodedColumns + block_columns) + (kDecodedColumns + 2) + kPanelGroup * kPanel * rows_of_x;
+}
+
+// Products of one row skip pruned weights in CSR and multiply them as zeros elsewhere: finite x is assumed.
 struct InstructionSet {
   const char* name;
-  Kernel one[kValueTypes][kIndexTypes];                // one row of x: bound by reading W
-  Kernel few[kLaneCounts][kValueTypes][kIndexTypes];  // up to kLanes[i] rows: each index is read once for all of them
+  int64_t rows_per_tile;                      // at most, in PanelTask
+  Kernel one[kFormats][kValueTypes];          // one row of x: bound by reading W
+  Kernel rows[kValueTypes];                   // dense, a few rows of x
+  Kernel lanes[kLaneCounts][kValueTypes];     // CSR, up to kLanes[i] rows of x: each index is read once for all of them
+  void (*panels)(const PanelTask&);           // many rows of x; fp32, bf16, fp16
+  void (*expand)(const ExpandTask&);
 };
 
 extern const InstructionSet kPortable;

@@ -1,0 +1,61 @@
+// Bitmap panels: 16 bits per column say which of 16 output rows keep it, the kept values follow each other.
+//
+// The including file defines `Lanes expand16(const T* values, uint32_t bits)`: the next popcount(bits) values put where the bits are,
+// 0 elsewhere; it may read 16 values.
+#pragma once
+#include "lanes.h"
+
+namespace {
+
+// Far enough ahead to cover the latency of memory.
+constexpr int64_t kBitmapAhead = 1024;  // bytes
+
+template <class T>
+void bitmap_one(const sparsec::Task& t) {
+  const sparsec::Matrix& w = *t.matrix;
+  const float* x = static_cast<const float*>(t.x);
+  const int64_t in = w.in_features;
+  const T* values = static_cast<const T*>(w.values) + w.start[t.first];
+  const uint16_t* bits = static_cast<const uint16_t*>(w.columns) + t.first * in;
+  for (int64_t p = t.first; p < t.last; ++p, bits += in) {
+    Lanes a = zero_lanes(), b = a;
+    int64_t k = 0;
+    for (; k + 2 <= in; k += 2) {
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + kBitmapAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kBitmapAhead);
+      const uint32_t first = bits[k], second = bits[k + 1];
+      add_product(a, expand16(values, first), x[k]);
+      values += __builtin_popcount(first);
+      add_product(b, expand16(values, second), x[k + 1]);
+      values += __builtin_popcount(second);
+    }
+    if (k < in) {
+      add_product(a, expand16(values, bits[k]), x[k]);
+      values += __builtin_popcount(bits[k]);
+    }
+    finish(add(a, b), static_cast<const T*>(w.bias), 16 * p, least(16, w.out_features - 16 * p), static_cast<T*>(t.out));
+  }
+}
+
+template <class T>
+struct BitmapDecoder {
+  const T* values;
+  const uint16_t* bits;
+
+  BitmapDecoder() = default;
+  BitmapDecoder(const sparsec::Matrix& w, int64_t panel)
+      : values(static_cast<const T*>(w.values) + w.start[panel]),
+        bits(static_cast<const uint16_t*>(w.columns) + panel * w.in_features) {}
+
+  int64_t decode(const sparsec::Matrix&, int64_t begin, int64_t end, float* to, int32_t*, const float**) {
+    for (int64_t k = begin; k < end; ++k, to += 16) {
+      // What the next columns need is fetched while these are multiplied.
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + 16 * sizeof(T) * sparsec::kDecodedColumns / 2, 0, 2);
+      store_lanes(to, expand16(values, bits[k]));
+      values += __builtin_popcount(bits[k]);
+    }
+    return 1;
+  }
+};
+
+}  // namespace

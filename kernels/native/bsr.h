@@ -1,0 +1,157 @@
+// BSR: dense blocks of r output rows and c columns; inside a block column by column, so that lanes are output rows.
+#pragma once
+#include "lanes.h"
+
+namespace {
+
+template <class I>
+inline int64_t block_column(const void* columns, int64_t at) {
+  return static_cast<const I*>(columns)[at];
+}
+inline int64_t block_column(const sparsec::Matrix& w, int64_t at) {
+  return w.index == sparsec::kUInt16 ? block_column<uint16_t>(w.columns, at) : block_column<int32_t>(w.columns, at);
+}
+
+constexpr int64_t kBlockAhead = 1024;  // bytes
+
+// Eight lanes, `groups` of them at once.
+typedef float Eight __attribute__((vector_size(32)));
+inline Eight load_eight(const float* v) {
+  Eight e;
+  memcpy(&e, v, 32);
+  return e;
+}
+template <class T>
+inline Eight load_eight(const T* v) {
+  float f[8];
+  widen8(v, f);
+  return load_eight(f);
+}
+
+// Lanes [lane, lane + 8 * G) of the block rows. Neighbouring columns go to C sums, to hide the latency of the multiply-add.
+template <int G, class T, class I>
+void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
+  constexpr int C = G >= 4 ? 2 : 4;
+  const sparsec::Matrix& w = *t.matrix;
+  const float* x = static_cast<const float*>(t.x);
+  const I* columns = static_cast<const I*>(w.columns);
+  const int64_t r = w.r, c = w.c, begin = w.start[block_row], end = w.start[block_row + 1];
+  const T* values = static_cast<const T*>(w.values) + begin * r * c + lane;
+  Eight sums[C][G] = {};
+  int64_t at = begin;
+  // Blocks of one column are taken C at a time, wider ones column by column.
+  if (c == 1) {
+    for (; at + C <= end; at += C)
+#pragma GCC unroll 4
+      for (int s = 0; s < C; ++s, values += r) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + kBlockAhead);
+        const float xk = x[columns[at + s]];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) sums[s][g] += load_eight(values + 8 * g) * xk;
+      }
+  }
+  for (; at < end; ++at) {
+    const float* xb = x + static_cast<int64_t>(columns[at]) * c;
+    int64_t k = 0;
+    for (; k + C <= c; k += C)
+#pragma GCC unroll 4
+      for (int s = 0; s < C; ++s, values += r) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + kBlockAhead);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) sums[s][g] += load_eight(values + 8 * g) * xb[k + s];
+      }
+    for (; k < c; ++k, values += r)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sums[0][g] += load_eight(values + 8 * g) * xb[k];
+  }
+  const int64_t row = block_row * r + lane;
+  const T* bias = static_cast<const T*>(w.bias);
+  T* out = static_cast<T*>(t.out);
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    Eight sum = sums[0][g];
+#pragma GCC unroll 4
+    for (int s = 1; s < C; ++s) sum += sums[s][g];
+    for (int l = 0; l < 8; ++l)
+      narrow(bias ? sum[l] + widen(bias[row + 8 * g + l]) : sum[l], out + row + 8 * g + l);
+  }
+}
+
+template <class T, class I>
+void bsr_rows(const sparsec::Task& t) {
+  for (int64_t b = t.first; b < t.last; ++b) {
+    int64_t lane = 0;
+    for (; lane + 32 <= t.matrix->r; lane += 32) bsr_lanes<4, T, I>(t, b, lane);
+    for (; lane + 16 <= t.matrix->r; lane += 16) bsr_lanes<2, T, I>(t, b, lane);
+    for (; lane < t.matrix->r; lane += 8) bsr_lanes<1, T, I>(t, b, lane);
+  }
+}
+
+template <class T>
+void bsr_one(const sparsec::Task& t) {
+  t.matrix->index == sparsec::kUInt16 ? bsr_rows<T, uint16_t>(t) : bsr_rows<T, int32_t>(t);
+}
+
+// The stored columns of a panel. Where r is no multiple of 16, a panel's halves lie in two rows of blocks: their blocks are merged.
+template <class T>
+struct BsrDecoder {
+  struct Half {
+    int64_t at, end, lane;
+  };
+  Half halves[2];
+
+  BsrDecoder() = default;
+  BsrDecoder(const sparsec::Matrix& w, int64_t panel) {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = 16 * panel + 8 * h;
+      const int64_t b = row / w.r;
+      halves[h] = row < w.out_features ? Half{w.start[b], w.start[b + 1], row % w.r} : Half{0, 0, 0};
+    }
+  }
+
+  // Blocks that begin before `end`. Their columns go to `to`, where each begins to `starts`; returns their number.
+  int64_t decode(const sparsec::Matrix& w, int64_t, int64_t end, float* to, int32_t* starts, const float** in_place) {
+    const T* const values = static_cast<const T*>(w.values);
+    const int64_t r = w.r, c = w.c, limit = (end + c - 1) / c;
+    int64_t found = 0;
+    if (r % 16 == 0) {
+      Half& h = halves[0];
+      const int64_t first = h.at;
+      for (int64_t column; h.at < h.end && (column = block_column(w, h.at)) < limit; ++h.at)
+        starts[found++] = static_cast<int32_t>(column * c);
+      if (r == 16 && sizeof(T) == 4) {  // the values are a decoded panel already
+        *in_place = reinterpret_cast<const float*>(values + first * 16 * c);
+        return found;
+      }
+      for (int64_t at = first; at < h.at; ++at)
+        for (int64_t k = 0; k < c; ++k, to += 16) {
+          const T* from = values + (at * c + k) * r + h.lane;
+          widen8(from, to);
+          widen8(from + 8, to + 8);
+        }
+      return found;
+    }
+    for (;;) {
+      int64_t next = limit;
+      for (const Half& h : halves)
+        if (h.at < h.end) next = least(next, block_column(w, h.at));
+      if (next == limit) return found;
+      starts[found++] = static_cast<int32_t>(next * c);
+      float* lanes = to;
+      for (Half& h : halves) {
+        const bool has = h.at < h.end && block_column(w, h.at) == next;
+        for (int64_t k = 0; k < c; ++k) {
+          if (has)
+            widen8(values + (h.at * c + k) * r + h.lane, lanes + 16 * k);
+          else
+            memset(lanes + 16 * k, 0, 32);
+        }
+        h.at += has;
+        lanes += 8;
+      }
+      to += 16 * c;
+    }
+  }
+};
+
+}  // namespace

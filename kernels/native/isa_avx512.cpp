@@ -1,0 +1,172 @@
+// AVX-512 F, BW, DQ, VL with FMA and F16C.
+//
+// Written with the intrinsics that SIMDe emulates, so that the tests can run this very file on a CPU without AVX-512
+// (-DSPARSEC_SIMDE): gathers are therefore two of eight lanes, which cost the same as one of sixteen.
+#if defined(SPARSEC_SIMDE)
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#endif
+#include <immintrin.h>
+
+#include "lanes.h"
+
+namespace {
+
+inline __m256 wide8(__m128i bits, const BFloat16*) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline __m256 wide8(__m128i bits, const Float16*) { return _mm256_cvtph_ps(bits); }
+
+inline __m256 load8(const float* v) { return _mm256_loadu_ps(v); }
+template <class T>
+inline __m256 load8(const T* v) {
+  return wide8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(v)), v);
+}
+
+inline __m512 join(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
+
+template <class T>
+inline __m512 values16(const T* v) {
+  return join(load8(v), load8(v + 8));
+}
+
+inline Vec as_vec(__m512 v) {
+  Vec lanes;
+  memcpy(&lanes, &v, sizeof(lanes));
+  return lanes;
+}
+
+// ---- CSR
+
+inline __m256 pick8(const float* x, const uint16_t* columns) {
+  const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns));
+  return _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(c), 4);
+}
+inline __m256 pick8(const float* x, const int32_t* columns) {
+  return _mm256_i32gather_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns)), 4);
+}
+
+constexpr int64_t kAhead = 512;
+
+inline float sum8(__m256 s) {
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float sum16(__m512 a) {
+  return sum8(_mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1))));
+}
+
+template <class T, class I>
+float dot(const T* values, const I* columns, const float* x, int64_t nnz) {
+  __m512 a = _mm512_setzero_ps(), b = a;
+  int64_t at = 0;
+  for (; at + 32 <= nnz; at += 32) {
+    _mm_prefetch(reinterpret_cast<const char*>(values + at) + kAhead * sizeof(T), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(columns + at) + kAhead * sizeof(I), _MM_HINT_T0);
+    a = _mm512_fmadd_ps(values16(values + at), join(pick8(x, columns + at), pick8(x, columns + at + 8)), a);
+    b = _mm512_fmadd_ps(values16(values + at + 16), join(pick8(x, columns + at + 16), pick8(x, columns + at + 24)), b);
+  }
+  a = _mm512_add_ps(a, b);
+  __m256 s = _mm256_setzero_ps();
+  for (; at + 8 <= nnz; at += 8) s = _mm256_fmadd_ps(load8(values + at), pick8(x, columns + at), s);
+  float sum = sum16(a) + sum8(s);
+  for (; at < nnz; ++at) sum += widen(values[at]) * x[columns[at]];
+  return sum;
+}
+
+// Columns of 8 distances after `last`, which holds the column before in all lanes.
+inline __m128i columns8(const Delta* distances, __m128i last) {
+  __m128i c = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(distances)));
+  c = _mm_add_epi16(c, _mm_slli_si128(c, 2));
+  c = _mm_add_epi16(c, _mm_slli_si128(c, 4));
+  c = _mm_add_epi16(c, _mm_slli_si128(c, 8));
+  return _mm_add_epi16(c, last);
+}
+
+template <class T>
+float dot(const T* values, const Delta* distances, const float* x, int64_t nnz) {
+  const __m128i last_lane = _mm_set1_epi16(0x0f0e);
+  __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  __m128i last = _mm_setzero_si128();
+  int64_t at = 0;
+  for (; at + 16 <= nnz; at += 16) {
+    _mm_prefetch(reinterpret_cast<const char*>(values + at) + kAhead * sizeof(T), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(distances + at) + kAhead, _MM_HINT_T0);
+    for (int h = 0; h < 2; ++h) {
+      const __m128i columns = columns8(distances + at + 8 * h, last);
+      last = _mm_shuffle_epi8(columns, last_lane);
+      const __m256 picked = _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(columns), 4);
+      sums[h] = _mm256_fmadd_ps(load8(values + at + 8 * h), picked, sums[h]);
+    }
+  }
+  float sum = sum8(_mm256_add_ps(sums[0], sums[1]));
+  uint16_t column = static_cast<uint16_t>(_mm_cvtsi128_si32(last));
+  for (; at < nnz; ++at) {
+    column = static_cast<uint16_t>(column + distances[at].distance);
+    sum += widen(values[at]) * x[column];
+  }
+  return sum;
+}
+
+template <class T>
+void widen8(const T* values, float* out) {
+  _mm256_storeu_ps(out, load8(values));
+}
+
+// ---- lanes
+
+template <class T>
+inline Vec load_wide(const T* values) {
+  return as_vec(values16(values));
+}
+template <class T>
+inline Lanes load16(const T* values) {
+  return Lanes{{load_wide(values)}};
+}
+
+#if defined(SPARSEC_SIMDE)  // which has no expand of 16 lanes
+inline __m512 expand(uint32_t bits, __m512 v) {
+  float from[16], to[16];
+  _mm512_storeu_ps(from, v);
+  for (int l = 0, next = 0; l < 16; ++l) to[l] = (bits >> l) & 1 ? from[next++] : 0.0f;
+  return _mm512_loadu_ps(to);
+}
+#else
+// In registers, after a load: the form that reads memory is slow on some CPUs.
+inline __m512 expand(uint32_t bits, __m512 v) { return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), v); }
+#endif
+
+template <class T>
+inline Lanes expand16(const T* values, uint32_t bits) {
+  return Lanes{{as_vec(expand(bits, values16(values)))}};
+}
+
+inline Lanes select4(const float* x, const uint8_t* positions) {
+  uint32_t p;
+  memcpy(&p, positions, 4);
+  const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  // Four lane bits count: the two above those of the position choose among copies of the same four numbers.
+  const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
+  return Lanes{{as_vec(_mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(p)), shift), four))}};
+}
+
+inline Lanes select8(const float* x, const uint8_t* positions) {
+  uint32_t p, q;
+  memcpy(&p, positions, 4);
+  memcpy(&q, positions + 3, 4);
+  const __m256i shift = _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21);
+  const __m256 eight = _mm256_loadu_ps(x);
+  const __m256i low = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(p)), shift);
+  const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(q)), shift);
+  return Lanes{{as_vec(join(_mm256_permutevar8x32_ps(eight, low), _mm256_permutevar8x32_ps(eight, high)))}};
+}
+
+}  // namespace
+
+#include "table.h"
+
+namespace sparsec {
+extern const InstructionSet kAvx512 = SPARSEC_TABLE("avx512");
+}

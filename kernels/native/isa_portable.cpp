@@ -1,0 +1,74 @@
+// Plain C++, for every CPU and compiler that knows GCC's vector types; includes no x86 header.
+#define SPARSEC_NO_X86
+#include "lanes.h"
+
+namespace {
+
+// Eight chains, so that the sum is bound by loads and not by the latency of the multiply-add.
+template <class T, class I>
+float dot(const T* values, const I* columns, const float* x, int64_t stored) {
+  Columns<I> column{columns};
+  float sums[8] = {};
+  int64_t at = 0;
+  for (; at + 8 <= stored; at += 8)
+    for (int k = 0; k < 8; ++k) sums[k] += widen(values[at + k]) * x[column(at + k)];
+  float sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  for (; at < stored; ++at) sum += widen(values[at]) * x[column(at)];
+  return sum;
+}
+
+template <class T>
+void widen8(const T* values, float* out) {
+  for (int k = 0; k < 8; ++k) out[k] = widen(values[k]);
+}
+
+template <class T>
+inline Vec load_wide(const T* values) {
+  float v[kRegister];
+  for (int l = 0; l < kRegister; ++l) v[l] = widen(values[l]);
+  return load_vec(v);
+}
+
+template <class T>
+inline Lanes load16(const T* values) {
+  Lanes lanes;
+  for (int i = 0; i < kRegisters; ++i) lanes.v[i] = load_wide(values + i * kRegister);
+  return lanes;
+}
+
+// Reads a value at every lane, kept or not: a branch on a random bit costs more.
+template <class T>
+inline Lanes expand16(const T* values, uint32_t bits) {
+  float lanes[16];
+  for (int l = 0; l < 16; ++l) {
+    const uint32_t kept = (bits >> l) & 1;
+    const float v = widen(*values);
+    lanes[l] = kept ? v : 0.0f;
+    values += kept;
+  }
+  return load_lanes(lanes);
+}
+
+inline Lanes select4(const float* x, const uint8_t* positions) {
+  float lanes[16];
+  for (int l = 0; l < 16; ++l) lanes[l] = x[(positions[l / 4] >> (2 * (l % 4))) & 3];
+  return load_lanes(lanes);
+}
+
+inline Lanes select8(const float* x, const uint8_t* positions) {
+  float lanes[16];
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* b = positions + 3 * half;
+    const uint32_t p = b[0] | static_cast<uint32_t>(b[1]) << 8 | static_cast<uint32_t>(b[2]) << 16;
+    for (int l = 0; l < 8; ++l) lanes[8 * half + l] = x[(p >> (3 * l)) & 7];
+  }
+  return load_lanes(lanes);
+}
+
+}  // namespace
+
+#include "table.h"
+
+namespace sparsec {
+extern const InstructionSet kPortable = SPARSEC_TABLE("portable");
+}

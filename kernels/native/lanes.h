@@ -1,0 +1,72 @@
+// Sixteen fp32 numbers, one per output row of a panel, in the registers of the instruction set at hand.
+//
+// GCC and clang map a vector type of register width to one register; of a wider one GCC 12 makes stack traffic (5 times
+// slower), so that more lanes are an array of registers.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "convert.h"
+#include "kernels.h"
+
+namespace {
+
+#if defined(__AVX512F__) || defined(SPARSEC_SIMDE)
+constexpr int kRegister = 16;
+#elif defined(__AVX2__)
+constexpr int kRegister = 8;
+#else
+constexpr int kRegister = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kRegister)));
+
+inline Vec load_vec(const float* from) {
+  Vec v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+inline void store_vec(float* to, Vec v) { memcpy(to, &v, sizeof(v)); }
+
+constexpr int kRegisters = 16 / kRegister;
+struct Lanes {
+  Vec v[kRegisters];
+};
+
+inline Lanes zero_lanes() { return Lanes{}; }
+inline Lanes load_lanes(const float* from) {
+  Lanes l;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegisters; ++i) l.v[i] = load_vec(from + i * kRegister);
+  return l;
+}
+inline void store_lanes(float* to, const Lanes& l) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegisters; ++i) store_vec(to + i * kRegister, l.v[i]);
+}
+inline void add_product(Lanes& sum, const Lanes& w, float x) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegisters; ++i) sum.v[i] += w.v[i] * x;
+}
+inline void add_product(Lanes& sum, const Lanes& w, const Lanes& x) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegisters; ++i) sum.v[i] += w.v[i] * x.v[i];
+}
+inline Lanes add(const Lanes& a, const Lanes& b) {
+  Lanes s;
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegisters; ++i) s.v[i] = a.v[i] + b.v[i];
+  return s;
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The sums of output rows [row, row + 16) of which `count` exist: bias, rounding, storing.
+template <class T>
+inline void finish(const Lanes& sum, const T* bias, int64_t row, int64_t count, T* out) {
+  float s[16];
+  store_lanes(s, sum);
+  for (int64_t l = 0; l < count; ++l) narrow(bias ? s[l] + widen(bias[row + l]) : s[l], out + row + l);
+}
+
+}  // namespace

@@ -1,0 +1,168 @@
+// Many rows of x: a panel of W is decoded, some columns at a time, into a cache, and multiplied from there with every row of x.
+//
+// A decoder knows one panel of one format:
+//   Decoder(const Matrix&, int64_t panel)
+//   int64_t decode(const Matrix&, int64_t begin, int64_t end, float* to, int32_t* starts, const float** in_place)
+// writes columns [begin, end), 16 lanes each, to `to` and returns 1; BSR writes the columns of the blocks that begin there, tells
+// in `starts` which those are, and returns the number of blocks; where the values can be read as they are it sets `in_place`.
+#pragma once
+#include "lanes.h"
+
+namespace {
+
+using sparsec::kDecodedColumns;
+using sparsec::kPanelGroup;
+
+// acc [M][16] += x [in][M] of the decoded columns.
+template <int M>
+void tile(const float* w, const float* x, const int32_t* starts, int64_t runs, int64_t run, float* acc) {
+  Lanes sums[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sums[m] = load_lanes(acc + 16 * m);
+  for (int64_t i = 0; i < runs; ++i) {
+    const float* from = x + static_cast<int64_t>(starts[i]) * M;
+    for (int64_t k = 0; k < run; ++k, w += 16, from += M) {
+      const Lanes column = load_lanes(w);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) add_product(sums[m], column, from[m]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) store_lanes(acc + 16 * m, sums[m]);
+}
+
+// One panel that is being decoded, of whatever format and type. Decoding is called once for hundreds of columns, so that it can go through a
+// pointer, and the loops around it need not be compiled for every format, type and number of rows.
+struct AnyDecoder {
+  alignas(8) unsigned char state[16 * 3 * 8];
+};
+struct DecoderKind {
+  void (*start)(AnyDecoder&, const sparsec::Matrix&, int64_t panel);
+  int64_t (*decode)(AnyDecoder&, const sparsec::Matrix&, int64_t begin, int64_t end, float* to, int32_t* starts,
+                    const float** in_place);
+};
+template <class Decoder>
+void start_decoder(AnyDecoder& any, const sparsec::Matrix& w, int64_t panel) {
+  static_assert(sizeof(Decoder) <= sizeof(any.state), "");
+  const Decoder decoder(w, panel);
+  memcpy(any.state, &decoder, sizeof(decoder));
+}
+template <class Decoder>
+int64_t decode_any(AnyDecoder& any, const sparsec::Matrix& w, int64_t begin, int64_t end, float* to, int32_t* starts,
+                   const float** in_place) {
+  Decoder decoder;
+  memcpy(static_cast<void*>(&decoder), any.state, sizeof(decoder));
+  const int64_t runs = decoder.decode(w, begin, end, to, starts, in_place);
+  memcpy(any.state, &decoder, sizeof(decoder));
+  return runs;
+}
+#define SPARSEC_DECODER(D, T) \
+  { start_decoder<D<T>>, decode_any<D<T>> }
+#define SPARSEC_DECODERS(D) \
+  { SPARSEC_DECODER(D, float), SPARSEC_DECODER(D, BFloat16), SPARSEC_DECODER(D, Float16) }
+const DecoderKind kDecoders[sparsec::kFormats][3] = {SPARSEC_DECODERS(DenseDecoder), SPARSEC_DECODERS(CsrDecoder),
+                                                     SPARSEC_DECODERS(BitmapDecoder), SPARSEC_DECODERS(BsrDecoder),
+                                                     SPARSEC_DECODERS(NmDecoder)};
+
+using Tile = void (*)(const float* w, const float* x, const int32_t* starts, int64_t runs, int64_t run, float* acc);
+const Tile kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,
+#if defined(__AVX2__)
+                       tile<5>, tile<6>,
+#endif
+#if defined(__AVX512F__) || defined(SPARSEC_SIMDE)
+                       tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
+#endif
+};
+
+template <class T>
+void finish_panel(const sparsec::PanelTask& t, const float* sums, int64_t row) {
+  const int64_t count = least(16, t.matrix->out_features - row);
+  for (int64_t token = 0; token < t.tokens; ++token)
+    finish(load_lanes(sums + 16 * token), static_cast<const T*>(t.matrix->bias), row, count,
+           static_cast<T*>(t.out) + token * t.out_stride);
+}
+
+void panels(const sparsec::PanelTask& t) {
+  const sparsec::Matrix& w = *t.matrix;
+  const DecoderKind& kind = kDecoders[w.format][w.type];
+  const bool blocks = w.format == sparsec::kBsr;
+  const int64_t in = w.in_features, widest = blocks ? w.c : 0, rows = t.rows_per_tile;
+  const Tile times = kTiles[rows - 1];
+  float* const decoded = t.scratch;
+  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + widest));
+  float* const sums = decoded + 16 * (kDecodedColumns + widest) + kDecodedColumns + 2;
+  const int64_t per_panel = 16 * rows * t.tiles;
+  AnyDecoder decoders[kPanelGroup];
+  for (int64_t first = t.first; first < t.last; first += kPanelGroup) {
+    const int64_t panels = least(kPanelGroup, t.last - first);
+    for (int64_t p = 0; p < panels; ++p) kind.start(decoders[p], w, first + p);
+    memset(sums, 0, sizeof(float) * per_panel * panels);
+    for (int64_t begin = 0; begin < in; begin += kDecodedColumns) {
+      const int64_t end = least(in, begin + kDecodedColumns);
+      for (int64_t p = 0; p < panels; ++p) {
+        const float* columns = decoded;
+        starts[0] = static_cast<int32_t>(begin);
+        const int64_t runs = kind.decode(decoders[p], w, begin, end, decoded, starts, &columns);
+        const int64_t run = blocks ? w.c : end - begin;
+        for (int64_t i = 0; i < t.tiles && runs > 0; ++i)
+          times(columns, t.x + i * in * rows, starts, runs, run, sums + p * per_panel + i * 16 * rows);
+      }
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const float* const from = sums + p * per_panel;
+      switch (w.type) {
+        case sparsec::kFloat32: finish_panel<float>(t, from, 16 * (first + p)); break;
+        case sparsec::kBFloat16: finish_panel<BFloat16>(t, from, 16 * (first + p)); break;
+        default: finish_panel<Float16>(t, from, 16 * (first + p));
+      }
+    }
+  }
+}
+
+// Registers: M * 16 / kRegister sums, one column, one broadcast.
+#if defined(__AVX512F__) || defined(SPARSEC_SIMDE)
+constexpr int64_t kRowsPerTile = 12;
+#elif defined(__AVX2__)
+constexpr int64_t kRowsPerTile = 6;
+#elif defined(__aarch64__)
+constexpr int64_t kRowsPerTile = 4;
+#else
+constexpr int64_t kRowsPerTile = 2;
+#endif
+
+// Row by row again, in the values' type, for a dense product that has matrix instructions for it.
+template <class T>
+void expand_type(const sparsec::ExpandTask& t) {
+  const sparsec::Matrix& w = *t.matrix;
+  const DecoderKind& kind = kDecoders[w.format][w.type];
+  const bool blocks = w.format == sparsec::kBsr;
+  const int64_t in = w.in_features;
+  float* const decoded = t.scratch;
+  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + (blocks ? w.c : 0)));
+  AnyDecoder decoder;
+  for (int64_t p = t.first; p < t.last; ++p) {
+    kind.start(decoder, w, p);
+    T* const rows = static_cast<T*>(t.out) + 16 * (p - t.first) * in;
+    const int64_t count = least(16, w.out_features - 16 * p);
+    if (blocks) memset(static_cast<void*>(rows), 0, sizeof(T) * count * in);
+    for (int64_t begin = 0; begin < in; begin += kDecodedColumns) {
+      const int64_t end = least(in, begin + kDecodedColumns);
+      const float* columns = decoded;
+      starts[0] = static_cast<int32_t>(begin);
+      const int64_t runs = kind.decode(decoder, w, begin, end, decoded, starts, &columns);
+      const int64_t run = blocks ? w.c : end - begin;
+      for (int64_t i = 0; i < runs; ++i)
+        for (int64_t k = 0; k < run; ++k, columns += 16)
+          for (int64_t l = 0; l < count; ++l) narrow(columns[l], rows + l * in + starts[i] + k);
+    }
+  }
+}
+void expand(const sparsec::ExpandTask& t) {
+  switch (t.matrix->type) {
+    case sparsec::kFloat32: return expand_type<float>(t);
+    case sparsec::kBFloat16: return expand_type<BFloat16>(t);
+    default: return expand_type<Float16>(t);
+  }
+}
+
+}  // namespace

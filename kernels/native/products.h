@@ -1,0 +1,346 @@
+// One or several matrices times the same x: which kernel, in which pieces, on which thread.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "choice.h"
+#include "convert.h"
+#include "kernels.h"
+
+namespace {
+
+using sparsec::ExpandTask;
+using sparsec::kPanel;
+using sparsec::Matrix;
+using sparsec::PanelTask;
+using sparsec::Task;
+using torch::stable::Tensor;
+
+constexpr int64_t kBytesPerThread = 1 << 16;  // of a matrix, worth waking a thread for: some 5 us
+constexpr int64_t kBytesPerChunk = 1 << 19;   // small enough that a thread whose CPU is taken away does not hold up the others
+
+// How a product is done. `one`: a row of x. `rows`: dense, few rows. `lanes`: CSR, where multiplying only what is kept saves work.
+// `panels`: decode once, multiply with all rows. `half`: decode into the half type, for a CPU with matrix instructions for it.
+// `stock`: torch's own dense product.
+enum class Way { one, rows, lanes, panels, half, stock };
+
+constexpr int64_t kFewDenseRows = 8;
+
+// Up to how many rows of x CSR's non-zeros are multiplied one by one, 32 rows at a time; beyond, panels win, although they save no FLOPs.
+// Measured on Zen 3, fp32 2048x2048, 128 rows, one thread, as a ratio to F.linear: at 50 % zeros 0.71x against 0.8-0.9x of a dense product;
+// at 70 % 1.13x; at 90 % 3.2x against 0.94x. Where x no longer fits the second-level cache, or the CPU has matrix instructions for the
+// type, nothing is known beyond 32 rows.
+bool one_by_one(const Matrix& w, int64_t tokens) {
+  const bool sparse = 10 * w.stored <= 3 * w.out_features * w.in_features;
+  return tokens <= 32 || (sparse && w.in_features <= 4096 && !has_half_product(w.type));
+}
+
+Way way(const Matrix& w, int64_t tokens) {
+  if (w.type == sparsec::kFloat64) return w.format == sparsec::kDense ? Way::stock : Way::one;
+  if (tokens == 1) return Way::one;
+  if (w.format == sparsec::kDense) {
+    if (tokens <= kFewDenseRows) return Way::rows;
+    return w.type == sparsec::kFloat32 || has_half_product(w.type) ? Way::stock : Way::panels;
+  }
+  if (w.format == sparsec::kCsr && one_by_one(w, tokens)) return Way::lanes;
+  return has_half_product(w.type) && tokens > 32 ? Way::half : Way::panels;
+}
+
+struct Part {
+  Matrix matrix;
+  void* out = nullptr;  // [tokens][out_features]
+  Way way = Way::one;
+};
+
+// ---- x, laid out as the kernels read it -------------------------------------------------------------------------------------
+
+template <class F>
+void by_type(sparsec::ValueType type, F f) {
+  switch (type) {
+    case sparsec::kFloat32: return f(float{});
+    case sparsec::kBFloat16: return f(BFloat16{});
+    case sparsec::kFloat16: return f(Float16{});
+    default: return f(double{});
+  }
+}
+
+// Memory of one thread that grows and stays: fresh pages at every call would cost more than small products.
+float* scratch(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+// x [tokens][in] in groups of `lanes` rows, fp32 [groups][in][lanes], absent rows 0.
+struct Grouped {
+  std::unique_ptr<float[]> memory;
+  int64_t groups = 0;
+  int64_t lanes = 0;
+
+  template <class T>
+  void fill(const T* x, int64_t tokens, int64_t in, int64_t rows) {
+    lanes = rows;
+    groups = (tokens + lanes - 1) / lanes;
+    memory.reset(new float[std::max<int64_t>(1, groups * in * lanes)]);
+    float* const to = memory.get();
+    torch::stable::parallel_for(0, groups * in, std::max<int64_t>(1, 65536 / lanes), [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t first = at / in * lanes, k = at % in;
+        for (int64_t l = 0; l < lanes; ++l) to[at * lanes + l] = first + l < tokens ? widen(x[(first + l) * in + k]) : 0.0f;
+      }
+    });
+  }
+};
+
+struct Rows {
+  sparsec::ValueType type;
+  const void* data;
+  int64_t tokens;
+  int64_t in;
+  const void* plain = nullptr;  // [tokens][in] in fp32 (fp64 as it is)
+  std::unique_ptr<float[]> widened;
+  Grouped lanes, tiles;
+
+  void prepare(Way way, const InstructionSet& isa) {
+    by_type(type, [&](auto zero) {
+      using T = decltype(zero);
+      const T* x = static_cast<const T*>(data);
+      if constexpr (std::is_same_v<T, double>) {
+        plain = x;
+      } else {
+        if ((way == Way::one || way == Way::rows) && !plain) widen_all(x);
+        if (way == Way::lanes && !lanes.memory) {
+          int group = 0;
+          while (group + 1 < sparsec::kLaneCounts && sparsec::kLanes[group] < tokens) ++group;
+          lanes.fill(x, tokens, in, sparsec::kLanes[group]);
+        }
+        if (way == Way::panels && !tiles.memory) {
+          const int64_t count = (tokens + isa.rows_per_tile - 1) / isa.rows_per_tile;
+          tiles.fill(x, tokens, in, (tokens + count - 1) / count);
+        }
+      }
+    });
+  }
+
+  template <class T>
+  void widen_all(const T* x) {
+    if constexpr (std::is_same_v<T, float>) {
+      plain = x;
+    } else {
+      widened.reset(new float[std::max<int64_t>(1, tokens * in)]);
+      for (int64_t i = 0; i < tokens * in; ++i) widened[i] = widen(x[i]);
+      plain = widened.get();
+    }
+  }
+};
+
+// ---- pieces of work ------------------------------------------------------------------------------------------------------
+
+int64_t value_bytes(const Matrix& w) {
+  constexpr int64_t bytes[] = {4, 2, 2, 8};
+  return bytes[w.type];
+}
+
+// Bytes read for the units before `unit`: a * start[unit] + b * unit.
+struct Bytes {
+  int64_t per_start = 0, per_unit = 0;
+  const int32_t* start;
+
+  explicit Bytes(const Matrix& w) : start(w.start) {
+    const int64_t value = value_bytes(w);
+    constexpr int64_t index[] = {2, 4, 1};
+    switch (w.format) {
+      case sparsec::kDense: per_unit = value * w.in_features; break;
+      case sparsec::kCsr: per_start = value + index[w.index]; per_unit = 16; break;
+      case sparsec::kBitmap: per_start = value; per_unit = 4 * w.in_features; break;  // a column costs time beside its bits
+      case sparsec::kBsr: per_start = value * w.r * w.c + index[w.index]; per_unit = 16 * w.r; break;
+      default: per_unit = (value * kPanel + w.c) * w.r * (w.in_features / w.c);
+    }
+  }
+  int64_t before(int64_t unit) const { return per_unit * unit + (start ? per_start * start[unit] : 0); }
+};
+
+// Units [first, last) of one part.
+struct Piece {
+  const Part* part;
+  int64_t first;
+  int64_t last;
+};
+
+// Pieces of about equal bytes. Where a panel of 16 rows is the unit of the way, rows_per_unit of the matrix does not matter.
+void split(const Part& part, int64_t tokens, int64_t pieces, std::vector<Piece>& to) {
+  const Matrix& w = part.matrix;
+  const bool panels = part.way == Way::panels;
+  const int64_t units = panels ? (w.out_features + kPanel - 1) / kPanel : w.units;
+  const Bytes bytes(w);
+  const auto unit = [&](int64_t u) { return panels ? std::min(w.units, u * kPanel / w.rows_per_unit) : u; };
+  const int64_t total = bytes.before(w.units);
+  int64_t first = 0;
+  for (int64_t i = 1; i <= pieces && first < units; ++i) {
+    int64_t last = units;
+    if (i < pieces) {  // the first unit before which there is enough
+      int64_t low = first;
+      while (low < last) {
+        const int64_t middle = (low + last) / 2;
+        if (bytes.before(unit(middle)) * pieces < total * i)
+          low = middle + 1;
+        else
+          last = middle;
+      }
+    }
+    if (last > first) to.push_back(Piece{&part, first, last});
+    first = last;
+  }
+}
+
+constexpr int64_t kTokensAtOnce = 240;  // of the panels' way: their part of x and their sums stay in a second-level cache
+
+void run(const Piece& piece, const Rows& x, const InstructionSet& isa) {
+  const Part& part = *piece.part;
+  const Matrix& w = part.matrix;
+  switch (part.way) {
+    case Way::lanes:
+      for (int64_t g = 0; g < x.lanes.groups; ++g) {
+        const int64_t lanes = x.lanes.lanes, done = g * lanes;
+        int group = 0;
+        while (sparsec::kLanes[group] < lanes) ++group;
+        isa.lanes[group][w.type](Task{&w, x.lanes.memory.get() + done * x.in,
+                                      static_cast<char*>(part.out) + value_bytes(w) * done * w.out_features, w.out_features,
+                                      std::min(lanes, x.tokens - done), piece.first, piece.last});
+      }
+      return;
+    case Way::panels: {
+      const int64_t rows = x.tiles.lanes, tiles = std::max<int64_t>(1, kTokensAtOnce / rows);
+      const int64_t blocks = w.format == sparsec::kBsr ? w.c : 0;
+      for (int64_t tile = 0; tile < x.tiles.groups; tile += tiles) {
+        const int64_t count = std::min(tiles, x.tiles.groups - tile), done = tile * rows;
+        isa.panels(PanelTask{&w, x.tiles.memory.get() + done * x.in, count, rows,
+                             static_cast<char*>(part.out) + value_bytes(w) * done * w.out_features, w.out_features,
+                             std::min(count * rows, x.tokens - done), piece.first, piece.last,
+                             scratch(sparsec::panel_scratch(blocks, count * rows))});
+      }
+      return;
+    }
+    default: {
+      const sparsec::Kernel kernel = part.way == Way::rows ? isa.rows[w.type] : isa.one[w.format][w.type];
+      kernel(Task{&w, x.plain, part.out, w.out_features, x.tokens, piece.first, piece.last});
+    }
+  }
+}
+
+// ---- torch's dense product -----------------------------------------------------------------------------------------------
+
+// A tensor over memory of ours.
+Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int32_t dtype) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, dtype,
+                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// x [tokens, in] @ weight [rows, in].T into out [tokens, rows].
+void dense_product(const Tensor& x, const Tensor& weight_t, Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight_t),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+template <class T>
+void add_bias(T* out, const T* bias, int64_t tokens, int64_t rows, int64_t stride) {
+  if (!bias) return;
+  torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, 16384 / rows), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t r = 0; r < rows; ++r) narrow(widen(out[t * stride + r]) + widen(bias[r]), out + t * stride + r);
+  });
+}
+
+constexpr int64_t kHalfPanelRows = 256;
+
+// Panels of W expanded into the half type, then the dense product of that type.
+template <class T>
+void half_rows(const Part& part, const Tensor& x, const InstructionSet& isa) {
+  const Matrix& w = part.matrix;
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const int64_t in = w.in_features, tokens = in ? x.numel() / in : 0;
+  std::unique_ptr<T[]> expanded(new T[kHalfPanelRows * std::max<int64_t>(1, in)]);
+  const Tensor rows = view(const_cast<void*>(x.const_data_ptr()), tokens, in, in, 1, dtype);
+  T* const out = static_cast<T*>(part.out);
+  for (int64_t first = 0; first < w.out_features; first += kHalfPanelRows) {
+    const int64_t count = std::min(kHalfPanelRows, w.out_features - first);
+    const int64_t panel = first / kPanel, panels = (count + kPanel - 1) / kPanel;
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      const int64_t blocks = w.format == sparsec::kBsr ? w.c : 0;
+      isa.expand(ExpandTask{&w, expanded.get() + begin * kPanel * in, panel + begin, panel + end,
+                            scratch(sparsec::panel_scratch(blocks, 0))});
+    });
+    Tensor target = view(out + first, tokens, count, w.out_features, 1, dtype);
+    dense_product(rows, view(expanded.get(), in, count, 1, in, dtype), target);
+    add_bias(out + first, w.bias ? static_cast<const T*>(w.bias) + first : nullptr, tokens, count, w.out_features);
+  }
+}
+
+template <class T>
+void stock_rows(const Part& part, const Tensor& x, int32_t dtype) {
+  const Matrix& w = part.matrix;
+  const int64_t in = w.in_features, tokens = in ? x.numel() / in : 0;
+  Tensor target = view(part.out, tokens, w.out_features, w.out_features, 1, dtype);
+  dense_product(view(const_cast<void*>(x.const_data_ptr()), tokens, in, in, 1, dtype),
+                view(const_cast<void*>(w.values), in, w.out_features, 1, in, dtype), target);
+  add_bias(static_cast<T*>(part.out), static_cast<const T*>(w.bias), tokens, w.out_features, w.out_features);
+}
+
+// ---- all parts -------------------------------------------------------------------------------------------------------------
+
+// x contiguous [..., in], of the matrices' type; every part's `out` is there and not empty.
+void multiply(std::vector<Part>& parts, const Tensor& x, int64_t tokens) {
+  const InstructionSet& isa = *chosen.load(std::memory_order_relaxed);
+  const int64_t in = parts[0].matrix.in_features;
+  Rows rows{parts[0].matrix.type, x.const_data_ptr(), tokens, in, nullptr, nullptr, {}, {}};
+  int64_t work = 0;
+  for (Part& part : parts) {
+    const Matrix& w = part.matrix;
+    part.way = way(w, tokens);
+    if (part.way == Way::half) {
+      by_type(w.type, [&](auto zero) { half_rows<decltype(zero)>(part, x, isa); });
+    } else if (part.way == Way::stock) {
+      int32_t dtype = 0;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+      by_type(w.type, [&](auto zero) { stock_rows<decltype(zero)>(part, x, dtype); });
+    } else {
+      rows.prepare(part.way, isa);
+      work += Bytes(w).before(w.units) * std::max<int64_t>(1, tokens / 4);
+    }
+  }
+  const int64_t threads =
+      std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work / kBytesPerThread));
+  std::vector<Piece> pieces;
+  for (const Part& part : parts) {
+    if (part.way == Way::half || part.way == Way::stock) continue;
+    const int64_t own = Bytes(part.matrix).before(part.matrix.units) * std::max<int64_t>(1, tokens / 4);
+    const int64_t share = work > 0 ? (threads * own + work - 1) / work : 1;  // every thread finds a piece of its size
+    split(part, tokens, threads == 1 ? 1 : std::max(share, own / kBytesPerChunk), pieces);
+  }
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  if (threads == 1) {
+    for (const Piece& piece : pieces) run(piece, rows, isa);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(pieces[i], rows, isa);
+  });
+}
+
+}  // namespace
