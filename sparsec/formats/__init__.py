@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from sparsec.formats.base import Packed
+from sparsec.formats.bitmap import Bitmap
+from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
+from sparsec.formats.nm import NM
 
-FORMATS: dict[str, type[Packed]] = {CSR.format: CSR}
+FORMATS: dict[str, type[Packed]] = {kind.format: kind for kind in (CSR, Bitmap, BSR, NM)}
 
-__all__ = ["CSR", "FORMATS", "Packed"]
+__all__ = ["BSR", "CSR", "FORMATS", "NM", "Bitmap", "Packed"]

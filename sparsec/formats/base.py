@@ -15,6 +15,8 @@ from torch import Tensor
 from sparsec.errors import FormatError
 from sparsec.formats.faults import Field, field_faults
 
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Value types of the formats made for speed."""
 MAX_COUNT = 2**31 - 1
 """Positions inside a matrix's values are int32."""
 

@@ -73,7 +73,7 @@ class CSR(Packed):
         bits = _index_bits(in_features, index_bits)
         stored = int(mask.count_nonzero())
         check_count(cls.title, "weights", stored, MAX_COUNT)
-        if bits == 8 and in_features > REACH:
+        if bits == 8 and _has_empty_window(mask):
             kept = flat_positions(mask)
             stored += int(_fillers(_distances(kept, starts(kept, out_features, in_features), in_features)).sum())
         return stored * (dtype.itemsize + bits // 8) + 4 * (out_features + 1)
@@ -170,6 +170,13 @@ def _index_bits(in_features: int, wanted: int | None) -> int:
             f"index_bits={wanted} reaches 65536 columns, got in_features={in_features}; use index_bits=32"
         )
     return wanted
+
+
+def _has_empty_window(mask: Tensor) -> bool:
+    """Whether 128 columns in a row, from a multiple of 128 on, are all dropped. Without one no distance exceeds 255."""
+    windows = mask.shape[1] // 128
+    kept = mask[:, : windows * 128].reshape(mask.shape[0], windows, 128).any(2)
+    return not bool(kept.all())
 
 
 def _distances(kept: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:

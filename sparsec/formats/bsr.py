@@ -1,0 +1,166 @@
+"""BSR: blocks of r rows and c columns, each stored whole if any of its weights is kept; bd + little bits per weight.
+
+The format of block pruning, and the one that saves work in prefill too: a block that is gone is neither read nor multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import FormatError
+from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed
+from sparsec.formats.csr import csr_rows
+from sparsec.formats.faults import Field, check_count, check_pack, check_plan, pointer_faults
+from sparsec.formats.positions import flat_positions, starts, unsigned
+
+DEFAULT_BLOCK = (16, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class BSR(Packed):
+    """Block sparse rows; block columns ascend within each row of blocks; weights of a block that were not kept are 0.0."""
+
+    format: ClassVar[str] = "bsr"
+    title: ClassVar[str] = "BSR"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
+    tensor_names: ClassVar[tuple[str, ...]] = ("values", "col_idx", "row_ptr")
+    scalar_names: ClassVar[tuple[str, ...]] = ("in_features", "nnz")
+
+    values: Tensor  # [blocks, c, r]: column by column, so that the rows lie side by side
+    col_idx: Tensor  # [blocks], the number of the block's column of blocks; int16 (read as unsigned) or int32
+    row_ptr: Tensor  # [out_features / r + 1], int32
+    in_features: int
+    kept: int
+
+    @classmethod
+    def pack(cls, weight: Tensor, mask: Tensor, *, block: tuple[int, int] = DEFAULT_BLOCK) -> Self:
+        """Packs weight [out, in] where mask [out, in] is True, bit for bit, in blocks of (rows, columns).
+
+        Raises FormatError for a weight, mask or block that BSR cannot hold.
+        """
+        check_pack(cls.title, cls.dtypes, weight, mask)
+        r, c = _check_block(mask, block)
+        rows, columns = weight.shape[0] // r, weight.shape[1] // c
+        kept = _kept_blocks(mask, r, c)
+        check_count(cls.title, "blocks", kept.numel(), MAX_COUNT)
+        zeroed = torch.where(mask, weight.detach(), 0)
+        blocks = zeroed.view(rows, r, columns, c).permute(0, 2, 3, 1).reshape(rows * columns, c, r)
+        return cls(
+            values=blocks.index_select(0, kept),
+            col_idx=(kept % max(columns, 1)).to(_index_dtype(columns)),
+            row_ptr=starts(kept, rows, columns),
+            in_features=weight.shape[1],
+            kept=int(mask.count_nonzero()),
+        )
+
+    @classmethod
+    def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype, *, block: tuple[int, int] = DEFAULT_BLOCK) -> int:
+        """Bytes that `pack` would hold. FormatError as there."""
+        check_plan(cls.title, cls.dtypes, mask, dtype)
+        r, c = _check_block(mask, block)
+        blocks = _kept_blocks(mask, r, c).numel()
+        check_count(cls.title, "blocks", blocks, MAX_COUNT)
+        index_bytes = _index_dtype(mask.shape[1] // c).itemsize
+        return blocks * (r * c * dtype.itemsize + index_bytes) + 4 * (mask.shape[0] // r + 1)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, columns) of a block."""
+        return (self.values.shape[-1], self.values.shape[1] if self.values.ndim > 1 else 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return ((self.row_ptr.numel() - 1) * self.block[0], self.in_features)
+
+    @property
+    def nnz(self) -> int:
+        return self.kept
+
+    @property
+    def flops_per_token(self) -> int:
+        """Multiply-adds count 2, and whole blocks are multiplied."""
+        return 2 * self.values.numel()
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> Self:
+        return cls(**tensors, in_features=int(scalars["in_features"]), kept=int(scalars["nnz"]))
+
+    def unpack(self) -> Tensor:
+        r, c = self.block
+        rows, columns = self.row_ptr.numel() - 1, self.in_features // c
+        places = csr_rows(self.row_ptr, self.col_idx.numel()) * columns + unsigned(self.col_idx)
+        blocks = self.values.new_zeros(rows * columns, c, r).index_copy(0, places, self.values)
+        return blocks.view(rows, columns, c, r).permute(0, 3, 1, 2).reshape(rows * r, columns * c)
+
+    def describe(self) -> str:
+        return f"bsr{self.block[0]}x{self.block[1]}"
+
+    def fields(self) -> list[Field]:
+        blocks = ("blocks", self.values.shape[0] if self.values.ndim else 0)
+        values = Field("values", self.values, self.dtypes, (blocks, ("c", None), ("r", None)))
+        if values.fault():
+            return [values]
+        r, c = self.block
+        r_fits, c_fits = (("r, a multiple of 8", r if r % 8 == 0 and r else 8), ("c, a divisor of in_features", c))
+        if c == 0 or self.in_features % c:
+            c_fits = (f"c, a divisor of in_features = {self.in_features}", 1)
+        rows = ("out_features / r + 1", max(self.row_ptr.numel(), 1))
+        return [
+            Field("values", self.values, self.dtypes, (blocks, c_fits, r_fits)),
+            Field("col_idx", self.col_idx, (torch.int16, torch.int32), (blocks,)),
+            Field("row_ptr", self.row_ptr, (torch.int32,), (rows,)),
+        ]
+
+    def content_faults(self) -> list[str]:
+        faults = pointer_faults("row_ptr", self.row_ptr, self.col_idx.numel(), "the number of blocks", "row of blocks")
+        return faults or self._column_faults() or self._count_faults()
+
+    def _column_faults(self) -> list[str]:
+        columns, count = unsigned(self.col_idx), self.in_features // self.block[1]
+        outside = ((columns < 0) | (columns >= count)).nonzero()
+        if len(outside):
+            at = int(outside[0])
+            return [f"col_idx must lie in [0, {count}), got {int(columns[at])} at block {at}"]
+        rows = csr_rows(self.row_ptr, self.col_idx.numel())
+        bad = ((columns.diff() <= 0) & (rows.diff() == 0)).nonzero()
+        if len(bad):
+            row = int(rows[int(bad[0])])
+            return [f"col_idx must ascend strictly within a row of blocks, but does not in row {row}"]
+        return []
+
+    def _count_faults(self) -> list[str]:
+        least, most = int(self.values.count_nonzero()), self.values.numel()
+        if least <= self.nnz <= most:
+            return []
+        return [f"nnz must be {least} to {most} for these values, got {self.nnz}"]
+
+
+def _check_block(mask: Tensor, block: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(block, tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise FormatError(f"BSR has block=(rows, columns), two positive integers such as (16, 16), got {block!r}")
+    r, c = block
+    if r % 8:
+        raise FormatError(f"BSR needs blocks of 8, 16, 24, ... rows (they fill registers), got block=({r}, {c})")
+    for name, size, step in (("out_features", mask.shape[0], r), ("in_features", mask.shape[1], c)):
+        if size % step:
+            raise FormatError(
+                f"BSR with block=({r}, {c}) needs {name} divisible by {step}, got {size}; "
+                "take a block that divides the matrix, or lower(bitmap)"
+            )
+    return r, c
+
+
+def _kept_blocks(mask: Tensor, r: int, c: int) -> Tensor:
+    """Ascending flat positions (int64) of the blocks that keep any weight."""
+    rows, columns = mask.shape[0] // r, mask.shape[1] // c
+    # Rows first: they lie apart, so this half is fast and leaves 1 / r of the work.
+    return flat_positions(mask.reshape(rows, r, columns * c).any(1).view(rows, columns, c).any(2))
+
+
+def _index_dtype(columns: int) -> torch.dtype:
+    return torch.int16 if columns <= 2**16 else torch.int32

@@ -1,0 +1,197 @@
+"""N:M: in every group of m columns a row keeps at most n, so slots take the place of lists: bn/m + index bits n/m.
+
+Each slot holds a value and log2(m) bits that say which column of the group it belongs to (Mishra et al. 2021,
+arXiv:2104.08378). n and m are read from the mask. Panels of 16 rows, so that one slot serves 16 outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import FormatError
+from sparsec.formats.base import HALF_AND_SINGLE, Packed
+from sparsec.formats.faults import Field, check_pack, check_plan
+from sparsec.formats.panels import LANES, from_panels, panel_count, to_panels
+from sparsec.formats.positions import flat_positions
+
+INDEX_BITS: dict[int, int] = {4: 2, 8: 3}
+"""By m."""
+PADDING = 4  # bytes at the end of index, so that a load of 4 never leaves the memory
+
+
+@dataclass(frozen=True, eq=False)
+class NM(Packed):
+    """n slots for every row and group of m columns, ascending by column; a slot without a kept weight holds 0.0."""
+
+    format: ClassVar[str] = "nm"
+    title: ClassVar[str] = "N:M"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
+    tensor_names: ClassVar[tuple[str, ...]] = ("values", "index")
+    scalar_names: ClassVar[tuple[str, ...]] = ("out_features", "in_features", "m", "nnz")
+
+    values: Tensor  # [panels, in_features / m, n, 16]
+    index: Tensor  # uint8 [panels * in_features / m * n * 2 b + 4]: b bits a lane, lanes 0-7 in b bytes, 8-15 in the next b
+    out_features: int
+    in_features: int
+    m: int
+    kept: int
+
+    @classmethod
+    def pack(cls, weight: Tensor, mask: Tensor) -> Self:
+        """Packs weight [out, in] where mask [out, in] is True, bit for bit, in the fewest bytes that its pattern allows.
+
+        Raises FormatError for a weight that N:M cannot hold and for a mask that keeps a whole group of columns in a row.
+        """
+        check_pack(cls.title, cls.dtypes, weight, mask)
+        out_features, in_features = weight.shape
+        n, m = _pattern(mask, weight.element_size())
+        # Every row keeps exactly n columns of a group once those without a weight are counted in.
+        slots = flat_positions(_filled(mask, n, m))
+        values = torch.where(mask, weight.detach(), 0).view(-1).index_select(0, slots)
+        columns = slots.bitwise_and_(m - 1).to(torch.uint8)
+        index = _pack_index(to_panels(columns.view(out_features, in_features // m, n)), INDEX_BITS[m])
+        values = to_panels(values.view(out_features, in_features // m, n))
+        return cls(values, index, out_features, in_features, m, int(mask.count_nonzero()))
+
+    @classmethod
+    def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype) -> int:
+        """Bytes that `pack` would hold. FormatError as there."""
+        check_plan(cls.title, cls.dtypes, mask, dtype)
+        n, m = _pattern(mask, dtype.itemsize)
+        slots = panel_count(mask.shape[0]) * (mask.shape[1] // m) * n
+        return slots * (LANES * dtype.itemsize + 2 * INDEX_BITS[m]) + PADDING
+
+    @property
+    def n(self) -> int:
+        """Slots of a group."""
+        return self.values.shape[2] if self.values.ndim > 2 else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+    @property
+    def nnz(self) -> int:
+        return self.kept
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> Self:
+        sizes = (int(scalars[name]) for name in cls.scalar_names)
+        return cls(tensors["values"], tensors["index"], *sizes)
+
+    def unpack(self) -> Tensor:
+        panels, groups, _, lanes = self.values.shape
+        dense = self.values.new_zeros(panels, groups, self.m, lanes).scatter(2, self.columns(), self.values)
+        return from_panels(dense.flatten(1, 2), self.out_features)
+
+    def columns(self) -> Tensor:
+        """Column within its group (int64) of every slot [panels, groups, n, 16]."""
+        b = INDEX_BITS[self.m]
+        halves = self.index[:-PADDING].view(-1, b).to(torch.int64)
+        words = halves[:, 0]
+        for byte in range(1, b):
+            words = words | halves[:, byte] << 8 * byte
+        lanes = torch.arange(LANES // 2, device=words.device)
+        return (words.unsqueeze(1) >> b * lanes & (self.m - 1)).view(self.values.shape)
+
+    def describe(self) -> str:
+        return f"nm{self.n}:{self.m}"
+
+    def layout_faults(self) -> list[str]:
+        if self.m not in INDEX_BITS:
+            return [f"m must be 4 or 8, got {self.m}"]
+        if self.in_features % self.m:
+            return [f"in_features must be divisible by m = {self.m}, got {self.in_features}"]
+        return super().layout_faults()
+
+    def fields(self) -> list[Field]:
+        panels, groups, n = panel_count(self.out_features), self.in_features // self.m, self.n
+        few = ("n, from 1 to m - 1", min(max(n, 1), self.m - 1))
+        shape = (("panels", panels), ("in_features / m", groups), few, ("16", LANES))
+        index_bytes = panels * groups * n * 2 * INDEX_BITS[self.m] + PADDING
+        return [
+            Field("values", self.values, self.dtypes, shape),
+            Field("index", self.index, (torch.uint8,), (("bytes of all slots + 4", index_bytes),)),
+        ]
+
+    def content_faults(self) -> list[str]:
+        columns = from_panels(self.columns(), self.out_features)
+        bad = (columns.diff(dim=2) <= 0).nonzero()
+        if len(bad):
+            row, group = bad[0, :2].tolist()
+            return [f"index must ascend within a group, but does not in row {row}, group {group}"]
+        if self.index[-PADDING:].any():
+            return [f"index must end in {PADDING} zeros, got {self.index[-PADDING:].tolist()}"]
+        absent = from_panels(self.values, self.values.shape[0] * LANES)[self.out_features :]
+        if absent.reshape(-1).view(torch.uint8).any():
+            return [f"values must be zero past the last row, {self.out_features - 1}, but are not in the last panel"]
+        least, most = int(self.values.count_nonzero()), columns.numel()
+        if not least <= self.nnz <= most:
+            return [f"nnz must be {least} to {most} for these values, got {self.nnz}"]
+        return []
+
+
+def _pattern(mask: Tensor, value_bytes: int) -> tuple[int, int]:
+    """n and m of the packing with the fewest bytes that holds the mask; of equal ones m = 4. FormatError for none."""
+    in_features = mask.shape[1]
+    fits: list[tuple[float, int, int]] = []
+    for m, b in INDEX_BITS.items():
+        if in_features % m == 0:
+            n = max(int(_group_counts(mask, m).max()), 1) if mask.numel() else 1
+            if n < m:
+                fits.append((n / m * (8 * value_bytes + b), m, n))
+    if fits:
+        _, m, n = min(fits)
+        return n, m
+    if in_features % 4:
+        raise FormatError(
+            f"N:M needs in_features divisible by 4 or 8, got {in_features}; use lower(bitmap), which takes any size"
+        )
+    m = 4 if in_features % 8 else 8
+    row, group = (_group_counts(mask, m) == m).nonzero()[0].tolist()
+    raise FormatError(
+        f"N:M holds at most {m - 1} of {m} columns of a row, but row {row} keeps all {m} of group {group} "
+        f"(columns {m * group} to {m * group + m - 1}); prune with an N:M pattern such as 2:4, or use lower(bitmap)"
+    )
+
+
+def _words(mask: Tensor, m: int) -> Tensor:
+    """Groups of m flags as integers [out, in / m], one byte a flag."""
+    return mask.reshape(-1).view({4: torch.int32, 8: torch.int64}[m]).view(mask.shape[0], -1 if mask.numel() else 0)
+
+
+def _group_counts(mask: Tensor, m: int) -> Tensor:
+    """Kept columns [out, in / m] of every group."""
+    ones = int.from_bytes(b"\1" * m, "little")
+    # The top byte of the product is the sum of all bytes.
+    return _words(mask, m) * ones >> 8 * (m - 1)
+
+
+def _filled(mask: Tensor, n: int, m: int) -> Tensor:
+    """The mask with exactly n columns in every group, the lowest that were not kept added: bool [out, in]."""
+    flags = torch.arange(2**m, device=mask.device).unsqueeze(1) >> torch.arange(m, device=mask.device) & 1
+    missing = (n - flags.sum(1, keepdim=True)).clamp(min=0)
+    free = 1 - flags
+    table = (flags + free * (free.cumsum(1) <= missing)).to(torch.bool)
+    low_bits = sum(1 << 8 * (m - 1) - 7 * lane for lane in range(m))
+    # The top byte of the product has the flags side by side.
+    codes = (_words(mask, m) * low_bits >> 8 * (m - 1) & 2**m - 1).to(torch.int64)
+    return _words(table, m).view(-1)[codes.view(-1)].view(torch.bool)
+
+
+def _pack_index(columns: Tensor, bits: int) -> Tensor:
+    """uint8 [..., 16] -> uint8 [bytes + 4]: every 8 lanes in `bits` bytes, lane l at bit l * bits, little endian."""
+    words = columns.view(-1).view(torch.int64)  # flat: a dimension of 1 may have any stride
+    width, held = 8, bits
+    while width < 64:  # bytes to pairs to fours to eights: the upper half of each moves down to the lower one
+        keep = (1 << 2 * held) - 1
+        keep_all = sum(keep << at for at in range(0, 64, 2 * width))
+        words = (words | words >> (width - held)) & keep_all
+        width, held = 2 * width, 2 * held
+    packed = words.view(-1, 1).view(torch.uint8)[:, :bits].reshape(-1)
+    return torch.cat([packed, packed.new_zeros(PADDING)])
