@@ -20,16 +20,19 @@ void bitmap_one(const sparsec::Task& t) {
   for (int64_t p = t.first; p < t.last; ++p, bits += in) {
     Lanes a = zero_lanes(), b = a;
     int64_t k = 0;
-    for (; k + 2 <= in; k += 2) {
-      __builtin_prefetch(reinterpret_cast<const char*>(values) + kBitmapAhead);
+    for (; k + 4 <= in; k += 4) {
       __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kBitmapAhead);
-      const uint32_t first = bits[k], second = bits[k + 1];
-      add_product(a, expand16(values, first), x[k]);
-      values += __builtin_popcount(first);
-      add_product(b, expand16(values, second), x[k + 1]);
-      values += __builtin_popcount(second);
+#pragma GCC unroll 2
+      for (int64_t j = k; j < k + 4; j += 2) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + kBitmapAhead);
+        const uint32_t first = bits[j], second = bits[j + 1];
+        add_product(a, expand16(values, first), x[j]);
+        values += __builtin_popcount(first);
+        add_product(b, expand16(values, second), x[j + 1]);
+        values += __builtin_popcount(second);
+      }
     }
-    if (k < in) {
+    for (; k < in; ++k) {
       add_product(a, expand16(values, bits[k]), x[k]);
       values += __builtin_popcount(bits[k]);
     }

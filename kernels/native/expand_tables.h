@@ -10,6 +10,9 @@ struct ExpandLanes {
 struct ExpandBytes {
   alignas(16) uint8_t rows[256][16];  // two bytes per lane, 0x80: 0
 };
+struct ExpandBFloat16 {
+  alignas(32) uint8_t rows[256][32];  // four bytes per lane, the lower two 0
+};
 
 constexpr ExpandLanes expand_lanes() {
   ExpandLanes table{};
@@ -33,7 +36,23 @@ constexpr ExpandBytes expand_bytes() {
   return table;
 }
 
+constexpr ExpandBFloat16 expand_bfloat16() {
+  ExpandBFloat16 table{};
+  for (int bits = 0; bits < 256; ++bits) {
+    int next = 0;
+    for (int l = 0; l < 8; ++l) {
+      const bool kept = (bits >> l) & 1;
+      table.rows[bits][4 * l] = table.rows[bits][4 * l + 1] = 0x80;
+      table.rows[bits][4 * l + 2] = static_cast<uint8_t>(kept ? 2 * next : 0x80);
+      table.rows[bits][4 * l + 3] = static_cast<uint8_t>(kept ? 2 * next + 1 : 0x80);
+      next += kept;
+    }
+  }
+  return table;
+}
+
 constexpr ExpandLanes kExpandLanes = expand_lanes();
 constexpr ExpandBytes kExpandBytes = expand_bytes();
+constexpr ExpandBFloat16 kExpandBFloat16 = expand_bfloat16();
 
 }  // namespace

@@ -127,16 +127,22 @@ inline Lanes load16(const T* values) {
   return Lanes{{load8(values), load8(values + 8)}};
 }
 
-// AVX2 has no expand: a table tells for each of 256 bit patterns which value every lane takes. A lane that takes none has the sign bit set,
-// by which the blend makes it 0.
+// AVX2 has no expand: a table tells for each of 256 bit patterns which value every lane takes. A lane that takes none has the sign bit
+// set, by which the blend makes it 0. GCC would make a comparison and an "and" of a blend with a zero that it knows to be one.
 inline __m256 expand8(const float* values, uint32_t bits) {
+  __m256 zero = _mm256_setzero_ps();
+  asm("" : "+x"(zero));
   const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandLanes.rows[bits]));
   const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), order);
-  return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(order));
+  return _mm256_blendv_ps(moved, zero, _mm256_castsi256_ps(order));
 }
-// Half types are moved as bytes, before they are widened.
-template <class T>
-inline __m256 expand8(const T* values, uint32_t bits) {
+// The bytes of a bf16 go straight to the upper half of its lane: eight values in both halves of a register, one shuffle.
+inline __m256 expand8(const BFloat16* values, uint32_t bits) {
+  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandBFloat16.rows[bits]));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, order));
+}
+inline __m256 expand8(const Float16* values, uint32_t bits) {
   const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandBytes.rows[bits]));
   return wide8(_mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), order), values);
 }
