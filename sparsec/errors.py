@@ -42,6 +42,10 @@ class KernelError(SparsecError, RuntimeError):
     """No kernel serves the request; lists every kernel with its reasons."""
 
 
+class CalibrationError(SparsecError, ValueError):
+    """A calibration of the cost model that is missing, damaged, or of another version."""
+
+
 class BuildError(SparsecError, RuntimeError):
     """The native kernels could not be built; carries the compiler's own words."""
 

@@ -40,9 +40,9 @@ PACKAGES = ("sparsec", "torch", "transformers", "tokenizers", "safetensors", "nu
 def machine() -> Machine:
     """Of this process, now. May build the native kernels."""
     return Machine(
-        cpu=_cpu(),
+        cpu=cpu_name(),
         isa=torch.backends.cpu.get_cpu_capability(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory_bytes=_memory(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -52,7 +52,7 @@ def machine() -> Machine:
         threads=torch.get_num_threads(),
         kernels={kernel.name: "; ".join(kernel.available()) or "ready" for kernel in KERNELS},
         native=_native(),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        load=load(),
     )
 
 
@@ -70,7 +70,18 @@ def _version(name: str) -> str:
         return "missing"
 
 
-def _cpu() -> str:
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load() -> float | None:
+    """Processes that ran or waited over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def cpu_name() -> str:
+    """The processor as it names itself."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():

@@ -1,0 +1,139 @@
+"""`python -m sparsec.cost`: calibrates the cost model on this machine and shows its constants."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sparsec.cost.calibration import Calibration, Found, calibration, save
+from sparsec.errors import DataError, SparsecError
+from sparsec.report.progress import shown_progress
+from sparsec.report.table import heading, paragraph, table
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EXAMPLES = """
+examples:
+  python -m sparsec.cost                      # measured once, then read from the cache folder
+  python -m sparsec.cost --threads 1 --force  # anew, for one thread
+  python -m sparsec.cost --show               # what is known, measuring nothing
+  python -m sparsec.cost --json my.json       # a file for SPARSEC_CALIBRATION
+"""
+HEADER = (
+    "kernel",
+    "format",
+    "dtype",
+    "call us",
+    "output ns",
+    "GB/s",
+    "value ps",
+    "position ps",
+    "rows: value|position ps",
+    "fits",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m sparsec.cost",
+        description="Measures what the kernels reach on this machine, for lower(auto) and for the report's predictions.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--dtypes", default="fp32,bf16,fp16", help=f"of {', '.join(DTYPES)}, by commas; default: all")
+    p.add_argument("--threads", type=int, metavar="N", help="of torch; default: as torch chooses")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--force", action="store_true", help="measure, even where a calibration is known")
+    how.add_argument("--show", action="store_true", help="measure nothing; an error where nothing is known")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    args = parser().parse_args(argv)
+    try:
+        _run(args)
+    except (SparsecError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    names = args.dtypes.split(",")
+    unknown = [n for n in names if n not in DTYPES]
+    if unknown:
+        raise DataError(f"--dtypes takes {', '.join(DTYPES)}, got {unknown[0]!r}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise DataError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    with shown_progress(sys.stderr) as progress:
+        dtypes = [DTYPES[n] for n in names]
+        found = calibration(dtypes, force=args.force, measuring=not args.show, progress=progress)
+    if found is None:
+        raise DataError(
+            "nothing is known of this machine with these threads and dtypes; leave out --show to measure it"
+        )
+    print("\n".join(lines(found)))
+    if args.json:
+        save(found.calibration, args.json)
+
+
+def lines(found: Found) -> list[str]:
+    """The constants as text."""
+    known = found.calibration
+    shown = heading("Calibration")
+    for title, text in (
+        ("cpu", known.key.cpu),
+        ("isa", known.key.isa),
+        ("threads", known.key.threads),
+        ("torch", known.key.torch),
+    ):
+        shown += paragraph(str(text), f"{title:<9}")
+    shown += paragraph(found.source, f"{'source':<9}")
+    reads = ", ".join(f"{_size(r.nbytes)} {1e-9 / r.per_byte:.0f}" for r in known.reads)
+    shown += paragraph(f"{reads} GB/s", f"{'reading':<9}")
+    shown += ["", *table(HEADER, _rows(known), left=(0, 1, 2, 8), gap=2)]
+    shown += paragraph(
+        "seconds = call + output x out_features + max(bytes / GB/s, decoding per value and position, multiplying per value and "
+        "position with so many rows); fits: 9 in 10 of its own measurements lie within this share of what it predicts"
+    )
+    return shown[1:] + [line for notice in found.notices for line in paragraph(notice, "- ")]
+
+
+def _rows(known: Calibration) -> list[tuple[str, ...]]:
+    return [
+        (
+            k.kernel,
+            k.format,
+            k.dtype,
+            f"{1e6 * k.call:.1f}",
+            f"{1e9 * k.per_output:.1f}",
+            f"{1e-9 / k.per_byte:.1f}" if k.per_byte else "-",
+            f"{1e12 * k.decode.per_stored:.0f}",
+            f"{1e12 * k.decode.per_position:.0f}",
+            " ".join(
+                f"{r.rows}: {1e12 * r.rate.per_stored:.0f}|{1e12 * r.rate.per_position:.0f}"
+                for r in k.rows
+                if r.rows in (8, 512)
+            ),
+            f"{k.error:.0%}",
+        )
+        for k in known.kernels
+    ]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""What the cost model knows of one machine: measured once in some seconds, kept in the cache folder, read from then on.
+
+A calibration holds for a processor, an instruction set, a number of threads, a torch and a native library; anything else is
+another file. A file that is damaged, or was put there from elsewhere, is said to be so and measured anew, and so is one that
+was measured while the machine was busy, once it is idle. SPARSEC_CALIBRATION names a file to be used instead, whatever machine
+it is from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsec.cost.measure import measure_kernels, measure_reads
+from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
+from sparsec.errors import CalibrationError
+from sparsec.kernels import status
+from sparsec.kernels.loader import cache_folder
+from sparsec.machine import cores, cpu_name, load
+from sparsec.progress import Progress
+
+SCHEMA = "sparsec.cost/1"
+VARIABLE = "SPARSEC_CALIBRATION"
+POOR_FIT = 0.3
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the constants depend on."""
+
+    cpu: str
+    isa: str  # of the native kernels; "none" where there are none
+    threads: int
+    torch: str
+    library: str  # digest of the native library, which changes with sources, compiler and flags
+
+    @classmethod
+    def here(cls) -> Key:
+        """Of this process, now. May build the native library."""
+        native = status()
+        library = "none" if native.path is None else _digest(Path(native.path).read_bytes())
+        return cls(cpu_name(), native.isa or "none", torch.get_num_threads(), torch.__version__, library)
+
+    def file(self) -> Path:
+        """Where its calibration is kept."""
+        return cache_folder() / "calibration" / f"{_digest(repr(self).encode())}.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The constants of every kernel that runs on a machine."""
+
+    key: Key
+    load: float  # processes that ran or waited when it was measured; 0 where the system does not tell
+    reads: tuple[Read, ...]  # ascending in bytes
+    kernels: tuple[KernelCost, ...]
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """Those that were measured."""
+        return frozenset(k.dtype for k in self.kernels)
+
+    def cost(self, kernel: str, format_name: str, dtype: torch.dtype) -> KernelCost | None:
+        """The constants of a kernel for a format as it describes itself, else those of a relative: another block or N:M."""
+        name = str(dtype).removeprefix("torch.")
+        known = [k for k in self.kernels if k.kernel == kernel and k.dtype == name]
+        return next((k for k in known if k.format == format_name), known[0] if known else None)
+
+    def predict(
+        self,
+        kernel: str,
+        format_name: str,
+        dtype: torch.dtype,
+        work: Work,
+        rows: int = 1,
+        working_set: int | None = None,
+    ) -> Prediction | None:
+        """None for a kernel or dtype that was not measured. working_set: bytes that are read in turn with these; None: many."""
+        cost = self.cost(kernel, format_name, dtype)
+        return None if cost is None else cost.predict(work, rows, self.reach(working_set))
+
+    def reach(self, working_set: int | None) -> float:
+        """How many times as fast as from memory so many bytes come when they are read again and again; at least 1."""
+        if working_set is None or not self.reads:
+            return 1.0
+        memory = self.reads[-1]
+        held = next((r for r in self.reads if r.nbytes >= working_set), memory)
+        return max(1.0, memory.per_byte / held.per_byte)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A calibration and what has to be said about it."""
+
+    calibration: Calibration
+    source: str  # "measured now", or the file
+    notices: tuple[str, ...] = ()
+
+
+def calibration(
+    dtypes: Sequence[torch.dtype], *, force: bool = False, measuring: bool = True, progress: Progress | None = None
+) -> Found | None:
+    """This machine's constants for these dtypes, from the file that SPARSEC_CALIBRATION names, from the cache, or measured now.
+
+    force: measure anew. measuring: False measures nothing, and gives None where not all of it is known. A file that is named
+    is taken as it is. CalibrationError where that one cannot be used.
+    """
+    named = os.environ.get(VARIABLE)
+    if named and not force:
+        return _named(Path(named))
+    key, notices = Key.here(), []
+    known = None
+    if not force and key.file().exists():
+        try:
+            known = _kept(key)
+            if measuring and busy(known.load) and not busy(load() or 0.0):
+                known = None
+        except CalibrationError as error:
+            notices.append(f"{error}; it is measured anew")
+    missing = [d for d in dtypes if known is None or str(d).removeprefix("torch.") not in known.dtypes]
+    source = str(key.file())
+    if missing:
+        if not measuring:
+            return None
+        measured = measure(key, missing, progress)
+        known = measured if known is None else _merged(known, measured)
+        source = "measured now"
+        try:
+            save(known, key.file())
+        except OSError as error:
+            notices.append(f"it cannot be kept in {key.file()} ({error.strerror}), so every run measures it again")
+    assert known is not None
+    return Found(known, source, (*notices, *remarks(known)))
+
+
+def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None = None) -> Calibration:
+    """Measures every kernel that serves one of the dtypes on this machine's CPU."""
+    reads = measure_reads(progress)
+    kernels = measure_kernels(dtypes, reads[-1].per_byte, progress)
+    return Calibration(key, load() or 0.0, reads, tuple(kernels))
+
+
+def remarks(found: Calibration) -> list[str]:
+    """What makes its predictions doubtful."""
+    notes, threads = [], found.key.threads
+    anew = "measure it anew with python -m sparsec.cost --force"
+    if threads > cores():
+        notes.append(
+            f"{threads} threads share {cores()} cores, so times scatter widely; use torch.set_num_threads({cores()})"
+        )
+    if busy(found.load):
+        notes.append(f"the machine was busy when it was calibrated (load {found.load:.1f} on {cores()} cores); {anew}")
+    poor = [k for k in found.kernels if k.error > POOR_FIT]
+    if poor:
+        worst = max(poor, key=lambda k: k.error)
+        notes.append(
+            f"the cost model misses its own measurements of {worst.kernel} ({worst.format}, {worst.dtype}) by up to "
+            f"{worst.error:.0%} in 9 of 10; on an idle machine {anew}"
+        )
+    return notes
+
+
+def busy(load: float) -> bool:
+    """Whether others kept the cores from being measured."""
+    return load > cores() + 0.5
+
+
+def save(found: Calibration, path: Path) -> None:
+    """Writes the file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        file.write(to_json(found))
+    os.replace(file.name, path)
+
+
+def load_file(path: Path) -> Calibration:
+    """CalibrationError for a file that is missing, damaged, or of another version."""
+    try:
+        return from_json(path.read_text("utf-8"))
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: is damaged ({error.reason})") from error
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from None
+
+
+def to_json(found: Calibration) -> str:
+    """With a checksum, so that a damaged constant is seen too."""
+    content = {"schema": SCHEMA, **asdict(found)}
+    return json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n"
+
+
+def from_json(text: str) -> Calibration:
+    """The inverse of `to_json`. CalibrationError for anything else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"is damaged: no JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        raise CalibrationError(f"is no calibration of this version ({SCHEMA!r}): {found!r}")
+    if content.pop("sha256", None) != _checksum(content):
+        raise CalibrationError("is damaged: its checksum does not fit its content")
+    try:
+        return Calibration(
+            key=Key(**content["key"]),
+            load=_number(content["load"]),
+            reads=tuple(Read(int(r["nbytes"]), _number(r["per_byte"])) for r in content["reads"]),
+            kernels=tuple(_kernel(k) for k in content["kernels"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibrationError(f"is damaged: {type(error).__name__}: {error}") from None
+
+
+def _kernel(k: dict[str, Any]) -> KernelCost:
+    rows = tuple(RowsRate(int(r["rows"]), _rate(r["rate"])) for r in k["rows"])
+    numbers = {name: _number(k[name]) for name in ("call", "per_output", "per_byte", "error")}
+    return KernelCost(
+        kernel=str(k["kernel"]),
+        format=str(k["format"]),
+        dtype=str(k["dtype"]),
+        decode=_rate(k["decode"]),
+        rows=rows,
+        **numbers,
+    )
+
+
+def _rate(r: dict[str, Any]) -> Rate:
+    return Rate(_number(r["per_stored"]), _number(r["per_position"]))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"expected a number of at least 0, got {value!r}")
+    return float(value)
+
+
+def _kept(key: Key) -> Calibration:
+    found = load_file(key.file())
+    if found.key != key:
+        raise CalibrationError(f"{key.file()}: was measured elsewhere: {found.key}")
+    return found
+
+
+def _named(path: Path) -> Found:
+    try:
+        found = load_file(path)
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"{VARIABLE}={error}; write it with python -m sparsec.cost --json FILE, or unset {VARIABLE}"
+        ) from None
+    notices, here = remarks(found), Key.here()
+    if found.key != here:
+        differ = [
+            f"{n} {getattr(found.key, n)}, here {getattr(here, n)}"
+            for n in asdict(here)
+            if getattr(found.key, n) != getattr(here, n)
+        ]
+        notices.append(f"{VARIABLE}={path} was measured elsewhere ({'; '.join(differ)}): the predictions are for there")
+    return Found(found, str(path), tuple(notices))
+
+
+def _merged(old: Calibration, new: Calibration) -> Calibration:
+    kept = tuple(k for k in old.kernels if k.dtype not in new.dtypes)
+    return replace(new, load=max(old.load, new.load), kernels=(*kept, *new.kernels))
+
+
+def _checksum(content: Any) -> str:
+    return _digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

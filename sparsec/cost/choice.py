@@ -1,0 +1,179 @@
+"""Which format and kernel serves one weight best: the candidates with their bytes and predicted times, and the reason in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsec.cost.calibration import Calibration
+from sparsec.cost.model import Prediction, Work
+from sparsec.errors import FormatError, KernelError
+from sparsec.formats import FORMATS
+from sparsec.kernels import Problem, select
+
+Objective = Literal["latency", "bytes"]
+MARGIN = 1.05
+"""A sparse kernel must be predicted so many times as fast as the best dense one: less is noise, and dense weights stay writable."""
+BLOCKS = ((32, 32), (16, 16), (8, 8), (16, 1))
+BLOCK_SHARE = 0.9
+"""Blocks are worth a look where at most this share of them keeps any weight; in an unstructured mask nearly all do."""
+WIDE = 1 << 16  # columns that 16 bits reach
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to hold and to multiply by a weight."""
+
+    format: str  # "dense", or a key of FORMATS
+    label: str  # in words: csr8, bsr16x16
+    kernel: str
+    options: dict[str, Any]  # of pack
+    nbytes: int
+    prediction: Prediction | None  # None where nothing was measured
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a choice is made for."""
+
+    objective: Objective
+    rows: int  # of x
+    calibration: Calibration | None  # None: choose by bytes
+    working_set: int | None = None  # bytes that are read in turn
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best candidate, and why it is the best."""
+
+    best: Candidate
+    reason: str
+
+
+def choose(
+    matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels: Sequence[str] = ("dense_torch",)
+) -> Choice:
+    """For a weight [out, in] with its mask, None where nothing was pruned; then only the dense kernels compete.
+
+    dense_kernels: those that may serve it, the first is what runs if nothing is done.
+    """
+    dense = list(dense_candidates(matrix, setting, dense_kernels))
+    sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, matrix.device.type, setting))
+    if setting.calibration is None or setting.objective == "bytes":
+        return _smallest(dense[0], sparse)
+    return _fastest(dense, sparse)
+
+
+def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -> Iterator[Candidate]:
+    """The weight as it is."""
+    work = Work.dense(*matrix.shape, matrix.dtype)
+    for kernel in kernels:
+        prediction = _predict(setting, kernel, "dense", matrix.dtype, work)
+        yield Candidate("dense", "dense", kernel, {}, work.nbytes, prediction)
+
+
+def sparse_candidates(mask: Tensor, dtype: torch.dtype, device: str, setting: Setting) -> Iterator[Candidate]:
+    """Every format that can hold the mask and has a kernel for it; with an option that decides, each of its values."""
+    out_features, in_features = mask.shape
+    for name, label, options in _packings(mask):
+        problem = Problem(name, out_features, in_features, setting.rows, dtype, device)
+        try:
+            kernel = select(problem).name
+            nbytes: int = FORMATS[name].planned_nbytes(mask, dtype, **options)  # type: ignore[attr-defined]
+        except (FormatError, KernelError):
+            continue  # it cannot hold or serve this weight
+        work = Work(out_features, in_features, _stored(name, options, nbytes, mask.shape, dtype), nbytes)
+        yield Candidate(name, label, kernel, options, nbytes, _predict(setting, kernel, label, dtype, work))
+
+
+def _packings(mask: Tensor) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(format, label, options) worth a look."""
+    for bits in (8, 16) if mask.shape[1] <= WIDE else (32,):
+        yield "csr", f"csr{bits}", {"index_bits": bits}
+    yield "bitmap", "bitmap", {}
+    yield "nm", "nm", {}
+    for r, c in BLOCKS:
+        if (
+            mask.numel()
+            and mask.shape[0] % r == 0
+            and mask.shape[1] % c == 0
+            and _block_share(mask, r, c) <= BLOCK_SHARE
+        ):
+            yield "bsr", f"bsr{r}x{c}", {"block": (r, c)}
+
+
+def _block_share(mask: Tensor, r: int, c: int) -> float:
+    """Share of the r x c blocks that keep any weight. Of an unstructured mask a look at its first rows is enough."""
+    few = mask[: r * max(1, 256 // r)]
+    rows, columns = few.shape[0] // r, few.shape[1] // c
+    looked = few.reshape(rows, r, columns, c).any(3).any(1)
+    if few.shape[0] < mask.shape[0] and float(looked.float().mean()) > 0.99:
+        return 1.0
+    return float(mask.reshape(-1, r, columns, c).any(3).any(1).float().mean())
+
+
+def _stored(name: str, options: dict[str, Any], nbytes: int, shape: torch.Size, dtype: torch.dtype) -> int:
+    """How many values a packed matrix of so many bytes holds, fillers and padding included."""
+    out_features, in_features = shape
+    match name:
+        case "csr":
+            return (nbytes - 4 * (out_features + 1)) // (dtype.itemsize + options["index_bits"] // 8)
+        case "bitmap":
+            panels = -(-out_features // 16)
+            return (nbytes - 2 * panels * in_features - 4 * (panels + 1)) // dtype.itemsize
+        case "bsr":
+            r, c = options["block"]
+            index = 2 if in_features // c <= WIDE else 4
+            return (nbytes - 4 * (out_features // r + 1)) // (r * c * dtype.itemsize + index) * r * c
+        case "nm":  # an index takes 2 or 3 bits; with 3 this is at most 4 % too many
+            return (nbytes - 4) * 16 // (16 * dtype.itemsize + 4)
+    return nbytes // dtype.itemsize
+
+
+def _predict(setting: Setting, kernel: str, label: str, dtype: torch.dtype, work: Work) -> Prediction | None:
+    if setting.calibration is None:
+        return None
+    return setting.calibration.predict(kernel, label, dtype, work, setting.rows, setting.working_set)
+
+
+def _smallest(dense: Candidate, sparse: Sequence[Candidate]) -> Choice:
+    best = min(sparse, key=lambda c: c.nbytes, default=None)
+    if best is None:
+        return Choice(dense, "dense: no format holds it")
+    if best.nbytes >= dense.nbytes:
+        return Choice(dense, f"dense: the smallest, {best.label}, takes {_share(best, dense)} of its bytes")
+    others = sorted((c for c in sparse if c is not best), key=lambda c: c.nbytes)[:2]
+    rest = "".join(f"; {c.label} {_share(c, dense)}" for c in others)
+    return Choice(best, f"{best.label}: {_share(best, dense)} of the dense bytes{rest}")
+
+
+def _fastest(dense: Sequence[Candidate], sparse: Sequence[Candidate]) -> Choice:
+    timed = sorted(((c.prediction.seconds, c) for c in sparse if c.prediction is not None), key=lambda t: t[0])
+    known = [(c.prediction.seconds, c) for c in dense if c.prediction is not None]
+    if not known:
+        return _smallest(dense[0], sparse)
+    base, _ = known[0]
+    floor, plain = min(known, key=lambda t: t[0])
+    said = [f"{c.label} {base / seconds:.2f}x" for seconds, c in timed[:3]]
+    if plain is not dense[0]:
+        said.append(f"{plain.kernel} {base / floor:.2f}x")
+    if not timed or timed[0][0] * MARGIN > floor:
+        name = "dense" if plain is dense[0] else f"dense[{plain.kernel}]"
+        if not timed:
+            return Choice(plain, f"{name}: predicted {base / floor:.2f}x of F.linear")
+        gain = floor / timed[0][0]
+        return Choice(plain, f"{name}: {timed[0][1].label} predicted {gain:.2f}x of it, below {MARGIN}x")
+    _, best = timed[0]
+    assert best.prediction is not None
+    rest = f"; {', '.join(said[1:])}" if said[1:] else ""
+    return Choice(
+        best, f"{best.label}: predicted {said[0].split()[-1]} of dense, bound by {best.prediction.binds}{rest}"
+    )
+
+
+def _share(candidate: Candidate, dense: Candidate) -> str:
+    return f"{candidate.nbytes / max(1, dense.nbytes):.0%}"

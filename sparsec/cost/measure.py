@@ -1,0 +1,113 @@
+"""Which products are timed for a calibration, and the constants that come of them.
+
+Small and large, wide and tall, at three densities for one row; fewer for many rows. A matrix is packed once for all dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsec.cost.fit import Sample, fit
+from sparsec.cost.model import KernelCost, Read
+from sparsec.cost.timing import Arena, Contender, dense_contender, packed_contender, time_cold, time_read, time_warm
+from sparsec.formats import FORMATS
+from sparsec.formats.base import Packed
+from sparsec.kernels import KERNELS, Kernel, Problem
+from sparsec.kernels.dense import NAME as DENSE_OPERATOR
+from sparsec.kernels.dense import native_serves
+from sparsec.kernels.dense_linear import DTYPES as DENSE_DTYPES
+from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.progress import Progress
+
+DENSITIES = (0.5, 0.3, 0.1)
+COLD = (
+    *((shape, d) for shape in ((192, 576), (576, 576), (576, 1536), (2048, 768)) for d in DENSITIES),
+    ((2048, 2048), 0.4),
+)
+WARM = tuple((shape, d) for shape in ((256, 512), (192, 1024)) for d in DENSITIES)
+MANY = (((576, 1536), 0.5), ((1536, 576), 0.1), ((2048, 768), 0.3))
+MANY_ROWS = (2, 4, 8, 32, 128, 512)
+READS = tuple(1 << n for n in range(18, 31, 2))  # bytes
+
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "csr": ({"index_bits": 8}, {"index_bits": 16}),
+    "bsr": ({"block": (16, 16)},),
+}
+"""How a format is packed for a calibration; formats that are not named here take no options."""
+
+
+def measure_reads(progress: Progress | None = None) -> tuple[Read, ...]:
+    """The roof of every level of memory; the last one is the memory itself."""
+    found = []
+    for i, nbytes in enumerate(READS):
+        _say(progress, "reading", i, len(READS))
+        found.append(time_read(nbytes))
+    return tuple(found)
+
+
+def measure_kernels(
+    dtypes: Sequence[torch.dtype], read_per_byte: float, progress: Progress | None = None
+) -> list[KernelCost]:
+    """The constants of every kernel on the CPU that is fast enough to be measured: the references are not."""
+    arena, generator = Arena(), torch.Generator().manual_seed(0)
+    samples: dict[tuple[str, str, torch.dtype], list[Sample]] = {}
+    timers = [
+        *((case, time_warm, 30) for case in WARM),
+        *((case, partial(time_cold, rows=1), 12) for case in COLD),
+        *((case, partial(time_cold, rows=n), 5 if n < 128 else 3) for case in MANY for n in MANY_ROWS),
+    ]
+    packed: dict[Any, list[tuple[Kernel, Packed]]] = {}
+    for i, (case, timer, rounds) in enumerate(timers):
+        _say(progress, "timing kernels", i, len(timers))
+        if case not in packed:
+            packed[case] = list(_matrices(case[0], case[1], generator))
+        for dtype in dtypes:
+            contenders = _contenders(case[0], packed[case], dtype)
+            times = timer(contenders, arena=arena, rounds=rounds, dtype=dtype)
+            for contender, sample in zip(contenders, times, strict=True):
+                samples.setdefault((contender.kernel, contender.format, dtype), []).append(sample)
+    _say(progress, "timing kernels", len(timers), len(timers))
+    return [fit(k, f, str(d).removeprefix("torch."), found, read_per_byte) for (k, f, d), found in samples.items()]
+
+
+def _matrices(shape: tuple[int, int], density: float, generator: torch.Generator) -> Iterator[tuple[Kernel, Packed]]:
+    for kernel in KERNELS:
+        problem = Problem(kernel.format, *shape)
+        if kernel.format == "dense" or kernel.name.endswith("_reference") or kernel.unsupported(problem):
+            continue
+        for options in OPTIONS.get(kernel.format, ({},)):
+            mask = _mask(kernel.format, shape, density, generator)
+            yield kernel, FORMATS[kernel.format].pack(mask.float(), mask, **options)  # type: ignore[attr-defined]
+
+
+def _mask(format_name: str, shape: tuple[int, int], density: float, generator: torch.Generator) -> Tensor:
+    match format_name:
+        case "nm":  # 2:4, 1:4 or 1:8 for a half, a third or a tenth
+            n, m = (2, 4) if density >= 0.4 else (1, 4) if density > 0.2 else (1, 8)
+            scores = torch.rand(shape[0], shape[1] // m, m, generator=generator)
+            return (scores.argsort(-1).argsort(-1) < n).view(shape)
+        case "bsr":
+            kept = torch.rand(shape[0] // 16, shape[1] // 16, generator=generator) < density
+            return kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    return torch.rand(shape, generator=generator) < density
+
+
+def _contenders(shape: tuple[int, int], packed: Sequence[tuple[Kernel, Packed]], dtype: torch.dtype) -> list[Contender]:
+    found = [dense_contender("dense_torch", _as_it_is, *shape, dtype)]
+    if dtype in DENSE_DTYPES and native_serves(DENSE_OPERATOR):
+        found.append(dense_contender("dense_cpu", DenseLinear, *shape, dtype))
+    return found + [packed_contender(k.name, p, dtype) for k, p in packed if dtype in k.dtypes]
+
+
+def _as_it_is(linear: nn.Linear) -> nn.Module:
+    return linear
+
+
+def _say(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(f"calibrating: {what}", done, total)
