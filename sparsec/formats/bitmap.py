@@ -98,6 +98,6 @@ class Bitmap(Packed):
             return [f"bits must keep the {held} weights that panel_ptr gives panel {p}, got {int(flags[p].sum())}"]
         if from_panels(flags, len(flags) * LANES)[self.out_features :].any():
             return [f"bits must be clear past the last row, {self.out_features - 1}, but are not in the last panel"]
-        if self.values[self.nnz :].view(torch.uint8).any():
+        if self.values[self.nnz :].count_nonzero():
             return [f"values must end in {LANES} zeros, got {self.values[self.nnz :].tolist()}"]
         return []

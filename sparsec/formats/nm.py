@@ -52,7 +52,7 @@ class NM(Packed):
         n, m = _pattern(mask, weight.element_size())
         # Every row keeps exactly n columns of a group once those without a weight are counted in.
         slots = flat_positions(_filled(mask, n, m))
-        values = torch.where(mask, weight.detach(), 0).view(-1).index_select(0, slots)
+        values = torch.where(mask, weight.detach(), 0).reshape(-1).index_select(0, slots)
         columns = slots.bitwise_and_(m - 1).to(torch.uint8)
         index = _pack_index(to_panels(columns.view(out_features, in_features // m, n)), INDEX_BITS[m])
         values = to_panels(values.view(out_features, in_features // m, n))
@@ -86,8 +86,10 @@ class NM(Packed):
 
     def unpack(self) -> Tensor:
         panels, groups, _, lanes = self.values.shape
-        dense = self.values.new_zeros(panels, groups, self.m, lanes).scatter(2, self.columns(), self.values)
-        return from_panels(dense.flatten(1, 2), self.out_features)
+        # As integers: torch 2.13 scatters half types through fp32, which changes the bits of a NaN.
+        numbers = self.values.view(torch.int16 if self.values.element_size() == 2 else torch.int32)
+        dense = numbers.new_zeros(panels, groups, self.m, lanes).scatter(2, self.columns(), numbers)
+        return from_panels(dense.view(self.values.dtype).flatten(1, 2), self.out_features)
 
     def columns(self) -> Tensor:
         """Column within its group (int64) of every slot [panels, groups, n, 16]."""
@@ -128,7 +130,7 @@ class NM(Packed):
         if self.index[-PADDING:].any():
             return [f"index must end in {PADDING} zeros, got {self.index[-PADDING:].tolist()}"]
         absent = from_panels(self.values, self.values.shape[0] * LANES)[self.out_features :]
-        if absent.reshape(-1).view(torch.uint8).any():
+        if absent.count_nonzero():
             return [f"values must be zero past the last row, {self.out_features - 1}, but are not in the last panel"]
         least, most = int(self.values.count_nonzero()), columns.numel()
         if not least <= self.nnz <= most:
