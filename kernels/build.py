@@ -36,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compiler", help="C++ compiler; default: $CXX, then c++, g++, clang++")
     parser.add_argument("--portable", action="store_true", help="only plain C++, no x86 instruction sets")
     parser.add_argument("--simde", action="store_true", help="emulate AVX-512 with SIMDe (for tests on a CPU without)")
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="with address and undefined-behaviour checks; run under LD_PRELOAD=$(c++ -print-file-name=libasan.so)",
+    )
     parser.add_argument("--output", type=Path, default=toolchain.SOURCES, help="folder; default: the package")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="compile every file, keep nothing")
@@ -54,7 +59,7 @@ def _act(options: argparse.Namespace) -> str:
         now = status()
         by = f", built by {now.compiler}" if now.compiler else ", built ahead of time"
         return f"{now.isa} kernels from {now.path}{by}" if now.built else f"reference kernels: {now.reason}"
-    chain = toolchain.find(options.compiler, portable=options.portable, simde=options.simde)
+    chain = toolchain.find(options.compiler, portable=options.portable, simde=options.simde, sanitize=options.sanitize)
     if options.check:
         chain.check()
         return f"{chain.version} for {chain.machine} accepts {', '.join(chain.files)}"

@@ -36,6 +36,8 @@ _COMMON = (
 )
 # torch 2.10 is the first with parallel_for in the stable ABI.
 _TORCH = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
+# A fault ends the process: the tests must not go on as if nothing had happened.
+_SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
@@ -49,6 +51,7 @@ class Toolchain:
     machine: str  # "x86_64-linux-gnu"
     portable: bool = False  # only plain C++, whatever the machine
     simde: bool = False  # AVX-512 emulated by SIMDe, for tests on a CPU without
+    sanitize: bool = False  # for a process that has preloaded the address sanitizer
 
     @property
     def files(self) -> dict[str, tuple[str, ...]]:
@@ -79,18 +82,21 @@ class Toolchain:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             objects = [str(Path(folder, name).with_suffix(".o")) for name in self.files]
+            extra = _SANITIZE if self.sanitize else ()
             commands = [
-                [*self.command, *_COMMON, *flags, "-c", str(SOURCES / name), "-o", out]
+                [*self.command, *_COMMON, *extra, *flags, "-c", str(SOURCES / name), "-o", out]
                 for (name, flags), out in zip(self.files.items(), objects, strict=True)
             ]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(_run, commands))
             linked = str(Path(folder, target.name))
-            _run([*self.command, "-shared", *objects, "-o", linked, *_link_flags(self.machine)])
+            _run([*self.command, "-shared", *extra, *objects, "-o", linked, *_link_flags(self.machine)])
             os.replace(linked, target)
 
 
-def find(compiler: str | None = None, *, portable: bool = False, simde: bool = False) -> Toolchain:
+def find(
+    compiler: str | None = None, *, portable: bool = False, simde: bool = False, sanitize: bool = False
+) -> Toolchain:
     """The compiler that is named, else the one in CXX, else the first of c++, g++, clang++ that answers.
 
     Raises BuildError when a compiler that was named is missing or fails, or none of the others answers.
@@ -109,7 +115,7 @@ def find(compiler: str | None = None, *, portable: bool = False, simde: bool = F
                 raise
             failures.append(f"{name}: {error}")  # such as the c++ of a macOS without its command line tools
             continue
-        return Toolchain(command, " ".join(version), machine, portable, simde)
+        return Toolchain(command, " ".join(version), machine, portable, simde, sanitize)
     if failures:
         raise BuildError(f"none of {', '.join(CANDIDATES)} works:\n" + "\n".join(failures))
     where = (
