@@ -6,13 +6,16 @@ product, and so are the gradients.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
-from sparsec.kernels.ops import LIBRARY, loads_native
+from sparsec.kernels import loader
+from sparsec.kernels.ops import LIBRARY, has_native, loads_native
 from sparsec.kernels.reference import check_operands, check_x
 
 NAME = "dense_linear"
@@ -21,6 +24,12 @@ LIBRARY.define(  # type: ignore[no-untyped-call]
     f"{NAME}(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 dense_linear: OpOverload = torch.ops.sparsec.dense_linear.default
+
+
+@functools.cache
+def native_serves(name: str) -> bool:
+    """Whether the native library implements the operator `sparsec::name`; loads it, and may build it, at the first call."""
+    return loader.status().built and has_native(name)
 
 
 def check_dense_call(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

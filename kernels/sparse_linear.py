@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
+from sparsec.formats.parts import FORMAT_NUMBERS
+from sparsec.kernels.group import Grouped
 from sparsec.kernels.ops import OPERATORS, explain, operator
 from sparsec.kernels.registry import Problem, select
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(Grouped, nn.Module):
     """y = x @ W.T + bias with a packed W [out, in]; x is [..., in] in W's dtype.
 
     The packed tensors are buffers under the names that the format gives them; the bias stays the given Parameter.
@@ -44,6 +46,8 @@ class SparseLinear(nn.Module):
         self._names = tuple(packed.tensors())
         self._scalars = packed.scalars()
         self._scalar_args = tuple(self._scalars.values())
+        number = FORMAT_NUMBERS[packed.format]
+        self._layouts = tuple((number, has_bias, *self._scalar_args) for has_bias in (0, 1))
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -52,6 +56,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]. KernelError when x does not fit the weight in size, dtype or device."""
+        if self._group is not None:
+            shared = self._group.product(self._index, self, x)
+            if shared is not None:
+                return shared
         # Looked up in the dictionaries at every call: nn.Module's attribute access costs 1 us a tensor, and a tuple
         # kept from an earlier call would go stale after .to(), load_state_dict(assign=True) or functional_call.
         buffers = self._buffers
@@ -71,6 +79,15 @@ class SparseLinear(nn.Module):
             explain(self.format, error, x, args)
             raise
         return out
+
+    def part(self) -> tuple[list[Tensor], tuple[int, ...]]:
+        """What a group multiplies by for this module."""
+        buffers = self._buffers
+        tensors = [buffers[n] for n in self._names]
+        bias = self._parameters["bias"]
+        if bias is None:
+            return tensors, self._layouts[0]  # type: ignore[return-value]
+        return [*tensors, bias], self._layouts[1]  # type: ignore[list-item]
 
     @property
     def packed(self) -> Packed:
@@ -111,7 +128,7 @@ class SparseLinear(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != "_op"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._op = OPERATORS[self.format]
 
     def extra_repr(self) -> str:

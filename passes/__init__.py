@@ -2,6 +2,7 @@
 
 from sparsec.passes.flops import Flops
 from sparsec.passes.freeze import Freeze
+from sparsec.passes.fuse import Fuse
 from sparsec.passes.lower import Lower
 from sparsec.passes.magnitude import Magnitude
 from sparsec.passes.mask import Mask
@@ -9,6 +10,6 @@ from sparsec.passes.sparsity import Sparsity
 from sparsec.passes.zeros import Zeros
 from sparsec.pipeline.base import Pass
 
-PASSES: tuple[type[Pass], ...] = (Magnitude, Zeros, Mask, Freeze, Sparsity, Flops, Lower)
+PASSES: tuple[type[Pass], ...] = (Magnitude, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower)
 
-__all__ = ["PASSES", "Flops", "Freeze", "Lower", "Magnitude", "Mask", "Sparsity", "Zeros"]
+__all__ = ["PASSES", "Flops", "Freeze", "Fuse", "Lower", "Magnitude", "Mask", "Sparsity", "Zeros"]

@@ -57,14 +57,14 @@ class Flops(Pass):
 
     def _count(self, graph: Graph, op: Op) -> tuple[float | None, float | None]:
         """(dense, kept); None where unknown."""
-        weight = graph.weights.get(op.weights[0]) if op.weights else None
+        weights = [graph.weights[name] for name in op.matrices if name in graph.weights]
+        if op.members and len(weights) < len(op.members):
+            return None, None  # traced from a compiled model, which does not tell
+        weight = weights[0] if weights else None
         if weight is None and op.kind in (*MATRIX_KINDS, "grouped_linear"):
             return None, None  # its weight is computed, not stored
         if op.kind in MATRIX_KINDS and weight is not None:
-            kept = weight.nnz
-            if kept is None:
-                kept = int(weight.mask.count_nonzero()) if weight.mask is not None else weight.numel
-            return 2.0 * weight.numel, 2.0 * kept
+            return 2.0 * sum(w.numel for w in weights), 2.0 * sum(w.kept for w in weights)
         if op.kind == "grouped_linear" and weight is not None:
             rows = _rows_per_token(op)
             each = 2.0 * prod(weight.shape[1:])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy as copying
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from sparsec.emitter import emit, unswappable
+from sparsec.emitter import emit, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
@@ -107,7 +107,8 @@ def compile(
     context = Context(
         masks=masks or {},
         progress=progress,
-        keep_dense=unswappable(model, graph),
+        keep_dense=unpackable(model, graph),
+        unswappable=unswappable(model, graph),
         owns_weights=True,
         probe=graph.example,
     )
@@ -153,7 +154,7 @@ def _refresh(graph: Graph) -> None:
         graph.update(weight.name, dtype=weight.packed.dtype)
         kernel = select(Problem.of(weight.packed)).name
         for op in graph.products_of(weight.name):
-            graph.ops[op.node] = replace(op, kernel=kernel)
+            graph.ops[op.node] = op.with_kernel(weight.name, kernel)
 
 
 def _refuse(model: nn.Module) -> None:

@@ -11,9 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsec.errors import EmitError
-from sparsec.ir.facts import Weight
+from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import SparseLinear
+from sparsec.kernels.dense import dense_linear
+from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.kernels.group import Group, Grouped
 
 _HOOKS = (
     "_forward_hooks",
@@ -27,15 +30,23 @@ _HOOKS = (
 
 
 def unswappable(model: nn.Module, graph: Graph) -> dict[str, str]:
-    """Weight -> why the module that executes it cannot become a SparseLinear."""
+    """Weight -> why a module that multiplies by it must stay what it is."""
     reasons = {}
     for weight in graph.weights.values():
-        products = graph.products_of(weight.name)
-        why = [r for op in products if (r := _reason(model, op.owner))] or _elsewhere(
-            model, weight, {op.owner for op in products}
-        )
-        if products and why:
+        why = [r for op in graph.products_of(weight.name) if (r := _reason(model, op.owner_of(weight.name)))]
+        if why:
             reasons[weight.name] = why[0]
+    return reasons
+
+
+def unpackable(model: nn.Module, graph: Graph) -> dict[str, str]:
+    """Weight -> why no module can hold it packed: those that are `unswappable`, and those that a module holds dense elsewhere."""
+    reasons = unswappable(model, graph)
+    for weight in graph.weights.values():
+        products = graph.products_of(weight.name)
+        if products and weight.name not in reasons:
+            why = _elsewhere(model, weight, {op.owner_of(weight.name) for op in products})
+            reasons |= {weight.name: why[0]} if why else {}
     return reasons
 
 
@@ -47,13 +58,18 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
     notes = []
     for weight in list(graph.weights.values()):
         if weight.packed is not None:
-            for owner in dict.fromkeys(op.owner for op in graph.products_of(weight.name)):
-                _swap(model, graph, owner, weight)
+            for owner in dict.fromkeys(op.owner_of(weight.name) for op in graph.products_of(weight.name)):
+                _swap_packed(model, owner, weight)
         elif weight.mask is not None and not weight.frozen:
             with torch.no_grad():
                 graph.tensor(weight.name).masked_fill_(~weight.mask, 0)
             graph.update(weight.name, frozen=True)
             notes.append(weight.name)
+    for op in list(graph.ops.values()):
+        if op.kind == "linear" and graph.node(op.node).target is dense_linear:
+            _swap_dense(model, op.owner, op.weights[0])
+        elif op.members:
+            _group(model, graph, op)
     if not notes:
         return ()
     listed = ", ".join(notes[:3]) + (f" and {len(notes) - 3} more" if len(notes) > 3 else "")
@@ -102,17 +118,44 @@ def _reason(model: nn.Module, owner: str) -> str:
     return ""
 
 
-def _swap(model: nn.Module, graph: Graph, owner: str, weight: Weight) -> None:
-    try:
-        old = model.get_submodule(owner)
-    except AttributeError as error:
-        raise EmitError(
-            f"{weight.name}: the model has no module {owner!r}, which the graph names as its owner"
-        ) from error
+def _swap_packed(model: nn.Module, owner: str, weight: Weight) -> None:
+    old = _owner(model, owner, weight.name)
     if not isinstance(old, nn.Linear | Conv1D):
         raise EmitError(f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseLinear")
     assert weight.packed is not None
-    new = SparseLinear(weight.packed, old.bias)
+    _swap(model, old, SparseLinear(weight.packed, old.bias))
+
+
+def _swap_dense(model: nn.Module, owner: str, weight: str) -> None:
+    old = _owner(model, owner, weight)
+    if isinstance(old, DenseLinear):  # executed twice
+        return
+    if not isinstance(old, nn.Linear):
+        raise EmitError(f"{weight}: {owner} is a {type(old).__name__}, which cannot be swapped for a DenseLinear")
+    _swap(model, old, DenseLinear(old))
+
+
+def _group(model: nn.Module, graph: Graph, op: Op) -> None:
+    """The modules of a fused product share a group; each keeps its own tensors."""
+    group = Group(len(op.members))
+    for i, name in enumerate(op.members):
+        owner = op.owner_of(name)
+        if graph.weights[name].packed is None:
+            _swap_dense(model, owner, name)
+        member = _owner(model, owner, name)
+        assert isinstance(member, Grouped), owner
+        member.join(group, i)
+
+
+def _owner(model: nn.Module, owner: str, weight: str) -> nn.Module:
+    try:
+        return model.get_submodule(owner)
+    except AttributeError as error:
+        raise EmitError(f"{weight}: the model has no module {owner!r}, which the graph names as its owner") from error
+
+
+def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` is, with its mode and its hooks."""
     new.train(old.training)
     for name in _HOOKS:
         setattr(

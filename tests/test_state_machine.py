@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sparsec.errors import PipelineError
 from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import problems, snapshot
-from sparsec.passes import Flops, Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, Sparsity, Zeros
 from sparsec.patterns import prune_count
 from sparsec.pipeline import Context, Effect, Pass, Pipeline
 from sparsec.testing import Case, assert_untouched, masks, small_models, state_of
@@ -91,6 +91,10 @@ class PassSequences(RuleBasedStateMachine):
         assert p.effect is Effect.ANALYSIS
         self.apply(p)
 
+    @rule()
+    def fuse(self) -> None:
+        self.apply(Fuse())
+
     @rule(bits=st.sampled_from([None, 32]))
     def lower(self, bits: int | None) -> None:
         self.apply(Lower("csr", index_bits=bits))
@@ -119,4 +123,4 @@ TestPassSequences = PassSequences.TestCase
 def test_the_machine_has_a_rule_for_every_pass() -> None:
     from sparsec.passes import PASSES
 
-    assert {cls.name for cls in PASSES} == {"magnitude", "zeros", "mask", "freeze", "sparsity", "flops", "lower"}
+    assert {cls.name for cls in PASSES} == {"magnitude", "zeros", "mask", "freeze", "sparsity", "flops", "fuse", "lower"}

@@ -6,7 +6,7 @@ there, and pickling or transforming a graph loses it. A record is never changed:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -22,11 +22,21 @@ WeightKind = Literal["linear", "conv1d", "experts", "embedding", "bias", "other"
 `other`: whatever is left, norms included."""
 
 OpKind = Literal[
-    "linear", "conv1d", "sparse_linear", "grouped_linear", "embedding", "attention", "matmul", "norm", "other"
+    "linear",
+    "conv1d",
+    "sparse_linear",
+    "fused_linear",
+    "grouped_linear",
+    "embedding",
+    "attention",
+    "matmul",
+    "norm",
+    "other",
 ]
+"""`fused_linear`: products of several weights with the same x in one call, dense and packed ones mixed."""
 
-MATRIX_KINDS: tuple[OpKind, ...] = ("linear", "conv1d", "sparse_linear")
-"""Products with one weight matrix: what can be pruned and lowered."""
+MATRIX_KINDS: tuple[OpKind, ...] = ("linear", "conv1d", "sparse_linear", "fused_linear")
+"""Products with weight matrices: what can be pruned and lowered."""
 
 Dim = int | str
 """A size, or the name of a symbolic one (`batch`, `length`)."""
@@ -77,6 +87,13 @@ class Weight:
         return self.mask.numel() if self.mask is not None else 0
 
     @property
+    def kept(self) -> int:
+        """What nnz is or will be: its count where there is one, else the mask's sum, else every parameter. Reads the mask."""
+        if self.nnz is not None:
+            return self.nnz
+        return int(self.mask.count_nonzero()) if self.mask is not None else self.numel
+
+    @property
     def sparsity(self) -> float | None:
         """Share of zeros, None while nobody has counted."""
         if self.nnz is None:
@@ -102,3 +119,30 @@ class Op:
     flops_dense: float | None = None  # per token, as if no weight were zero
     flops: float | None = None  # per token, counting only what is kept
     kernel: str | None = None  # once lowered
+    members: tuple[str, ...] = ()  # of a fused product: its matrices, in the order of its results; else empty
+    member_kernels: tuple[str | None, ...] = ()  # of a fused product: one per member
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The weights that x is multiplied by: one, or those of a fused product."""
+        return self.members or self.weights[:1]
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Paths of the modules whose products these are, in the order of `matrices`."""
+        return tuple(self.owner_of(member) for member in self.members) or (self.owner,)
+
+    def owner_of(self, weight: str) -> str:
+        """Path of the module that multiplies by one of its matrices; members of fused products go by the name of that module."""
+        return weight.rpartition(".")[0] if self.members else self.owner
+
+    def kernel_of(self, weight: str) -> str | None:
+        """The kernel that multiplies by one of its matrices."""
+        return self.member_kernels[self.members.index(weight)] if self.members else self.kernel
+
+    def with_kernel(self, weight: str, kernel: str | None) -> Op:
+        """The same op, with another kernel for one of its matrices."""
+        if not self.members:
+            return replace(self, kernel=kernel)
+        pairs = zip(self.members, self.member_kernels, strict=True)
+        return replace(self, member_kernels=tuple(kernel if name == weight else k for name, k in pairs))

@@ -63,8 +63,8 @@ class Graph:
         return (w for w in list(self.weights.values()) if w.mask is not None)
 
     def ops_of(self, weight: str) -> list[Op]:
-        """Ops whose matrix is this weight, in order of execution."""
-        return [op for op in self.ops.values() if op.weights and op.weights[0] == weight]
+        """Ops whose matrix this weight is, or one of whose matrices, in order of execution."""
+        return [op for op in self.ops.values() if weight in op.matrices]
 
     def products_of(self, weight: str) -> list[Op]:
         """Linear products among them: what pruning is for and what lowering rewrites."""

@@ -8,6 +8,7 @@ What stands before the `#` is the dataflow; behind it are the facts known so far
 from __future__ import annotations
 
 import difflib
+import operator
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def _line(graph: Graph, node: fx.Node) -> str:
             return f"%{node.name} = input"
         case "output":
             return f"return {_argument(node.args[0])}"
+    if _fused(graph, node) is not None:
+        return ""  # one of the results on the fused product's line
     op = graph.ops.get(node.name)
     hidden = _held_tensors(graph, op)
     arguments = [
@@ -65,12 +68,39 @@ def _line(graph: Graph, node: fx.Node) -> str:
         # the bias and the sizes are the owner's
         arguments = [_argument(a) for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
     arguments += [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
-    owner = f" @{op.owner}" if op is not None and op.owner else ""
+    owner = f" @{_owners_text(op)}" if op is not None and op.owner else ""
     facts = _facts_text(graph, op) if op is not None else ""
-    return f"%{node.name} = {_target(node.target)}({', '.join(arguments)}){owner}" + (f"  # {facts}" if facts else "")
+    return f"{_results(graph, node)} = {_target(node.target)}({', '.join(arguments)}){owner}" + (
+        f"  # {facts}" if facts else ""
+    )
+
+
+def _fused(graph: Graph, node: fx.Node) -> Op | None:
+    """The fused product that this node is a result of."""
+    source = node.args[0] if node.target is operator.getitem else None
+    op = graph.ops.get(source.name) if isinstance(source, fx.Node) else None
+    return op if op is not None and op.members else None
+
+
+def _results(graph: Graph, node: fx.Node) -> str:
+    """`%name`; all results of a fused product, `_` for one that nobody reads."""
+    op = graph.ops.get(node.name)
+    if op is None or not op.members:
+        return f"%{node.name}"
+    names = {user.args[1]: f"%{user.name}" for user in node.users if user.target is operator.getitem}
+    return ", ".join(names.get(i, "_") for i in range(len(op.members)))
+
+
+def _owners_text(op: Op) -> str:
+    """The owner's path; of a fused product all, later ones without what they share with the first."""
+    first, *rest = op.owners
+    beside = first.rpartition(".")[0] + "."
+    return " + ".join((first, *(path.removeprefix(beside) for path in rest)))
 
 
 def _facts_text(graph: Graph, op: Op) -> str:
+    if op.members:
+        return _fused_text(graph, op)
     weight = graph.weights.get(op.weights[0]) if op.weights else None
     parts = [_weight_text(weight, op)] if weight is not None else []
     flops = op.flops if op.flops is not None else op.flops_dense
@@ -86,13 +116,28 @@ def _facts_text(graph: Graph, op: Op) -> str:
     return ", ".join(parts)
 
 
+def _fused_text(graph: Graph, op: Op) -> str:
+    """What is known of each matrix, then the sums."""
+    weights = [graph.weights[name] for name in op.members if name in graph.weights]
+    parts = [" + ".join(_weight_text(weight, op) for weight in weights)] if weights else []
+    flops = op.flops if op.flops is not None else op.flops_dense
+    if flops:
+        parts.append(f"{amount(flops, 'FLOP')}/token")
+    if weights:
+        held = amount(sum(w.nbytes for w in weights), "B")
+        dense = amount(sum(w.nbytes_dense for w in weights), "B")
+        parts.append(f"{held} (dense {dense})" if any(w.packed is not None for w in weights) else held)
+    parts += [f"{w.name} dense: {w.reason}" for w in weights if w.reason]
+    return ", ".join(parts)
+
+
 def _weight_text(weight: Weight, op: Op) -> str:
     text = f"{dtype_text(weight.dtype)} [{'x'.join(map(str, weight.shape))}]"
     if op.kind not in MATRIX_KINDS:
         return text
     text += f" {weight.format}"
-    if op.kernel:
-        text += f"[{op.kernel}]"
+    if kernel := op.kernel_of(weight.name):
+        text += f"[{kernel}]"
     if weight.mask is not None:
         text += f" {weight.pattern} mask" + (", frozen" if weight.frozen else "")
     if weight.sparsity is not None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsec.formats.parts import unflatten
 from sparsec.ir.facts import OpKind
 
-LINEAR_KINDS: frozenset[OpKind] = frozenset({"linear", "conv1d", "sparse_linear", "grouped_linear"})
+LINEAR_KINDS: frozenset[OpKind] = frozenset({"linear", "conv1d", "sparse_linear", "fused_linear", "grouped_linear"})
 _SAME = frozenset({"detach", "alias", "lift_fresh_copy", "contiguous"})
 _VIEWS = _SAME | {
     "transpose",
@@ -53,6 +54,7 @@ class Read:
     matrix: fx.Node | None = None  # the get_attr of the matrix, None where there is none or where it is computed
     computed: fx.Node | None = None  # the node that computes the weight of a linear product
     parameters: tuple[fx.Node, ...] = ()  # every parameter the node reads, the matrix first
+    members: tuple[fx.Node, ...] = ()  # of a fused product: the first tensor of each part
     views: tuple[fx.Node, ...] = ()  # calls between the node and its parameters that only look at them another way
 
 
@@ -68,9 +70,12 @@ def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn
     direct = tuple(p for n in node.all_input_nodes if (p := _behind(n, _SAME)) in parameters)
     matrix: fx.Node | None = None
     computed: fx.Node | None = None
-    if namespace == "sparsec" and name.endswith("_linear"):
+    members: tuple[fx.Node, ...] = ()
+    if (namespace, name) == ("sparsec", "fused_linear"):
+        kind, members = "fused_linear", _members(node)
+    elif namespace == "sparsec" and name.endswith("_linear") and name != "dense_linear":
         kind = "sparse_linear"
-    elif namespace == "aten" and name == "linear":
+    elif (namespace, name) in (("aten", "linear"), ("sparsec", "dense_linear")):
         weight = _node(node.args[1])
         matrix, kind = _behind(weight, _SAME), "linear"
         if matrix not in parameters:
@@ -101,7 +106,15 @@ def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn
     rest = tuple(p for p in dict.fromkeys(direct) if p is not matrix)
     through = _VIEWS if kind == "grouped_linear" else _SAME
     views = tuple(v for n in node.all_input_nodes if _behind(n, through) in parameters for v in _between(n, through))
-    return Read(node, kind, owner, matrix, computed, rest if matrix is None else (matrix, *rest), views)
+    found = rest if matrix is None else (matrix, *rest)
+    return Read(node, kind, owner, matrix, computed, found, members, views)
+
+
+def _members(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The first tensor of each part of a fused product: a dense weight, or a packed one's values."""
+    tensors, layout = node.args[1:]
+    firsts = (part.tensors[0] for part in unflatten(tensors, layout))  # type: ignore[arg-type]
+    return tuple(first for tensor in firsts if (first := _behind(_node(tensor), _SAME)) is not None)
 
 
 def without_views(reads: Sequence[Read]) -> tuple[Read, ...]:

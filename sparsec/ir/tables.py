@@ -32,8 +32,20 @@ class Findings:
 
     def names(self, r: Read) -> tuple[str, ...]:
         """First names of the parameters that an op reads, the matrix first; none where the matrix is not a stored parameter."""
+        if r.kind == "fused_linear":
+            biases = [p for p in r.parameters if p not in r.members]
+            known = all(p in self.parameters for p in r.members)
+            return tuple(self.parameters[p] for p in (*r.members, *biases)) if known else ()
         matrix_kind = r.kind in ("linear", "sparse_linear", "embedding")
         return () if matrix_kind and r.matrix is None else tuple(self.parameters[p] for p in r.parameters)
+
+    def members(self, r: Read) -> tuple[str, ...]:
+        """Names of the matrices of a fused product; a packed one goes by the name that it had when it was dense."""
+        return tuple(self.parameters.get(p) or f"{str(p.target).rpartition('.')[0]}.weight" for p in r.members)
+
+    def owner_of(self, r: Read, name: str) -> str:
+        """The path of the module that calls a product with this parameter."""
+        return name.rpartition(".")[0] if r.kind == "fused_linear" else self.owner(r)
 
     def owner(self, r: Read) -> str:
         """The first path of the module that makes the call."""
@@ -54,13 +66,14 @@ def naming_path(r: Read, findings: Findings) -> str:
 def ops_table(findings: Findings, names: Mapping[fx.Node, str]) -> dict[str, Op]:
     """Ops by node name, in order of execution. `names` are the nodes' names in the graph."""
     experts = _expert_counts(findings)
+    fused = {r.node for r in findings.reads if r.kind == "fused_linear"}
     found = {r.node: _op(r, findings, names, experts) for r in findings.reads}
     for r in findings.reads:
         operands = (
             r.node.all_input_nodes[:3] if r.kind in ("attention", "matmul") else [r.computed] if r.computed else []
         )
         for node in operands:
-            if node.op == "call_function" and node not in found:
+            if node.op == "call_function" and node not in found and not fused.intersection(node.all_input_nodes[:1]):
                 owner = findings.structure.canonical(owner_of(node))
                 found[node] = Op(
                     names[node], "other", owner, findings.structure.group(owner), (), findings.shapes[node]
@@ -71,7 +84,9 @@ def ops_table(findings: Findings, names: Mapping[fx.Node, str]) -> dict[str, Op]
 
 def _op(r: Read, findings: Findings, names: Mapping[fx.Node, str], experts: dict[str, int]) -> Op:
     owner = findings.owner(r)
-    return Op(names[r.node], r.kind, owner, _group(r, findings, experts), findings.names(r), findings.shapes[r.node])
+    group, members = _group(r, findings, experts), findings.members(r)
+    op = Op(names[r.node], r.kind, owner, group, findings.names(r), findings.shapes[r.node])
+    return replace(op, members=members, member_kernels=(None,) * len(members))
 
 
 def _group(r: Read, findings: Findings, experts: dict[str, int]) -> Group:
@@ -124,7 +139,7 @@ def weights_table(findings: Findings) -> tuple[dict[str, Weight], list[str]]:
             kind, reason = _kind(first, reads, findings)
             leading = next((r for r in reads if r.kind == "embedding"), reads[0])
             group = _group(leading, findings, experts)
-            owners = tuple(dict.fromkeys(findings.owner(r) for r in reads))
+            owners = tuple(dict.fromkeys(findings.owner_of(r, first) for r in reads))
             weight = replace(weight, kind=kind, group=group, owners=owners, reason=reason)
             if reason is not None:
                 notes.append(f"{first}: left dense, {reason}")
@@ -147,7 +162,9 @@ def _kind(name: str, reads: list[Read], findings: Findings) -> tuple[WeightKind,
     kinds: dict[WeightKind, list[str]] = {}
     for r in reads:
         kind: WeightKind = "bias" if name.rpartition(".")[2].endswith("bias") else "other"
-        if r.matrix is not None and findings.parameters[r.matrix] == name:
+        if name in findings.members(r):
+            kind = "linear"
+        elif r.matrix is not None and findings.parameters[r.matrix] == name:
             match r.kind:
                 case "linear" | "conv1d" | "embedding":
                     kind = r.kind

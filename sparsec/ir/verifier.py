@@ -9,10 +9,11 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsec.errors import FormatError
+from sparsec.formats.parts import unflatten
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph, fetch
 
@@ -100,9 +101,32 @@ def _tables(graph: Graph) -> Iterator[str]:
         for read in op.weights:
             if read not in graph.weights:
                 yield f"%{name} names the weight {read!r}, which is not in the table"
+        if op.kind == "fused_linear" and name in nodes:
+            yield from _fused(graph, op, nodes[name])
     for name, weight in graph.weights.items():
         if name != weight.name:
             yield f"weights: the record of {name!r} says {weight.name!r}"
+
+
+def _fused(graph: Graph, op: Op, node: fx.Node) -> Iterator[str]:
+    """The parts of a fused product against the records of its members."""
+    try:
+        parts = unflatten(node.args[1], node.args[2])  # type: ignore[arg-type]
+    except FormatError as error:
+        yield f"%{op.node}: {error}"
+        return
+    if not len(parts) == len(op.members) == len(op.member_kernels):
+        yield f"%{op.node} has {len(parts)} parts, but {len(op.members)} members and {len(op.member_kernels)} kernels"
+        return
+    for name, part in zip(op.members, parts, strict=True):
+        weight = graph.weights.get(name)
+        if weight is None:  # a compiled model that is traced again has no record of what is packed
+            continue
+        held = weight.packed.format if weight.packed is not None else "dense"
+        if part.format != held:
+            yield f"%{op.node}: the part of {name} is {part.format}, but the weight is {held}"
+        elif weight.packed is None and getattr(part.tensors[0], "target", None) != name:
+            yield f"%{op.node}: the part of {name} reads {part.tensors[0]}"
 
 
 def _weight(graph: Graph, weight: Weight) -> Iterator[str]:
@@ -158,18 +182,12 @@ def _facts(graph: Graph, weight: Weight) -> Iterator[str]:
 
 
 def _op_facts(graph: Graph, op: Op) -> Iterator[str]:
-    weight = graph.weights.get(op.weights[0]) if op.weights else None
-    if weight is None or op.kind not in MATRIX_KINDS:
+    weights = [graph.weights[name] for name in op.matrices if name in graph.weights]
+    if not weights or len(weights) < len(op.matrices) or op.kind not in MATRIX_KINDS:
         return
-    kept = (
-        weight.nnz
-        if weight.nnz is not None
-        else int(weight.mask.count_nonzero())
-        if weight.mask is not None
-        else weight.numel
-    )
-    if op.flops_dense not in (None, 2 * weight.numel) or op.flops not in (None, 2 * kept):
-        yield f"%{op.node}: FLOPs are {op.flops} of {op.flops_dense}, but 2 per weight are {2 * kept} of {2 * weight.numel}"
+    kept, numel = sum(w.kept for w in weights), sum(w.numel for w in weights)
+    if op.flops_dense not in (None, 2 * numel) or op.flops not in (None, 2 * kept):
+        yield f"%{op.node}: FLOPs are {op.flops} of {op.flops_dense}, but 2 per weight are {2 * kept} of {2 * numel}"
     if "flops" in graph.facts and op.flops is None:
         yield f"%{op.node}: 'flops' is said to hold, but nobody counted"
 

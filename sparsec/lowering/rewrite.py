@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from sparsec.formats.base import Packed
+from sparsec.formats.parts import Part, flatten, unflatten
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import operator
@@ -26,7 +27,10 @@ def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str, free: boo
     weight = graph.weights[name]
     _register(graph.module, name, packed)
     for op in graph.products_of(name):
-        _rewrite(graph, op, weight, packed, kernel)
+        if op.members:
+            _rewrite_part(graph, op, name, packed, kernel)
+        else:
+            _rewrite(graph, op, weight, packed, kernel)
     _drop(graph, name, free)
     return graph.update(name, packed=packed, mask=None, nnz=packed.nnz)
 
@@ -67,12 +71,28 @@ def _rewrite(graph: Graph, op: Op, weight: Weight, packed: Packed, kernel: str) 
     else:
         x = node.args[0]
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    with graph.module.graph.inserting_before(node):
-        parts = [graph.module.graph.get_attr(buffer_name(weight.name, part)) for part in packed.tensors()]
+    parts = _packed_nodes(graph, node, weight.name, packed)
     node.target = operator(packed)
     node.args = (x, *parts, bias, *packed.scalars().values())
     node.kwargs = {}
     graph.ops[op.node] = replace(op, kind="sparse_linear", kernel=kernel)
+
+
+def _rewrite_part(graph: Graph, op: Op, name: str, packed: Packed, kernel: str) -> None:
+    """A fused product stays one; of its parts only that of this weight changes."""
+    node = graph.node(op.node)
+    x, tensors, layout = node.args
+    parts = unflatten(tensors, layout)  # type: ignore[arg-type]
+    at = op.members.index(name)
+    nodes = _packed_nodes(graph, node, name, packed)
+    parts[at] = Part(packed.format, tuple(nodes), parts[at].bias, tuple(packed.scalars().values()))
+    node.args = (x, *flatten(parts))
+    graph.ops[op.node] = op.with_kernel(name, kernel)
+
+
+def _packed_nodes(graph: Graph, before: fx.Node, name: str, packed: Packed) -> list[fx.Node]:
+    with graph.module.graph.inserting_before(before):
+        return [graph.module.graph.get_attr(buffer_name(name, part)) for part in packed.tensors()]
 
 
 def _drop(graph: Graph, name: str, free: bool) -> None:

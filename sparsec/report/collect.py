@@ -52,7 +52,7 @@ def nnz_of(weight: Weight) -> int:
 def _layer(graph: Graph, weight: Weight) -> LayerRow:
     ops = graph.ops_of(weight.name)
     out_features, in_features = _features(weight)
-    kernels = dict.fromkeys(op.kernel for op in ops if op.kernel is not None)
+    kernels = dict.fromkeys(kernel for op in ops if (kernel := op.kernel_of(weight.name)) is not None)
     return LayerRow(
         name=weight.name,
         aliases=weight.aliases,
@@ -63,8 +63,8 @@ def _layer(graph: Graph, weight: Weight) -> LayerRow:
         in_features=in_features,
         parameters=weight.numel,
         nnz=nnz_of(weight),
-        flops_per_token=total([_executed(graph, op) for op in ops]),
-        flops_dense=total([op.flops_dense for op in ops]),
+        flops_per_token=total([_executed_share(weight, op) for op in ops]),
+        flops_dense=total([2.0 * weight.numel if op.members and op.flops_dense else op.flops_dense for op in ops]),
         bytes_dense=weight.nbytes_dense,
         bytes_held=weight.nbytes,
         bytes_mask=weight.nbytes_mask,
@@ -89,9 +89,18 @@ def _features(weight: Weight) -> tuple[int | None, int | None]:
 
 def _executed(graph: Graph, op: Op) -> float | None:
     """A mask alone saves no work: a dense kernel multiplies by the zeros too."""
+    if op.members:
+        return total([_executed_share(graph.weights[name], op) for name in op.members])
     if op.weights and graph.weights[op.weights[0]].packed is not None:
         return op.flops
     return op.flops_dense
+
+
+def _executed_share(weight: Weight, op: Op) -> float | None:
+    """Of one weight."""
+    if not op.members:
+        return op.flops if weight.packed is not None else op.flops_dense
+    return 2.0 * (weight.numel if weight.packed is None else weight.packed.nnz) if op.flops is not None else None
 
 
 def _groups(graph: Graph, layers: Sequence[LayerRow]) -> Iterable[GroupRow]:
