@@ -8,7 +8,7 @@
 namespace {
 
 // Far enough ahead to cover the latency of memory.
-constexpr int64_t kBitmapAhead = 1024;  // bytes
+constexpr int64_t kBitmapAhead = 2048;  // bytes
 
 template <class T>
 void bitmap_one(const sparsec::Task& t) {

