@@ -77,7 +77,7 @@ class Comparison:
     decode_speedup: dict[str, Spread]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(
     models: Mapping[str, Any], prompt: Tensor, repeats: int, decode_repeats: int, progress: Progress | None = None
 ) -> Comparison:
@@ -127,7 +127,7 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def layer_speedups(
     pairs: Mapping[str, tuple[nn.Module, nn.Module]], rounds: int, progress: Progress | None = None
 ) -> dict[str, float]:
