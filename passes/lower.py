@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from sparsec.errors import FormatError, KernelError
+from sparsec.cost.choice import OWN, Choice, Setting, choose
+from sparsec.errors import FormatError, KernelError, SpecError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
-from sparsec.lowering import dense_readers, lower_weight
+from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
+from sparsec.lowering.setting import calibrated, dense_kernels
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_choice, check_ignore, check_patterns
-from sparsec.pipeline.selection import select
+from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_positive
+from sparsec.pipeline.selection import matches, select
+
+AUTO = "auto"
+OBJECTIVES = ("latency", "bytes")
+INDEX_BITS = (8, 16, 32)
+OPTIONS = {"csr": ("index_bits",), "bsr": ("block",), AUTO: ("objective", "tokens")}
+"""Which format takes which option."""
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
     """Packs every weight that has a frozen mask and rewrites its ops; the dense weight and the mask leave the graph.
 
-    format: `csr`. index_bits: width of a column number, 16 or 32; None takes the smallest that fits. A weight that must stay dense
-    says so in its record, with the reason.
+    format: `auto` lets the cost model choose for every weight among all formats and dense, for `tokens` rows at a time, by
+    predicted time (objective="latency") or by bytes, and lets what stays dense run on an own kernel where that is predicted
+    to be faster; the reason stands in the weight's record. A format by name packs everything in it: `csr`, with index_bits 8,
+    16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`.
     """
 
     name: ClassVar[str] = "lower"
@@ -31,77 +42,124 @@ class Lower(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
     produces: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
-    format: str = "csr"
+    format: str = AUTO
     index_bits: int | None = field(default=None, kw_only=True)
+    block: tuple[int, int] | None = field(default=None, kw_only=True)
+    objective: Literal["latency", "bytes"] = field(default="latency", kw_only=True)
+    tokens: int = field(default=1, kw_only=True)
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        check_choice(self.format, "format", FORMATS)
+        check_choice(self.format, "format", (AUTO, *FORMATS))
         if self.index_bits is not None:
-            check_choice(self.index_bits, "index_bits", (16, 32))
+            check_choice(self.index_bits, "index_bits", INDEX_BITS)
+        if self.block is not None:
+            object.__setattr__(self, "block", _check_block(self.block))
+        check_choice(self.objective, "objective", OBJECTIVES)
+        check_positive(self.tokens, "tokens")
+        for option, default in (("index_bits", None), ("block", None), ("objective", "latency"), ("tokens", 1)):
+            if getattr(self, option) != default and option not in OPTIONS.get(self.format, ()):
+                owner = next(f for f, options in OPTIONS.items() if option in options)
+                raise SpecError(
+                    f"{option} is an option of lower({owner}), got lower({self.format}, {option}={getattr(self, option)!r}); "
+                    "leave it out"
+                )
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """Raises KernelError or FormatError, naming the weight, for a dtype, device or width that cannot be served."""
-        chosen = self._chosen(graph)
+        """Raises KernelError or FormatError, naming the weight, for what the format that was asked for cannot serve."""
+        chosen = self._masked(graph)
         reasons = {w.name: context.keep_dense.get(w.name) or _stays_dense(graph, w) for w in chosen}
-        for weight in chosen:  # what will be refused is refused before any dense weight is gone
-            if not reasons[weight.name]:
-                self._pack(graph, weight, rows=0)
-        notes, dense, packed = [], 0, 0
-        if not chosen:
-            notes.append("no selected weight has a mask, so nothing was packed")
+        packable = [w for w in chosen if not reasons[w.name]]
+        notes: list[str] = [] if chosen else ["no selected weight has a mask, so nothing was packed"]
+        if self.format == AUTO:
+            plans, said = self._choices(graph, context, packable)
+            notes += said
+            reasons |= {name: plan.reason for name, plan in plans.items() if plan.best.format == "dense"}
+        else:
+            for weight in packable:  # what will be refused is refused before any dense weight is gone
+                self._check(graph, weight)
+            plans = {}
+        done = []
         for i, weight in enumerate(chosen):
             context.step("lower", i, len(chosen))
             if reasons[weight.name]:
                 graph.update(weight.name, reason=reasons[weight.name])
                 notes.append(f"{weight.name} stays dense: {reasons[weight.name]}")
                 continue
-            done = self._lower(graph, weight, context)
-            dense += done.nbytes_dense
-            packed += done.nbytes
+            done.append(self._lower(graph, weight, plans.get(weight.name), context))
+        own = _own_dense_kernels(graph, plans)
         graph.module.graph.lint()
         graph.module.recompile()
-        if packed > dense:
-            notes.append(
-                f"the packed weights are larger than the dense ones, {packed / 1e6:.1f} MB against {dense / 1e6:.1f} MB: at "
-                "this sparsity the column numbers cost more than the zeros save; prune further or keep these layers dense"
-            )
-        count = sum(1 for w in chosen if graph.weights[w.name].packed is not None)
-        ratio = f", {packed / dense:.2f}x of dense" if dense else ""
-        return PassResult(
-            changed=count > 0,
-            summary=f"{count} weights packed as {self.format}: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB{ratio}",
-            notes=tuple(notes),
-        )
+        return _result(self.format, done, own, notes)
 
-    def _chosen(self, graph: Graph) -> list[Weight]:
+    def _masked(self, graph: Graph) -> list[Weight]:
         masked = {w.name for w in graph.masked()}
         if self.targets is None and not self.ignore:
             return list(graph.masked())
         everything = self.targets or tuple(dict.fromkeys(w.group for w in graph.masked()))
         return [w for w in select(graph, everything, self.ignore) if w.name in masked]
 
-    def _lower(self, graph: Graph, weight: Weight, context: Context) -> Weight:
-        packed = self._pack(graph, weight)
-        kernel = select_kernel(Problem.of(packed))
+    def _choices(self, graph: Graph, context: Context, packable: list[Weight]) -> tuple[dict[str, Choice], list[str]]:
+        """The best way for every weight that is multiplied by: packed where it may be, else by the better dense kernel."""
+        may_pack = {w.name for w in packable}
+        weights = [w for w in graph.weights.values() if graph.prunable(w.name) and self._selected(graph, w)]
+        setting = Setting(self.objective, self.tokens)
+        notes = []
+        if self.objective == "latency":
+            calibration, notes = calibrated(graph, weights, context.progress)
+            working_set = sum(w.nbytes for w in graph.weights.values() if graph.prunable(w.name))
+            setting = Setting(self.objective, self.tokens, calibration, working_set)
+        found = {}
+        for i, weight in enumerate(weights):
+            context.step("choosing formats", i, len(weights))
+            mask = graph.mask_matrix(weight.name) if weight.name in may_pack else None
+            kernels = dense_kernels(graph, weight, context.unswappable)
+            if mask is not None or OWN in kernels:
+                found[weight.name] = choose(graph.matrix(weight.name), mask, setting, kernels)
+        context.step("choosing formats", len(weights), len(weights))
+        return found, notes
+
+    def _selected(self, graph: Graph, weight: Weight) -> bool:
+        """Masked or not; what has no mask is never packed, but its dense kernel may be another."""
+        wanted = self.targets is None or any(matches(graph, weight, pattern) for pattern in self.targets)
+        return wanted and not any(matches(graph, weight, pattern) for pattern in self.ignore)
+
+    def _lower(self, graph: Graph, weight: Weight, plan: Choice | None, context: Context) -> Weight:
+        name, options = (self.format, self._options()) if plan is None else (plan.best.format, plan.best.options)
+        matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
+        packed: Packed = FORMATS[name].pack(matrix, mask, **options)  # type: ignore[attr-defined]
+        kernel = select_kernel(Problem.of(packed, self.tokens))
+        if plan is not None:
+            graph.update(weight.name, reason=plan.reason)
         return lower_weight(graph, weight.name, packed, kernel.name, free=context.owns_weights)
 
-    def _pack(self, graph: Graph, weight: Weight, rows: int | None = None) -> Packed:
-        """The first `rows` rows, None for all; none at all still asks format and kernel whether they serve this weight."""
-        matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
+    def _check(self, graph: Graph, weight: Weight) -> None:
+        """Whether format and kernel serve this weight, asked of the mask alone."""
+        mask, device = graph.mask_matrix(weight.name), graph.tensor(weight.name).device.type
         assert mask is not None
-        options: dict[str, Any] = {"index_bits": self.index_bits} if self.index_bits is not None else {}
         try:
-            packed: Packed = FORMATS[self.format].pack(matrix[:rows], mask[:rows], **options)  # type: ignore[attr-defined]
-            select_kernel(Problem.of(packed))
+            FORMATS[self.format].planned_nbytes(mask, weight.dtype, **self._options())  # type: ignore[attr-defined]
+            select_kernel(Problem(self.format, *weight.matrix_shape, self.tokens, weight.dtype, device))
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name
             way_out = f"or leave it dense with lower({self.format}, ignore=({owner!r},))"
             raise type(error)(f"{weight.name}: {error}; {way_out}") from error
-        return packed
+
+    def _options(self) -> dict[str, Any]:
+        given = {"index_bits": self.index_bits, "block": self.block}
+        return {option: value for option, value in given.items() if value is not None}
+
+
+def _check_block(block: Any) -> tuple[int, int]:
+    if not isinstance(block, tuple | list) or len(block) != 2:
+        raise SpecError(f"block must be (rows, columns) such as (16, 16), got {block!r}")
+    r, c = (check_positive(n, "block") for n in block)
+    if r % 8:
+        raise SpecError(f"block must have a multiple of 8 rows, got {(r, c)}; for instance (16, 16)")
+    return r, c
 
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:
@@ -110,3 +168,28 @@ def _stays_dense(graph: Graph, weight: Weight) -> str:
     if others:
         return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"
     return ""
+
+
+def _own_dense_kernels(graph: Graph, plans: dict[str, Choice]) -> list[str]:
+    """Weights that stay dense, but not with F.linear."""
+    names = [n for n, plan in plans.items() if plan.best.format == "dense" and plan.best.kernel == OWN]
+    for name in names:
+        use_dense_kernel(graph, name, OWN)
+    return names
+
+
+def _result(format_name: str, done: list[Weight], own: list[str], notes: list[str]) -> PassResult:
+    dense, packed = sum(w.nbytes_dense for w in done), sum(w.nbytes for w in done)
+    if packed > dense:
+        notes.append(
+            f"the packed weights are larger than the dense ones, {packed / 1e6:.1f} MB against {dense / 1e6:.1f} MB: at "
+            "this sparsity the column numbers cost more than the zeros save; prune further or keep these layers dense"
+        )
+    formats = Counter(w.format for w in done)
+    count = f"{len(done)} weights packed" + ("" if format_name == AUTO else f" as {format_name}")
+    chosen = ", ".join(f"{n} {name}" for name, n in formats.most_common()) if format_name == AUTO else ""
+    summary = f"{count}{f' ({chosen})' if chosen else ''}: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB"
+    summary += f", {packed / dense:.2f}x of dense" if dense else ""
+    if own:
+        summary += f"; {len(own)} that stay dense by an own kernel"
+    return PassResult(changed=bool(done or own), summary=summary, notes=tuple(notes))

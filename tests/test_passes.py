@@ -29,7 +29,11 @@ def any_pass(draw: st.DrawFn) -> Pass:
         case "magnitude":
             return Magnitude(draw(shares), scope=draw(st.sampled_from(["global", "layer", "row"])))
         case "lower":
-            return Lower("csr", index_bits=draw(st.sampled_from([None, 16, 32])))
+            return draw(
+                st.sampled_from(
+                    [Lower("csr"), Lower("csr", index_bits=8), Lower("bitmap"), Lower(), Lower(objective="bytes")]
+                )
+            )
         case "flops":
             return Flops(context=draw(st.integers(1, 4096)))
         case name:
@@ -104,7 +108,7 @@ def test_freeze_keeps_nan_and_inf_where_they_are_kept_and_drops_them_where_maske
         assert stored[0, :2].tolist()[1:] == [float("inf")]
         assert stored[0, 2:].tolist() == [0.0, 0.0]
         assert not torch.signbit(stored[0, 2:]).any()
-    Pipeline((Mask(), Freeze(), Lower())).run(graph, Context(masks={"0": mask}), verify="none")
+    Pipeline((Mask(), Freeze(), Lower("csr"))).run(graph, Context(masks={"0": mask}), verify="none")
     weight = graph.weights["0.weight"].packed.unpack()
     assert weight[0, 0].isnan()
     assert weight[0, 1:].tolist() == [float("inf"), 0.0, 0.0]

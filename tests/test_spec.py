@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsec.errors import PipelineError, SpecError
-from sparsec.passes import Flops, Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, Sparsity, Zeros
 from sparsec.pipeline import Pass, Pipeline, known_passes
 
 patterns = st.text("abz*.?[]_0'\"\\ \nµ", min_size=1, max_size=8)
@@ -29,7 +29,11 @@ passes = st.one_of(
     st.just(Freeze()),
     st.just(Sparsity()),
     st.builds(Flops, context=st.integers(1, 10**6)),
-    st.builds(Lower, st.just("csr"), index_bits=st.sampled_from([None, 16, 32]), targets=names, ignore=ignores),
+    st.builds(Lower, st.just("csr"), index_bits=st.sampled_from([None, 8, 16, 32]), targets=names, ignore=ignores),
+    st.builds(Lower, st.sampled_from(["bitmap", "nm"]), targets=names, ignore=ignores),
+    st.builds(Lower, st.just("bsr"), block=st.sampled_from([None, (16, 16), (8, 3)]), targets=names, ignore=ignores),
+    st.builds(Lower, objective=st.sampled_from(["latency", "bytes"]), tokens=st.integers(1, 512), targets=names),
+    st.builds(Fuse, targets=names, ignore=ignores),
 )
 
 
@@ -40,7 +44,7 @@ def test_text_of_passes_reads_back_as_the_same_passes(listed: list[Pass]) -> Non
 
 
 def test_every_registered_pass_is_in_the_round_trip_strategy() -> None:
-    assert {Magnitude, Zeros, Mask, Freeze, Sparsity, Flops, Lower} == set(known_passes().values())
+    assert {Magnitude, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower} == set(known_passes().values())
 
 
 tokens = st.sampled_from(
@@ -94,7 +98,7 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
     [
         (
             "magnitude(0.5),freez,lower(csr)",
-            "unknown pass 'freez', did you mean 'freeze'?; passes: magnitude, zeros, mask, freeze, sparsity, flops, lower\n"
+            "unknown pass 'freez', did you mean 'freeze'?; passes: magnitude, zeros, mask, freeze, sparsity, flops, fuse, lower\n"
             "  magnitude(0.5),freez,lower(csr)\n"
             "                 ^^^^^",
         ),
@@ -121,7 +125,7 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
         ("freeze(1)", "freeze takes no such option\n  freeze(1)\n         ^"),
         (
             "µ(0.5),freez",
-            "unknown pass 'μ'; passes: magnitude, zeros, mask, freeze, sparsity, flops, lower\n  µ(0.5),freez\n  ^",
+            "unknown pass 'μ'; passes: magnitude, zeros, mask, freeze, sparsity, flops, fuse, lower\n  µ(0.5),freez\n  ^",
         ),
     ],
 )
@@ -147,8 +151,16 @@ def test_sparsity_outside_zero_to_one_is_refused(text: str) -> None:
         (lambda: Magnitude(0.5, scope="tensor"), "scope must be one of 'global', 'layer', 'row', got 'tensor'"),
         (lambda: Magnitude(0.5, targets=3), "targets must be a pattern"),
         (lambda: Magnitude(0.5, ignore=("",)), "ignore must be a pattern"),
-        (lambda: Lower("coo"), "format must be one of 'csr', got 'coo'"),
-        (lambda: Lower("csr", index_bits=8), "index_bits must be one of 16, 32, got 8"),
+        (lambda: Lower("coo"), "format must be one of 'auto', 'csr', 'bitmap', 'bsr', 'nm', got 'coo'"),
+        (lambda: Lower("csr", index_bits=4), "index_bits must be one of 8, 16, 32, got 4"),
+        (lambda: Lower("bsr", block=(12, 16)), "block must have a multiple of 8 rows, got (12, 16)"),
+        (lambda: Lower("bsr", block=16), "block must be (rows, columns) such as (16, 16), got 16"),
+        (lambda: Lower("bsr", block=(16, 0)), "block must be a whole number above 0, got 0"),
+        (lambda: Lower("csr", block=(16, 16)), "block is an option of lower(bsr), got lower(csr, block=(16, 16))"),
+        (lambda: Lower("auto", index_bits=8), "index_bits is an option of lower(csr), got lower(auto, index_bits=8)"),
+        (lambda: Lower("nm", tokens=8), "tokens is an option of lower(auto), got lower(nm, tokens=8)"),
+        (lambda: Lower(objective="speed"), "objective must be one of 'latency', 'bytes', got 'speed'"),
+        (lambda: Lower(tokens=0), "tokens must be a whole number above 0, got 0"),
         (lambda: Flops(context=0), "context must be a whole number above 0, got 0"),
     ],
 )
@@ -164,8 +176,8 @@ def test_lists_of_patterns_become_tuples_so_that_passes_stay_hashable() -> None:
 
 
 def test_passes_may_be_given_as_text_objects_or_both() -> None:
-    expected = Pipeline((Magnitude(0.5), Freeze(), Lower("csr")))
-    assert Pipeline.of("magnitude(0.5),freeze,lower(csr)") == expected
+    expected = Pipeline((Magnitude(0.5), Freeze(), Lower("auto")))
+    assert Pipeline.of("magnitude(0.5),freeze,lower(auto)") == expected
     assert Pipeline.of([Magnitude(0.5), "freeze,lower"]) == expected
     assert Pipeline.of(expected) is expected
     assert Pipeline.of(Freeze()) == Pipeline((Freeze(),))

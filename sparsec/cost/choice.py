@@ -16,6 +16,10 @@ from sparsec.formats import FORMATS
 from sparsec.kernels import Problem, select
 
 Objective = Literal["latency", "bytes"]
+TORCH = "dense_torch"
+"""F.linear: what a model runs that nobody compiled."""
+OWN = "dense_cpu"
+"""The dense kernel of sparsec."""
 MARGIN = 1.05
 """A sparse kernel must be predicted so many times as fast as the best dense one: less is noise, and dense weights stay writable."""
 BLOCKS = ((32, 32), (16, 16), (8, 8), (16, 1))
@@ -38,12 +42,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a choice is made for."""
+    """What the choices are made for."""
 
     objective: Objective
-    rows: int  # of x
-    calibration: Calibration | None  # None: choose by bytes
-    working_set: int | None = None  # bytes that are read in turn
+    rows: int = 1  # of x
+    calibration: Calibration | None = None  # None: nothing is measured, so bytes decide
+    working_set: int | None = None  # bytes that are read in turn; None: more than a cache holds
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,19 @@ class Choice:
     reason: str
 
 
-def choose(
-    matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels: Sequence[str] = ("dense_torch",)
-) -> Choice:
-    """For a weight [out, in] with its mask, None where nothing was pruned; then only the dense kernels compete.
+def choose(matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels: Sequence[str] = (TORCH,)) -> Choice:
+    """For a weight [out, in] with its mask, None where it cannot be packed; then only the dense kernels compete.
 
-    dense_kernels: those that may serve it, the first is what runs if nothing is done.
+    dense_kernels: those that may serve it; the first one is what runs if nothing is done. Speedups in the reason are over
+    F.linear.
     """
     dense = list(dense_candidates(matrix, setting, dense_kernels))
     sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, matrix.device.type, setting))
-    if setting.calibration is None or setting.objective == "bytes":
+    work = Work.dense(*matrix.shape, matrix.dtype)
+    base = _predict(setting, TORCH, "dense", matrix.dtype, work)
+    if base is None or setting.objective == "bytes":
         return _smallest(dense[0], sparse)
-    return _fastest(dense, sparse)
+    return _fastest(base.seconds, dense, sparse)
 
 
 def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -> Iterator[Candidate]:
@@ -151,27 +156,26 @@ def _smallest(dense: Candidate, sparse: Sequence[Candidate]) -> Choice:
     return Choice(best, f"{best.label}: {_share(best, dense)} of the dense bytes{rest}")
 
 
-def _fastest(dense: Sequence[Candidate], sparse: Sequence[Candidate]) -> Choice:
+def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate]) -> Choice:
     timed = sorted(((c.prediction.seconds, c) for c in sparse if c.prediction is not None), key=lambda t: t[0])
     known = [(c.prediction.seconds, c) for c in dense if c.prediction is not None]
     if not known:
         return _smallest(dense[0], sparse)
-    base, _ = known[0]
-    floor, plain = min(known, key=lambda t: t[0])
-    said = [f"{c.label} {base / seconds:.2f}x" for seconds, c in timed[:3]]
-    if plain is not dense[0]:
-        said.append(f"{plain.kernel} {base / floor:.2f}x")
-    if not timed or timed[0][0] * MARGIN > floor:
-        name = "dense" if plain is dense[0] else f"dense[{plain.kernel}]"
-        if not timed:
-            return Choice(plain, f"{name}: predicted {base / floor:.2f}x of F.linear")
-        gain = floor / timed[0][0]
-        return Choice(plain, f"{name}: {timed[0][1].label} predicted {gain:.2f}x of it, below {MARGIN}x")
-    _, best = timed[0]
+    plain_seconds, plain = min(known, key=lambda t: t[0])
+    if known[0][0] < MARGIN * plain_seconds:  # what runs anyway is not worth replacing
+        plain_seconds, plain = known[0]
+    name = "dense" if plain.kernel == TORCH else f"dense[{plain.kernel}] {base / plain_seconds:.2f}x of F.linear"
+    if not timed:
+        return Choice(plain, f"{name}")
+    seconds, best = timed[0]
+    if seconds * MARGIN > plain_seconds:
+        return Choice(plain, f"{name}: {best.label} predicted {plain_seconds / seconds:.2f}x of that, below {MARGIN}x")
     assert best.prediction is not None
-    rest = f"; {', '.join(said[1:])}" if said[1:] else ""
+    others = [f"{c.label} {base / s:.2f}x" for s, c in timed[1:3]]
+    others += [f"{plain.kernel} {base / plain_seconds:.2f}x"] if plain.kernel != TORCH else []
+    rest = f"; {', '.join(others)}" if others else ""
     return Choice(
-        best, f"{best.label}: predicted {said[0].split()[-1]} of dense, bound by {best.prediction.binds}{rest}"
+        best, f"{best.label}: predicted {base / seconds:.2f}x of F.linear, bound by {best.prediction.binds}{rest}"
     )
 
 
