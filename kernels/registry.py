@@ -16,6 +16,7 @@ from sparsec.errors import KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.kernels import loader
+from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.ops import OPERATORS, has_native
 
 
@@ -90,7 +91,13 @@ def _of_format(kind: type[Packed]) -> tuple[Kernel, Kernel]:
     )
 
 
-KERNELS: tuple[Kernel, ...] = tuple(kernel for kind in FORMATS.values() for kernel in _of_format(kind))
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+KERNELS: tuple[Kernel, ...] = (
+    *(kernel for kind in FORMATS.values() for kernel in _of_format(kind)),
+    Kernel("dense_cpu", "dense", dense_linear, _FLOATS, ("cpu",), native_missing("dense_linear")),
+    Kernel("dense_torch", "dense", torch.ops.aten.linear.default, _FLOATS, None, list),
+)
 
 
 def select(problem: Problem, kernels: tuple[Kernel, ...] = KERNELS) -> Kernel:

@@ -399,6 +399,11 @@ def test_selection_takes_the_native_kernel_first(name: str) -> None:
     assert select(Problem(name, 8, 8, device="cuda")).name == f"{name}_reference"
 
 
+def test_selection_takes_our_own_dense_kernel_on_a_cpu_only() -> None:
+    assert select(Problem("dense", 8, 8)).name == ("dense_cpu" if status().built else "dense_torch")
+    assert select(Problem("dense", 8, 8, device="cuda")).name == "dense_torch"
+
+
 @pytest.mark.parametrize("problem", [Problem("csr", 8, 8, dtype=torch.int8), Problem("nosuch", 8, 8)])
 def test_a_problem_that_nothing_serves_lists_every_kernel_with_its_reason(problem: Problem) -> None:
     with pytest.raises(KernelError) as caught:
