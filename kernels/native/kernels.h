@@ -86,7 +86,7 @@ struct InstructionSet {
   const char* name;
   int64_t rows_per_tile;                      // at most, in PanelTask
   Kernel one[kFormats][kValueTypes];          // one row of x: bound by reading W
-  Kernel rows[kValueTypes];                   // dense, a few rows of x
+  Kernel rows[2][kValueTypes];                // dense, N:M: a few rows of x
   Kernel lanes[kLaneCounts][kValueTypes];     // CSR, up to kLanes[i] rows of x: each index is read once for all of them
   void (*panels)(const PanelTask&);           // many rows of x; fp32, bf16, fp16
   void (*expand)(const ExpandTask&);

@@ -10,30 +10,51 @@ namespace {
 
 constexpr int64_t kSlotAhead = 1024;  // bytes
 
-template <int M, class T>
-void nm_rows(const sparsec::Task& t) {
-  const sparsec::Matrix& w = *t.matrix;
+// X rows of x, from `x` on.
+template <int M, int X, class T>
+void nm_panel(const sparsec::Matrix& w, int64_t panel, const float* x, T* out, int64_t out_stride) {
   constexpr int B = M == 4 ? 4 : 6;  // bytes of the positions of 16 lanes
-  const float* x = static_cast<const float*>(t.x);
-  const int64_t n = w.r, groups = w.in_features / M;
-  for (int64_t p = t.first; p < t.last; ++p) {
-    const T* values = static_cast<const T*>(w.values) + p * groups * n * 16;
-    const uint8_t* positions = static_cast<const uint8_t*>(w.columns) + p * groups * n * B;
-    Lanes sums[2] = {};
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t s = 0; s < n; ++s, values += 16, positions += B) {
-        __builtin_prefetch(reinterpret_cast<const char*>(values) + kSlotAhead);
-        const Lanes picked = M == 4 ? select4(x + g * M, positions) : select8(x + g * M, positions);
-        add_product(sums[s & 1], load16(values), picked);
+  constexpr int C = X == 1 ? 2 : 1;  // chains that hide the latency of the multiply-add
+  const int64_t n = w.r, in = w.in_features, groups = in / M;
+  const T* values = static_cast<const T*>(w.values) + panel * groups * n * 16;
+  const uint8_t* positions = static_cast<const uint8_t*>(w.columns) + panel * groups * n * B;
+  Lanes sums[C][X] = {};
+  int64_t chain = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t s = 0; s < n; ++s, values += 16, positions += B) {
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + kSlotAhead);
+      const Lanes column = load16(values);
+#pragma GCC unroll 4
+      for (int t = 0; t < X; ++t) {
+        const float* from = x + t * in + g * M;
+        add_product(sums[chain][t], column, M == 4 ? select4(from, positions) : select8(from, positions));
       }
-    finish(add(sums[0], sums[1]), static_cast<const T*>(w.bias), 16 * p, least(16, w.out_features - 16 * p),
-           static_cast<T*>(t.out));
+      chain = (chain + 1) % C;
+    }
+  const T* bias = static_cast<const T*>(w.bias);
+  const int64_t row = 16 * panel, count = least(16, w.out_features - row);
+  for (int t = 0; t < X; ++t)
+    finish(C == 2 ? add(sums[0][t], sums[C - 1][t]) : sums[0][t], bias, row, count, out + t * out_stride);
+}
+
+template <int M, class T>
+void nm_any(const sparsec::Task& t) {
+  const float* x = static_cast<const float*>(t.x);
+  T* out = static_cast<T*>(t.out);
+  const int64_t in = t.matrix->in_features;
+  for (int64_t p = t.first; p < t.last; ++p) {
+    int64_t token = 0;
+    for (; token + 4 <= t.tokens; token += 4)
+      nm_panel<M, 4>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
+    for (; token + 2 <= t.tokens; token += 2)
+      nm_panel<M, 2>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
+    if (token < t.tokens) nm_panel<M, 1>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
   }
 }
 
 template <class T>
-void nm_one(const sparsec::Task& t) {
-  t.matrix->c == 4 ? nm_rows<4, T>(t) : nm_rows<8, T>(t);
+void nm_rows(const sparsec::Task& t) {
+  t.matrix->c == 4 ? nm_any<4, T>(t) : nm_any<8, T>(t);
 }
 
 inline uint32_t slot_position(const uint8_t* positions, int lane, int bits) {

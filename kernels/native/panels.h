@@ -36,10 +36,12 @@ void tile(const float* w, const float* x, const int32_t* starts, int64_t runs, i
 struct AnyDecoder {
   alignas(8) unsigned char state[16 * 3 * 8];
 };
+using Direct = void (*)(AnyDecoder&, int64_t begin, int64_t end, const float* x, float* acc);
 struct DecoderKind {
   void (*start)(AnyDecoder&, const sparsec::Matrix&, int64_t panel);
   int64_t (*decode)(AnyDecoder&, const sparsec::Matrix&, int64_t begin, int64_t end, float* to, int32_t* starts,
                     const float** in_place);
+  const Direct* direct;  // by rows of x less one; null where there is none
 };
 template <class Decoder>
 void start_decoder(AnyDecoder& any, const sparsec::Matrix& w, int64_t panel) {
@@ -56,12 +58,39 @@ int64_t decode_any(AnyDecoder& any, const sparsec::Matrix& w, int64_t begin, int
   memcpy(any.state, &decoder, sizeof(decoder));
   return runs;
 }
+template <class Decoder, int M>
+void multiply_direct(AnyDecoder& any, int64_t begin, int64_t end, const float* x, float* acc) {
+  Decoder decoder;
+  memcpy(static_cast<void*>(&decoder), any.state, sizeof(decoder));
+  decoder.template multiply<M>(begin, end, x, acc);
+  memcpy(any.state, &decoder, sizeof(decoder));
+}
+template <class T>
+const Direct kBitmapDirect[] = {
+    multiply_direct<BitmapDecoder<T>, 1>,  multiply_direct<BitmapDecoder<T>, 2>,
+#if defined(__AVX2__) || defined(__aarch64__)
+    multiply_direct<BitmapDecoder<T>, 3>,  multiply_direct<BitmapDecoder<T>, 4>,
+#endif
+#if defined(__AVX2__)
+    multiply_direct<BitmapDecoder<T>, 5>,  multiply_direct<BitmapDecoder<T>, 6>,
+#endif
+#if defined(__AVX512F__) || defined(SPARSEC_SIMDE)
+    multiply_direct<BitmapDecoder<T>, 7>,  multiply_direct<BitmapDecoder<T>, 8>,  multiply_direct<BitmapDecoder<T>, 9>,
+    multiply_direct<BitmapDecoder<T>, 10>, multiply_direct<BitmapDecoder<T>, 11>, multiply_direct<BitmapDecoder<T>, 12>,
+#endif
+};
+constexpr int64_t kDirectTiles = 2;
+constexpr int64_t kDirectColumns = 1024;  // of packed values, read twice out of a second-level cache
+
 #define SPARSEC_DECODER(D, T) \
-  { start_decoder<D<T>>, decode_any<D<T>> }
+  { start_decoder<D<T>>, decode_any<D<T>>, nullptr }
 #define SPARSEC_DECODERS(D) \
   { SPARSEC_DECODER(D, float), SPARSEC_DECODER(D, BFloat16), SPARSEC_DECODER(D, Float16) }
 const DecoderKind kDecoders[sparsec::kFormats][3] = {SPARSEC_DECODERS(DenseDecoder), SPARSEC_DECODERS(CsrDecoder),
-                                                     SPARSEC_DECODERS(BitmapDecoder), SPARSEC_DECODERS(BsrDecoder),
+                                                     {{start_decoder<BitmapDecoder<float>>, decode_any<BitmapDecoder<float>>, kBitmapDirect<float>},
+                                                      {start_decoder<BitmapDecoder<BFloat16>>, decode_any<BitmapDecoder<BFloat16>>, kBitmapDirect<BFloat16>},
+                                                      {start_decoder<BitmapDecoder<Float16>>, decode_any<BitmapDecoder<Float16>>, kBitmapDirect<Float16>}},
+                                                     SPARSEC_DECODERS(BsrDecoder),
                                                      SPARSEC_DECODERS(NmDecoder)};
 
 using Tile = void (*)(const float* w, const float* x, const int32_t* starts, int64_t runs, int64_t run, float* acc);
@@ -92,20 +121,30 @@ void panels(const sparsec::PanelTask& t) {
   int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + widest));
   float* const sums = decoded + 16 * (kDecodedColumns + widest) + kDecodedColumns + 2;
   const int64_t per_panel = 16 * rows * t.tiles;
+  const bool direct = kind.direct && t.tiles <= kDirectTiles;
+  const int64_t step = !direct ? kDecodedColumns : t.tiles == 1 ? in : kDirectColumns;
   AnyDecoder decoders[kPanelGroup];
   for (int64_t first = t.first; first < t.last; first += kPanelGroup) {
     const int64_t panels = least(kPanelGroup, t.last - first);
     for (int64_t p = 0; p < panels; ++p) kind.start(decoders[p], w, first + p);
     memset(sums, 0, sizeof(float) * per_panel * panels);
-    for (int64_t begin = 0; begin < in; begin += kDecodedColumns) {
-      const int64_t end = least(in, begin + kDecodedColumns);
+    for (int64_t begin = 0; begin < in; begin += step) {
+      const int64_t end = least(in, begin + step);
       for (int64_t p = 0; p < panels; ++p) {
+        float* const own = sums + p * per_panel;
+        if (direct) {
+          for (int64_t i = 0; i < t.tiles; ++i) {
+            AnyDecoder again = decoders[p];
+            kind.direct[rows - 1](i + 1 < t.tiles ? again : decoders[p], begin, end, t.x + i * in * rows, own + i * 16 * rows);
+          }
+          continue;
+        }
         const float* columns = decoded;
         starts[0] = static_cast<int32_t>(begin);
         const int64_t runs = kind.decode(decoders[p], w, begin, end, decoded, starts, &columns);
         const int64_t run = blocks ? w.c : end - begin;
         for (int64_t i = 0; i < t.tiles && runs > 0; ++i)
-          times(columns, t.x + i * in * rows, starts, runs, run, sums + p * per_panel + i * 16 * rows);
+          times(columns, t.x + i * in * rows, starts, runs, run, own + i * 16 * rows);
       }
     }
     for (int64_t p = 0; p < panels; ++p) {

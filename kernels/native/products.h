@@ -28,12 +28,12 @@ using torch::stable::Tensor;
 constexpr int64_t kBytesPerThread = 1 << 16;  // of a matrix, worth waking a thread for: some 5 us
 constexpr int64_t kBytesPerChunk = 1 << 19;   // small enough that a thread whose CPU is taken away does not hold up the others
 
-// How a product is done. `one`: a row of x. `rows`: dense, few rows. `lanes`: CSR, where multiplying only what is kept saves work.
+// How a product is done. `one`: a row of x. `rows`: dense and N:M, few rows. `lanes`: CSR, where multiplying only what is kept saves work.
 // `panels`: decode once, multiply with all rows. `half`: decode into the half type, for a CPU with matrix instructions for it.
 // `stock`: torch's own dense product.
 enum class Way { one, rows, lanes, panels, half, stock };
 
-constexpr int64_t kFewDenseRows = 8;
+constexpr int64_t kFewRows = 8;
 
 // Up to how many rows of x CSR's non-zeros are multiplied one by one, 32 rows at a time; beyond, panels win, although they save no FLOPs.
 // Measured on Zen 3, fp32 2048x2048, 128 rows, one thread, as a ratio to F.linear: at 50 % zeros 0.71x against 0.8-0.9x of a dense product;
@@ -48,9 +48,10 @@ Way way(const Matrix& w, int64_t tokens) {
   if (w.type == sparsec::kFloat64) return w.format == sparsec::kDense ? Way::stock : Way::one;
   if (tokens == 1) return Way::one;
   if (w.format == sparsec::kDense) {
-    if (tokens <= kFewDenseRows) return Way::rows;
+    if (tokens <= kFewRows) return Way::rows;
     return w.type == sparsec::kFloat32 || has_half_product(w.type) ? Way::stock : Way::panels;
   }
+  if (w.format == sparsec::kNm && tokens <= kFewRows) return Way::rows;
   if (w.format == sparsec::kCsr && one_by_one(w, tokens)) return Way::lanes;
   return has_half_product(w.type) && tokens > 32 ? Way::half : Way::panels;
 }
@@ -231,7 +232,7 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa) {
       return;
     }
     default: {
-      const sparsec::Kernel kernel = part.way == Way::rows ? isa.rows[w.type] : isa.one[w.format][w.type];
+      const sparsec::Kernel kernel = part.way == Way::rows ? isa.rows[w.format == sparsec::kNm][w.type] : isa.one[w.format][w.type];
       kernel(Task{&w, x.plain, part.out, w.out_features, x.tokens, piece.first, piece.last});
     }
   }

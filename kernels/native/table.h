@@ -19,7 +19,7 @@
          {csr_one_any<float>, csr_one_any<BFloat16>, csr_one_any<Float16>, csr_double_any},                      \
          SPARSEC_TYPES(bitmap_one),                                                                              \
          SPARSEC_TYPES(bsr_one),                                                                                 \
-         SPARSEC_TYPES(nm_one)},                                                                                 \
-        SPARSEC_TYPES(dense_rows), {SPARSEC_LANES(4), SPARSEC_LANES(8), SPARSEC_LANES(16), SPARSEC_LANES(32)},  \
+         SPARSEC_TYPES(nm_rows)},                                                                                 \
+        {SPARSEC_TYPES(dense_rows), SPARSEC_TYPES(nm_rows)}, {SPARSEC_LANES(4), SPARSEC_LANES(8), SPARSEC_LANES(16), SPARSEC_LANES(32)},  \
         panels, expand                                                                                           \
   }
