@@ -105,7 +105,8 @@ class Lower(Pass):
     def _choices(self, graph: Graph, context: Context, packable: list[Weight]) -> tuple[dict[str, Choice], list[str]]:
         """The best way for every weight that is multiplied by: packed where it may be, else by the better dense kernel."""
         may_pack = {w.name for w in packable}
-        weights = [w for w in graph.weights.values() if graph.prunable(w.name) and self._selected(graph, w)]
+        dense = [w for w in graph.weights.values() if w.packed is None and graph.prunable(w.name)]
+        weights = [w for w in dense if self._selected(graph, w)]
         setting = Setting(self.objective, self.tokens)
         notes = []
         if self.objective == "latency":
