@@ -238,7 +238,7 @@ def test_a_cross_compiler_accepts_the_portable_kernels(capsys: pytest.CaptureFix
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler} (Debian: g++-aarch64-linux-gnu)")
     assert build.main(["--check", "--portable", "--compiler", compiler]) == 0
-    assert "aarch64-linux-gnu accepts library.cpp, csr_portable.cpp" in capsys.readouterr().out
+    assert "aarch64-linux-gnu accepts library.cpp, isa_portable.cpp" in capsys.readouterr().out
     assert set(toolchain.find(compiler).files) == {"library.cpp", "csr_portable.cpp"}
 
 

@@ -11,6 +11,18 @@
 
 namespace {
 
+// A new tensor like x with these sizes, by the shortest way that the stable ABI has.
+Tensor empty_like(const Tensor& x, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 std::vector<Tensor> product(const char* op, Tensor x, std::vector<Part>& parts, const std::vector<ScalarType>& types) {
   for (size_t i = 0; i < parts.size(); ++i) check_x(op, x, parts[i].matrix, types[i]);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -22,7 +34,7 @@ std::vector<Tensor> product(const char* op, Tensor x, std::vector<Part>& parts, 
   std::vector<Part> busy;
   for (const Part& part : parts) {
     sizes.back() = part.matrix.out_features;
-    outs.push_back(torch::stable::new_empty(x, sizes));
+    outs.push_back(empty_like(x, sizes));
     if (tokens == 0 || part.matrix.out_features == 0) continue;
     busy.push_back(part);
     busy.back().out = outs.back().mutable_data_ptr();
