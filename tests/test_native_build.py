@@ -239,7 +239,7 @@ def test_a_cross_compiler_accepts_the_portable_kernels(capsys: pytest.CaptureFix
         pytest.skip(f"needs {compiler} (Debian: g++-aarch64-linux-gnu)")
     assert build.main(["--check", "--portable", "--compiler", compiler]) == 0
     assert "aarch64-linux-gnu accepts library.cpp, isa_portable.cpp" in capsys.readouterr().out
-    assert set(toolchain.find(compiler).files) == {"library.cpp", "csr_portable.cpp"}
+    assert set(toolchain.find(compiler).files) == {"library.cpp", "isa_portable.cpp"}
 
 
 @needs_compiler
@@ -252,12 +252,12 @@ def test_no_portable_source_includes_an_x86_header() -> None:
         name: subprocess.run(
             [*command, str(toolchain.SOURCES / name)], capture_output=True, text=True, check=True
         ).stdout
-        for name in ("csr_portable.cpp", "csr_avx2.cpp")[: 1 + bool(on)]
+        for name in ("isa_portable.cpp", "isa_avx2.cpp")[: 1 + bool(on)]
     }
-    assert "convert.h" in read["csr_portable.cpp"]
-    assert "immintrin" not in read["csr_portable.cpp"]
+    assert "convert.h" in read["isa_portable.cpp"]
+    assert "immintrin" not in read["isa_portable.cpp"]
     if on:
-        assert "immintrin" in read["csr_avx2.cpp"]  # the test would see it
+        assert "immintrin" in read["isa_avx2.cpp"]  # the test would see it
     assert "immintrin" not in (toolchain.SOURCES / "library.cpp").read_text()
 
 
