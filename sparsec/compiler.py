@@ -21,9 +21,10 @@ from sparsec.memory import held
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.report.collect import Report, collect
+from sparsec.report.predict import known_calibration, predict
 
-DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,lower(csr)"
-DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,lower(csr)"
+DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
+DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,7 +48,8 @@ class Compiled:
         """
         _refresh(self.graph)
         model = self.model()
-        return collect(self.graph, self.records, self.notes, None if model is None else held(model).total)
+        predicted = predict(self.graph, known_calibration(self.graph))
+        return collect(self.graph, self.records, self.notes, None if model is None else held(model).total, predicted)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
@@ -80,12 +82,12 @@ def compile(
 ) -> Model:
     """A model of the same class whose pruned linear layers run on sparse kernels.
 
-    passes: a specification (default `magnitude(0.5),freeze,sparsity,flops,lower(csr)`), a Pipeline, or a list of specifications
-    and Pass objects.
+    passes: a specification (default `magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)`), a Pipeline, or a list of
+    specifications and Pass objects.
     example_inputs: needed for models that are not from transformers: a tensor, a tuple or a dict of tensors, with sizes of at
     least 2 where sizes vary.
     masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
-    `mask,freeze,sparsity,flops,lower(csr)`, and a pass `mask` is put first where `passes` has none.
+    `mask,freeze,sparsity,flops,fuse,lower(auto)`, and a pass `mask` is put first where `passes` has none.
     copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 

@@ -1,6 +1,7 @@
 """Latency, always as a comparison: the models take turns, so that a slow moment of a shared machine meets all of them.
 
-Prefill is one forward over a prompt; decode is one token with the key-value cache of that prompt, batch 1.
+Prefill is one forward over a prompt; decode is one token with the key-value cache of that prompt, batch 1. Under no_grad, as
+`generate()` runs, and not under inference_mode, where fused products are not shared (kernels/group.py).
 """
 
 from __future__ import annotations
@@ -129,21 +130,22 @@ def _wait(tensor: Tensor) -> None:
 
 @torch.no_grad()
 def layer_speedups(
-    pairs: Mapping[str, tuple[nn.Module, nn.Module]], rounds: int, progress: Progress | None = None
+    pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]], rounds: int, progress: Progress | None = None
 ) -> dict[str, float]:
-    """Median over rounds of (time of the first) / (time of the second) for pairs of linear modules, at one row.
+    """Median over rounds of (time of the first) / (time of the second) for pairs of linear layers, at one row.
 
-    Every round goes through all pairs, as decoding goes through all layers: a small layer looped by itself would be timed in
-    a cache that it never finds warm. The modules have `in_features` or a Conv1D's `weight` [in, out].
+    A pair holds one module each, or those of a fused product in their order, which are given the very same row. Every round
+    goes through all pairs, as decoding goes through all layers: a small layer looped by itself would be timed in a cache that
+    it never finds warm. The first ones have `in_features` or a Conv1D's `weight` [in, out].
     """
     found: dict[str, list[float]] = {name: [] for name in pairs}
-    rows = {name: _row(dense) for name, (dense, _) in pairs.items()}
+    rows = {name: _row(dense[0]) for name, (dense, _) in pairs.items()}
     for turn in range(WARM_UP + rounds):
         if progress is not None:
             progress("timing layers", turn, WARM_UP + rounds)
         for name, pair in pairs.items():
             order = pair if turn % 2 == 0 else pair[::-1]
-            first, second = (_call_seconds(module, rows[name]) for module in order)
+            first, second = (_call_seconds(modules, rows[name]) for modules in order)
             if turn >= WARM_UP:
                 found[name].append(first / second if turn % 2 == 0 else second / first)
     if progress is not None:
@@ -158,8 +160,9 @@ def _row(dense: nn.Module) -> Tensor:
     return torch.randn(1, in_features, dtype=weight.dtype, device=weight.device)
 
 
-def _call_seconds(module: nn.Module, x: Tensor) -> float:
+def _call_seconds(modules: Sequence[nn.Module], x: Tensor) -> float:
     start = perf_counter()
-    module(x)
+    for module in modules:
+        module(x)
     _wait(x)
     return perf_counter() - start

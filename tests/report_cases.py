@@ -64,11 +64,19 @@ def report() -> Report:
             decode_ms=Spread(1.0 + i, 0.5 + i, 150.0, 40),
             speedup_prefill=Spread(1 / (1 + i), 0.9 / (1 + i), 1.1 / (1 + i), 20),
             speedup_decode=Spread(1 / (1 + i), 0.9 / (1 + i), 1.1 / (1 + i), 40),
+            linears_ms=(0.5, 0.5, 0.25)[i],
+            speedup_predicted=(1.0, 1.0, 1.25)[i],
         )
         for i, (name, variant) in enumerate(variants.items())
     }
     layers = tuple(
-        replace(row, kernel="csr_cpu", speedup_measured=0.5 + i / 10) if row.packed else row
+        replace(
+            row,
+            kernel="csr_cpu" if row.packed else None,
+            speedup_measured=0.5 + i / 10 if row.packed else None,
+            speedup_predicted=0.6 + i / 10 if row.packed else None,
+            binds=("bytes", "decode", "flops", "call")[i % 4] if row.packed else None,
+        )
         for i, row in enumerate(found.layers)
     )
     return replace(

@@ -192,7 +192,7 @@ def test_layers_are_timed_in_rotation_at_one_row() -> None:
         "p": (Layer("p dense", 3), Layer("p sparse", 3)),
         "q": (Layer("q dense", 5), Layer("q sparse", 5)),
     }
-    assert layer_speedups(pairs, rounds=2).keys() == {"p", "q"}
+    assert layer_speedups({n: ([d], [s]) for n, (d, s) in pairs.items()}, rounds=2).keys() == {"p", "q"}
     assert seen[:8] == [
         ("p dense", (1, 3)), ("p sparse", (1, 3)), ("q dense", (1, 5)), ("q sparse", (1, 5)),
         ("p sparse", (1, 3)), ("p dense", (1, 3)), ("q sparse", (1, 5)), ("q dense", (1, 5)),

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsec import memory
+from sparsec.cost.model import Roof
 from sparsec.ir.facts import GROUPS, Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import PassRecord
+from sparsec.report.predict import Predicted, by_weight
 from sparsec.report.records import GroupRow, LayerRow, ReportData, total
 from sparsec.report.text import render
 
@@ -22,19 +24,27 @@ class Report(ReportData):
 
 
 def collect(
-    graph: Graph, records: Sequence[PassRecord] = (), notes: Iterable[str] = (), model_bytes: int | None = None
+    graph: Graph,
+    records: Sequence[PassRecord] = (),
+    notes: Iterable[str] = (),
+    model_bytes: int | None = None,
+    predicted: Sequence[Predicted] = (),
 ) -> Report:
     """What the graph knows of its weights and ops, per weight and per group.
 
     model_bytes: of all tensors of the model that runs. It may hold buffers that the graph never reads; None takes the graph's.
+    predicted: what the cost model expects of its products.
     """
-    layers = tuple(_layer(graph, weight) for weight in graph.weights.values())
+    expected = by_weight(predicted)
+    layers = tuple(_layer(graph, weight, expected.get(weight.name)) for weight in graph.weights.values())
     held = memory.held(graph.module).total if model_bytes is None else model_bytes
     return Report(
         passes=tuple(records),
         layers=layers,
         groups=tuple(_groups(graph, layers)),
         bytes_buffers=held - sum(row.bytes_held for row in layers),
+        linears_dense_ms=1e3 * sum(p.dense for p in predicted) if predicted else None,
+        linears_ms=1e3 * sum(p.seconds for p in predicted) if predicted else None,
         flops_without_weights=total([op.flops_dense for op in graph.ops.values() if not op.weights]),
         notes=tuple(notes),
     )
@@ -49,7 +59,7 @@ def nnz_of(weight: Weight) -> int:
     return weight.numel
 
 
-def _layer(graph: Graph, weight: Weight) -> LayerRow:
+def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof] | None) -> LayerRow:
     ops = graph.ops_of(weight.name)
     out_features, in_features = _features(weight)
     kernels = dict.fromkeys(kernel for op in ops if (kernel := op.kernel_of(weight.name)) is not None)
@@ -73,6 +83,8 @@ def _layer(graph: Graph, weight: Weight) -> LayerRow:
         kernel=", ".join(kernels) or None,
         reason=weight.reason,
         executed=bool(ops),
+        speedup_predicted=expected[0] if expected is not None else None,
+        binds=expected[1] if expected is not None else None,
     )
 
 

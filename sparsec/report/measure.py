@@ -15,9 +15,13 @@ from torch import nn
 
 from sparsec import memory
 from sparsec.compiler import compile
+from sparsec.cost import calibration
 from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
 from sparsec.evaluate import Evaluation, Windows, cut, evaluate, top1_agreement
+from sparsec.formats.csr import VALUE_DTYPES
+from sparsec.ir.facts import MATRIX_KINDS
+from sparsec.kernels import status
 from sparsec.latency import WARM_UP, Comparison, compare, layer_speedups
 from sparsec.machine import machine
 from sparsec.pipeline import Instrument, Pipeline
@@ -93,6 +97,7 @@ def measured_report(
     """
     pipeline.validate()
     measuring = planned is not None
+    doubts = _calibrate(loaded.model, progress) if measuring else ()
     if measuring:
         # The first trace and the first kernel pay for imports and a build, which are nobody's memory or time.
         compile(nn.Sequential(nn.Linear(8, 8)), example_inputs=torch.ones(2, 8), copy=False)
@@ -118,6 +123,7 @@ def measured_report(
         str(next(dense.parameters()).dtype).removeprefix("torch."),
     )
     remarks = _on_resident_memory() if measuring else ["no model was run: nothing is measured"]
+    remarks += doubts
     last = models["lowered" if lowers else "masked"].sparsec
     remarks.append(f"tracing took {last.trace_seconds:.1f} s, emission {last.emit_seconds:.2f} s")
     if not lowers:
@@ -139,16 +145,25 @@ def _measured(
     evaluations = {n: evaluate(m, windows, progress, f"perplexity of {n}") for n, m in models.items()}
     decode_repeats = max(effort.repeats, effort.new_tokens)
     times = compare(models, planned.timed, effort.repeats, decode_repeats, progress)
-    summary = {name: _with_measurements(variant, name, evaluations, times) for name, variant in report.summary.items()}
+    expected = report.linears_dense_ms
+    summary = {n: _with_measurements(v, n, evaluations, times, expected) for n, v in report.summary.items()}
     remarks = list(report.remarks)
     layers = report.layers
     if "lowered" in models:
-        pairs = _pairs(models["dense"], models["lowered"])
-        speed = layer_speedups(pairs, effort.repeats, progress)
+        products = _products(models["lowered"])
+        pairs = {
+            weights[0]: (
+                [models["dense"].get_submodule(o) for o in owners],
+                [models["lowered"].get_submodule(o) for o in owners],
+            )
+            for weights, owners in products.items()
+        }
+        times_of = layer_speedups(pairs, effort.repeats, progress)
+        speed = {name: times_of[weights[0]] for weights in products for name in weights}
         layers = tuple(replace(row, speedup_measured=speed.get(row.name)) for row in layers)
         remarks.append(
             f"measured speedup of a layer: one row through its module against the dense module, median of {effort.repeats} "
-            f"rounds, each through all {len(pairs)} lowered layers as decoding does"
+            f"rounds, each through all {len(speed)} lowered layers as decoding does; layers of one fused product go together"
         )
     if effort.repeats < MIN_REPEATS:
         remarks.append(
@@ -188,14 +203,21 @@ def _counted(model: Any, own: Report | None, final: Report, resident: int | None
         speedup_theoretical=ratio(final.flops_dense, flops),
         speedup_theoretical_bytes=ratio(final.bytes_dense, held),
         resident_bytes=resident,
+        linears_ms=final.linears_ms if own is final else final.linears_dense_ms,
     )
 
 
 def _with_measurements(
-    variant: Variant, name: str, evaluations: Mapping[str, Evaluation], times: Comparison
+    variant: Variant,
+    name: str,
+    evaluations: Mapping[str, Evaluation],
+    times: Comparison,
+    dense_linears_ms: float | None,
 ) -> Variant:
+    dense_ms = times.latencies["dense"].decode_ms.median
     return replace(
         variant,
+        speedup_predicted=_predicted(dense_ms, dense_linears_ms, variant.linears_ms),
         perplexity=evaluations[name].perplexity,
         top1=top1_agreement(evaluations["dense"], evaluations[name]),
         prefill_ms=times.latencies[name].prefill_ms,
@@ -205,14 +227,29 @@ def _with_measurements(
     )
 
 
-def _pairs(dense: Any, lowered: Any) -> dict[str, tuple[Any, Any]]:
-    """weight -> (dense module, lowered module), in the model's order."""
-    weights = lowered.sparsec.graph.weights.values()
-    return {
-        w.name: (dense.get_submodule(w.owners[0]), lowered.get_submodule(w.owners[0]))
-        for w in weights
-        if w.packed is not None and w.owners
-    }
+def _products(lowered: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """weights -> owners of every product that runs on kernels of sparsec, in order of execution; a weight goes once."""
+    graph = lowered.sparsec.graph
+    products = [op for op in graph.ops.values() if op.kind in MATRIX_KINDS]
+    return {op.matrices: op.owners for op in products if any(op.kernel_of(name) for name in op.matrices)}
+
+
+def _predicted(dense_ms: float, dense_linears_ms: float | None, linears_ms: float | None) -> float | None:
+    """Of decoding: what is saved in linear layers, taken from the measured time of the dense model; None where that makes no
+    sense, since the model is too small for its linears to be seen."""
+    if dense_linears_ms is None or linears_ms is None or dense_ms <= dense_linears_ms - linears_ms:
+        return None
+    return dense_ms / (dense_ms - dense_linears_ms + linears_ms)
+
+
+def _calibrate(model: nn.Module, progress: Progress | None) -> tuple[str, ...]:
+    """Makes the cost model known before anything is timed; what there is to say about it."""
+    dtypes = {p.dtype for p in model.parameters() if p.device.type == "cpu" and p.dtype in VALUE_DTYPES}
+    if not status().built or not dtypes:
+        return ()
+    found = calibration(sorted(dtypes, key=str), progress=progress)
+    assert found is not None
+    return found.notices
 
 
 def _on_resident_memory() -> list[str]:

@@ -34,10 +34,11 @@ class LayerRow:
     value_bytes: int  # of one value
     format: str
     kernel: str | None  # None where nothing but torch runs
-    reason: str | None  # why it is dense, where that needs saying
+    reason: str | None  # why it is dense, where that needs saying, or why it has the format that was chosen for it
     executed: bool  # in the traced call
     speedup_measured: float | None = None
-    speedup_predicted: float | None = None
+    speedup_predicted: float | None = None  # by the cost model
+    binds: str | None = None  # the roof that binds, by the cost model: bytes, decode, flops or call
 
     @property
     def sparsity(self) -> float:
@@ -131,6 +132,8 @@ class Variant:
     decode_ms: Spread | None = None
     speedup_prefill: Spread | None = None  # measured, against dense in the same round
     speedup_decode: Spread | None = None
+    linears_ms: float | None = None  # of a decoded token in linear layers, by the cost model
+    speedup_predicted: float | None = None  # of decoding: what the cost model saves, taken from the measured dense time
 
     @property
     def sparsity(self) -> float:
@@ -156,6 +159,8 @@ class ReportData:
     layers: tuple[LayerRow, ...]
     groups: tuple[GroupRow, ...]
     bytes_buffers: int  # beside the weights: rotary tables, position numbers, ...
+    linears_dense_ms: float | None = None  # per decoded token, by the cost model, with F.linear
+    linears_ms: float | None = None  # as they are executed now
     flops_without_weights: float | None = None  # per token: attention scores and values
     notes: tuple[str, ...] = ()
     machine: Machine | None = None

@@ -50,11 +50,18 @@ LAYER: Keys = {
     "bytes_mask": ((int,), "of the mask, while there is one"),
     "format": ((str,), "dense, csr16, csr32, ..."),
     "kernel": ((str, NONE), "that executes it; null where only torch does"),
-    "reason": ((str, NONE), "why it is dense"),
+    "reason": ((str, NONE), "why it is dense, or why lower(auto) chose its format"),
     "speedup_theoretical": ((*NUMBER, NONE), "by FLOPs: flops_dense / flops_per_token"),
     "speedup_theoretical_bytes": ((*NUMBER, NONE), "bytes_dense / bytes_held"),
-    "speedup_predicted": ((*NUMBER, NONE), "by a cost model"),
-    "speedup_measured": ((*NUMBER, NONE), "one row, against the dense layer, in rotation over all layers"),
+    "speedup_predicted": (
+        (*NUMBER, NONE),
+        "by the cost model, one row; of a fused product, of all its weights together",
+    ),
+    "binds": ((str, NONE), "the roof that binds by the cost model: bytes, decode, flops or call"),
+    "speedup_measured": (
+        (*NUMBER, NONE),
+        "one row, against the dense layer, in rotation over all layers; fused ones together",
+    ),
 }
 GROUP: Keys = {
     "group": ((str,), "as in a layer"),
@@ -87,6 +94,11 @@ VARIANT: Keys = {
     "speedup_prefill_quartiles": ((list, NONE), "[lower, upper]"),
     "speedup_decode": ((*NUMBER, NONE), "measured: median over rounds of dense / this"),
     "speedup_decode_quartiles": ((list, NONE), "[lower, upper]"),
+    "linears_ms": ((*NUMBER, NONE), "of a decoded token in linear layers, by the cost model"),
+    "speedup_predicted": (
+        (*NUMBER, NONE),
+        "of decoding: what the cost model saves, taken from the measured dense time",
+    ),
 }
 SCHEMA: Keys = {
     "schema": ((str,), f"{VERSION!r}"),
@@ -175,7 +187,7 @@ def _check(where: str, found: Any, keys: Keys) -> list[str]:
 
 def _layer(row: LayerRow) -> dict[str, Any]:
     cells = {key: getattr(row, key) for key in LAYER}
-    return cells | {"aliases": list(row.aliases), "shape": list(row.shape), "reason": dense_reason(row)}
+    return cells | {"aliases": list(row.aliases), "shape": list(row.shape), "reason": dense_reason(row) or row.reason}
 
 
 def _group(row: GroupRow) -> dict[str, Any]:

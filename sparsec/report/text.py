@@ -8,9 +8,9 @@ from sparsec.latency import Spread
 from sparsec.machine import Machine
 from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
 from sparsec.report.table import heading, mega, paragraph, percent, shorten, table, times
-from sparsec.report.words import dense_reason, storage
+from sparsec.report.words import chosen_because, dense_reason, storage
 
-_NAME = 36
+_NAME = 30
 
 
 def render(report: ReportData) -> str:
@@ -48,7 +48,7 @@ def machine_lines(m: Machine) -> list[str]:
     ]
     if m.load is not None:
         rows.append(("load", f"{m.load:.1f} processes ran or waited over the last minute"))
-    return heading("Machine") + [line for key, text in rows for line in paragraph(text, f"{key:<22}")]
+    return heading("Machine") + [line for key, text in rows for line in paragraph(text, f"{key:<24}")]
 
 
 def _passes(report: ReportData) -> list[str]:
@@ -73,16 +73,18 @@ def _layers(report: ReportData) -> list[str]:
         "group",
         "out x in",
         "zero",
-        "MFLOP",
-        "MB dense",
         "MB held",
         "format[kernel]",
         "FLOPs",
-        "measured",
+        "bytes",
+        "pred.",
+        "roof",
+        "meas.",
     )
-    lines = heading("Layers: one row per stored weight; MFLOP per token as executed; FLOPs: theoretical speedup")
-    lines += table(header, rows, left=(0, 1, 7), gap=1)
+    lines = heading("Layers: one row per stored weight; speedups: theoretical by FLOPs and bytes, predicted, measured")
+    lines += table(header, rows, left=(0, 1, 5, 9), gap=1)
     lines += [line for reason, mark in legend.items() for line in paragraph(f"dense because: {reason}", f"({mark}) ")]
+    lines += [line for text in chosen_because(report.layers) for line in paragraph(text)]
     tied = [row for row in report.layers if row.aliases]
     lines += [line for row in tied for line in paragraph(f"tied, counted once: {row.name} = {', '.join(row.aliases)}")]
     for text in storage(report.layers):
@@ -92,22 +94,24 @@ def _layers(report: ReportData) -> list[str]:
 
 def _layer(row: LayerRow, legend: dict[str, str]) -> tuple[str, ...]:
     reason = dense_reason(row)
-    dense = "" if reason is None else f"dense ({legend.setdefault(reason, _mark(len(legend)))})"
-    where = dense or f"{row.format}[{row.kernel or '-'}]"
+    where = f"{row.format}[{row.kernel or '-'}]"
+    if reason is not None:
+        where = f"dense{f'[{row.kernel}]' if row.kernel else ''} ({legend.setdefault(reason, _mark(len(legend)))})"
     shape = "x".join(map(str, (row.out_features, row.in_features) if row.in_features else row.shape))
     name = shorten(row.name.removesuffix(".weight"), _NAME)
-    speed = (times(row.speedup_theoretical), times(row.speedup_measured))
+    speed = (times(row.speedup_theoretical), times(row.speedup_theoretical_bytes))
     zero = percent(row.sparsity)
     return (
         name,
         row.group,
         shape,
         zero,
-        mega(row.flops_per_token),
-        mega(row.bytes_dense),
         mega(row.bytes_held),
         where,
         *speed,
+        times(row.speedup_predicted),
+        row.binds or "-",
+        times(row.speedup_measured),
     )
 
 
@@ -175,6 +179,10 @@ def _summary(report: ReportData) -> list[str]:
     row("decode, ms per token (quartiles)", [_spread(v.decode_ms) for v in variants])
     row("theoretical speedup, FLOPs", [times(v.speedup_theoretical) for v in variants])
     row("theoretical speedup, bytes", [times(v.speedup_theoretical_bytes) for v in variants])
+    row(
+        "predicted, ms per token in linears", ["-" if v.linears_ms is None else f"{v.linears_ms:.2f}" for v in variants]
+    )
+    row("predicted speedup, decode", [times(v.speedup_predicted) for v in variants])
     row("measured speedup, prefill", [_spread(v.speedup_prefill, "x") for v in variants])
     row("measured speedup, decode", [_spread(v.speedup_decode, "x") for v in variants])
     lines = heading("Summary") + table(("", *report.summary), rows)

@@ -34,6 +34,16 @@ def dense_reason(row: LayerRow) -> str | None:
     return "not a matrix of a linear layer"
 
 
+def chosen_because(layers: Sequence[LayerRow]) -> list[str]:
+    """Per format that was chosen by prediction, how many weights have it and the reason of the first; the JSON has them all."""
+    paragraphs = []
+    for name in dict.fromkeys(row.format for row in layers if row.packed and row.reason):
+        rows = [row for row in layers if row.format == name and row.reason]
+        what = f"{len(rows)} weights are {name}; {rows[0].name.removesuffix('.weight')} because:"
+        paragraphs.append(f"{what} {rows[0].reason}")
+    return paragraphs
+
+
 def storage(layers: Sequence[LayerRow]) -> list[str]:
     """Per format, one paragraph: bytes against dense, and from which sparsity on it pays. Larger is called larger."""
     paragraphs = []

@@ -1,0 +1,80 @@
+"""What the cost model expects of a graph's products, for one decoded token: in seconds, dense as they came and as they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparsec.cost.calibration import Calibration, calibration
+from sparsec.cost.choice import TORCH
+from sparsec.cost.model import Roof, Work
+from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
+from sparsec.ir.graph import Graph
+from sparsec.kernels import status
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One executed product; of a fused one all its weights together, since they share its call."""
+
+    weights: tuple[str, ...]
+    dense: float  # seconds with F.linear, one call each
+    seconds: float  # as it is executed now
+    binds: tuple[Roof, ...]  # by weight
+
+    @property
+    def speedup(self) -> float:
+        """Dense / now."""
+        return self.dense / self.seconds
+
+
+def known_calibration(graph: Graph) -> Calibration | None:
+    """What is known of this machine without measuring; None where nothing is, or the cost model has nothing to say."""
+    weights = [w for w in graph.weights.values() if graph.prunable(w.name)]
+    if not weights or not status().built:
+        return None
+    found = calibration(list(dict.fromkeys(w.dtype for w in weights)), measuring=False)
+    return None if found is None else found.calibration
+
+
+def predict(graph: Graph, known: Calibration | None) -> tuple[Predicted, ...]:
+    """Every product that the calibration has constants for, in order of execution."""
+    if known is None:
+        return ()
+    products = [op for op in graph.ops.values() if op.kind in MATRIX_KINDS]
+    working_set = sum(graph.weights[name].nbytes for name in dict.fromkeys(n for op in products for n in op.matrices))
+    found = (_product(graph, op, known, working_set) for op in products)
+    return tuple(p for p in found if p is not None)
+
+
+def by_weight(predicted: Iterable[Predicted]) -> dict[str, tuple[float, Roof]]:
+    """(speedup, the roof that binds) of every weight."""
+    return {name: (p.speedup, roof) for p in predicted for name, roof in zip(p.weights, p.binds, strict=True)}
+
+
+def _product(graph: Graph, op: Op, known: Calibration, working_set: int) -> Predicted | None:
+    dense = seconds = 0.0
+    calls: list[float] = []
+    binds: list[Roof] = []
+    for name in op.matrices:
+        weight = graph.weights[name]
+        work, kernel = _work(weight), op.kernel_of(name) or TORCH
+        cost = known.cost(kernel, weight.format, weight.dtype)
+        before = known.predict(TORCH, "dense", weight.dtype, Work.dense(*weight.matrix_shape, weight.dtype))
+        now = known.predict(kernel, weight.format, weight.dtype, work, working_set=working_set)
+        if cost is None or before is None or now is None or not _on_cpu(graph, weight):
+            return None
+        dense, seconds = dense + before.seconds, seconds + now.seconds
+        calls.append(cost.call)
+        binds.append(now.binds)
+    # One call serves all.
+    return Predicted(op.matrices, dense, seconds - (sum(calls) - max(calls)), tuple(binds))
+
+
+def _work(weight: Weight) -> Work:
+    return Work.dense(*weight.matrix_shape, weight.dtype) if weight.packed is None else Work.of(weight.packed)
+
+
+def _on_cpu(graph: Graph, weight: Weight) -> bool:
+    held = graph.tensor(weight.name) if weight.packed is None else weight.packed.values
+    return held.device.type == "cpu"
