@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsec.errors import FormatError
@@ -227,6 +229,26 @@ def test_distances_of_8_bits_are_bridged_where_they_do_not_reach() -> None:
     assert packed.nnz == 6
     assert (packed.values == 0).sum() == 7
     assert torch.equal(packed.unpack(), torch.where(mask, weight, 0))
+
+
+@given(width=st.integers(1, 3000), density=st.floats(0, 0.02), seed=st.integers(0, 1000))
+def test_rows_with_long_gaps_come_back_and_their_bytes_are_foretold(width: int, density: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(4, width, generator=generator) < density
+    weight = torch.randn(4, width, generator=generator)
+    packed = CSR.pack(weight, mask, index_bits=8)
+    packed.check()
+    assert torch.equal(packed.unpack(), torch.where(mask, weight, 0))
+    assert packed.nnz == int(mask.sum())
+    assert packed.nbytes == CSR.planned_nbytes(mask, torch.float32, index_bits=8)
+
+
+@pytest.mark.parametrize(("out_features", "panels"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2)])
+def test_no_panel_more_than_needed_is_stored(out_features: int, panels: int) -> None:
+    mask = (torch.arange(8) % 2 == 0).expand(out_features, 8)
+    weight = torch.ones(out_features, 8)
+    assert Bitmap.pack(weight, mask).bits.shape == (panels, 8)
+    assert NM.pack(weight, mask).values.shape[0] == panels
 
 
 def test_a_block_is_stored_whole_if_it_keeps_any_weight() -> None:

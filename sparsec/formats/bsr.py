@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsec.errors import FormatError
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed
 from sparsec.formats.csr import csr_rows
-from sparsec.formats.faults import Field, check_count, check_pack, check_plan, pointer_faults
+from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.positions import flat_positions, starts, unsigned
 
 DEFAULT_BLOCK = (16, 16)
@@ -134,10 +134,7 @@ class BSR(Packed):
         return []
 
     def _count_faults(self) -> list[str]:
-        least, most = int(self.values.count_nonzero()), self.values.numel()
-        if least <= self.nnz <= most:
-            return []
-        return [f"nnz must be {least} to {most} for these values, got {self.nnz}"]
+        return count_faults(self.nnz, int(self.values.count_nonzero()), self.values.numel())
 
 
 def _check_block(mask: Tensor, block: tuple[int, int]) -> tuple[int, int]:

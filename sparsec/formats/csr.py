@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsec.errors import FormatError
 from sparsec.formats.base import MAX_COUNT, Packed
-from sparsec.formats.faults import Field, check_count, check_pack, check_plan, pointer_faults
+from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.positions import flat_positions, starts, unsigned
 
 VALUE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -139,9 +139,7 @@ class CSR(Packed):
         if self.index_bits == 8:
             # A filler looks like a kept zero at distance 255, so nnz can only be bounded.
             least -= int(((self.col_idx == REACH) & (self.values == 0)).sum())
-        if least <= self.nnz <= most:
-            return []
-        return [f"nnz must be {most if least == most else f'{least} to {most}'} for these values, got {self.nnz}"]
+        return count_faults(self.nnz, least, most)
 
 
 def csr_rows(row_ptr: Tensor, stored: int) -> Tensor:

@@ -51,6 +51,13 @@ def pointer_faults(name: str, pointers: Tensor, end: int, end_name: str, unit: s
     return [f"{name} must not fall, but does after {unit} {int(falls[0])}"] if len(falls) else []
 
 
+def count_faults(nnz: int, least: int, most: int) -> list[str]:
+    """What is wrong with the number of kept weights, which the values bound."""
+    if least <= nnz <= most:
+        return []
+    return [f"nnz must be {most if least == most else f'{least} to {most}'} for these values, got {nnz}"]
+
+
 def check_pack(title: str, dtypes: tuple[torch.dtype, ...], weight: Tensor, mask: Tensor) -> None:
     """Raises FormatError unless weight [out, in] and its bool mask can be given to `pack`."""
     if weight.ndim != 2:

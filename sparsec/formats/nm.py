@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsec.errors import FormatError
 from sparsec.formats.base import HALF_AND_SINGLE, Packed
-from sparsec.formats.faults import Field, check_pack, check_plan
+from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
 from sparsec.formats.panels import LANES, from_panels, panel_count, to_panels
 from sparsec.formats.positions import flat_positions
 
@@ -132,10 +132,7 @@ class NM(Packed):
         absent = from_panels(self.values, self.values.shape[0] * LANES)[self.out_features :]
         if absent.count_nonzero():
             return [f"values must be zero past the last row, {self.out_features - 1}, but are not in the last panel"]
-        least, most = int(self.values.count_nonzero()), columns.numel()
-        if not least <= self.nnz <= most:
-            return [f"nnz must be {least} to {most} for these values, got {self.nnz}"]
-        return []
+        return count_faults(self.nnz, int(self.values.count_nonzero()), columns.numel())
 
 
 def _pattern(mask: Tensor, value_bytes: int) -> tuple[int, int]:
