@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from operator import is_
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Grouped:
 
     _group: Group | None = None
     _index = 0
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
 
     def part(self) -> tuple[list[Tensor], tuple[int, ...]]:
         """What the module multiplies by, as `fused_linear` takes it: (tensors with the bias, layout)."""
@@ -44,24 +46,72 @@ class Grouped:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        if (
-            self._group is not None
-        ):  # a new one where the module is copied or loaded, this very one in copy.copy(module)
+        # A new group where the module is copied or loaded; this very one in copy.copy(module), which then is left out.
+        if self._group is not None:
             self.join(self._group, self._index)
+
+
+class _Plan:
+    """What a group multiplies by: valid while every member still holds the very same tensors."""
+
+    __slots__ = ("layout", "members", "places", "tensors", "written")
+
+    def __init__(self, members: Sequence[Grouped]) -> None:
+        parts = [member.part() for member in members]
+        # By index of the member: where it holds each of its tensors, and the tensor. A bias may also be None.
+        self.members = [_places(member) for member in members]
+        self.places = [place for places in self.members for place in places]
+        # What is written to in training and loading: values (or weight), and bias. Whoever loads indices loads values too.
+        self.written = [(own[0], member._parameters["bias"]) for member, (own, _) in zip(members, parts, strict=True)]
+        self.tensors = [t for own, _ in parts for t in own]
+        self.layout = [word for _, words in parts for word in words]
+
+    @property
+    def versions(self) -> list[tuple[int, int]]:
+        """Of what is written to, by index of the member."""
+        return [(values._version, 0 if bias is None else bias._version) for values, bias in self.written]
+
+    def version(self, index: int) -> tuple[int, int]:
+        """Of what is written to in one member."""
+        values, bias = self.written[index]
+        return values._version, 0 if bias is None else bias._version
+
+    def holds(self, index: int) -> bool:
+        """Whether a member still has the tensors that it had."""
+        return _same(self.members[index])
+
+    def holds_all(self) -> bool:
+        """Whether every member still has the tensors that it had."""
+        return _same(self.places)
+
+
+_Place = tuple[dict[str, Tensor | None], str, Tensor | None]
+
+
+def _places(member: Grouped) -> list[_Place]:
+    return [(place, key, tensor) for place in (member._parameters, member._buffers) for key, tensor in place.items()]
+
+
+def _same(places: list[_Place]) -> bool:
+    for place, key, tensor in places:  # noqa: SIM110 - the generator of all() takes as long again
+        if place.get(key) is not tensor:
+            return False
+    return True
 
 
 class _Held:
     """Results of one call that wait for their modules."""
 
-    __slots__ = ("entries", "version", "waiting", "x")
+    __slots__ = ("plan", "results", "version", "versions", "waiting", "x")
 
-    def __init__(self, x: Tensor, version: int, entries: list[Any]) -> None:
-        # By index of the member: (result, the tensors it was computed from, their versions); None once taken.
-        self.entries = entries
-        self.version = version
-        self.waiting = len(entries) - 1
+    def __init__(
+        self, x: Tensor, version: int, plan: _Plan, versions: list[tuple[int, int]], results: list[Any]
+    ) -> None:
+        self.version, self.plan, self.versions = version, plan, versions
+        self.results = results  # by index of the member; None once taken
+        self.waiting = len(results) - 1
         # Nobody can ask for them once x is gone, as after an exception between the calls.
-        self.x = weakref.ref(x, lambda _: entries.clear())
+        self.x = weakref.ref(x, lambda _: results.clear())
 
 
 class _Slot(threading.local):
@@ -78,6 +128,7 @@ class Group:
     def __init__(self, size: int) -> None:
         self.size = size
         self._members: list[weakref.ref[Grouped] | None] = [None] * size
+        self._plans: list[_Plan] = []  # at most one
         self._slot = _Slot()
 
     def join(self, index: int, member: Grouped) -> bool:
@@ -85,58 +136,74 @@ class Group:
         known = self._members[index]
         if known is not None and known() not in (None, member):
             return False
-        self._members[index] = weakref.ref(member)
+        plans = self._plans  # not self: a member that goes takes its tensors with it
+        self._members[index] = weakref.ref(member, lambda _: plans.clear())
+        plans.clear()
         return True
 
     def product(self, index: int, member: Grouped, x: Tensor) -> Tensor | None:
         """The product of one member with x; None where it has to compute it by itself."""
         if torch.compiler.is_compiling():
-            traced = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-            return self._go(index, member, x) if traced else None
-        if torch.is_grad_enabled() or x.is_inference() or torch._C._is_any_autocast_enabled():
+            if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
+                return None
+        elif torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             return None
-        if index == 0 and not (x.is_cpu and native_serves(NAME)):
+        if index:
+            return self._take(index, member, x)
+        if x.is_inference() or not x.is_cpu or not native_serves(NAME):
             return None
-        return self._go(index, member, x)
-
-    def _go(self, index: int, member: Grouped, x: Tensor) -> Tensor | None:
-        return self._take(index, member, x) if index else self._lead(member, x)
+        return self._lead(member, x)
 
     def _lead(self, leader: Grouped, x: Tensor) -> Tensor | None:
         """Computes the products of all members; keeps those of the others for them."""
-        members = [member for known in self._members if known is not None and (member := known()) is not None]
-        if len(members) < len(self._members) or members[0] is not leader:
+        plan = self._plan(leader)
+        if plan is None:
             return None
-        parts = [member.part() for member in members]
+        version = x._version
+        versions = plan.versions
         try:
-            version = x._version
-            versions = [[t._version for t in tensors] for tensors, _ in parts]
-            tensors = [t for tensors, _ in parts for t in tensors]
-            layout = [word for _, words in parts for word in words]
             with torch._C._AutoDispatchBelowAutograd():
-                results = fused_linear(x, tensors, layout)
+                results: list[Any] = fused_linear(x, plan.tensors, plan.layout)
         except RuntimeError:
             # A member on another device or of another dtype, say. Whose fault it is shows where that one is called.
             return None
-        entries = [(result, own, seen) for result, (own, _), seen in zip(results, parts, versions, strict=True)]
-        entries[0] = None
-        self._slot.held = _Held(x, version, entries)
-        return results[0]
+        mine: Tensor = results[0]
+        results[0] = None
+        self._slot.held = _Held(x, version, plan, versions, results)
+        return mine
+
+    def _plan(self, leader: Grouped) -> _Plan | None:
+        """The plan of the last call where it is still valid, else a new one; None where a member is missing."""
+        if self._plans:
+            plan = self._plans[0]
+            first = self._members[0]
+            if plan.holds_all() and first is not None and first() is leader:
+                return plan
+        self._plans.clear()
+        members = [member for known in self._members if known is not None and (member := known()) is not None]
+        if len(members) < self.size or members[0] is not leader:
+            return None
+        plan = _Plan(members)
+        if any(t.is_inference() for t in plan.tensors):  # they have no versions
+            return None
+        if not torch.compiler.is_compiling():  # whose tensors are not those of the next call
+            self._plans.append(plan)
+        return plan
 
     def _take(self, index: int, member: Grouped, x: Tensor) -> Tensor | None:
         held = self._slot.held
         if held is None or held.x() is not x or held.version != x._version:
             return None
-        entry = held.entries[index]
-        if entry is None:
+        result: Tensor | None = held.results[index]
+        if result is None:
             return None
-        held.entries[index] = None
+        held.results[index] = None
         held.waiting -= 1
         if not held.waiting:
             self._slot.held = None
-        result, tensors, versions = entry
-        own, _ = member.part()
-        same = len(own) == len(tensors) and all(map(is_, own, tensors)) and [t._version for t in own] == versions
+        known = self._members[index]
+        mine = known is not None and known() is member
+        same = mine and held.plan.holds(index) and held.plan.version(index) == held.versions[index]
         return result if same else None
 
     def __getstate__(self) -> dict[str, int]:
