@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sparsec.cost.calibration import Calibration, Found, calibration, save
+from sparsec.cost.calibration import Calibration, Found, calibrate, save
 from sparsec.errors import DataError, SparsecError
 from sparsec.report.progress import shown_progress
 from sparsec.report.table import heading, paragraph, table
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress:
         dtypes = [DTYPES[n] for n in names]
-        found = calibration(dtypes, force=args.force, measuring=not args.show, progress=progress)
+        found = calibrate(dtypes, force=args.force, measuring=not args.show, progress=progress)
     if found is None:
         raise DataError(
             "nothing is known of this machine with these threads and dtypes; leave out --show to measure it"

@@ -106,7 +106,7 @@ class Found:
     notices: tuple[str, ...] = ()
 
 
-def calibration(
+def calibrate(
     dtypes: Sequence[torch.dtype], *, force: bool = False, measuring: bool = True, progress: Progress | None = None
 ) -> Found | None:
     """This machine's constants for these dtypes, from the file that SPARSEC_CALIBRATION names, from the cache, or measured now.

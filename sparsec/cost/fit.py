@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from sparsec.cost.model import KernelCost, Rate, RowsRate, Work
 
 Matrix = NDArray[np.float64]
-ROUNDS = 20  # of assigning measurements to roofs; it settles within five
-REWEIGHTINGS = 8
+ROUNDS = 8  # of assigning measurements to roofs; it mostly settles within five
+STARTS = (1.0, 2.0, 4.0)  # times the seconds of plain reading: which roofs bind is a search with local optima
+REWEIGHTINGS = 5
 TOLERATED = 0.1
 
 
@@ -40,11 +41,15 @@ def fit(kernel: str, format_name: str, dtype: str, samples: Sequence[Sample], re
     warm = [s for s in samples if s.warm]
     cold = [s for s in samples if not s.warm and s.rows == 1]
     start = KernelCost(kernel, format_name, dtype, 0.0, 0.0, read_per_byte, _decode(warm), (), 0.0)
-    best = found = start
-    for _ in range(ROUNDS):
-        found = _refined(found, cold)
-        if best is start or _misfit(found, cold) < _misfit(best, cold):
-            best = found
+    best = start
+    for slower in STARTS:
+        found = replace(start, per_byte=slower * read_per_byte)
+        for _ in range(ROUNDS):
+            before, found = found, _refined(found, cold)
+            if best is start or _misfit(found, cold) < _misfit(best, cold):
+                best = found
+            if found == before:
+                break
     counts = sorted({s.rows for s in samples if s.rows > 1})
     rows = tuple(RowsRate(n, _multiply(best, [s for s in samples if s.rows == n and not s.warm])) for n in counts)
     done = replace(best, rows=rows)
@@ -55,8 +60,9 @@ def fit(kernel: str, format_name: str, dtype: str, samples: Sequence[Sample], re
 def non_negative(a: Matrix, b: Matrix) -> Matrix:
     """The x >= 0 that minimises |a @ x - b|, by trying every subset of the few columns: [n, k], [n] -> [k]."""
     best, least = np.zeros(a.shape[1]), float(b @ b)
-    for size in range(1, a.shape[1] + 1):
-        for columns in itertools.combinations(range(a.shape[1]), size):
+    used = [i for i in range(a.shape[1]) if a[:, i].any()]
+    for size in range(1, len(used) + 1):
+        for columns in itertools.combinations(used, size):
             part = a[:, columns]
             x = np.linalg.lstsq(part, b, rcond=None)[0]
             left = part @ x - b
@@ -76,7 +82,10 @@ def _solve(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -> list
     weights = np.ones(len(t))
     for _ in range(REWEIGHTINGS):
         found = non_negative(a * weights[:, None], weights)
-        weights = np.sqrt(TOLERATED / np.maximum(TOLERATED, np.abs(a @ found - 1)))
+        errors = np.abs(a @ found - 1)
+        if (errors <= TOLERATED).all():
+            break
+        weights = np.sqrt(TOLERATED / np.maximum(TOLERATED, errors))
     return [float(v) for v in found / scale]
 
 

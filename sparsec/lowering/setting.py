@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sparsec.cost.calibration import Calibration, calibration
+from sparsec.cost.calibration import Calibration, calibrate
 from sparsec.cost.choice import OWN, TORCH
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
@@ -35,7 +35,7 @@ def calibrated(
             f"formats are chosen by bytes: the cost model knows the CPU, and weights are on {', '.join(devices)}"
         ]
     dtypes = list(dict.fromkeys(w.dtype for w in weights))
-    found = calibration(dtypes, progress=progress)
+    found = calibrate(dtypes, progress=progress)
     assert found is not None
     names = {str(d).removeprefix("torch.") for d in dtypes} - found.calibration.dtypes
     notes = list(found.notices)

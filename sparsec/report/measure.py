@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsec import memory
 from sparsec.compiler import compile
-from sparsec.cost import calibration
+from sparsec.cost import calibrate
 from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
 from sparsec.evaluate import Evaluation, Windows, cut, evaluate, top1_agreement
@@ -247,7 +247,7 @@ def _calibrate(model: nn.Module, progress: Progress | None) -> tuple[str, ...]:
     dtypes = {p.dtype for p in model.parameters() if p.device.type == "cpu" and p.dtype in VALUE_DTYPES}
     if not status().built or not dtypes:
         return ()
-    found = calibration(sorted(dtypes, key=str), progress=progress)
+    found = calibrate(sorted(dtypes, key=str), progress=progress)
     assert found is not None
     return found.notices
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sparsec.cost.calibration import Calibration, calibration
+from sparsec.cost.calibration import Calibration, calibrate
 from sparsec.cost.choice import TORCH
 from sparsec.cost.model import Roof, Work
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
@@ -33,7 +33,7 @@ def known_calibration(graph: Graph) -> Calibration | None:
     weights = [w for w in graph.weights.values() if graph.prunable(w.name)]
     if not weights or not status().built:
         return None
-    found = calibration(list(dict.fromkeys(w.dtype for w in weights)), measuring=False)
+    found = calibrate(list(dict.fromkeys(w.dtype for w in weights)), measuring=False)
     return None if found is None else found.calibration
 
 
