@@ -60,7 +60,7 @@ def overview() -> str:
         devices = ", ".join(kernel.devices) if kernel.devices else "every device"
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
         text = f"{here.kernels[kernel.name]}: format {kernel.format}, {devices}, {dtypes}"
-        lines += paragraph(text, f"{kernel.name:<16}")
+        lines += paragraph(text, f"{kernel.name:<18}")
     return "\n".join(lines + machine_lines(here))
 
 

@@ -87,6 +87,17 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(INTEGERS[t.dtype])
 
 
+def some(
+    layout: Layout, out_features: int, in_features: int, density: float, dtype: torch.dtype, seed: int = 0
+) -> tuple[Packed, Tensor]:
+    """A random matrix packed, and dense."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = layout.fit(out_features, in_features)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    mask = layout.mask(*shape, density, generator)
+    return layout.pack(weight, mask), torch.where(mask, weight, 0)
+
+
 @st.composite
 def weights_and_masks(draw: st.DrawFn, layout: Layout) -> tuple[Tensor, Tensor]:
     """Any bit pattern, special values more often, and every kind of mask, in sizes that the layout takes."""
