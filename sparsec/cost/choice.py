@@ -134,7 +134,7 @@ def _stored(name: str, options: dict[str, Any], nbytes: int, shape: torch.Size, 
             r, c = options["block"]
             index = 2 if in_features // c <= WIDE else 4
             return (nbytes - 4 * (out_features // r + 1)) // (r * c * dtype.itemsize + index) * r * c
-        case "nm":  # an index takes 2 or 3 bits; with 3 this is at most 4 % too many
+        case "nm":  # an index takes 2 or 3 bits; with 3 this is at most 6 % too many
             return (nbytes - 4) * 16 // (16 * dtype.itemsize + 4)
     return nbytes // dtype.itemsize
 
