@@ -95,9 +95,12 @@ def test_the_summary_compares_dense_masked_and_lowered(measured: Done) -> None:
     assert summary["dense"]["top1"] == 1
     assert summary["lowered"]["perplexity"] == pytest.approx(summary["masked"]["perplexity"], rel=1e-2)  # in bf16
     assert all(v["decode_ms"] > 0 and v["prefill_ms"] > 0 for v in summary.values())
-    lowered = [row for row in measured.document["layers"] if row["format"] != "dense"]
-    assert len(lowered) == 14
+    pruned = [row for row in measured.document["layers"] if row["nnz"] < row["parameters"]]
+    assert len(pruned) == 14
+    lowered = [row for row in pruned if row["format"] != "dense"]
+    assert lowered
     assert all(row["speedup_measured"] > 0 for row in lowered)
+    assert all("dense" in row["reason"] or row["format"] != "dense" for row in pruned)
 
 
 def test_every_option_of_measuring_is_obeyed(measured: Done) -> None:
@@ -131,7 +134,8 @@ def test_files_asked_for_are_written_and_named(measured: Done) -> None:
         "02-freeze.txt",
         "03-sparsity.txt",
         "04-flops.txt",
-        "05-lower.txt",
+        "05-fuse.txt",
+        "06-lower.txt",
     ]
     json_file, csv_file = measured.folder / "report.json", measured.folder / "layers.csv"
     assert measured.out.endswith(f"\nwritten: {json_file}, {csv_file}\n")
@@ -154,7 +158,8 @@ def test_the_ir_is_printed_around_every_pass(counted: Done) -> None:
         "# changed by pass 2: freeze",
         "# changed by pass 3: sparsity",
         "# changed by pass 4: flops",
-        "# changed by pass 5: lower(csr)",
+        "# changed by pass 5: fuse",
+        "# changed by pass 6: lower(auto)",
     ]
     assert "csr16[" in counted.out
 
