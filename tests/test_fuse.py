@@ -115,7 +115,7 @@ class Written(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = x * 2
         first = self.readers[0](x)
-        x.add_(1)
+        x.view(-1).add_(1)  # the second reader reads the same node of the graph, but another value
         return first + self.readers[1](x)
 
 
@@ -305,30 +305,44 @@ def test_one_call_serves_all_and_nothing_stays_behind(calls) -> None:
     assert held(module) is None
 
 
-@settings(max_examples=60)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["a", "b", "c", "write", "weight", "bias", "replace"]), st.integers(0, 1)),
-        max_size=12,
-    )
+CHANGES = ["nothing", "write x", "write weight", "replace weight", "replace bias"]
+episodes = st.tuples(
+    st.sampled_from(CHANGES), st.sampled_from(CHANGES), st.permutations("abc"), st.integers(0, 1), st.integers(0, 1)
 )
-def test_any_order_of_calls_and_changes_gives_each_module_its_own_product(steps: list[tuple[str, int]]) -> None:
+
+
+@settings(max_examples=60)
+@given(st.lists(episodes, min_size=1, max_size=4))
+def test_any_order_of_calls_and_changes_gives_each_module_its_own_product(
+    steps: list[tuple[str, str, list[str], int, int]],
+) -> None:
+    """Each episode: a change, one member called, another change, the other members called; then the same in order."""
     module, xs = Siblings(), [torch.randn(2, 6), torch.randn(1, 6)]
+
+    def change(what: str, which: int, x: Tensor) -> None:
+        target = (module.a, module.b, module.c)[which]
+        name = "weight" if target is module.c else "values"
+        match what:
+            case "write x":
+                x.mul_(-2)
+            case "write weight":
+                getattr(target, name).add_(1)
+            case "replace weight":
+                old = getattr(target, name)
+                setattr(target, name, nn.Parameter(old + 1) if name == "weight" else old + 1)
+            case "replace bias":
+                target.bias = None if target.bias is not None else nn.Parameter(torch.randn(target.out_features))
+
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(group, "native_serves", lambda name: True)
-        for what, i in steps:
-            match what:
-                case "write":
-                    xs[i].mul_(-2)
-                case "weight":
-                    (module.b.values if i else module.c.weight).add_(1)
-                case "bias":
-                    module.b.bias = nn.Parameter(torch.randn(4)) if i else None
-                case "replace":
-                    module.c.weight = nn.Parameter(torch.randn(3, 6))
-                case name:
+        for before, between, order, i, which in steps:
+            for names in (list("abc"), order):
+                change(before, which, xs[i])
+                for at, name in enumerate(names):
                     member = getattr(module, name)
                     torch.testing.assert_close(member(xs[i]), alone(member, xs[i]))
+                    if at == 0:
+                        change(between, which + 1, xs[i])
 
 
 @torch.no_grad()
@@ -372,6 +386,11 @@ def test_copies_compute_with_their_own_tensors(calls) -> None:
     torch.testing.assert_close(leader(x), alone(module.a, x))
     assert calls == []
     assert follower._group is None
+    module.a(x)
+    replica = module.b._replicate_for_data_parallel()  # shares the group without having joined it
+    replica._parameters["bias"] = module.b.bias
+    replica._buffers["values"] = 2 * module.b.values
+    torch.testing.assert_close(replica(x), alone(replica, x))
     module.a(x)
     torch.testing.assert_close(follower(x), alone(module.b, x))
     torch.testing.assert_close(module.b(x), alone(module.b, x))
@@ -417,6 +436,9 @@ def test_threads_do_not_take_each_others_results(calls) -> None:
             for _ in range(20):
                 x = torch.randn(2, 6)
                 a = module.a(x)
+                turns.wait(60)
+                if not (mine := held(module)) or mine.x() is not x:
+                    wrong.append("another thread's results")
                 turns.wait(60)
                 found = (a, module.b(x), module.c(x))
                 if not all(torch.allclose(f, e, atol=1e-5) for f, e in zip(found, right(module, x), strict=True)):
