@@ -108,7 +108,7 @@ class Lower(Pass):
         dense = [w for w in graph.weights.values() if w.packed is None and graph.prunable(w.name)]
         weights = [w for w in dense if self._selected(graph, w)]
         setting = Setting(self.objective, self.tokens)
-        notes = []
+        notes: list[str] = []
         if self.objective == "latency":
             calibration, notes = calibrated(graph, weights, context.progress)
             working_set = sum(w.nbytes for w in graph.weights.values() if graph.prunable(w.name))

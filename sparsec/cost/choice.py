@@ -23,8 +23,8 @@ OWN = "dense_cpu"
 MARGIN = 1.05
 """A sparse kernel must be predicted so many times as fast as the best dense one: less is noise, and dense weights stay writable."""
 BLOCKS = ((32, 32), (16, 16), (8, 8), (16, 1))
-BLOCK_SHARE = 0.9
-"""Blocks are worth a look where at most this share of them keeps any weight; in an unstructured mask nearly all do."""
+FULL = 0.6
+"""Blocks are worth a look where those that keep any weight are at least this full: an unstructured mask has no such blocks."""
 WIDE = 1 << 16  # columns that 16 bits reach
 
 
@@ -66,7 +66,7 @@ def choose(matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels:
     """
     dense = list(dense_candidates(matrix, setting, dense_kernels))
     sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, matrix.device.type, setting))
-    work = Work.dense(*matrix.shape, matrix.dtype)
+    work = Work.dense(matrix.shape[0], matrix.shape[1], matrix.dtype)
     base = _predict(setting, TORCH, "dense", matrix.dtype, work)
     if base is None or setting.objective == "bytes":
         return _smallest(dense[0], sparse)
@@ -75,7 +75,7 @@ def choose(matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels:
 
 def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -> Iterator[Candidate]:
     """The weight as it is."""
-    work = Work.dense(*matrix.shape, matrix.dtype)
+    work = Work.dense(matrix.shape[0], matrix.shape[1], matrix.dtype)
     for kernel in kernels:
         prediction = _predict(setting, kernel, "dense", matrix.dtype, work)
         yield Candidate("dense", "dense", kernel, {}, work.nbytes, prediction)
@@ -102,23 +102,21 @@ def _packings(mask: Tensor) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "bitmap", "bitmap", {}
     yield "nm", "nm", {}
     for r, c in BLOCKS:
-        if (
-            mask.numel()
-            and mask.shape[0] % r == 0
-            and mask.shape[1] % c == 0
-            and _block_share(mask, r, c) <= BLOCK_SHARE
-        ):
+        if mask.numel() and mask.shape[0] % r == 0 and mask.shape[1] % c == 0 and _fullness(mask, r, c) >= FULL:
             yield "bsr", f"bsr{r}x{c}", {"block": (r, c)}
 
 
-def _block_share(mask: Tensor, r: int, c: int) -> float:
-    """Share of the r x c blocks that keep any weight. Of an unstructured mask a look at its first rows is enough."""
+def _fullness(mask: Tensor, r: int, c: int) -> float:
+    """Share of kept weights in the r x c blocks that keep any. One look at the first rows sees most unstructured masks."""
     few = mask[: r * max(1, 256 // r)]
-    rows, columns = few.shape[0] // r, few.shape[1] // c
-    looked = few.reshape(rows, r, columns, c).any(3).any(1)
-    if few.shape[0] < mask.shape[0] and float(looked.float().mean()) > 0.99:
-        return 1.0
-    return float(mask.reshape(-1, r, columns, c).any(3).any(1).float().mean())
+    looked = [few, mask] if few.shape[0] < mask.shape[0] else [mask]
+    fullness = 0.0
+    for part in looked:
+        kept = part.reshape(part.shape[0] // r, r, part.shape[1] // c, c).any(3).any(1)
+        fullness = float(part.count_nonzero()) / max(1, int(kept.count_nonzero()) * r * c)
+        if fullness < FULL / 2:
+            break
+    return fullness
 
 
 def _stored(name: str, options: dict[str, Any], nbytes: int, shape: torch.Size, dtype: torch.dtype) -> int:
@@ -126,12 +124,12 @@ def _stored(name: str, options: dict[str, Any], nbytes: int, shape: torch.Size, 
     out_features, in_features = shape
     match name:
         case "csr":
-            return (nbytes - 4 * (out_features + 1)) // (dtype.itemsize + options["index_bits"] // 8)
+            return (nbytes - 4 * (out_features + 1)) // (dtype.itemsize + int(options["index_bits"]) // 8)
         case "bitmap":
             panels = -(-out_features // 16)
             return (nbytes - 2 * panels * in_features - 4 * (panels + 1)) // dtype.itemsize
         case "bsr":
-            r, c = options["block"]
+            r, c = map(int, options["block"])
             index = 2 if in_features // c <= WIDE else 4
             return (nbytes - 4 * (out_features // r + 1)) // (r * c * dtype.itemsize + index) * r * c
         case "nm":  # an index takes 2 or 3 bits; with 3 this is at most 6 % too many

@@ -91,7 +91,7 @@ def _solve(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -> list
 
 def _decode(warm: Sequence[Sample]) -> Rate:
     works = [s.work for s in warm]
-    columns = [[1.0] * len(works), [w.out_features for w in works]]
+    columns: list[list[float]] = [[1.0] * len(works), [w.out_features for w in works]]
     columns += [[w.stored for w in works], [w.positions for w in works]]
     _, _, per_stored, per_position = _solve(columns, [s.seconds for s in warm])
     return Rate(per_stored, per_position)

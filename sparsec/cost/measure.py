@@ -5,7 +5,7 @@ Small and large, wide and tall, at three densities for one row; fewer for many r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ def measure_kernels(
     """The constants of every kernel on the CPU that is fast enough to be measured: the references are not."""
     arena, generator = Arena(), torch.Generator().manual_seed(0)
     samples: dict[tuple[str, str, torch.dtype], list[Sample]] = {}
-    timers = [
+    timers: list[tuple[tuple[tuple[int, int], float], Callable[..., list[Sample]], int]] = [
         *((case, time_warm, 30) for case in WARM),
         *((case, partial(time_cold, rows=1), 12) for case in COLD),
         *((case, partial(time_cold, rows=n), 5 if n < 128 else 3) for case in MANY for n in MANY_ROWS),
