@@ -1,0 +1,127 @@
+"""`python -m sparsec.bench`: the kernel table, or whole models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from sparsec.bench import arguments, end_to_end_output, output
+from sparsec.bench.cases import DTYPES, Case, cases
+from sparsec.bench.end_to_end import Effort, run, variants
+from sparsec.bench.end_to_end_output import Run
+from sparsec.bench.kernels import Result, measure
+from sparsec.bench.room import require_room
+from sparsec.bench.rotation import Protocol, Rotation
+from sparsec.bench.sources import source
+from sparsec.cost import Found, calibrate
+from sparsec.errors import SparsecError
+from sparsec.kernels import status
+from sparsec.machine import machine
+from sparsec.progress import Progress
+from sparsec.report.progress import shown_progress
+from sparsec.report.table import paragraph
+from sparsec.report.text import machine_lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    options = arguments.parser().parse_args(argv)
+    try:
+        arguments.check(options)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        with shown_progress(sys.stderr) as progress:
+            if options.end_to_end is None:
+                run_table(options, progress)
+            else:
+                run_models(options, progress)
+    except (SparsecError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
+    """Measures and prints the kernel table, and writes its files."""
+    rotate_mb = arguments.ROTATE_MB if options.rotate_mb is None else options.rotate_mb
+    protocol = Protocol(0 if options.layers else rotate_mb << 20, options.layers)
+    todo = cases(
+        arguments.read_shapes(options.shapes or arguments.SHAPES),
+        arguments.read_formats(options.formats or arguments.FORMATS),
+        arguments.read_sparsities(options.sparsity),
+        arguments.read_dtypes(options.dtypes),
+        arguments.read_rows(options.rows or "1"),
+    )
+    require_room(max(_bytes(c, protocol) for c in todo), "walking through copies", _SMALLER)
+    known = _calibration(todo, progress)
+    found = machine()
+    print(output.about(found, str(protocol), known.source if known else "none (python -m sparsec.cost measures it)"))
+    for notice in known.notices if known else ():
+        print("\n".join(paragraph(notice, "note: ")))
+    rotation, results, left_out = Rotation(protocol), list[Result](), list[str]()
+    for i, case in enumerate(todo):
+        if progress is not None:
+            progress(f"{case.out_features}x{case.in_features}", i, len(todo))
+        measured = measure(case, rotation, options.repeats or 20, known.calibration if known else None)
+        results += measured.results
+        left_out += measured.left_out
+    print("\n".join([*output.text(results), *paragraph(output.LEGEND)]))
+    for reason in dict.fromkeys(left_out):
+        print("\n".join(paragraph(reason, "left out: ")))
+    if options.json:
+        written = {"rotate_bytes": protocol.nbytes, "layers": protocol.layers}
+        options.json.write_text(output.document(results, found, written, left_out), encoding="utf-8")
+    if options.csv:
+        output.write_csv(options.csv, [output.record(r) for r in results])
+
+
+def run_models(options: argparse.Namespace, progress: Progress | None) -> None:
+    """Measures and prints whole models, one dtype after the other, and writes the files."""
+    dtypes = arguments.read_dtypes(options.dtypes)
+    wanted = variants(options.passes, arguments.read_sparsities(options.sparsity))
+    given = {
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "repeats": options.repeats,
+        "compiled": options.compile,
+    }
+    effort = Effort(**{name: value for name, value in given.items() if value is not None})
+    found, runs = machine(), []
+    print("\n".join(machine_lines(found)))
+    for name in dtypes:
+        loaded = source(options.end_to_end, DTYPES[name], len(wanted), options.layers, progress)
+        modes = run(loaded.model, wanted, effort, progress)
+        runs.append(Run(loaded.name, loaded.origin, name, effort, tuple(modes)))
+        print("\n".join(["", *end_to_end_output.text(runs[-1])]))
+    if options.json:
+        options.json.write_text(end_to_end_output.document(runs, found), encoding="utf-8")
+    if options.csv:
+        output.write_csv(options.csv, [r for done in runs for r in end_to_end_output.records(done)])
+
+
+_SMALLER = "take fewer --formats, smaller --shapes, or a smaller --rotate-mb or --layers"
+
+
+def _bytes(case: Case, protocol: Protocol) -> int:
+    """At most, of what all contenders of a case walk through; torch.sparse holds 12 bytes and more for a kept weight."""
+    dense = case.out_features * case.in_features * DTYPES[case.dtype].itemsize
+    contenders = len(case.formats) + 3
+    return contenders * max(protocol.nbytes, protocol.count(dense) * dense)
+
+
+def _calibration(todo: Sequence[Case], progress: Progress | None) -> Found | None:
+    """Measured where `auto` has to choose by it, else only looked up; None without native kernels, which it is about."""
+    if not status().built:
+        return None
+    choosing = any(f.name == "auto" for case in todo for f in case.formats)
+    dtypes = list(dict.fromkeys(DTYPES[case.dtype] for case in todo))
+    return calibrate(dtypes, measuring=choosing, progress=progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

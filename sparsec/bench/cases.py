@@ -1,0 +1,119 @@
+"""What the kernel table measures: every shape, dtype, number of rows and mask, each with the formats that are tried on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import SpecError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KNOWN = "csr8, csr16, csr32, bitmap, bsr16x16 (any block), nm2:4 (any N:M), dense, auto"
+_FORMAT = re.compile(r"csr(?P<bits>8|16|32)|bitmap|bsr(?P<r>\d+)x(?P<c>\d+)|nm(?P<n>\d+):(?P<m>\d+)|dense|auto")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights a mask keeps: any, whole blocks (r, c), or n of every m in a row."""
+
+    block: tuple[int, int] = (1, 1)
+    nm: tuple[int, int] | None = None
+
+    def mask(self, out_features: int, in_features: int, sparsity: float, generator: torch.Generator) -> Tensor:
+        """Bool [out, in], True where kept. Blocks and N:M hold their sparsity exactly; SpecError where they do not divide."""
+        if self.nm is not None:
+            n, m = self.nm
+            _require(in_features % m == 0, f"{n}:{m} needs in_features divisible by {m}, got {in_features}")
+            scores = torch.rand(out_features, in_features // m, m, generator=generator)
+            return (scores.argsort(-1).argsort(-1) < n).view(out_features, in_features)
+        r, c = self.block
+        if (r, c) == (1, 1):
+            return torch.rand(out_features, in_features, generator=generator) >= sparsity
+        shape = f"{out_features}x{in_features}"
+        _require(out_features % r == 0 and in_features % c == 0, f"blocks of {r}x{c} do not divide {shape}")
+        count = (out_features // r) * (in_features // c)
+        kept = torch.randperm(count, generator=generator) >= round(sparsity * count)
+        return kept.view(out_features // r, -1).repeat_interleave(r, 0).repeat_interleave(c, 1)
+
+    def __str__(self) -> str:
+        if self.nm is not None:
+            return f"{self.nm[0]}:{self.nm[1]}"
+        return "unstructured" if self.block == (1, 1) else f"blocks {self.block[0]}x{self.block[1]}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to hold a weight, as `--formats` names it."""
+
+    label: str
+    name: str  # key of FORMATS, "dense", or "auto"
+    options: dict[str, Any] = field(default_factory=dict)  # of pack
+    pattern: Pattern | None = None  # of the masks that it is measured on; None: whatever the others are measured on
+
+    @classmethod
+    def parse(cls, label: str) -> Format:
+        """SpecError for what is no format."""
+        found = _FORMAT.fullmatch(label)
+        if found is None:
+            raise SpecError(f"--formats takes {KNOWN}, by commas; got {label!r}")
+        numbers = {key: int(text) for key, text in found.groupdict().items() if text is not None}
+        match label[:3]:
+            case "csr":
+                return cls(label, "csr", {"index_bits": numbers["bits"]}, Pattern())
+            case "bit":
+                return cls(label, "bitmap", {}, Pattern())
+            case "bsr":
+                block = (numbers["r"], numbers["c"])
+                _require(block[0] > 0 and block[0] % 8 == 0, f"--formats: {label}: a block has a multiple of 8 rows")
+                _require(block[1] > 0, f"--formats: {label}: a block has at least one column")
+                return cls(label, "bsr", {"block": block}, Pattern(block=block))
+        if label.startswith("nm"):
+            n, m = numbers["n"], numbers["m"]
+            _require(m in (4, 8) and 0 < n < m, f"--formats: {label}: N:M is packed for M of 4 and 8 and 0 < N < M")
+            return cls(label, "nm", {}, Pattern(nm=(n, m)))
+        return cls(label, label)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight to be multiplied by, in all the formats that take turns on it."""
+
+    out_features: int
+    in_features: int
+    pattern: Pattern
+    sparsity: float
+    dtype: str  # key of DTYPES
+    rows: int
+    formats: tuple[Format, ...]
+    count: int | None = None  # how often the model has this shape
+
+
+def cases(
+    shapes: dict[tuple[int, int], int | None],
+    formats: Sequence[Format],
+    sparsities: Iterable[float],
+    dtypes: Iterable[str],
+    rows: Iterable[int],
+) -> list[Case]:
+    """All combinations. An N:M mask has its own sparsity, so it comes once."""
+    everywhere = tuple(f for f in formats if f.pattern is None)
+    patterns = list(dict.fromkeys(f.pattern for f in formats if f.pattern is not None)) or [Pattern()]
+    shares = list(sparsities)
+    return [
+        Case(*shape, pattern, share, dtype, tokens, (*(f for f in formats if f.pattern == pattern), *everywhere), n)
+        for dtype in dtypes
+        for shape, n in shapes.items()
+        for tokens in rows
+        for pattern in patterns
+        for share in ([1 - pattern.nm[0] / pattern.nm[1]] if pattern.nm else shares)
+    ]
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise SpecError(otherwise)

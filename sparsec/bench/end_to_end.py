@@ -1,0 +1,163 @@
+"""Whole models: tokens per second, dense against sparse, each eager and, where asked for, under torch.compile.
+
+All modes take turns in every round. A round decodes some tokens one after another, as generation does, so that what a mode
+keeps in the caches helps it. The headline is the best mode of sparsec against the best dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from sparsec.bench.session import Session
+from sparsec.bench.shares import Shares, shares
+from sparsec.compiler import DEFAULT_PASSES, compile
+from sparsec.errors import DataError
+from sparsec.latency import WARM_UP, Spread, interleaved
+from sparsec.pipeline import Pipeline
+from sparsec.progress import Progress
+
+PLACEHOLDER = "{sparsity}"
+PASSES = DEFAULT_PASSES.replace("magnitude(0.5)", f"magnitude({PLACEHOLDER})")
+SHARE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    prompt_tokens: int = 64
+    new_tokens: int = 4  # decoded in each round
+    repeats: int = 20
+    compiled: bool = False
+
+    @property
+    def positions(self) -> int:
+        """That prompt and decoded tokens take."""
+        return self.prompt_tokens + self.new_tokens * (WARM_UP + self.repeats) + SHARE_TOKENS
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the model is compiled to; `passes` is None for dense."""
+
+    name: str
+    passes: str | None = None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One variant, eager or compiled."""
+
+    variant: Variant
+    compiled: bool
+    cache: str  # "dynamic", or "static"
+    prefill_ms: tuple[float, ...]  # by round
+    decode_ms: tuple[float, ...]  # per token, by round
+    shares: Shares | None  # None where compiled: nothing can be told apart there
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+        return f"{self.variant.name} {'compiled' if self.compiled else 'eager'}"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding."""
+        return 1e3 / Spread.of(self.decode_ms).median
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The best mode of a sparse variant against the best dense one: how many times as fast."""
+
+    variant: Variant
+    sparse: Mode
+    dense: Mode
+    decode: Spread
+    prefill: Spread  # each with its best mode there
+
+
+def variants(passes: str | None, sparsities: Sequence[float]) -> list[Variant]:
+    """Of a specification with `{sparsity}` one for each, else one; checked, so that errors come before models are loaded."""
+    wanted = PASSES if passes is None else passes
+    found = (
+        [Variant(f"{s:.0%} zero", wanted.replace(PLACEHOLDER, repr(s))) for s in sparsities]
+        if PLACEHOLDER in wanted
+        else [Variant("sparse", wanted)]
+    )
+    for variant in found:
+        Pipeline.parse(variant.passes or "").validate()
+    return found
+
+
+def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progress | None = None) -> list[Mode]:
+    """Times all modes of a dense model [batch 1], itself first. DataError when it has not enough positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and effort.positions > limit:
+        raise DataError(
+            f"prompt and decoded tokens need {effort.positions} positions, the model has {limit}; take fewer --prompt-tokens, "
+            "--new-tokens or --repeats"
+        )
+    models = {Variant("dense"): model}
+    for variant in wanted:
+        models[variant] = compile(model, variant.passes, progress=progress)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (1, effort.prompt_tokens), generator=generator)
+    kinds = [(variant, compiled) for variant in models for compiled in ((False, True) if effort.compiled else (False,))]
+    # Every compiled variant and every shape is one more version of the same forward.
+    with torch._dynamo.config.patch(recompile_limit=4 * len(kinds) + 8):
+        sessions = [Session(models[v], prompt, effort.positions, compiled) for v, compiled in kinds]
+        prefill = _rounds([s.prefill for s in sessions], effort.repeats, progress, "timing prefill")
+        decoding = [partial(s.decode, effort.new_tokens) for s in sessions]
+        decode = _rounds(decoding, effort.repeats, progress, "timing decode")
+    return [
+        Mode(
+            variant,
+            compiled,
+            session.cache,
+            tuple(before),
+            tuple(ms / effort.new_tokens for ms in after),
+            None if compiled else shares(models[variant], partial(session.decode, SHARE_TOKENS), SHARE_TOKENS),
+        )
+        for (variant, compiled), session, before, after in zip(kinds, sessions, prefill, decode, strict=True)
+    ]
+
+
+def headlines(modes: Sequence[Mode]) -> list[Headline]:
+    """One for each sparse variant."""
+    dense = [m for m in modes if m.variant.passes is None]
+    found = []
+    for variant in dict.fromkeys(m.variant for m in modes if m.variant.passes is not None):
+        own = [m for m in modes if m.variant == variant]
+        base, best = _best(dense, _decode), _best(own, _decode)
+        prefill = ratio(_best(dense, _prefill).prefill_ms, _best(own, _prefill).prefill_ms)
+        found.append(Headline(variant, best, base, ratio(base.decode_ms, best.decode_ms), prefill))
+    return found
+
+
+def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
+    """How many times as fast as `base`, per round."""
+    return Spread.of([b / t for b, t in zip(base, other, strict=True)])
+
+
+def _best(modes: Sequence[Mode], times: Callable[[Mode], tuple[float, ...]]) -> Mode:
+    return min(modes, key=lambda m: Spread.of(times(m)).median)
+
+
+def _decode(mode: Mode) -> tuple[float, ...]:
+    return mode.decode_ms
+
+
+def _prefill(mode: Mode) -> tuple[float, ...]:
+    return mode.prefill_ms
+
+
+def _rounds(
+    calls: Sequence[Callable[[], None]], repeats: int, progress: Progress | None, what: str
+) -> list[list[float]]:
+    return list(interleaved({str(i): call for i, call in enumerate(calls)}, repeats, progress, what).values())

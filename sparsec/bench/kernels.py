@@ -1,0 +1,238 @@
+"""One product at a time: sparse kernels against F.linear and torch.sparse, and against what the machine can do at most.
+
+Ratios only mean something within one run, so the contenders take turns, and medians and quartiles are shown. A layer that is
+multiplied again and again sits in the cache, where no layer of a large model ever is; so every contender walks through copies
+of its weight until more than a gigabyte has been read, unless told otherwise, and the table says which it was.
+
+The roof of the bytes is measured by two readers that take their turns with the others: a sum, and the own dense kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsec.bench.cases import DTYPES, Case, Format
+from sparsec.bench.rotation import Rotation
+from sparsec.bench.timing import Contender, Timing, interleaved, speedup
+from sparsec.cost import Calibration, Work
+from sparsec.cost.choice import TORCH, Setting, choose
+from sparsec.cost.model import Roof
+from sparsec.errors import FormatError, KernelError, SpecError
+from sparsec.formats import FORMATS
+from sparsec.formats.base import Packed
+from sparsec.kernels import Problem, SparseLinear, select
+from sparsec.kernels.dense import NAME as DENSE_OPERATOR
+from sparsec.kernels.dense import native_serves
+from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.latency import Spread
+
+READ_BYTES = (
+    1 << 26
+)  # of one read, so that waking threads is no part of it; a small weight's calls are too short for that
+READ_COLUMNS = 4096
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The highest of the roofs for one product: it cannot take less time than that."""
+
+    roof: Roof
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table. `torch_sparse` is None where torch.sparse does not serve the type."""
+
+    case: Case
+    format: str  # as it describes itself
+    asked: str  # as --formats names it
+    kernel: str
+    dense: Timing
+    sparse: Timing
+    torch_sparse: Timing | None
+    bandwidth: float  # bytes per second, by plain reading in the same rounds
+    bound: Bound
+
+    @property
+    def speedup(self) -> Spread:
+        """Against F.linear."""
+        return speedup(self.dense, self.sparse)
+
+    @property
+    def torch_sparse_speedup(self) -> Spread | None:
+        """Of torch.sparse against F.linear."""
+        return None if self.torch_sparse is None else speedup(self.dense, self.torch_sparse)
+
+    @property
+    def speedup_bytes(self) -> float:
+        """What reading fewer bytes can give at most."""
+        return self.dense.nbytes / self.sparse.nbytes if self.sparse.nbytes else float("inf")
+
+    @property
+    def share(self) -> float:
+        """Of the binding roof; 1 is as fast as the machine allows."""
+        return self.bound.seconds / self.sparse.seconds.median
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All lines of one case, and what was left out with the reason."""
+
+    results: tuple[Result, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One format on one weight."""
+
+    asked: str
+    label: str
+    kernel: str
+    work: Work
+    packed: Packed | None  # None: dense
+
+
+@torch.no_grad()
+def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Calibration | None = None) -> Measured:
+    """Times one product on the CPU with torch's present number of threads.
+
+    calibration: for `auto`, which goes by bytes without, and for the roofs of decoding and arithmetic.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dtype = DTYPES[case.dtype]
+    shape = f"{case.out_features}x{case.in_features}"
+    try:
+        mask = case.pattern.mask(case.out_features, case.in_features, case.sparsity, generator)
+    except SpecError as error:
+        return Measured((), (f"{shape}: {error}",))
+    weight = torch.randn(case.out_features, case.in_features, generator=generator).to(dtype).masked_fill_(~mask, 0)
+    x = torch.randn(case.rows, case.in_features, generator=generator).to(dtype)
+    entries, left_out = [], []
+    for wanted in case.formats:
+        try:
+            entries.append(_entry(wanted, weight, mask, case.rows, calibration))
+        except (FormatError, KernelError) as error:
+            left_out.append(f"{shape} as {wanted.label}: {error}")
+    if not entries:
+        return Measured((), tuple(left_out))
+    baseline, readers = _torch_dense(weight, x, rotation, "dense"), _readers(weight.nbytes, rotation)
+    contenders = [baseline, *readers, *(_contender(e, weight, x, rotation, str(i)) for i, e in enumerate(entries))]
+    other = _torch_sparse(weight, x, rotation)
+    contenders += [] if other is None else [other]
+    timings = interleaved(contenders, repeats, whole_stacks=rotation.protocol.layers is not None)
+    bandwidth = max(t.bytes_per_second for t in timings[: 1 + len(readers)])
+    last = None if other is None else timings[-1]
+    own = timings[1 + len(readers) :]
+    results = (
+        Result(
+            case,
+            entry.label,
+            entry.asked,
+            entry.kernel,
+            timings[0],
+            timing,
+            last,
+            bandwidth,
+            _bound(entry, dtype, case.rows, bandwidth, calibration),
+        )
+        for entry, timing in zip(entries, own, strict=False)
+    )
+    return Measured(tuple(results), tuple(left_out))
+
+
+def _entry(wanted: Format, weight: Tensor, mask: Tensor, rows: int, calibration: Calibration | None) -> _Entry:
+    name, options, kernel = wanted.name, wanted.options, ""
+    out_features, in_features = weight.shape
+    dense = select(Problem("dense", out_features, in_features, rows, weight.dtype)).name
+    if name == "auto":
+        setting = Setting("latency", rows, calibration)
+        best = choose(weight, mask, setting, list(dict.fromkeys([TORCH, dense]))).best
+        name, options, kernel = best.format, best.options, best.kernel
+    if name == "dense":
+        return _Entry(wanted.label, "dense", kernel or dense, Work.dense(out_features, in_features, weight.dtype), None)
+    packed: Packed = FORMATS[name].pack(weight, mask, **options)  # type: ignore[attr-defined]
+    return _Entry(wanted.label, packed.describe(), select(Problem.of(packed, rows)).name, Work.of(packed), packed)
+
+
+def _contender(entry: _Entry, weight: Tensor, x: Tensor, rotation: Rotation, place: str) -> Contender:
+    packed = entry.packed
+    if packed is None:
+        own = _own_dense if entry.kernel != TORCH else _torch_dense
+        return own(weight, x, rotation, place)
+    names, scalars = list(packed.tensors()), packed.scalars()
+    twins = (
+        SparseLinear(type(packed).from_parts(dict(zip(names, tensors, strict=True)), scalars))
+        for tensors in rotation.copies(place, list(packed.tensors().values()))
+    )
+    return Contender([functools.partial(twin, x) for twin in twins], packed.nbytes)
+
+
+def _torch_dense(weight: Tensor, x: Tensor, rotation: Rotation, place: str) -> Contender:
+    twins = rotation.copies(place, [weight])
+    return Contender([functools.partial(F.linear, x, twin) for (twin,) in twins], weight.nbytes)
+
+
+def _own_dense(weight: Tensor, x: Tensor, rotation: Rotation, place: str) -> Contender:
+    modules = [_dense_module(twin) for (twin,) in rotation.copies(place, [weight])]
+    return Contender([functools.partial(module, x) for module in modules], weight.nbytes)
+
+
+def _dense_module(weight: Tensor) -> DenseLinear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return DenseLinear(linear)
+
+
+def _readers(nbytes: int, rotation: Rotation) -> list[Contender]:
+    """Plain reading under the same protocol: as many bytes as the dense weight, more where a rotation walks on anyway."""
+    wanted = max(nbytes, READ_BYTES) if rotation.protocol.cold else nbytes
+    matrix = torch.ones(max(1, wanted // (4 * READ_COLUMNS)), READ_COLUMNS)
+    twins = [twin for (twin,) in rotation.copies("read", [matrix])]
+    sums = [functools.partial(torch.sum, twin.view(torch.int64)) for twin in twins]
+    readers = [Contender(sums, matrix.nbytes)]
+    if native_serves(DENSE_OPERATOR):
+        x = torch.ones(1, READ_COLUMNS)
+        half = len(twins) // 2  # away from what the sum has just brought into the cache
+        products = [functools.partial(_dense_module(t), x) for t in [*twins[half:], *twins[:half]]]
+        readers.append(Contender(products, matrix.nbytes))
+    return readers
+
+
+def _torch_sparse(weight: Tensor, x: Tensor, rotation: Rotation) -> Contender | None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = weight.to_sparse_csr()
+    columns = x.t().contiguous()
+    try:
+        torch.sparse.mm(matrix, columns)
+    except RuntimeError:
+        return None  # the table says n/a
+    parts = [matrix.crow_indices(), matrix.col_indices(), matrix.values()]
+    shared = functools.partial(torch.sparse_csr_tensor, size=weight.shape, check_invariants=False)
+    twins = (shared(*twin) for twin in rotation.copies("torch.sparse", parts))
+    calls = [functools.partial(torch.sparse.mm, twin, columns) for twin in twins]
+    return Contender(calls, sum(t.nbytes for t in parts))
+
+
+def _bound(entry: _Entry, dtype: torch.dtype, rows: int, bandwidth: float, calibration: Calibration | None) -> Bound:
+    roofs: list[tuple[float, Roof]] = [(entry.work.nbytes / bandwidth, "bytes")]
+    label = entry.packed.format if entry.packed is not None and entry.packed.format == "nm" else entry.label
+    known = calibration and calibration.predict(entry.kernel, label, dtype, entry.work, rows)
+    if known:
+        roofs += [(known.decode, "decode"), (known.multiply, "flops")]
+    seconds, roof = max(roofs, key=lambda r: r[0])
+    return Bound(roof, seconds)
+
+
+def measured_bandwidth(results: Sequence[Result]) -> Spread:
+    """Bytes per second over all cases of a run."""
+    return Spread.of([r.bandwidth for r in results])

@@ -1,0 +1,159 @@
+"""The kernel table as text, JSON (schema `sparsec.bench/3`) and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparsec.bench.kernels import Result
+from sparsec.bench.timing import SLOW_REPEATS, SLOW_SECONDS, Timing
+from sparsec.errors import DataError
+from sparsec.latency import Spread
+from sparsec.machine import Machine
+from sparsec.report.table import percent, table, times
+
+SCHEMA = "sparsec.bench/3"
+HEADER = (
+    "shape",
+    "mask",
+    "zero",
+    "dtype",
+    "rows",
+    "format",
+    "F.linear ms",
+    "sparse ms",
+    "quartiles",
+    "speedup",
+    "quartiles",
+    "bytes",
+    "GB/s",
+    "roof GB/s",
+    "binds",
+    "of roof",
+    "torch.sparse",
+)
+TEXT_COLUMNS = (0, 1, 3, 5, 14)
+LEGEND = (
+    "Times are medians per call; a speedup is the median over rounds of F.linear / this, in the same round. bytes: dense / "
+    "packed, what reading less can give at most. roof GB/s: plain reading (the best of a sum, the own dense kernel and F.linear) "
+    "in the same rounds. binds, of roof: the highest of bytes / that bandwidth and the calibrated times of decoding and "
+    "arithmetic (bytes alone where there is no calibration), over the time taken. shape (n): the model has it n times. "
+    "torch.sparse: its speedup over F.linear, n/a where it does not serve the type, * where a call takes over "
+    f"{SLOW_SECONDS} s and ran {SLOW_REPEATS} times."
+)
+
+
+def about(found: Machine, protocol: str, calibrated: str) -> str:
+    """What the numbers depend on, in one line."""
+    facts = {
+        "cpu": found.cpu,
+        "threads": found.threads,
+        "torch": found.versions["torch"],
+        "native kernels": found.native,
+        "commit": found.commit or "unknown",
+        "weights": protocol,
+        "cost model": calibrated,
+    }
+    return "  ".join(f"{k}: {v}" for k, v in facts.items())
+
+
+def text(results: Sequence[Result]) -> list[str]:
+    """Lines of the table."""
+    return table(HEADER, [cells(r) for r in results], left=TEXT_COLUMNS)
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """Of one line, as in HEADER."""
+    case, sparse, faster, other = result.case, result.sparse.seconds, result.speedup, result.torch_sparse_speedup
+    auto = "auto: " if result.asked == "auto" else ""
+    slow = "*" if result.torch_sparse is not None and result.torch_sparse.slow else ""
+    return (
+        f"{case.out_features}x{case.in_features}" + (f" ({case.count})" if case.count else ""),
+        str(case.pattern),
+        f"{case.sparsity:.0%}",
+        case.dtype,
+        str(case.rows),
+        f"{auto}{result.format}[{result.kernel}]",
+        f"{result.dense.seconds.median * 1e3:.3f}",
+        f"{sparse.median * 1e3:.3f}",
+        f"{sparse.lower * 1e3:.3f}-{sparse.upper * 1e3:.3f}",
+        times(faster.median),
+        f"{faster.lower:.2f}-{faster.upper:.2f}",
+        times(result.speedup_bytes),
+        f"{result.sparse.bytes_per_second / 1e9:.1f}",
+        f"{result.bandwidth / 1e9:.1f}",
+        result.bound.roof,
+        percent(result.share, 0),
+        "n/a" if other is None else times(other.median) + slow,
+    )
+
+
+def record(result: Result) -> dict[str, Any]:
+    """One line as plain values, in seconds and bytes; the same names in JSON and CSV."""
+    case, other = result.case, result.torch_sparse
+    return {
+        "out_features": case.out_features,
+        "in_features": case.in_features,
+        "count": case.count,
+        "mask": str(case.pattern),
+        "sparsity": case.sparsity,
+        "dtype": case.dtype,
+        "rows": case.rows,
+        "asked": result.asked,
+        "format": result.format,
+        "kernel": result.kernel,
+        **_timing("dense", result.dense),
+        **_timing("sparse", result.sparse),
+        **_spread("speedup", result.speedup),
+        "speedup_bytes": result.speedup_bytes,
+        "bytes_per_second": result.sparse.bytes_per_second,
+        "read_bytes_per_second": result.bandwidth,
+        "binds": result.bound.roof,
+        "roof_seconds": result.bound.seconds,
+        "roof_share": result.share,
+        "torch_sparse_seconds": None if other is None else other.seconds.median,
+        "torch_sparse_repeats": None if other is None else other.seconds.repeats,
+        "torch_sparse_speedup": None if (s := result.torch_sparse_speedup) is None else s.median,
+    }
+
+
+def document(results: Sequence[Result], found: Machine, protocol: dict[str, Any], left_out: Sequence[str]) -> str:
+    """JSON: `machine`, `protocol` (rotate_bytes, layers), `results` and `left_out`."""
+    content = {"schema": SCHEMA, "machine": asdict(found), "protocol": protocol, "results": [*map(record, results)]}
+    return json.dumps({**content, "left_out": list(left_out)}, indent=1, allow_nan=False) + "\n"
+
+
+def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """One line per record; a header even where there is none."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]) if records else [], restval="")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def check_writable(path: Path) -> None:
+    """DataError before anything slow runs, for a file that could not be written afterwards."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else "its folder does not exist"
+        raise DataError(f"{path}: cannot be written, {what}; give another file")
+
+
+def _timing(name: str, timing: Timing) -> dict[str, Any]:
+    return {
+        f"{name}_bytes": timing.nbytes,
+        f"{name}_copies": timing.copies,
+        **_spread(f"{name}_seconds", timing.seconds),
+    }
+
+
+def _spread(name: str, spread: Spread) -> dict[str, Any]:
+    return {
+        name: spread.median,
+        f"{name}_lower": spread.lower,
+        f"{name}_upper": spread.upper,
+        f"{name}_repeats": spread.repeats,
+    }
