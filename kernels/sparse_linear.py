@@ -86,8 +86,8 @@ class SparseLinear(Grouped, nn.Module):
         tensors = [buffers[n] for n in self._names]
         bias = self._parameters["bias"]
         if bias is None:
-            return tensors, self._layouts[0]  # type: ignore[return-value]
-        return [*tensors, bias], self._layouts[1]  # type: ignore[list-item]
+            return tensors, self._layouts[0]
+        return [*tensors, bias], self._layouts[1]
 
     @property
     def packed(self) -> Packed:

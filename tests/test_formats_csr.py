@@ -112,9 +112,7 @@ def small() -> CSR:
 
 
 CORRUPTIONS = {
-    "float16 or float64 [stored = 5], got float32 [1, 5]": lambda c: replace(
-        c, values=c.values[None]
-    ),
+    "float16 or float64 [stored = 5], got float32 [1, 5]": lambda c: replace(c, values=c.values[None]),
     "values must be float32, bfloat16, float16 or float64 [stored = 5], got int32 [5]": lambda c: replace(
         c, values=c.values.int()
     ),

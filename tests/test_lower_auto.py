@@ -122,7 +122,9 @@ def test_reasons_name_the_choice_what_binds_and_the_next_best() -> None:
     assert said == "nm: 53% of the dense bytes; bitmap 53%; csr8 63%"
     assert choose(mask.float(), mask, Setting("latency", 1, unlike)).reason == "dense"
     full = torch.ones(64, 64, dtype=torch.bool)
-    assert choose(full.float(), full, Setting("bytes")).reason == "dense: the smallest, bsr32x32, takes 100% of its bytes"
+    assert (
+        choose(full.float(), full, Setting("bytes")).reason == "dense: the smallest, bsr32x32, takes 100% of its bytes"
+    )
 
 
 @native

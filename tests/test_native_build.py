@@ -224,7 +224,8 @@ def test_avx512_is_right_through_simde(tmp_path: Path) -> None:
     toolchain.find(simde=True).build(tmp_path / "emulated.so")
     # -P: the checkout must not be importable, or its `kernels` folder would be found under that name.
     command = [sys.executable, "-P", "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-    command += ["-q", "-rs", "-p", "no:cacheprovider", "-k", "avx512", str(CHECKOUT / "tests" / "test_kernels_products.py")]
+    tests = CHECKOUT / "tests" / "test_kernels_products.py"
+    command += ["-q", "-rs", "-p", "no:cacheprovider", "-k", "avx512", str(tests)]
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     environment["SPARSEC_NATIVE_LIBRARY"] = str(tmp_path / "emulated.so")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False)

@@ -123,4 +123,13 @@ TestPassSequences = PassSequences.TestCase
 def test_the_machine_has_a_rule_for_every_pass() -> None:
     from sparsec.passes import PASSES
 
-    assert {cls.name for cls in PASSES} == {"magnitude", "zeros", "mask", "freeze", "sparsity", "flops", "fuse", "lower"}
+    assert {cls.name for cls in PASSES} == {
+        "magnitude",
+        "zeros",
+        "mask",
+        "freeze",
+        "sparsity",
+        "flops",
+        "fuse",
+        "lower",
+    }

@@ -34,7 +34,7 @@ class Context:
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # given by the user, by weight or module name
     progress: Progress | None = None
     keep_dense: Mapping[str, str] = field(default_factory=dict)  # weight -> why it cannot be lowered
-    unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is: no kernel
+    unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is
     owns_weights: bool = False  # the graph's tensors may be overwritten and freed: nobody else needs them
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
 
