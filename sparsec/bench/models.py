@@ -85,6 +85,7 @@ def random_model(name: str, dtype: torch.dtype, layers: int | None = None, seed:
     """In eval mode, matrices normal with a deviation of 0.02, which times do not depend on."""
     with quiet(), no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype)
+        model.tie_weights()  # which is left out together with the initial values
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

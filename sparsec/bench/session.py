@@ -29,8 +29,15 @@ class Session:
             self._call = torch.compile(model, dynamic=False if self._static else None)
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        # As generate() does: some architectures would else slice by the cache's length, and be compiled anew at every token.
+        self._takes_positions = "position_ids" in takes
+        self._position = 0
         self._state: Any = self._new_cache()
         self._token = prompt[:, -1:]
+        if self._static:
+            # Its tensors are made at the first use; compiled code that saw none of them would be compiled again.
+            with torch.no_grad():
+                model(**self._inputs(prompt))
 
     @torch.no_grad()
     def prefill(self) -> None:
@@ -39,6 +46,7 @@ class Session:
             self._state.reset()
         else:
             self._state = self._new_cache()
+        self._position = 0
         self._step(self._prompt)
 
     @torch.no_grad()
@@ -53,8 +61,15 @@ class Session:
         return int(self._token)
 
     def _step(self, ids: Tensor) -> None:
-        out = self._call(input_ids=ids, past_key_values=self._state, use_cache=True, **self._last_only)
+        out = self._call(**self._inputs(ids))
+        self._position += ids.shape[1]
         self._token = out.logits[:, -1:].argmax(dim=-1)
+
+    def _inputs(self, ids: Tensor) -> dict[str, Any]:
+        inputs = {"input_ids": ids, "past_key_values": self._state, "use_cache": True, **self._last_only}
+        if self._takes_positions:
+            inputs["position_ids"] = torch.arange(self._position, self._position + ids.shape[1])[None]
+        return inputs
 
     def _new_cache(self) -> Any:
         if self._static:
