@@ -20,7 +20,7 @@ from sparsec.report.text import machine_lines
 COMMANDS = {
     "sparsec": "this overview; --version",
     "sparsec.report": "compiles a model and reports it per pass, layer and group, dense / masked / lowered compared",
-    "sparsec.bench": "times kernels against dense and against torch.sparse",
+    "sparsec.bench": "times kernels against dense and against torch.sparse, and whole models in tokens per second",
     "sparsec.kernels.build": "builds the native kernels ahead of time, into the package",
 }
 

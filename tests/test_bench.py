@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from sparsec.bench.__main__ import main
 from sparsec.bench.cases import Case, Format, Pattern, cases
 from sparsec.bench.kernels import Measured, measure
 from sparsec.bench.models import shapes
-from sparsec.bench.output import SCHEMA, cells, record
+from sparsec.bench.output import SCHEMA, cells, doubts, record
 from sparsec.bench.rotation import Protocol, Rotation
 from sparsec.bench.timing import SLOW_REPEATS, Contender, Timing, interleaved, speedup
 from sparsec.cost import Calibration, calibrate
 from sparsec.cost.model import Work
+from sparsec.latency import Spread
+from sparsec.machine import machine
 
 UNSTRUCTURED = ("csr8", "csr16", "csr32", "bitmap", "dense", "auto")
 SMALL = Protocol(100_000)
@@ -187,8 +190,6 @@ def test_a_stack_is_run_as_a_whole_and_rotations_walk_on() -> None:
 
 def test_speedups_are_per_round() -> None:
     def timing(*rounds: float) -> Timing:
-        from sparsec.latency import Spread
-
         return Timing(Spread.of(rounds), 1, 1, rounds)
 
     found = speedup(timing(2.0, 4.0, 6.0), timing(1.0, 1.0, 6.0))
@@ -295,6 +296,12 @@ def test_a_stack_of_layers_is_named_in_the_output(tmp_path: Path, capsys: pytest
 def test_options_out_of_range_are_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_said_to_be_so() -> None:
+    here = machine()
+    assert doubts(replace(here, load=0.5, cores=2)) == doubts(replace(here, load=None, cores=2)) == []
+    assert "3.1 processes on 2 cores" in doubts(replace(here, load=3.1, cores=2))[0]
 
 
 def test_more_copies_than_memory_are_refused(

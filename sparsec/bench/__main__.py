@@ -61,6 +61,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
     known = _calibration(todo, progress)
     found = machine()
     print(output.about(found, str(protocol), known.source if known else "none (python -m sparsec.cost measures it)"))
+    print("".join(f"{line}\n" for line in output.doubts(found)), end="")
     for notice in known.notices if known else ():
         print("\n".join(paragraph(notice, "note: ")))
     rotation, results, left_out = Rotation(protocol), list[Result](), list[str]()
@@ -92,7 +93,7 @@ def run_models(options: argparse.Namespace, progress: Progress | None) -> None:
     }
     effort = Effort(**{name: value for name, value in given.items() if value is not None})
     found, runs = machine(), []
-    print("\n".join(machine_lines(found)))
+    print("\n".join([*machine_lines(found), *output.doubts(found)]))
     for name in dtypes:
         loaded = source(options.end_to_end, DTYPES[name], len(wanted), options.layers, progress)
         modes = run(loaded.model, wanted, effort, progress)

@@ -14,7 +14,7 @@ from sparsec.bench.timing import SLOW_REPEATS, SLOW_SECONDS, Timing
 from sparsec.errors import DataError
 from sparsec.latency import Spread
 from sparsec.machine import Machine
-from sparsec.report.table import percent, table, times
+from sparsec.report.table import paragraph, percent, table, times
 
 SCHEMA = "sparsec.bench/3"
 HEADER = (
@@ -59,6 +59,17 @@ def about(found: Machine, protocol: str, calibrated: str) -> str:
         "cost model": calibrated,
     }
     return "  ".join(f"{k}: {v}" for k, v in facts.items())
+
+
+def doubts(found: Machine) -> list[str]:
+    """What makes the times doubtful; lines."""
+    if found.load is None or found.load <= found.cores:
+        return []
+    return paragraph(
+        f"the machine was busy before the timing ({found.load:.1f} processes on {found.cores} cores): trust ratios more than "
+        "times, and neither much; where products of any size take the same 8 ms, threads waited for a core: run again, or --threads 1",
+        "note: ",
+    )
 
 
 def text(results: Sequence[Result]) -> list[str]:
