@@ -67,7 +67,7 @@ def doubts(found: Machine) -> list[str]:
         return []
     return paragraph(
         f"the machine was busy before the timing ({found.load:.1f} processes on {found.cores} cores): trust ratios more than "
-        "times, and neither much; where products of any size take the same 8 ms, threads waited for a core: run again, or --threads 1",
+        "times, and neither much; where products of any size take the same 8 ms, threads waited: run again, or --threads 1",
         "note: ",
     )
 
