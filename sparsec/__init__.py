@@ -1,6 +1,6 @@
 """sparsec: a sparsity compiler for PyTorch transformer language models.
 
-compiled = sparsec.compile(model, passes="magnitude(0.5),freeze,sparsity,flops,lower(csr)")
+compiled = sparsec.compile(model, passes="magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)")
 compiled.generate(...)
 print(compiled.sparsec.report())
 """
