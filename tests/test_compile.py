@@ -349,7 +349,7 @@ def test_masks_of_the_user_take_the_place_of_pruning() -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     mask = torch.rand(weight.shape) < 0.3
     compiled = sparsec.compile(model, masks={"model.layers.0.mlp.up_proj": mask})
-    assert [r.name for r in compiled.sparsec.records] == ["mask", "freeze", "sparsity", "flops", "lower"]
+    assert [r.name for r in compiled.sparsec.records] == ["mask", "freeze", "sparsity", "flops", "fuse", "lower"]
     layer = compiled.model.layers[0].mlp.up_proj
     assert torch.equal(layer.weight, torch.where(mask, weight, 0.0))
     assert sum(isinstance(m, SparseLinear) for m in compiled.modules()) == 1

@@ -159,7 +159,7 @@ def test_a_refusal_that_only_the_native_library_knows_keeps_its_words() -> None:
         pytest.skip("needs the native library: only it looks at the end of row_ptr")
     module = Block().proj
     module.row_ptr[-1] += 1
-    with pytest.raises(KernelError, match=r"^csr_linear: row_ptr ends at \d+, values has \d+ entries$"):
+    with pytest.raises(KernelError, match=r"^csr_linear: the starts run from \d+ to \d+, the values hold \d+ entries$"):
         module(torch.randn(2, 12))
 
 

@@ -36,7 +36,7 @@ void tile(const float* w, const float* x, const int32_t* starts, int64_t runs, i
 struct AnyDecoder {
   alignas(8) unsigned char state[16 * 3 * 8];
 };
-using Direct = void (*)(AnyDecoder&, int64_t begin, int64_t end, const float* x, float* acc);
+using Direct = void (*)(AnyDecoder&, int64_t begin, int64_t end, const float* x, float* acc, int64_t ahead, int64_t turn);
 struct DecoderKind {
   void (*start)(AnyDecoder&, const sparsec::Matrix&, int64_t panel);
   int64_t (*decode)(AnyDecoder&, const sparsec::Matrix&, int64_t begin, int64_t end, float* to, int32_t* starts,
@@ -59,10 +59,10 @@ int64_t decode_any(AnyDecoder& any, const sparsec::Matrix& w, int64_t begin, int
   return runs;
 }
 template <class Decoder, int M>
-void multiply_direct(AnyDecoder& any, int64_t begin, int64_t end, const float* x, float* acc) {
+void multiply_direct(AnyDecoder& any, int64_t begin, int64_t end, const float* x, float* acc, int64_t ahead, int64_t turn) {
   Decoder decoder;
   memcpy(static_cast<void*>(&decoder), any.state, sizeof(decoder));
-  decoder.template multiply<M>(begin, end, x, acc);
+  decoder.template multiply<M>(begin, end, x, acc, ahead, turn);
   memcpy(any.state, &decoder, sizeof(decoder));
 }
 template <class T>
@@ -80,7 +80,8 @@ const Direct kBitmapDirect[] = {
 #endif
 };
 constexpr int64_t kDirectTiles = 2;
-constexpr int64_t kDirectColumns = 1024;  // of packed values, read twice out of a second-level cache
+constexpr int64_t kDirectColumns = 256;  // read twice, the second time out of a cache
+constexpr int64_t kDirectAhead = 12288;  // bytes: past the columns that are read twice
 
 #define SPARSEC_DECODER(D, T) \
   { start_decoder<D<T>>, decode_any<D<T>>, nullptr }
@@ -135,7 +136,8 @@ void panels(const sparsec::PanelTask& t) {
         if (direct) {
           for (int64_t i = 0; i < t.tiles; ++i) {
             AnyDecoder again = decoders[p];
-            kind.direct[rows - 1](i + 1 < t.tiles ? again : decoders[p], begin, end, t.x + i * in * rows, own + i * 16 * rows);
+            kind.direct[rows - 1](i + 1 < t.tiles ? again : decoders[p], begin, end, t.x + i * in * rows, own + i * 16 * rows,
+                                  t.tiles == 1 ? kBitmapAhead : kDirectAhead, t.tiles == 1 ? 2 : i);
           }
           continue;
         }
