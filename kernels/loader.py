@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,6 +158,8 @@ def _locate() -> Library:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if not path.exists():  # another process may have built it while this one waited
+                if sys.stderr.isatty():
+                    print("sparsec: building the native kernels, once; this takes half a minute", file=sys.stderr)
                 chain.build(path)
     return Library(path, f"{' '.join(chain.command)}: {chain.version}")
 
