@@ -21,6 +21,7 @@ inline float sum_of(Vec v) {
 template <int R, int M, class T>
 inline void dense_block(const sparsec::Matrix& w, const float* x, int64_t row, T* out, int64_t out_stride) {
   const int64_t in = w.in_features;
+  constexpr int64_t ahead = kDenseAhead / sizeof(T);
   const T* from = static_cast<const T*>(w.values) + row * in;
   Vec sums[R][M] = {};
   int64_t k = 0;
@@ -28,9 +29,11 @@ inline void dense_block(const sparsec::Matrix& w, const float* x, int64_t row, T
     Vec xs[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) xs[m] = load_vec(x + m * in + k);
+    // Past the end of a row lies what is at hand already: what comes next there begins R rows on.
+    const int64_t next = k + ahead < in ? ahead : ahead + (R - 1) * in;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from + r * in + k) + kDenseAhead);
+      __builtin_prefetch(from + r * in + k + next);
       const Vec v = load_wide(from + r * in + k);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sums[r][m] += v * xs[m];
@@ -66,13 +69,30 @@ void dense_rows(const sparsec::Task& t) {
   if (row < t.last) dense_tokens<1, T>(t, row);
 }
 
+// One row of x. One row of W after the other: a single stream of reads is 1.15 times as fast as four beside each other (49152x576, fp32).
 template <class T>
 void dense_one(const sparsec::Task& t) {
+  constexpr int kSums = 4, kStep = kSums * kRegister;
+  const sparsec::Matrix& w = *t.matrix;
   const float* x = static_cast<const float*>(t.x);
-  T* out = static_cast<T*>(t.out);
-  int64_t row = t.first;
-  for (; row + 4 <= t.last; row += 4) dense_block<4, 1>(*t.matrix, x, row, out, 0);
-  for (; row < t.last; ++row) dense_block<1, 1>(*t.matrix, x, row, out, 0);
+  const int64_t in = w.in_features;
+  for (int64_t row = t.first; row < t.last; ++row) {
+    const T* from = static_cast<const T*>(w.values) + row * in;
+    Vec sums[kSums] = {};
+    int64_t k = 0;
+    for (; k + kStep <= in; k += kStep) {
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kStep; line += 64 / sizeof(T))
+        __builtin_prefetch(reinterpret_cast<const char*>(from + k + line) + kDenseAhead);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) sums[i] += load_wide(from + k + i * kRegister) * load_vec(x + k + i * kRegister);
+    }
+    for (; k + kRegister <= in; k += kRegister) sums[0] += load_wide(from + k) * load_vec(x + k);
+    float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; k < in; ++k) sum += widen(from[k]) * x[k];
+    if (w.bias) sum += widen(static_cast<const T*>(w.bias)[row]);
+    narrow(sum, static_cast<T*>(t.out) + row);
+  }
 }
 
 template <class T>

@@ -112,6 +112,8 @@ void finish_panel(const sparsec::PanelTask& t, const float* sums, int64_t row) {
            static_cast<T*>(t.out) + token * t.out_stride);
 }
 
+constexpr int64_t kCachedFloats = 1 << 16;  // 256 KB
+
 void panels(const sparsec::PanelTask& t) {
   const sparsec::Matrix& w = *t.matrix;
   const DecoderKind& kind = kDecoders[w.format][w.type];
@@ -124,9 +126,11 @@ void panels(const sparsec::PanelTask& t) {
   const int64_t per_panel = 16 * rows * t.tiles;
   const bool direct = kind.direct && t.tiles <= kDirectTiles;
   const int64_t step = !direct ? kDecodedColumns : t.tiles == 1 ? in : kDirectColumns;
+  // Where all of x stays in a second-level cache, panels go one by one: one stream of reads instead of several.
+  const int64_t group = in * rows * t.tiles <= kCachedFloats ? 1 : kPanelGroup;
   AnyDecoder decoders[kPanelGroup];
-  for (int64_t first = t.first; first < t.last; first += kPanelGroup) {
-    const int64_t panels = least(kPanelGroup, t.last - first);
+  for (int64_t first = t.first; first < t.last; first += group) {
+    const int64_t panels = least(group, t.last - first);
     for (int64_t p = 0; p < panels; ++p) kind.start(decoders[p], w, first + p);
     memset(sums, 0, sizeof(float) * per_panel * panels);
     for (int64_t begin = 0; begin < in; begin += step) {

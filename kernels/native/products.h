@@ -25,7 +25,7 @@ using sparsec::Task;
 using torch::stable::Tensor;
 
 constexpr int64_t kBytesPerThread = 1 << 16;  // of a matrix, worth waking a thread for: some 5 us
-constexpr int64_t kBytesPerChunk = 1 << 19;   // small enough that a thread whose CPU is taken away does not hold up the others
+constexpr int64_t kLeastPiece = 1 << 16;      // bytes worth asking for: some 5 us
 
 constexpr int64_t kFewRows = 8;
 
@@ -89,30 +89,61 @@ struct Piece {
   int64_t last;
 };
 
-// Pieces of about equal bytes. Where a panel of 16 rows is the unit of the way, rows_per_unit of the matrix does not matter.
-void split(const Part& part, int64_t tokens, int64_t pieces, std::vector<Piece>& to) {
-  const Matrix& w = part.matrix;
-  const bool panels = part.way == Way::panels;
-  const int64_t units = panels ? (w.out_features + kPanel - 1) / kPanel : w.units;
-  const Bytes bytes(w);
-  const auto unit = [&](int64_t u) { return panels ? std::min(w.units, u * kPanel / w.rows_per_unit) : u; };
-  const int64_t total = bytes.before(w.units);
-  int64_t first = 0;
-  for (int64_t i = 1; i <= pieces && first < units; ++i) {
-    int64_t last = units;
-    if (i < pieces) {  // the first unit before which there is enough
-      int64_t low = first;
+int64_t work_of(const Part& part, int64_t tokens) {
+  return Bytes(part.matrix).before(part.matrix.units) * std::max<int64_t>(1, tokens / 4);
+}
+
+bool is_shared(const Part& part) { return part.way != Way::half && part.way != Way::stock; }
+
+// Pieces that shrink: `threads` of them take three quarters of the work, as many three quarters of the rest, and so on. A thread that
+// comes late, or whose CPU is taken away, leaves more of them to the others, and all end together ("factoring": Hummel, Schonberg and
+// Flynn, "Factoring: a method for scheduling parallel loops", Communications of the ACM 35(8), 1992). Pieces of equal size were 1.15
+// times as slow on 576x1536, 1.4 times where there were three of them for two threads.
+std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t threads) {
+  std::vector<Piece> pieces;
+  int64_t rest = 0;
+  for (const Part& part : parts)
+    if (is_shared(part)) rest += work_of(part, tokens);
+  const int64_t least = kLeastPiece * std::max<int64_t>(1, tokens / 4);
+  int64_t size = rest, left = 0;  // of a piece, and of the one that is being cut
+  int64_t turn = threads - 1;
+  const auto next_piece = [&] {
+    if (++turn == threads) {
+      turn = 0;
+      size = threads == 1 ? rest : std::max(least, rest * 3 / (4 * threads));
+    }
+    left = size;
+  };
+  next_piece();
+  for (const Part& part : parts) {
+    if (!is_shared(part)) continue;
+    const Matrix& w = part.matrix;
+    const bool panels = part.way == Way::panels;  // the unit is then a panel of 16 rows, whatever rows_per_unit is
+    const int64_t units = panels ? (w.out_features + kPanel - 1) / kPanel : w.units;
+    const Bytes bytes(w);
+    const int64_t scale = std::max<int64_t>(1, tokens / 4);
+    const auto before = [&](int64_t u) {
+      return scale * bytes.before(panels ? std::min(w.units, u * kPanel / w.rows_per_unit) : u);
+    };
+    for (int64_t first = 0; first < units;) {
+      const int64_t start = before(first), end = start + left;
+      int64_t low = first + 1, last = units;  // the first unit before which there is enough
       while (low < last) {
         const int64_t middle = (low + last) / 2;
-        if (bytes.before(unit(middle)) * pieces < total * i)
+        if (before(middle) < end)
           low = middle + 1;
         else
           last = middle;
       }
+      pieces.push_back(Piece{&part, first, last});
+      const int64_t taken = before(last) - start;
+      rest -= taken;
+      left -= taken;
+      if (left <= 0) next_piece();
+      first = last;
     }
-    if (last > first) to.push_back(Piece{&part, first, last});
-    first = last;
   }
+  return pieces;
 }
 
 // Memory of one thread that grows and stays: fresh pages at every call would cost more than small products.
@@ -240,18 +271,12 @@ void multiply(std::vector<Part>& parts, const Tensor& x, int64_t tokens) {
       by_type(w.type, [&](auto zero) { stock_rows<decltype(zero)>(part, x, dtype); });
     } else {
       rows.prepare(part.way, isa);
-      work += Bytes(w).before(w.units) * std::max<int64_t>(1, tokens / 4);
+      work += work_of(part, tokens);
     }
   }
   const int64_t threads =
       std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work / kBytesPerThread));
-  std::vector<Piece> pieces;
-  for (const Part& part : parts) {
-    if (part.way == Way::half || part.way == Way::stock) continue;
-    const int64_t own = Bytes(part.matrix).before(part.matrix.units) * std::max<int64_t>(1, tokens / 4);
-    const int64_t share = work > 0 ? (threads * own + work - 1) / work : 1;  // every thread finds a piece of its size
-    split(part, tokens, threads == 1 ? 1 : std::max(share, own / kBytesPerChunk), pieces);
-  }
+  const std::vector<Piece> pieces = split(parts, tokens, threads);
   const int64_t count = static_cast<int64_t>(pieces.size());
   if (threads == 1) {
     for (const Piece& piece : pieces) run(piece, rows, isa);
