@@ -18,15 +18,18 @@ from transformers import DynamicCache, StaticCache
 class Session:
     """One model in one mode."""
 
-    def __init__(self, model: Any, prompt: Tensor, max_tokens: int, compiled: bool = False) -> None:
-        """prompt: token ids [1, tokens]. max_tokens: positions that prompt and decoded tokens take together."""
+    def __init__(self, model: Any, prompt: Tensor, max_tokens: int, backend: str | None = None) -> None:
+        """prompt: token ids [1, tokens]. max_tokens: positions that prompt and decoded tokens take together. backend: of
+        torch.compile; None for eager.
+        """
+        compiled = backend is not None
         self._prompt, self._config, self._max_tokens = prompt, model.config, max_tokens
         self._static = compiled and bool(getattr(model, "_can_compile_fullgraph", False))
         self.cache = "static" if self._static else "dynamic"
         self._call: Callable[..., Any] = model
-        if compiled:
+        if backend is not None:
             # Shapes are those of the prompt and of one token; with a cache that grows they change with every token.
-            self._call = torch.compile(model, dynamic=False if self._static else None)
+            self._call = torch.compile(model, dynamic=False if self._static else None, backend=backend)
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         # As generate() does: some architectures would else slice by the cache's length, and be compiled anew at every token.

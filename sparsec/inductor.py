@@ -1,0 +1,87 @@
+"""The backend "sparsec" of torch.compile: inductor, with the products that read the same value in one call each.
+
+`torch.compile(model, backend="sparsec")` takes what inductor takes (mode=, options=, dynamic=). In the compiled graph nothing is
+written in place, so that products of the same node are products of the same value, whatever modules or hooks they came from.
+Under inductor itself every product stays a call of its own: as right, and slower where layers are small.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config, list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._ops import OpOverload
+
+from sparsec.errors import CompileError
+from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
+from sparsec.kernels.dense import dense_linear
+from sparsec.kernels.fused import fused_linear
+from sparsec.kernels.ops import OPERATORS
+
+SLOT = "post_grad_custom_pre_pass"
+_FORMATS: dict[Any, str] = {dense_linear: DENSE, **{op: name for name, op in OPERATORS.items()}}
+
+
+def sparsec(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What torch.compile calls. CompileError when the options take the place of this backend's own pass."""
+    if options and SLOT in options:
+        raise CompileError(
+            f'torch.compile(backend="sparsec"): the option {SLOT} is taken by sparsec itself; leave it out, or use '
+            'backend="inductor"'
+        )
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), SLOT: FuseProducts()}
+    compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=patches)
+    return compiled
+
+
+class FuseProducts(CustomGraphPass):  # type: ignore[misc]
+    """Makes one `fused_linear` of the calls of sparsec's products that have the same x and weights that are there before the first."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target in _FORMATS and not node.kwargs:
+                readers.setdefault(node.args[0], []).append(node)
+        for x, nodes in readers.items():
+            first = order[nodes[0]]
+            members = [n for n in nodes if all(order[a] < first for a in n.all_input_nodes)]
+            if len(members) > 1:
+                _fuse(graph, x, members)
+
+    def uuid(self) -> Any:
+        """For inductor's cache of compiled graphs."""
+        return get_hash_for_files((__file__,))
+
+
+def _fuse(graph: fx.Graph, x: fx.Node, members: Sequence[fx.Node]) -> None:
+    tensors, layout = flatten([_part(node) for node in members])
+    with graph.inserting_before(members[0]):
+        fused = graph.call_function(fused_linear, (x, tensors, layout))
+        fused.meta["val"] = [node.meta["val"] for node in members]
+        results = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(members))]
+    for node, result in zip(members, results, strict=True):
+        result.meta.update(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def _part(node: fx.Node) -> Part[fx.Node]:
+    """Of a call op(x, *tensors, bias, *scalars)."""
+    assert isinstance(node.target, OpOverload)
+    name = _FORMATS[node.target]
+    arguments: Any = node.args[1:]
+    count = tensor_count(name)
+    return Part(name, tuple(arguments[:count]), arguments[count], tuple(arguments[count + 1 :]))
