@@ -31,7 +31,7 @@ class DenseLinear(Grouped, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        if self._group is not None:
+        if not torch.compiler.is_dynamo_compiling() and self._group is not None:
             shared = self._group.product(self._index, self, x)
             if shared is not None:
                 return shared

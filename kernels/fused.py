@@ -2,11 +2,15 @@
 
 Why: on a small layer the call and the waking of the threads are the cost, and one parallel region serves all parts. The
 reference calls each part's own operator, and so do the gradients: fusing changes who computes, never what.
+
+`inference_linear` is the same without gradients, whatever is asked for: for compiled graphs, where autograd is done by then, and
+where the way through an autograd function in Python would cost 10 us a call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,11 +21,14 @@ from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.ops import LIBRARY, OPERATORS, loads_native
 
 NAME = "fused_linear"
+INFERENCE = "inference_linear"
 
-LIBRARY.define(  # type: ignore[no-untyped-call]
-    f"{NAME}(Tensor x, Tensor[] tensors, int[] layout) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
-)
+for _name in (NAME, INFERENCE):
+    LIBRARY.define(  # type: ignore[no-untyped-call]
+        f"{_name}(Tensor x, Tensor[] tensors, int[] layout) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+    )
 fused_linear: OpOverload = torch.ops.sparsec.fused_linear.default
+inference_linear: OpOverload = torch.ops.sparsec.inference_linear.default
 
 
 def part_operator(part: Part[Tensor]) -> OpOverload:
@@ -33,9 +40,9 @@ def _separately(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> 
     return [part_operator(part)(x, *part.arguments) for part in unflatten(tensors, layout)]
 
 
-def _implementation(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
-    if loads_native(x, NAME):
-        out: list[Tensor] = fused_linear(x, tensors, layout)
+def _implementation(op: OpOverload, x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
+    if loads_native(x, op._opname):
+        out: list[Tensor] = op(x, tensors, layout)
         return out
     return _separately(x, tensors, layout)
 
@@ -49,6 +56,8 @@ def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int])
     return out
 
 
-torch.library.impl(LIBRARY, NAME, "CompositeExplicitAutograd")(_implementation)
+for _op in (fused_linear, inference_linear):
+    torch.library.impl(LIBRARY, _op._opname, "CompositeExplicitAutograd")(partial(_implementation, _op))
+    torch.library.register_fake(f"sparsec::{_op._opname}", _separately, lib=LIBRARY)
 torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)
-torch.library.register_fake(f"sparsec::{NAME}", _separately, lib=LIBRARY)
+LIBRARY.impl(INFERENCE, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]

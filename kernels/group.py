@@ -8,7 +8,8 @@ nobody foresaw included, a module computes its own product: grouping changes the
 - where gradients are recorded, under autocast, on other devices than the CPU, and without the native library;
 - under torch.inference_mode: its tensors have no version, so that nobody could tell whether x was written to meanwhile
   (`generate()` runs under no_grad and is served);
-- under torch.compile; torch.export sees one operator, as the graph has it.
+- under torch.compile, where the backend "sparsec" fuses instead (sparsec/inductor.py); torch.export sees one operator, as the
+  graph has it.
 
 Writes that torch's version counter does not see (through `x.data`, numpy, another library) are not seen here either.
 """
@@ -144,7 +145,7 @@ class Group:
     def product(self, index: int, member: Grouped, x: Tensor) -> Tensor | None:
         """The product of one member with x; None where it has to compute it by itself."""
         if torch.compiler.is_compiling():
-            if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
+            if not torch.compiler.is_exporting():
                 return None
         elif torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             return None

@@ -56,7 +56,8 @@ class SparseLinear(Grouped, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]. KernelError when x does not fit the weight in size, dtype or device."""
-        if self._group is not None:
+        # torch.compile puts a guard, to be checked at every call, on every attribute that is read: those of the group are not.
+        if not torch.compiler.is_dynamo_compiling() and self._group is not None:
             shared = self._group.product(self._index, self, x)
             if shared is not None:
                 return shared

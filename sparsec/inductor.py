@@ -1,7 +1,8 @@
-"""The backend "sparsec" of torch.compile: inductor, with the products that read the same value in one call each.
+"""The backend "sparsec" of torch.compile: inductor, with the products that read the same value in one call, past autograd.
 
 `torch.compile(model, backend="sparsec")` takes what inductor takes (mode=, options=, dynamic=). In the compiled graph nothing is
 written in place, so that products of the same node are products of the same value, whatever modules or hooks they came from.
+Autograd is done with such a graph, and its operators need not ask again whether gradients are wanted.
 Under inductor itself every product stays a call of its own: as right, and slower where layers are small.
 """
 
@@ -21,7 +22,7 @@ from torch._ops import OpOverload
 from sparsec.errors import CompileError
 from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
 from sparsec.kernels.dense import dense_linear
-from sparsec.kernels.fused import fused_linear
+from sparsec.kernels.fused import inference_linear
 from sparsec.kernels.ops import OPERATORS
 
 SLOT = "post_grad_custom_pre_pass"
@@ -47,7 +48,7 @@ def sparsec(
 
 
 class FuseProducts(CustomGraphPass):  # type: ignore[misc]
-    """Makes one `fused_linear` of the calls of sparsec's products that have the same x and weights that are there before the first."""
+    """Makes one `inference_linear` of all calls of sparsec's products that have the same x, and weights that are there by the first."""
 
     def __call__(self, graph: fx.Graph) -> None:
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -57,8 +58,8 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
                 readers.setdefault(node.args[0], []).append(node)
         for x, nodes in readers.items():
             first = order[nodes[0]]
-            members = [n for n in nodes if all(order[a] < first for a in n.all_input_nodes)]
-            if len(members) > 1:
+            early = [n for n in nodes if all(order[a] < first for a in n.all_input_nodes)]
+            for members in (early, *[[n] for n in nodes if n not in early]):
                 _fuse(graph, x, members)
 
     def uuid(self) -> Any:
@@ -69,7 +70,7 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
 def _fuse(graph: fx.Graph, x: fx.Node, members: Sequence[fx.Node]) -> None:
     tensors, layout = flatten([_part(node) for node in members])
     with graph.inserting_before(members[0]):
-        fused = graph.call_function(fused_linear, (x, tensors, layout))
+        fused = graph.call_function(inference_linear, (x, tensors, layout))
         fused.meta["val"] = [node.meta["val"] for node in members]
         results = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(members))]
     for node, result in zip(members, results, strict=True):

@@ -123,4 +123,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("bsr_linear", TORCH_BOX(&bsr_linear));
   m.impl("nm_linear", TORCH_BOX(&nm_linear));
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
+  m.impl("inference_linear", TORCH_BOX(&fused_linear));
 }
