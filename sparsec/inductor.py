@@ -12,9 +12,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
-from torch._inductor import config, list_mode_options
+from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._ops import OpOverload
@@ -48,7 +47,7 @@ def sparsec(
 
 
 class FuseProducts(CustomGraphPass):  # type: ignore[misc]
-    """Makes one `inference_linear` of all calls of sparsec's products that have the same x, and weights that are there by the first."""
+    """Makes one `inference_linear` of all calls of products with the same x, and weights that are there by the first."""
 
     def __call__(self, graph: fx.Graph) -> None:
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -58,7 +57,8 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
                 readers.setdefault(node.args[0], []).append(node)
         for x, nodes in readers.items():
             first = order[nodes[0]]
-            early = [n for n in nodes if all(order[a] < first for a in n.all_input_nodes)]
+            # A stored tensor, as inductor's freezing leaves them, can be got anywhere.
+            early = [n for n in nodes if all(a.op == "get_attr" or order[a] < first for a in n.all_input_nodes)]
             for members in (early, *[[n] for n in nodes if n not in early]):
                 _fuse(graph, x, members)
 
@@ -69,6 +69,9 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
 
 def _fuse(graph: fx.Graph, x: fx.Node, members: Sequence[fx.Node]) -> None:
     tensors, layout = flatten([_part(node) for node in members])
+    for node in tensors:
+        if node.op == "get_attr":
+            members[0].prepend(node)
     with graph.inserting_before(members[0]):
         fused = graph.call_function(inference_linear, (x, tensors, layout))
         fused.meta["val"] = [node.meta["val"] for node in members]

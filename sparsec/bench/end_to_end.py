@@ -116,7 +116,9 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
     kinds = [(variant, compiled) for variant in models for compiled in ((False, True) if effort.compiled else (False,))]
     # Every compiled variant and every shape is one more version of the same forward.
     with torch._dynamo.config.patch(recompile_limit=4 * len(kinds) + 8):
-        sessions = [Session(models[v], prompt, effort.positions, v.backend if compiled else None) for v, compiled in kinds]
+        sessions = [
+            Session(models[v], prompt, effort.positions, v.backend if compiled else None) for v, compiled in kinds
+        ]
         prefill = _rounds([s.prefill for s in sessions], effort.repeats, progress, "timing prefill")
         decoding = [partial(s.decode, effort.new_tokens) for s in sessions]
         decode = _rounds(decoding, effort.repeats, progress, "timing decode")

@@ -22,9 +22,8 @@ class Session:
         """prompt: token ids [1, tokens]. max_tokens: positions that prompt and decoded tokens take together. backend: of
         torch.compile; None for eager.
         """
-        compiled = backend is not None
         self._prompt, self._config, self._max_tokens = prompt, model.config, max_tokens
-        self._static = compiled and bool(getattr(model, "_can_compile_fullgraph", False))
+        self._static = backend is not None and bool(getattr(model, "_can_compile_fullgraph", False))
         self.cache = "static" if self._static else "dynamic"
         self._call: Callable[..., Any] = model
         if backend is not None:
