@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from sparsec.cost.choice import OWN, Choice, Setting, choose
@@ -119,7 +119,8 @@ class Lower(Pass):
             mask = graph.mask_matrix(weight.name) if weight.name in may_pack else None
             kernels = dense_kernels(graph, weight, context.unswappable)
             if mask is not None or OWN in kernels:
-                found[weight.name] = choose(graph.matrix(weight.name), mask, setting, kernels)
+                fused = any(op.members for op in graph.products_of(weight.name))
+                found[weight.name] = choose(graph.matrix(weight.name), mask, replace(setting, fused=fused), kernels)
         context.step("choosing formats", len(weights), len(weights))
         return found, notes
 

@@ -135,19 +135,21 @@ def layer_speedups(
     """Median over rounds of (time of the first) / (time of the second) for pairs of linear layers, at one row.
 
     A pair holds one module each, or those of a fused product in their order, which are given the very same row. Every round
-    goes through all pairs, as decoding goes through all layers: a small layer looped by itself would be timed in a cache that
-    it never finds warm. The first ones have `in_features` or a Conv1D's `weight` [in, out].
+    goes through all the first ones, then through all the second ones, as decoding with one or the other goes through all layers:
+    a small layer looped by itself would be timed in a cache that it never finds warm, and one between layers of another kind
+    in company that it never has. The first ones have `in_features` or a Conv1D's `weight` [in, out].
     """
     found: dict[str, list[float]] = {name: [] for name in pairs}
     rows = {name: _row(dense[0]) for name, (dense, _) in pairs.items()}
     for turn in range(WARM_UP + rounds):
         if progress is not None:
             progress("timing layers", turn, WARM_UP + rounds)
-        for name, pair in pairs.items():
-            order = pair if turn % 2 == 0 else pair[::-1]
-            first, second = (_call_seconds(modules, rows[name]) for modules in order)
-            if turn >= WARM_UP:
-                found[name].append(first / second if turn % 2 == 0 else second / first)
+        taken: dict[int, dict[str, float]] = {}
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            taken[side] = {name: _call_seconds(pair[side], rows[name]) for name, pair in pairs.items()}
+        if turn >= WARM_UP:
+            for name, values in found.items():
+                values.append(taken[0][name] / taken[1][name])
     if progress is not None:
         progress("timing layers", WARM_UP + rounds, WARM_UP + rounds)
     return {name: statistics.median(values) for name, values in found.items()}

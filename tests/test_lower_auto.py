@@ -146,6 +146,15 @@ def model() -> nn.Sequential:
 
 
 @native
+def test_parts_of_a_fused_product_share_a_call_whatever_their_formats() -> None:
+    """A sparse kernel that is slow to call and quick to multiply: not worth it alone, worth it in company."""
+    mask = torch.rand(192, 576, generator=torch.Generator().manual_seed(0)) < 0.1
+    slow = tuple(replace(k, call=k.call if k.format == "dense" else 1e-3) for k in FIXTURE.kernels)
+    setting = Setting("latency", 1, replace(FIXTURE, kernels=slow, member=1e-6))
+    assert choose(mask.float(), mask, setting, (OWN,)).best.format == "dense"
+    assert choose(mask.float(), mask, replace(setting, fused=True), (OWN,)).best.format != "dense"
+
+
 @pytest.mark.parametrize("objective", ["latency", "bytes"])
 def test_auto_compiles_to_what_it_says_and_computes_the_same(objective: str) -> None:
     x = torch.randn(3, 576)

@@ -71,7 +71,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
         measured = measure(case, rotation, options.repeats or 20, known.calibration if known else None)
         results += measured.results
         left_out += measured.left_out
-    print("\n".join([*output.text(results), *paragraph(output.LEGEND)]))
+    print("\n".join([*output.text(results), *output.accuracy(results), *paragraph(output.LEGEND)]))
     for reason in dict.fromkeys(left_out):
         print("\n".join(paragraph(reason, "left out: ")))
     if options.json:

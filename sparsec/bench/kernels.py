@@ -60,6 +60,7 @@ class Result:
     torch_sparse: Timing | None
     bandwidth: float  # bytes per second, by plain reading in the same rounds
     bound: Bound
+    predicted: float | None  # speedup by the cost model, of weights that lie in memory; None without a calibration
 
     @property
     def speedup(self) -> Spread:
@@ -143,6 +144,7 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
             last,
             bandwidth,
             _bound(entry, dtype, case.rows, bandwidth, calibration),
+            _predicted(entry, dtype, case.rows, calibration) if rotation.protocol.cold else None,
         )
         for entry, timing in zip(entries, own, strict=False)
     )
@@ -225,12 +227,25 @@ def _torch_sparse(weight: Tensor, x: Tensor, rotation: Rotation) -> Contender | 
 
 def _bound(entry: _Entry, dtype: torch.dtype, rows: int, bandwidth: float, calibration: Calibration | None) -> Bound:
     roofs: list[tuple[float, Roof]] = [(entry.work.nbytes / bandwidth, "bytes")]
-    label = entry.packed.format if entry.packed is not None and entry.packed.format == "nm" else entry.label
-    known = calibration and calibration.predict(entry.kernel, label, dtype, entry.work, rows)
+    known = calibration and calibration.predict(entry.kernel, _label(entry), dtype, entry.work, rows)
     if known:
         roofs += [(known.decode, "decode"), (known.multiply, "flops")]
     seconds, roof = max(roofs, key=lambda r: r[0])
     return Bound(roof, seconds)
+
+
+def _predicted(entry: _Entry, dtype: torch.dtype, rows: int, calibration: Calibration | None) -> float | None:
+    if calibration is None:
+        return None
+    plain = Work.dense(entry.work.out_features, entry.work.in_features, dtype)
+    before = calibration.predict(TORCH, "dense", dtype, plain, rows)
+    now = calibration.predict(entry.kernel, _label(entry), dtype, entry.work, rows)
+    return before.seconds / now.seconds if before and now else None
+
+
+def _label(entry: _Entry) -> str:
+    """As a calibration calls it."""
+    return entry.packed.format if entry.packed is not None and entry.packed.format == "nm" else entry.label
 
 
 def measured_bandwidth(results: Sequence[Result]) -> Spread:

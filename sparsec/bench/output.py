@@ -1,4 +1,4 @@
-"""The kernel table as text, JSON (schema `sparsec.bench/3`) and CSV."""
+"""The kernel table as text, JSON (schema `sparsec.bench/4`) and CSV."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsec.latency import Spread
 from sparsec.machine import Machine
 from sparsec.report.table import paragraph, percent, table, times
 
-SCHEMA = "sparsec.bench/3"
+SCHEMA = "sparsec.bench/4"
 HEADER = (
     "shape",
     "mask",
@@ -29,6 +29,7 @@ HEADER = (
     "quartiles",
     "speedup",
     "quartiles",
+    "predicted",
     "bytes",
     "GB/s",
     "roof GB/s",
@@ -36,9 +37,11 @@ HEADER = (
     "of roof",
     "torch.sparse",
 )
-TEXT_COLUMNS = (0, 1, 3, 5, 14)
+NEAR = 0.15
+TEXT_COLUMNS = (0, 1, 3, 5, 15)
 LEGEND = (
-    "Times are medians per call; a speedup is the median over rounds of F.linear / this, in the same round. bytes: dense / "
+    "Times are medians per call; a speedup is the median over rounds of F.linear / this, in the same round. predicted: the speedup "
+    "by the cost model, where weights lie in memory. bytes: dense / "
     "packed, what reading less can give at most. roof GB/s: plain reading (the best of a sum, the own dense kernel and F.linear) "
     "in the same rounds. binds, of roof: the highest of bytes / that bandwidth and the calibrated times of decoding and "
     "arithmetic (bytes alone where there is no calibration), over the time taken. shape (n): the model has it n times. "
@@ -72,6 +75,15 @@ def doubts(found: Machine) -> list[str]:
     )
 
 
+def accuracy(results: Sequence[Result]) -> list[str]:
+    """How far the cost model is from what was measured; lines."""
+    errors = [abs(r.predicted / r.speedup.median - 1) for r in results if r.predicted is not None]
+    if not errors:
+        return []
+    near = sum(error <= NEAR for error in errors)
+    return paragraph(f"predicted within {NEAR:.0%} of measured: {near} of {len(errors)} lines")
+
+
 def text(results: Sequence[Result]) -> list[str]:
     """Lines of the table."""
     return table(HEADER, [cells(r) for r in results], left=TEXT_COLUMNS)
@@ -94,6 +106,7 @@ def cells(result: Result) -> tuple[str, ...]:
         f"{sparse.lower * 1e3:.3f}-{sparse.upper * 1e3:.3f}",
         times(faster.median),
         f"{faster.lower:.2f}-{faster.upper:.2f}",
+        "-" if result.predicted is None else times(result.predicted),
         times(result.speedup_bytes),
         f"{result.sparse.bytes_per_second / 1e9:.1f}",
         f"{result.bandwidth / 1e9:.1f}",
@@ -120,6 +133,7 @@ def record(result: Result) -> dict[str, Any]:
         **_timing("dense", result.dense),
         **_timing("sparse", result.sparse),
         **_spread("speedup", result.speedup),
+        "speedup_predicted": result.predicted,
         "speedup_bytes": result.speedup_bytes,
         "bytes_per_second": result.sparse.bytes_per_second,
         "read_bytes_per_second": result.bandwidth,

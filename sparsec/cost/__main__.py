@@ -101,6 +101,7 @@ def lines(found: Found) -> list[str]:
     shown += paragraph(found.source, f"{'source':<9}")
     reads = ", ".join(f"{_size(r.nbytes)} {1e-9 / r.per_byte:.0f}" for r in known.reads)
     shown += paragraph(f"{reads} GB/s", f"{'reading':<9}")
+    shown += paragraph(f"{1e6 * known.member:.1f} us for a further member of a fused product", f"{'groups':<9}")
     shown += ["", *table(HEADER, _rows(known), left=(0, 1, 2, 8), gap=2)]
     shown += paragraph(
         "seconds = call + output x out_features + max(bytes / GB/s, decoding per value and position, multiplying per value and "

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sparsec.cost.measure import measure_kernels, measure_reads
+from sparsec.cost.measure import measure_kernels, measure_member, measure_reads
 from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
 from sparsec.errors import CalibrationError
 from sparsec.kernels import status
@@ -28,7 +28,7 @@ from sparsec.kernels.loader import cache_folder
 from sparsec.machine import cores, cpu_name, load
 from sparsec.progress import Progress
 
-SCHEMA = "sparsec.cost/1"
+SCHEMA = "sparsec.cost/2"
 VARIABLE = "SPARSEC_CALIBRATION"
 POOR_FIT = 0.3
 
@@ -62,6 +62,7 @@ class Calibration:
     key: Key
     load: float  # processes that ran or waited when it was measured; 0 where the system does not tell
     reads: tuple[Read, ...]  # ascending in bytes
+    member: float  # seconds that a further member of a fused product costs beside the work on its matrix
     kernels: tuple[KernelCost, ...]
 
     @property
@@ -146,7 +147,7 @@ def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None =
     """Measures every kernel that serves one of the dtypes on this machine's CPU."""
     reads = measure_reads(progress)
     kernels = measure_kernels(dtypes, reads[-1].per_byte, progress)
-    return Calibration(key, load() or 0.0, reads, tuple(kernels))
+    return Calibration(key, load() or 0.0, reads, measure_member(dtypes[0]), tuple(kernels))
 
 
 def remarks(found: Calibration) -> list[str]:
@@ -216,6 +217,7 @@ def from_json(text: str) -> Calibration:
             key=Key(**content["key"]),
             load=_number(content["load"]),
             reads=tuple(Read(int(r["nbytes"]), _number(r["per_byte"])) for r in content["reads"]),
+            member=_number(content["member"]),
             kernels=tuple(_kernel(k) for k in content["kernels"]),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,7 @@ class Setting:
     rows: int = 1  # of x
     calibration: Calibration | None = None  # None: nothing is measured, so bytes decide
     working_set: int | None = None  # bytes that are read in turn; None: more than a cache holds
+    fused: bool = False  # a part of a fused product, whose call all parts share, whatever their formats
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,14 @@ def _stored(name: str, options: dict[str, Any], nbytes: int, shape: torch.Size, 
 
 
 def _predict(setting: Setting, kernel: str, label: str, dtype: torch.dtype, work: Work) -> Prediction | None:
-    if setting.calibration is None:
+    known = setting.calibration
+    cost = None if known is None else known.cost(kernel, label, dtype)
+    if known is None or cost is None:
         return None
-    return setting.calibration.predict(kernel, label, dtype, work, setting.rows, setting.working_set)
+    found = cost.predict(work, setting.rows, known.reach(setting.working_set))
+    if setting.fused and kernel != TORCH:
+        found = replace(found, call=found.call - cost.call + known.member)
+    return found
 
 
 def _smallest(dense: Candidate, sparse: Sequence[Candidate]) -> Choice:

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Read
-from sparsec.cost.timing import Arena, Contender, dense_contender, packed_contender, time_cold, time_read, time_warm
+from sparsec.cost.timing import (
+    Arena,
+    Contender,
+    dense_contender,
+    packed_contender,
+    time_cold,
+    time_member,
+    time_read,
+    time_walk,
+    time_warm,
+)
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.kernels import KERNELS, Kernel, Problem
@@ -32,6 +42,7 @@ COLD = (
 WARM = tuple((shape, d) for shape in ((256, 512), (192, 1024)) for d in DENSITIES)
 MANY = (((576, 1536), 0.5), ((1536, 576), 0.1), ((2048, 768), 0.3))
 MANY_ROWS = (2, 4, 8, 32, 128, 512)
+WALK_ROUNDS, MEMBER_ROUNDS = 24, 60
 READS = tuple(1 << n for n in range(18, 31, 2))  # bytes
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -50,6 +61,13 @@ def measure_reads(progress: Progress | None = None) -> tuple[Read, ...]:
     return tuple(found)
 
 
+def measure_member(dtype: torch.dtype) -> float:
+    """Seconds that a member of a group costs beside the work on its matrix."""
+    arena = Arena()
+    big = dense_contender("dense_torch", _as_it_is, 1024, 1024, dtype).make(arena)
+    return time_member(MEMBER_ROUNDS, dtype, partial(big, torch.ones(1, 1024, dtype=dtype)))
+
+
 def measure_kernels(
     dtypes: Sequence[torch.dtype], read_per_byte: float, progress: Progress | None = None
 ) -> list[KernelCost]:
@@ -58,10 +76,16 @@ def measure_kernels(
     samples: dict[tuple[str, str, torch.dtype], list[Sample]] = {}
     timers: list[tuple[tuple[tuple[int, int], float], Callable[..., list[Sample]], int]] = [
         *((case, time_warm, 30) for case in WARM),
-        *((case, partial(time_cold, rows=1), 12) for case in COLD),
         *((case, partial(time_cold, rows=n), 5 if n < 128 else 3) for case in MANY for n in MANY_ROWS),
     ]
-    packed: dict[Any, list[tuple[Kernel, Packed]]] = {}
+    packed: dict[Any, list[tuple[Kernel, Packed]]] = {
+        (shape, d): list(_matrices(shape, d, generator)) for shape, d in COLD
+    }
+    for dtype in dtypes:
+        walk = [c for case, found in packed.items() for c in _contenders(case[0], found, dtype)]
+        say = partial(_say, progress, f"walking through {str(dtype).removeprefix('torch.')} layers")
+        for contender, sample in zip(walk, time_walk(walk, arena, WALK_ROUNDS, dtype, say), strict=True):
+            samples.setdefault((contender.kernel, contender.format, dtype), []).append(sample)
     for i, (case, timer, rounds) in enumerate(timers):
         _say(progress, "timing kernels", i, len(timers))
         if case not in packed:

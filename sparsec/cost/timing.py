@@ -2,6 +2,9 @@
 
 Cold means that more than the last-level cache can hold has been read since the weight was last touched. All values come from one
 arena that the calls walk through, so that a weight of any size costs nothing to make; only indices are written anew.
+
+At one row the calls of all matrices and kernels go round together: as in a model every call follows one on another matrix, and a
+moment in which the machine is slow meets all of them instead of making one kernel or one shape look slow.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from torch import Tensor, nn
 
 from sparsec.cost.fit import Sample
 from sparsec.cost.model import Read, Work
+from sparsec.formats import CSR
 from sparsec.formats.base import Packed
 from sparsec.kernels import SparseLinear
+from sparsec.kernels.group import Group
 
 MIN_ARENA, MAX_ARENA = 1 << 28, 1 << 30  # bytes
 UNKNOWN_CACHE = 1 << 26
 FILL = 0x3C  # as every byte: about 0.0115 in fp32 and bf16, 1.06 in fp16, never a subnormal, which some CPUs multiply slowly
 LINE = 64
 WARM_UP = 2
+TINY, GROUPED, COPIES = 64, 3, 8  # of the matrices and groups that tell what a member of a group costs
 
 
 class Arena:
@@ -89,6 +95,66 @@ def dense_contender(
         return module(linear)
 
     return Contender(kernel, "dense", Work.dense(out_features, in_features, dtype), make)
+
+
+@torch.no_grad()
+def time_walk(
+    contenders: Sequence[Contender],
+    arena: Arena,
+    rounds: int,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Sample]:
+    """Seconds of one call of each at one row. Every round goes through all of them, in an order that starts elsewhere each time.
+
+    Kernel after kernel, since a model has one or few: what another one leaves behind in caches and predictors costs up to a fifth.
+    """
+    nbytes = sum(c.work.nbytes for c in contenders)
+    copies = max(1, min(rounds, -(-2 * last_level_cache() // max(1, nbytes)), -(-MAX_ARENA // max(1, nbytes))))
+    shuffled = torch.randperm(len(contenders), generator=torch.Generator().manual_seed(0)).tolist()
+    order = sorted(shuffled, key=lambda i: (contenders[i].kernel, contenders[i].format))
+    modules = [[c.make(arena) for c in contenders] for _ in range(copies)]
+    xs = {n: torch.ones(1, n, dtype=dtype) for n in {c.work.in_features for c in contenders}}
+    times: list[list[float]] = [[] for _ in contenders]
+    for turn in range(rounds + WARM_UP):
+        if progress is not None:
+            progress(turn, rounds + WARM_UP)
+        start = turn * len(order) // (rounds + WARM_UP)
+        for at in (*order[start:], *order[:start]):
+            seconds = _call(modules[turn % copies][at], xs[contenders[at].work.in_features])
+            if turn >= WARM_UP:
+                times[at].append(seconds)
+    return [Sample(c.work, 1, statistics.median(t)) for c, t in zip(contenders, times, strict=True)]
+
+
+@torch.no_grad()
+def time_member(rounds: int, dtype: torch.dtype, threads_at_work: Callable[[], object]) -> float:
+    """Seconds that one more member of a group costs beside the work on its matrix: tiny matrices, alone and in threes.
+
+    threads_at_work: called before each, so that their call follows another one.
+    """
+
+    def linear(seed: int) -> SparseLinear:
+        weight = torch.rand(TINY, TINY, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return SparseLinear(CSR.pack(weight, weight > 0.5))
+
+    groups = [[linear(GROUPED * i + j) for j in range(GROUPED)] for i in range(COPIES)]
+    alone = [linear(-1 - i) for i in range(COPIES)]
+    for members in groups:
+        group = Group(GROUPED)
+        for index, member in enumerate(members):
+            member.join(group, index)
+    x = torch.ones(1, TINY, dtype=dtype)
+    extra = []
+    for turn in range(rounds + WARM_UP):
+        threads_at_work()
+        one = _call(alone[turn % COPIES], x)
+        threads_at_work()
+        start = perf_counter()
+        for member in groups[turn % COPIES]:
+            member(x)
+        extra.append((perf_counter() - start - one) / (GROUPED - 1))
+    return max(0.0, statistics.median(extra[WARM_UP:]))
 
 
 @torch.no_grad()

@@ -67,8 +67,9 @@ def _product(graph: Graph, op: Op, known: Calibration, working_set: int) -> Pred
         dense, seconds = dense + before.seconds, seconds + now.seconds
         calls.append(cost.call)
         binds.append(now.binds)
-    # One call serves all.
-    return Predicted(op.matrices, dense, seconds - (sum(calls) - max(calls)), tuple(binds))
+    # One call serves all; each of the others is still a module that is called and a matrix that is looked at.
+    shared = sum(calls) - max(calls) - known.member * (len(calls) - 1)
+    return Predicted(op.matrices, dense, seconds - shared, tuple(binds))
 
 
 def _work(weight: Weight) -> Work:
