@@ -22,6 +22,8 @@ OWN = "dense_cpu"
 """The dense kernel of sparsec."""
 MARGIN = 1.05
 """A sparse kernel must be predicted so many times as fast as the best dense one: less is noise, and dense weights stay writable."""
+CLOSE = 1.1
+"""Sparse candidates predicted within this of the fastest are as fast, as far as the cost model can tell: the smallest is taken."""
 BLOCKS = ((32, 32), (16, 16), (8, 8), (16, 1))
 FULL = 0.6
 """Blocks are worth a look where those that keep any weight are at least this full: an unstructured mask has no such blocks."""
@@ -171,16 +173,18 @@ def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate
     name = "dense" if plain.kernel == TORCH else f"dense[{plain.kernel}] {base / plain_seconds:.2f}x of F.linear"
     if not timed:
         return Choice(plain, f"{name}")
-    seconds, best = timed[0]
-    if seconds * MARGIN > plain_seconds:
-        return Choice(plain, f"{name}: {best.label} predicted {plain_seconds / seconds:.2f}x of that, below {MARGIN}x")
+    least, fastest = timed[0]
+    if least * MARGIN > plain_seconds:
+        return Choice(plain, f"{name}: {fastest.label} predicted {plain_seconds / least:.2f}x of that, below {MARGIN}x")
+    close = [(s, c) for s, c in timed if s <= CLOSE * least and s * MARGIN <= plain_seconds]
+    seconds, best = min(close, key=lambda t: t[1].nbytes)
     assert best.prediction is not None
-    others = [f"{c.label} {base / s:.2f}x" for s, c in timed[1:3]]
+    others = [f"{c.label} {base / s:.2f}x" for s, c in timed if c is not best][:2]
     others += [f"{plain.kernel} {base / plain_seconds:.2f}x"] if plain.kernel != TORCH else []
     rest = f"; {', '.join(others)}" if others else ""
-    return Choice(
-        best, f"{best.label}: predicted {base / seconds:.2f}x of F.linear, bound by {best.prediction.binds}{rest}"
-    )
+    smaller = "" if best is fastest else f", the smallest of the {len(close)} about as fast"
+    bound = f"bound by {best.prediction.binds}{smaller}"
+    return Choice(best, f"{best.label}: predicted {base / seconds:.2f}x of F.linear, {bound}{rest}")
 
 
 def _share(candidate: Candidate, dense: Candidate) -> str:

@@ -42,7 +42,7 @@ COLD = (
 WARM = tuple((shape, d) for shape in ((256, 512), (192, 1024)) for d in DENSITIES)
 MANY = (((576, 1536), 0.5), ((1536, 576), 0.1), ((2048, 768), 0.3))
 MANY_ROWS = (2, 4, 8, 32, 128, 512)
-WALK_ROUNDS, MEMBER_ROUNDS = 24, 60
+WALK_ROUNDS, MEMBER_ROUNDS = 40, 60
 READS = tuple(1 << n for n in range(18, 31, 2))  # bytes
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
