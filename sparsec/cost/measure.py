@@ -35,11 +35,12 @@ from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.progress import Progress
 
 DENSITIES = (0.5, 0.3, 0.1)
+SHAPES = ((192, 576), (576, 576), (576, 1536), (1536, 576), (2048, 768), (768, 3072))
 COLD = (
-    *((shape, d) for shape in ((192, 576), (576, 576), (576, 1536), (2048, 768)) for d in DENSITIES),
+    *((shape, d) for shape in SHAPES for d in DENSITIES),
     ((2048, 2048), 0.4),
 )
-WARM = tuple((shape, d) for shape in ((256, 512), (192, 1024)) for d in DENSITIES)
+WARM = tuple((shape, d) for shape in ((64, 1024), (256, 512), (512, 1024)) for d in DENSITIES)
 MANY = (((576, 1536), 0.5), ((1536, 576), 0.1), ((2048, 768), 0.3))
 MANY_ROWS = (2, 4, 8, 32, 128, 512)
 WALK_ROUNDS, MEMBER_ROUNDS = 40, 60
