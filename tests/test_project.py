@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("lowering",),
     ("passes",),
-    ("emitter", "evaluate", "latency"),
+    ("emitter", "evaluate", "inductor", "latency"),
     ("report.collect", "report.text", "report.schema", "report"),
     ("compiler", "checkpoint"),
     ("report.measure",),

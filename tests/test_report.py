@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import sparsec
 from sparsec import memory
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import DataError
-from sparsec.latency import layer_speedups
 from sparsec.report import schema
 from sparsec.report.sample import read_prompt
 from sparsec.report.text import render
@@ -216,23 +214,3 @@ def test_a_report_holds_no_tensor(compiled: Any) -> None:
             seen.extend(item.values())
         elif is_dataclass(item):
             seen.extend(getattr(item, f.name) for f in fields(item))
-
-
-def test_speedups_of_layers_are_dense_over_now_and_every_round_walks_one_model_after_the_other() -> None:
-    order: list[str] = []
-
-    class Layer(torch.nn.Linear):
-        def __init__(self, name: str, pause: float) -> None:
-            super().__init__(4, 4)
-            self.name, self.pause = name, pause
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            order.append(self.name)
-            time.sleep(self.pause)
-            return x
-
-    layers = {n: Layer(n, pause) for n, pause in (("a", 4e-3), ("b", 4e-3), ("A", 1e-3), ("B", 2e-3))}
-    pairs = {n: ([layers[n]], [layers[n.upper()]]) for n in "ab"}
-    found = layer_speedups(pairs, rounds=3)
-    assert found["a"] > found["b"] > 1
-    assert "".join(order) == "abAB" + "ABab" + "abAB" + "ABab" + "abAB"
