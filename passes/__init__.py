@@ -6,10 +6,12 @@ from sparsec.passes.fuse import Fuse
 from sparsec.passes.lower import Lower
 from sparsec.passes.magnitude import Magnitude
 from sparsec.passes.mask import Mask
+from sparsec.passes.sparsegpt import SparseGPT
 from sparsec.passes.sparsity import Sparsity
+from sparsec.passes.wanda import Wanda
 from sparsec.passes.zeros import Zeros
 from sparsec.pipeline.base import Pass
 
-PASSES: tuple[type[Pass], ...] = (Magnitude, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower)
+PASSES: tuple[type[Pass], ...] = (Magnitude, Wanda, SparseGPT, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower)
 
-__all__ = ["PASSES", "Flops", "Freeze", "Fuse", "Lower", "Magnitude", "Mask", "Sparsity", "Zeros"]
+__all__ = ["PASSES", "Flops", "Freeze", "Fuse", "Lower", "Magnitude", "Mask", "SparseGPT", "Sparsity", "Wanda", "Zeros"]

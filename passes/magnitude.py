@@ -9,83 +9,59 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from sparsec.errors import WeightError
-from sparsec.ir.facts import Weight
+from sparsec.errors import SpecError
+from sparsec.ir.facts import Pruned, Weight
 from sparsec.ir.graph import Graph
-from sparsec.patterns import CHUNK, unstructured, unstructured_rows
-from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
-from sparsec.pipeline.selection import select
+from sparsec.patterns import Pattern, blocks, unstructured, unstructured_rows
+from sparsec.pipeline.base import Context, PassResult
+from sparsec.pipeline.options import check_choice
+from sparsec.pipeline.pruning import PruningPass
 
 SCOPES = ("global", "layer", "row")
 
 
 @dataclass(frozen=True)
-class Magnitude(Pass):
+class Magnitude(PruningPass):
     """Masks exactly `round(sparsity * n)` weights of the smallest magnitude; ties fall by position, the earlier first.
 
     scope: which weights are compared with each other: `global` all selected ones, `layer` those of one matrix, `row` those of one
-    output. What an earlier mask removed counts towards the target and stays removed.
+    output; N:M compares each group of M whatever the scope. What an earlier mask removed counts towards the target and stays
+    removed.
     """
 
     name: ClassVar[str] = "magnitude"
-    effect: ClassVar[Effect] = Effect.LOSSY
-    produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
-    invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
-    excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
-    sparsity: float
     scope: str = field(default="global", kw_only=True)
-    targets: tuple[str, ...] | None = field(default=None, kw_only=True)
-    ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        super().__post_init__()
         check_choice(self.scope, "scope", SCOPES)
-        object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
-        object.__setattr__(self, "ignore", check_ignore(self.ignore))
+        if self.scope == "row" and Pattern.parse(self.pattern).block is not None:
+            raise SpecError("a block spans rows, so scope='row' cannot choose among blocks; use scope='layer'")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """Raises WeightError for NaN or inf, SelectionError for patterns that match nothing."""
-        chosen = select(graph, self.targets, self.ignore)
-        for weight in chosen:
-            _check_finite(graph.tensor(weight.name), weight)
+        """Raises WeightError for NaN, inf and shapes that the pattern does not fit, SelectionError for what matches nothing."""
+        chosen = self.selected(graph)
         masks = self._masks(graph, chosen, context)
         for weight, mask in zip(chosen, masks, strict=True):
-            graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None)
-        total = sum(w.numel for w in chosen)
-        zeros = total - sum(int(m.count_nonzero()) for m in masks)
-        share = zeros / total if total else 0.0
-        return PassResult(
-            changed=bool(chosen),
-            summary=f"{zeros:,} of {total:,} weights in {len(chosen)} matrices masked ({100 * share:.2f} %, scope {self.scope})",
-        )
+            self.record(graph, weight, mask, Pruned(str(self), self.share))
+        how = f"{self.pattern}" if Pattern.parse(self.pattern).nm is not None else f"scope {self.scope}"
+        return self.result(graph, chosen, how)
 
     def _masks(self, graph: Graph, chosen: list[Weight], context: Context) -> list[Tensor]:
-        if self.scope == "global":
-            scores = [partial(graph.tensor, w.name) for w in chosen]
-            return unstructured(scores, self.sparsity, [w.mask for w in chosen])
+        """Of each weight [out, in]."""
+        pattern = Pattern.parse(self.pattern)
+        scores = [partial(graph.matrix, w.name) for w in chosen]
+        old = [graph.mask_matrix(w.name) for w in chosen]
+        if self.scope == "global" and pattern.nm is None:
+            return blocks(scores, self.share, old, pattern.block) if pattern.block else unstructured(scores, self.share, old)
         masks = []
-        for i, weight in enumerate(chosen):
+        for i, (score, before) in enumerate(zip(scores, old, strict=True)):
             context.step("magnitude", i, len(chosen))
-            if self.scope == "layer":
-                masks += unstructured([partial(graph.tensor, weight.name)], self.sparsity, [weight.mask])
+            if self.scope == "row" and pattern.nm is None:
+                masks.append(unstructured_rows(score(), self.share, before))
             else:
-                mask = unstructured_rows(graph.matrix(weight.name), self.sparsity, graph.mask_matrix(weight.name))
-                masks.append(mask.t().contiguous() if weight.kind == "conv1d" else mask)
+                masks.append(pattern.mask(score(), self.share, before))
         return masks
-
-
-def _check_finite(tensor: Tensor, weight: Weight) -> None:
-    # A piece at a time: isfinite of a whole weight would take more scratch than the threshold search.
-    parts = torch.split(tensor.detach().reshape(-1), CHUNK)
-    bad = sum(int(part.isfinite().logical_not().count_nonzero()) for part in parts)
-    if bad:
-        where = weight.owners[0] if weight.owners else weight.name
-        raise WeightError(
-            f"{weight.name}: holds {bad} NaN or inf among {tensor.numel()} values, which have no magnitude to compare; "
-            f"repair the checkpoint, or leave it out with ignore=({where!r},)"
-        )

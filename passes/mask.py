@@ -49,7 +49,7 @@ class Mask(Pass):
         for given, mask in context.masks.items():  # nothing is changed before everything is checked
             weight = _find(graph, given)
             kept = mask.clone() if weight.mask is None else mask & weight.mask
-            graph.update(weight.name, mask=kept, pattern="unstructured", frozen=False, nnz=None)
+            graph.update(weight.name, mask=kept, pattern="unstructured", frozen=False, nnz=None, pruned=None)
             total += kept.numel()
             zeros += kept.numel() - int(kept.count_nonzero())
         share = zeros / total if total else 0.0

@@ -40,7 +40,7 @@ class Zeros(Pass):
             mask = graph.tensor(weight.name).detach() != 0
             if weight.mask is not None:
                 mask &= weight.mask
-            graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None)
+            graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None, pruned=None)
             total += mask.numel()
             zeros += mask.numel() - int(mask.count_nonzero())
         share = zeros / total if total else 0.0

@@ -14,7 +14,7 @@ if find_spec("sparsec.passes") is None:
         "sparsec.kernels; run `pip install -e .` in the checkout"
     )
 
-from sparsec.compiler import DEFAULT_PASSES, Compiled, compile
+from sparsec.compiler import DEFAULT_PASSES, Compiled, compile, extend
 from sparsec.errors import SparsecError
 from sparsec.ir.graph import Graph
 from sparsec.ir.printer import graph_text
@@ -44,6 +44,7 @@ __all__ = [
     "Timing",
     "__version__",
     "compile",
+    "extend",
     "graph_text",
     "trace",
 ]

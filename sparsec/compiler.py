@@ -7,19 +7,23 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
+from sparsec.calibrate import SEQUENCES, CalibrationData, samples, strings, windows
+from sparsec.data import Text
 from sparsec.emitter import emit, unpackable, unswappable
-from sparsec.errors import CompileError, MaskError
+from sparsec.errors import CompileError, DataError, MaskError, PipelineError
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.memory import held
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
+from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.report.collect import Report, collect
 from sparsec.report.predict import known_calibration, predict
 
@@ -27,6 +31,7 @@ DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
 DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
 
 Model = TypeVar("Model", bound=nn.Module)
+CalibrationInput = CalibrationData | Tensor | str | Path | Text | Sequence[str] | Sequence[tuple[Tensor, ...]] | None
 
 
 @dataclass(eq=False)
@@ -75,6 +80,11 @@ def compile(
     *,
     example_inputs: Any = None,
     masks: Mapping[str, Tensor] | None = None,
+    calibration: CalibrationInput = None,
+    tokenizer: Any = None,
+    calibration_sequences: int = SEQUENCES,
+    calibration_length: int | None = None,
+    seed: int = 0,
     copy: bool = True,
     verify: Verify = "structure",
     progress: Progress | None = None,
@@ -88,6 +98,10 @@ def compile(
     least 2 where sizes vary.
     masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
     `mask,freeze,sparsity,flops,fuse,lower(auto)`, and a pass `mask` is put first where `passes` has none.
+    calibration: for passes that need it, such as `wanda`: token ids [sequences, length], strings with `tokenizer`, a text file's path
+    or `dataset:NAME[,...]` with `tokenizer` (of which `calibration_sequences` sequences of `calibration_length` tokens are drawn by
+    `seed`; default 32 of 1024 or what the model takes), CalibrationData, or for a plain module a list of calls, each a tuple of
+    tensors.
     copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
@@ -99,6 +113,8 @@ def compile(
     _refuse(model)
     pipeline = _pipeline(passes, masks)
     pipeline.validate()
+    _require_calibration(pipeline, calibration)
+    drawn = _draw(model, calibration, tokenizer, calibration_sequences, calibration_length, seed)
     if copy:
         model = _copied(model)
     start = perf_counter()
@@ -106,22 +122,109 @@ def compile(
     traced = perf_counter() - start
     if not any(graph.prunable(name) for name in graph.weights):
         raise CompileError(_nothing_to_prune(graph))
-    context = Context(
-        masks=masks or {},
-        progress=progress,
+    data = _calls(graph, drawn)
+    context = _context(model, graph, masks=masks or {}, calibration=data, progress=progress)
+    records = pipeline.run(graph, context, verify, instruments)
+    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes))
+
+
+def extend(
+    compiled: Model,
+    passes: Pipeline | str | Pass | Iterable[str | Pass],
+    *,
+    verify: Verify = "structure",
+    progress: Progress | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> Model:
+    """A copy of a compiled model that is not lowered yet, with more passes run on it; `compiled` stays what it is.
+
+    So one calibration serves several formats: `extend(pruned, "lower(bitmap)")`, `extend(pruned, "lower(csr)")`. Its `.sparsec`
+    tells of all passes. Raises CompileError for a model that was not compiled or is lowered, and what `compile` raises.
+    """
+    before = getattr(compiled, "sparsec", None)
+    if not isinstance(before, Compiled):
+        raise CompileError("extend takes what sparsec.compile gave back; compile the model first")
+    if "lowered" in before.graph.facts:
+        raise CompileError("this model is lowered already: its dense weights are gone; extend it before the pass lower runs")
+    more = Pipeline.of(passes)
+    more.validate(before.graph.facts)
+    _require_calibration(more, None)
+    model = copying.deepcopy(compiled)
+    own: Compiled = model.sparsec  # type: ignore[assignment]
+    graph = own.graph
+    context = _context(model, graph, progress=progress)
+    records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
+    whole = Pipeline((*own.pipeline.passes, *more.passes))
+    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, own.notes)
+
+
+def _context(model: nn.Module, graph: Graph, **given: Any) -> Context:
+    return Context(
         keep_dense=unpackable(model, graph),
         unswappable=unswappable(model, graph),
         owns_weights=True,
         probe=graph.example,
+        **given,
     )
-    records = pipeline.run(graph, context, verify, instruments)
+
+
+def _emitted(
+    model: Model,
+    graph: Graph,
+    pipeline: Pipeline,
+    records: tuple[PassRecord, ...],
+    trace_seconds: float,
+    notes: tuple[str, ...],
+) -> Model:
+    """The model with the graph put back into it, and its `.sparsec`."""
     start = perf_counter()
-    notes = (*graph.notes, *emit(model, graph))
-    emitted = perf_counter() - start
+    notes = (*notes, *emit(model, graph))
+    seconds = perf_counter() - start
     if any(w.packed is not None for w in graph.weights.values()) and hasattr(model, "save_pretrained"):
         object.__setattr__(model, "save_pretrained", partial(_refuse_saving, type(model).__name__))
-    object.__setattr__(model, "sparsec", Compiled(graph, pipeline, records, traced, emitted, notes, weakref.ref(model)))
+    compiled = Compiled(graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model))
+    object.__setattr__(model, "sparsec", compiled)
     return model
+
+
+def _require_calibration(pipeline: Pipeline, calibration: CalibrationInput) -> None:
+    """Before anything slow runs."""
+    needing = [p.name for p in pipeline.passes if p.needs_calibration]
+    if needing and calibration is None:
+        raise PipelineError(f"the pass {needing[0]!r} needs calibration data; {NO_CALIBRATION}")
+
+
+def _draw(
+    model: nn.Module, given: CalibrationInput, tokenizer: Any, sequences: int, length: int | None, seed: int
+) -> CalibrationData | tuple[Tensor | list[Tensor], str] | list[tuple[Tensor, ...]] | None:
+    """What needs no graph: tokens and where they come from, or calls."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if given is None or isinstance(given, CalibrationData):
+        return given
+    if isinstance(given, Tensor):
+        return given, f"{' x '.join(map(str, given.shape))} token ids"
+    if isinstance(given, str | Path | Text):
+        return windows(given if isinstance(given, Text) else str(given), tokenizer, sequences, length, seed, limit)
+    listed = list(given)
+    if listed and all(isinstance(text, str) for text in listed):
+        return strings(listed, tokenizer, length, limit), f"{len(listed)} strings"
+    if listed and all(isinstance(call, tuple) and all(isinstance(t, Tensor) for t in call) for call in listed):
+        return listed
+    raise DataError(
+        f"calibration must be token ids [sequences, length], strings, a text file's path, or calls, each a tuple of tensors; got "
+        f"{type(given).__name__}{f' of {type(listed[0]).__name__}' if listed else ', empty'}"
+    )
+
+
+def _calls(graph: Graph, drawn: Any) -> CalibrationData | None:
+    if drawn is None or isinstance(drawn, CalibrationData):
+        return drawn
+    if isinstance(drawn, list):
+        wrong = next((len(call) for call in drawn if len(call) != len(graph.inputs)), None)
+        if wrong is not None:
+            raise DataError(f"a calibration call has {wrong} tensors, the graph takes {', '.join(graph.inputs)}")
+        return CalibrationData(tuple(drawn), f"{len(drawn)} calls")
+    return samples(graph, *drawn)
 
 
 def _pipeline(
@@ -179,7 +282,7 @@ def _refuse(model: nn.Module) -> None:
         where = f" ({sparse} is a SparseLinear)" if sparse else ""
         raise CompileError(
             f"this model is compiled already{where}: its dense weights are gone; compile the original again with all passes in one "
-            "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'"
+            "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'; one that is not lowered yet goes on with sparsec.extend"
         )
 
 

@@ -34,6 +34,10 @@ class WeightError(SparsecError, ValueError):
     """A weight that cannot be pruned or packed, such as one that holds NaN."""
 
 
+class ActivationError(SparsecError, ValueError):
+    """Activations that nothing can be learned from, such as NaN while calibrating; names the block."""
+
+
 class FormatError(SparsecError, ValueError):
     """Packed tensors that do not form a valid matrix, or a matrix that a format cannot hold."""
 

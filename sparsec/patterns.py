@@ -10,15 +10,75 @@ Entries that an earlier mask removed stay removed and count towards the target.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from sparsec.errors import SpecError
 
 CHUNK = 1 << 17
 """Scores looked at together while searching a threshold: bounds the scratch memory, not the result."""
 
 _DIGITS = 16  # bits of a key settled per sweep
+
+
+_PATTERN = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block:(?P<r>\d+)x(?P<c>\d+)|unstructured")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights may go one by one: any, all but n of every m neighbours in a row, or whole blocks of r x c."""
+
+    nm: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `unstructured`, `2:4` (two of four kept) or `block:8x8`. Raises SpecError."""
+        found = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise SpecError(f"pattern must be 'unstructured', 'N:M' such as '2:4', or 'block:RxC', got {text!r}")
+        if found["n"]:
+            n, m = int(found["n"]), int(found["m"])
+            if not 0 < n < m:
+                raise SpecError(f"pattern {text!r}: of M weights, N between 1 and M - 1 are kept, for instance '2:4'")
+            return cls(nm=(n, m))
+        if found["r"]:
+            r, c = int(found["r"]), int(found["c"])
+            if r * c < 2:
+                raise SpecError(f"pattern {text!r}: a block holds at least 2 weights, for instance 'block:8x8'")
+            return cls(block=(r, c))
+        return cls()
+
+    def __str__(self) -> str:
+        if self.nm is not None:
+            return f"{self.nm[0]}:{self.nm[1]}"
+        return f"block:{self.block[0]}x{self.block[1]}" if self.block is not None else "unstructured"
+
+    @property
+    def sparsity(self) -> float | None:
+        """What the pattern fixes: 1 - n / m; None where the sparsity is free."""
+        return 1.0 - self.nm[0] / self.nm[1] if self.nm is not None else None
+
+    def misfits(self, out_features: int, in_features: int) -> list[str]:
+        """Why a matrix cannot have it; empty when it can."""
+        if self.nm is not None and in_features % self.nm[1]:
+            return [f"{self} needs in_features divisible by {self.nm[1]}, got {in_features}"]
+        if self.block is not None and (out_features % self.block[0] or in_features % self.block[1]):
+            return [f"{self} does not divide {out_features}x{in_features}"]
+        return []
+
+    def mask(self, scores: Tensor, sparsity: float, old: Tensor | None = None) -> Tensor:
+        """Mask of one matrix whose weights are compared with each other. scores, old and the result: [out, in]."""
+        if self.nm is not None:
+            return _nm(scores, *self.nm, old)
+        if self.block is not None:
+            return blocks([lambda: scores], sparsity, [old], self.block)[0]
+        return unstructured([lambda: scores], sparsity, [old])[0]
 
 
 def prune_count(sparsity: float, total: int) -> int:
@@ -77,6 +137,44 @@ def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: S
         mask, ties = _above(score(), before, threshold, ties, wide)
         masks.append(mask)
     return masks
+
+
+def blocks(
+    scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None], block: tuple[int, int]
+) -> list[Tensor]:
+    """Masks over several matrices [out, in], whole blocks r x c at a time: `round(sparsity * blocks)` blocks go together.
+
+    A block counts by the mean square of its scores, so by the error that its loss makes. It is gone already when nothing of it is
+    left in the old mask; what an old mask removed of the others stays removed.
+    """
+    r, c = block
+
+    def score_of(score: Callable[[], Tensor], before: Tensor | None) -> Tensor:
+        values = score().detach().float()
+        values = values if before is None else values * before
+        return _tiles(values, r, c).square().mean(dim=(1, 3))
+
+    left = [None if before is None else _tiles(before, r, c).any(dim=3).any(dim=1) for before in old]
+    small = unstructured([lambda s=s, o=o: score_of(s, o) for s, o in zip(scores, old, strict=True)], sparsity, left)
+    masks = [mask.repeat_interleave(r, 0).repeat_interleave(c, 1) for mask in small]
+    return [m if before is None else m & before for m, before in zip(masks, old, strict=True)]
+
+
+def _tiles(matrix: Tensor, r: int, c: int) -> Tensor:
+    """[out, in] -> [out / r, r, in / c, c]."""
+    out_features, in_features = matrix.shape
+    return matrix.reshape(out_features // r, r, in_features // c, c)
+
+
+def _nm(scores: Tensor, n: int, m: int, old: Tensor | None) -> Tensor:
+    """The n largest of every m in a row stay, less what an old mask removed. Of equal ones the earlier goes first."""
+    groups = scores.detach().abs().reshape(-1, m)
+    if old is not None:
+        groups = groups.masked_fill(~old.reshape(-1, m), -1.0)
+    mask = torch.ones(groups.shape, dtype=torch.bool, device=scores.device)
+    mask.scatter_(1, groups.argsort(dim=1, stable=True)[:, : m - n], False)
+    mask = mask.view(scores.shape)
+    return mask if old is None else mask & old
 
 
 def _kth_key(pairs: list[tuple[Callable[[], Tensor], Tensor | None]], count: int, wide: bool) -> tuple[int, int]:

@@ -42,6 +42,17 @@ Dim = int | str
 """A size, or the name of a symbolic one (`batch`, `length`)."""
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """How the mask of a weight came to be. Errors: mean square of the change of the layer's outputs over that of its dense outputs,
+    on sampled tokens of the calibration; None where nothing was calibrated."""
+
+    criterion: str  # the pass
+    target: float  # the sparsity asked for, for this weight
+    error_masked: float | None = None  # by the mask alone
+    error: float | None = None  # with the weights that the pass left
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """One stored parameter. Two names of one tensor are one weight; the first name is the key."""
@@ -55,6 +66,7 @@ class Weight:
     owners: tuple[str, ...] = ()  # paths of the modules that execute it, in order of execution
     mask: Tensor | None = None  # bool, shape as stored, True where kept
     pattern: str | None = None  # of the mask: "unstructured", ...
+    pruned: Pruned | None = None  # how its mask was made
     frozen: bool = False  # the mask's zeros are in the stored tensor
     nnz: int | None = None  # the mask's sum, once the sparsity pass (or a format) has counted it
     packed: Packed | None = None  # once lowered; then mask is None and the dense tensor is gone
@@ -116,6 +128,7 @@ class Op:
     group: Group
     weights: tuple[str, ...] = ()  # keys into Graph.weights, the matrix first
     shape: tuple[Dim, ...] | None = None  # of the result
+    block: str | None = None  # path of the repeated block that the owner is in, `model.layers.3`
     flops_dense: float | None = None  # per token, as if no weight were zero
     flops: float | None = None  # per token, counting only what is kept
     kernel: str | None = None  # once lowered

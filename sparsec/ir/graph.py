@@ -38,6 +38,16 @@ class Graph:
         """The stored tensor of a weight that is not packed, in its stored layout."""
         return fetch(self.module, name)
 
+    def read(self, target: str) -> Any:
+        """What a get_attr node reads: a weight goes through its mask where that is not frozen."""
+        value: Any = self.module
+        for part in target.split("."):
+            value = getattr(value, part)
+        weight = self.weights.get(target)
+        if weight is None or weight.mask is None or weight.frozen:
+            return value
+        return torch.where(weight.mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
+
     def matrix(self, name: str) -> Tensor:
         """The dense matrix [out, in] of a linear or conv1d weight, with no mask applied; a view where possible."""
         weight = self.weights[name]
@@ -84,6 +94,16 @@ class Graph:
                 if weight.packed is None:
                     self.update(weight.name, nnz=None)
 
+    def write_matrix(self, name: str, matrix: Tensor, in_place: bool) -> None:
+        """Another matrix [out, in] for a linear or conv1d weight, converted to its dtype; in_place overwrites the stored tensor."""
+        weight = self.weights[name]
+        stored = (matrix.t() if weight.kind == "conv1d" else matrix).to(weight.dtype)
+        if in_place:
+            with torch.no_grad():
+                self.tensor(name).copy_(stored)
+        else:
+            self.replace_tensor(name, stored.contiguous())
+
     def replace_tensor(self, name: str, tensor: Tensor) -> None:
         """Puts another tensor in a weight's place, in this graph only."""
         owner, _, attribute = name.rpartition(".")
@@ -129,14 +149,10 @@ class _MaskedInterpreter(fx.Interpreter):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph.module)
-        self.masks = {w.name: w.mask for w in graph.masked() if not w.frozen}
+        self.graph_ir = graph
 
     def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        mask = self.masks.get(target)
-        return (
-            value if mask is None else torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
-        )
+        return self.graph_ir.read(target)
 
 
 def fetch(module: torch.nn.Module, path: str) -> Tensor:

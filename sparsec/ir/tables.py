@@ -85,7 +85,8 @@ def ops_table(findings: Findings, names: Mapping[fx.Node, str]) -> dict[str, Op]
 def _op(r: Read, findings: Findings, names: Mapping[fx.Node, str], experts: dict[str, int]) -> Op:
     owner = findings.owner(r)
     group, members = _group(r, findings, experts), findings.members(r)
-    op = Op(names[r.node], r.kind, owner, group, findings.names(r), findings.shapes[r.node])
+    block = findings.structure.block(owner)
+    op = Op(names[r.node], r.kind, owner, group, findings.names(r), findings.shapes[r.node], block)
     return replace(op, members=members, member_kernels=(None,) * len(members))
 
 

@@ -61,6 +61,7 @@ def _record(name: str, products: Sequence[Op]) -> Op:
         owner=first.owner,
         group=first.group,
         weights=tuple(dict.fromkeys((*members, *biases))),
+        block=first.block,
         flops_dense=sum(dense) if len(dense) == len(products) else None,
         flops=sum(kept) if len(kept) == len(products) else None,
         members=members,

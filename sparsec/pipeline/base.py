@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparsec.calibrate import CalibrationData
 from sparsec.ir.graph import Graph
 from sparsec.progress import Progress
 
@@ -32,6 +33,7 @@ class Context:
     """What a pass may use beside the graph."""
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # given by the user, by weight or module name
+    calibration: CalibrationData | None = None  # calls to learn from, for passes that need them
     progress: Progress | None = None
     keep_dense: Mapping[str, str] = field(default_factory=dict)  # weight -> why it cannot be lowered
     unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is

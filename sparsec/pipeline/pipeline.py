@@ -104,8 +104,9 @@ class Pipeline:
         context: Context | None = None,
         verify: Verify = "structure",
         instruments: Sequence[Instrument] = (),
+        first: int = 1,
     ) -> tuple[PassRecord, ...]:
-        """Validates, then changes the graph in place, pass by pass.
+        """Validates, then changes the graph in place, pass by pass. first: the number of the first pass.
 
         Raises PipelineError before anything runs, VerifyError when a pass breaks its promise, and whatever a pass raises.
         """
@@ -115,7 +116,7 @@ class Pipeline:
         context = context or Context()
         timing = Timing()
         records = []
-        for i, p in enumerate(self.passes, 1):
+        for i, p in enumerate(self.passes, first):
             held = _Promise(p, i, graph, context, verify)
             with ExitStack() as around:
                 for instrument in (*instruments, timing):

@@ -33,13 +33,13 @@ def unparse(passes: Sequence[Pass]) -> str:
 
 
 def unparse_one(p: Pass) -> str:
-    """Canonical text of one pass."""
+    """Canonical text of one pass. Options without a keyword stand first."""
     arguments = []
     for option in fields(p):
         value = getattr(p, option.name)
-        if not option.kw_only:
+        if not option.kw_only and (_default(option) is MISSING or value is not None):
             arguments.append(_word(value))
-        elif value != _default(option) or type(value) is not type(_default(option)):
+        elif option.kw_only and (value != _default(option) or type(value) is not type(_default(option))):
             arguments.append(f"{option.name}={_literal(value)}")
     return f"{p.name}({', '.join(arguments)})" if arguments else p.name
 

@@ -1,0 +1,162 @@
+"""SparseGPT: prunes column by column and lets the weights that stay make up for those that go.
+
+Frantar and Alistarh 2023, arXiv:2301.00774. Notation as there: H is the Hessian of a layer's squared output error, the Gram matrix
+of its inputs; the rows of the upper Cholesky factor of its inverse are the updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsec.calibrate import Statistics
+from sparsec.errors import ActivationError, SpecError
+from sparsec.patterns import Pattern, prune_count
+from sparsec.pipeline.options import check_positive
+from sparsec.pipeline.pruning import CalibratedPruning
+
+_MOST_DAMPING = 10.0
+
+
+@dataclass(frozen=True)
+class SparseGPT(CalibratedPruning):
+    """Masks by the error that losing a weight makes once the others have made up for it, and writes those updates.
+
+    block_size: columns whose masks are chosen together. damping: share of the mean of H's diagonal that is added to it; raised
+    tenfold, and said so, while H cannot be factored.
+    """
+
+    name: ClassVar[str] = "sparsegpt"
+    gram: ClassVar[bool] = True
+
+    block_size: int = field(default=128, kw_only=True)
+    damping: float = field(default=0.01, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.block_size, "block_size")
+        wide = (Pattern.parse(self.pattern).nm or Pattern.parse(self.pattern).block or (1, 1))[1]
+        if self.block_size % wide:
+            raise SpecError(f"block_size must be a multiple of {wide} for pattern {self.pattern!r}, got {self.block_size}")
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
+            raise SpecError(f"damping must be in (0, 1], got {self.damping!r}; the paper's is 0.01")
+
+    def prune(
+        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], statistics: Statistics
+    ) -> tuple[list[Tensor], list[Tensor], list[str]]:
+        """All matrices together, since they share the factor; masks are chosen for each by itself."""
+        factor, dead, notes = inverse_factor(statistics.gram, self.damping)
+        rows = [len(m) for m in matrices]
+        weights = torch.cat([m.detach() for m in matrices]).float()
+        weights[:, dead] = 0
+        before = None
+        if any(m is not None for m in old):
+            before = torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in zip(matrices, old, strict=True)])
+        mask = solve(weights, factor.to(weights.dtype), self.share, Pattern.parse(self.pattern), self.block_size, rows, before)
+        return list(mask.split(rows)), list(weights.split(rows)), notes
+
+
+def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, list[str]]:
+    """(upper Cholesky factor of the inverse of H in float64 [in, in], dead columns bool [in], notes).
+
+    gram: [in, in], the sum of x.T @ x; H is it up to a factor, which cancels. A column that is zero in all of the text is dead: its
+    weights do nothing and go. Raises ActivationError when H cannot be factored even with ten times its mean diagonal added.
+    """
+    hessian = gram.double()
+    dead = hessian.diagonal() == 0
+    scale = float(hessian.diagonal().mean())
+    hessian = hessian + torch.diag(dead.double() * (scale or 1.0))
+    notes = []
+    if dead.any():
+        notes.append(f"{int(dead.sum())} of {len(dead)} input columns are zero in all of the text; their weights go")
+    added, identity = damping, torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian + added * (scale or 1.0) * identity)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(upper.isfinite().all()):
+            break
+        if added >= _MOST_DAMPING:
+            raise ActivationError(
+                f"the Gram matrix of {len(hessian)} input columns cannot be factored, even with {added:g} times its mean diagonal "
+                "added; calibrate on more or other text, or prune these layers with wanda"
+            )
+        added *= 10
+    if added > damping:
+        notes.append(f"the Gram matrix could not be factored; damping was raised from {damping:g} to {added:g}")
+    return upper, dead, notes
+
+
+def solve(
+    weights: Tensor,
+    factor: Tensor,
+    sparsity: float,
+    pattern: Pattern,
+    block_size: int,
+    rows: Sequence[int],
+    old: Tensor | None = None,
+) -> Tensor:
+    """Prunes weights [out, in] in place and returns the mask; algorithm 1 of the paper.
+
+    factor: upper [in, in] of `inverse_factor`. rows: how many rows each of the matrices has whose masks are chosen for itself.
+    Unstructured masks reach `round(sparsity * seen)` zeros after each block of columns, and so in the whole matrix; blocks of the
+    pattern, likewise, and N:M exactly in every group. What `old` removed stays removed and counts.
+    """
+    out_features, in_features = weights.shape
+    mask = torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
+    if old is not None:
+        weights.masked_fill_(~old, 0)
+    for start in range(0, in_features, block_size):
+        end = min(start + block_size, in_features)
+        local = factor[start:end, start:end]
+        part = weights[:, start:end]
+        kept = mask[:, start:end]
+        wide = pattern.nm[1] if pattern.nm is not None else end - start
+        errors = torch.zeros(end - start, out_features, dtype=weights.dtype, device=weights.device)
+        columns = part.t().contiguous()  # a column is then in one piece
+        for i in range(end - start):
+            if i % wide == 0:  # N:M masks see the updates of the groups before them
+                group = slice(i, i + wide)
+                scores = columns[group].t() / local.diagonal()[group]
+                before = None if old is None else old[:, start:end][:, group]
+                done = kept[:, group]
+                if pattern.nm is not None:
+                    done.copy_(pattern.mask(scores, sparsity, before))
+                else:
+                    _choose(done, scores, sparsity, pattern, mask, start, rows, before)
+            column = columns[i]
+            error = column.masked_fill(kept[:, i], 0) / local[i, i]
+            columns[i:] -= torch.outer(local[i, i:], error)
+            columns[i].masked_fill_(~kept[:, i], 0)
+            errors[i] = error
+        part.copy_(columns.t())
+        if end < in_features:
+            weights[:, end:].addmm_(errors.t(), factor[start:end, end:], alpha=-1)
+    return mask
+
+
+def _choose(
+    done: Tensor,
+    scores: Tensor,
+    sparsity: float,
+    pattern: Pattern,
+    mask: Tensor,
+    start: int,
+    rows: Sequence[int],
+    old: Tensor | None,
+) -> None:
+    """Masks of one block of columns, for each of the matrices; so many zeros that all columns so far have their share."""
+    end, top = start + scores.shape[1], 0
+    for count in rows:
+        part = slice(top, top + count)
+        top += count
+        unit = pattern.block[0] * pattern.block[1] if pattern.block is not None else 1
+        gone = mask[part, :start].numel() - int(mask[part, :start].count_nonzero())
+        total = scores[part].numel() // unit
+        wanted = prune_count(sparsity, mask[part, :end].numel() // unit) - gone // unit
+        share = min(max(wanted, 0), total) / max(1, total)
+        done[part] = pattern.mask(scores[part], share, None if old is None else old[part])

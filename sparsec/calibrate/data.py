@@ -1,0 +1,142 @@
+"""What a model is run on to be calibrated: tokens for a language model, example inputs for a plain module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.data.text import Text, load_text
+from sparsec.errors import DataError
+from sparsec.ir.graph import Graph
+
+SEQUENCES, LENGTH = 32, 1024
+_TOKENS_PER_CALL = 2048
+INPUTS = frozenset({"input_ids", "attention_mask"})
+"""What a graph may take and still be calibrated on tokens alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationData:
+    """Calls of a graph.
+
+    calls: for each call the arguments, in the order of `graph.inputs`; an argument that is the same for all calls is the same
+    object. source: in words, with the number of sequences and the seed.
+    """
+
+    calls: tuple[tuple[Tensor, ...], ...]
+    source: str
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all calls have the same shapes."""
+        return len({tuple(tuple(t.shape) for t in call) for call in self.calls}) == 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arguments are."""
+        return self.calls[0][0].device
+
+
+def windows(
+    text: str | Text | None,
+    tokenizer: Any,
+    sequences: int = SEQUENCES,
+    length: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> tuple[Tensor, str]:
+    """Token ids [sequences, length] out of a text, and in words where they come from.
+
+    text: a file, `dataset:NAME[,...]`, a Text, or None for the second half of the embedded text (its first half is what
+    evaluation starts with). It is tokenised as one string; windows do not overlap and are drawn at random by the seed.
+    length: None takes 1024, or what the model takes (`limit`) if that is less. Raises DataError when the text is too short.
+    """
+    if tokenizer is None:
+        raise DataError("calibration on a text needs a tokenizer: give tokenizer=..., or token ids [sequences, length]")
+    if limit is not None and length is not None and length > limit:
+        raise DataError(f"calibration length {length} is more than the model's {limit} positions; take {limit} or less")
+    length = length or min(LENGTH, limit or LENGTH)
+    if sequences < 1 or length < 2:
+        raise DataError(
+            f"calibration needs at least 1 sequence of at least 2 tokens, got {sequences} of {length}; take more"
+        )
+    read = text if isinstance(text, Text) else load_text(text)
+    content = read.content[len(read.content) // 2 :] if text is None else read.content
+    name = f"{read.name}, second half" if text is None else read.name
+    tokens = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)
+    available = len(tokens) // length
+    if available < sequences:
+        raise DataError(
+            f"{name}: too little text to calibrate on: {len(tokens)} tokens, {sequences} sequences of {length} need "
+            f"{sequences * length}; take fewer or shorter sequences, or a longer text"
+        )
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:sequences].sort().values
+    source = f"{sequences} sequences of {length} tokens of {name} (sha256 {read.sha256[:16]}, seed {seed})"
+    return tokens[: available * length].view(available, length)[chosen], source
+
+
+def strings(texts: Sequence[str], tokenizer: Any, length: int | None = None, limit: int | None = None) -> list[Tensor]:
+    """Token ids of each text, at most `length` of them (default: 1024, or what the model takes)."""
+    if tokenizer is None:
+        raise DataError("calibration on strings needs a tokenizer: give tokenizer=..., or token ids [sequences, length]")
+    length = min(length or LENGTH, limit or LENGTH)
+    found = []
+    for i, text in enumerate(texts):
+        ids = tokenizer(text, verbose=False, truncation=False)["input_ids"][:length]
+        if not ids:
+            raise DataError(f"calibration string {i} has no tokens; leave it out")
+        found.append(torch.tensor(ids, dtype=torch.int64))
+    return found
+
+
+def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> CalibrationData:
+    """Calls of a language model's graph from token ids: [sequences, length], or one vector for each sequence.
+
+    Sequences of one length go some at a time, 2048 tokens together. Raises DataError for ids that are no ids of this model, and
+    for a graph that takes more than tokens.
+    """
+    device = next(graph.module.parameters()).device
+    if not set(graph.inputs) <= INPUTS or "input_ids" not in graph.inputs:
+        raise DataError(
+            f"this graph takes {', '.join(graph.inputs)}, so it cannot be calibrated on tokens; give calibration= a list of "
+            "calls, each a tuple of tensors in that order"
+        )
+    groups = _groups(tokens)
+    vocabulary = _vocabulary(graph)
+    for ids in groups:
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise DataError(f"calibration token ids must be integers [sequences, length], got {ids.dtype}")
+        bad = (ids < 0) | (ids >= vocabulary) if vocabulary else ids < 0
+        if bool(bad.any()):
+            raise DataError(
+                f"calibration token id {int(ids[bad][0])} is outside the model's vocabulary of {vocabulary or '?'}; was another "
+                "tokenizer used?"
+            )
+    ones: dict[torch.Size, Tensor] = {}
+    calls = []
+    for ids in groups:
+        mask = ones.setdefault(ids.shape, torch.ones(ids.shape, dtype=torch.int64, device=device))
+        given = {"input_ids": ids.to(device, torch.int64), "attention_mask": mask}
+        calls.append(tuple(given[name] for name in graph.inputs))
+    return CalibrationData(tuple(calls), source)
+
+
+def _groups(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tokens, Tensor):
+        if tokens.dim() != 2 or not tokens.numel():
+            raise DataError(f"calibration token ids must be [sequences, length], got {list(tokens.shape)}")
+        count, length = tokens.shape
+        together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * length <= _TOKENS_PER_CALL))
+        return list(tokens.split(together))
+    if not tokens:
+        raise DataError("calibration data holds no sequence")
+    return [ids[None] for ids in tokens]
+
+
+def _vocabulary(graph: Graph) -> int | None:
+    tables = [w.shape[0] for w in graph.weights.values() if w.kind == "embedding" and w.group == "embedding"]
+    return max(tables, default=None)

@@ -1,0 +1,74 @@
+"""What pruning needs to know of the value that a linear reads: column norms (Wanda), the Gram matrix (SparseGPT), some rows.
+
+All of them are sums over tokens, so that one block's activations are in memory at a time and never the whole text's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SAMPLE = 512
+"""Rows of x that are kept, to tell what pruning does to a layer's outputs."""
+_BANDS = 4
+
+
+class Statistics:
+    """Of one value x [..., in_features] over the tokens added so far.
+
+    squares: float64 [in], the sum of x**2 by column. gram: float32 [in, in], the sum of x.T @ x, where asked for.
+    sample: float32 [rows, in], rows taken at equal distances.
+    """
+
+    def __init__(self, in_features: int, gram: bool, per_call: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(in_features, in_features, device=device) if gram else None
+        self._per_call = per_call
+        self._rows: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """x: [..., in_features] of any float dtype."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.tokens += len(rows)
+        self._rows.append(rows[:: max(1, len(rows) // self._per_call)][: self._per_call].clone())
+        if self._gram is not None:
+            _add_products(self._gram, rows)
+        else:
+            self.squares += torch.linalg.vector_norm(rows, dim=0).double().square()
+
+    def settle(self) -> None:
+        """After the last `add`: the parts that were left out are filled in."""
+        if self._gram is not None:
+            upper = self._gram.triu_()
+            self._gram = upper + upper.triu(1).t()
+            self.squares = self._gram.diagonal().double()
+
+    @property
+    def gram(self) -> Tensor:
+        """[in, in]."""
+        assert self._gram is not None, "these statistics were made without a Gram matrix"
+        return self._gram
+
+    @property
+    def norms(self) -> Tensor:
+        """Root mean square of each column, float32 [in]."""
+        return (self.squares / max(1, self.tokens)).sqrt().float()
+
+    @property
+    def sample(self) -> Tensor:
+        """[rows, in], at most SAMPLE and one for every call."""
+        return torch.cat(self._rows)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or inf was in what was added."""
+        return bool(self.squares.isfinite().all())
+
+
+def _add_products(gram: Tensor, rows: Tensor) -> None:
+    """gram += rows.T @ rows, on and above the diagonal: by bands of columns, 10 of 16 blocks where there are four bands."""
+    n = gram.shape[0]
+    size = max(64, -(-n // _BANDS))
+    for start in range(0, n, size):
+        gram[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
