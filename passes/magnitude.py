@@ -46,7 +46,7 @@ class Magnitude(PruningPass):
         chosen = self.selected(graph)
         masks = self._masks(graph, chosen, context)
         for weight, mask in zip(chosen, masks, strict=True):
-            self.record(graph, weight, mask, Pruned(str(self), self.share))
+            self.record(graph, weight, mask, Pruned(self.name, self.share))
         how = f"{self.pattern}" if Pattern.parse(self.pattern).nm is not None else f"scope {self.scope}"
         return self.result(graph, chosen, how)
 
@@ -56,7 +56,11 @@ class Magnitude(PruningPass):
         scores = [partial(graph.matrix, w.name) for w in chosen]
         old = [graph.mask_matrix(w.name) for w in chosen]
         if self.scope == "global" and pattern.nm is None:
-            return blocks(scores, self.share, old, pattern.block) if pattern.block else unstructured(scores, self.share, old)
+            return (
+                blocks(scores, self.share, old, pattern.block)
+                if pattern.block
+                else unstructured(scores, self.share, old)
+            )
         masks = []
         for i, (score, before) in enumerate(zip(scores, old, strict=True)):
             context.step("magnitude", i, len(chosen))

@@ -41,7 +41,9 @@ class SparseGPT(CalibratedPruning):
         check_positive(self.block_size, "block_size")
         wide = (Pattern.parse(self.pattern).nm or Pattern.parse(self.pattern).block or (1, 1))[1]
         if self.block_size % wide:
-            raise SpecError(f"block_size must be a multiple of {wide} for pattern {self.pattern!r}, got {self.block_size}")
+            raise SpecError(
+                f"block_size must be a multiple of {wide} for pattern {self.pattern!r}, got {self.block_size}"
+            )
         if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
             raise SpecError(f"damping must be in (0, 1], got {self.damping!r}; the paper's is 0.01")
 
@@ -55,9 +57,11 @@ class SparseGPT(CalibratedPruning):
         weights[:, dead] = 0
         before = None
         if any(m is not None for m in old):
-            before = torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in zip(matrices, old, strict=True)])
-        mask = solve(weights, factor.to(weights.dtype), self.share, Pattern.parse(self.pattern), self.block_size, rows, before)
-        return list(mask.split(rows)), list(weights.split(rows)), notes
+            pairs = zip(matrices, old, strict=True)
+            before = torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in pairs])
+        pattern, upper = Pattern.parse(self.pattern), factor.to(weights.dtype)
+        mask = solve(weights, upper, self.share, pattern, self.block_size, rows, before)
+        return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, list[str]]:
@@ -66,29 +70,31 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, list[s
     gram: [in, in], the sum of x.T @ x; H is it up to a factor, which cancels. A column that is zero in all of the text is dead: its
     weights do nothing and go. Raises ActivationError when H cannot be factored even with ten times its mean diagonal added.
     """
-    hessian = gram.double()
-    dead = hessian.diagonal() == 0
-    scale = float(hessian.diagonal().mean())
-    hessian = hessian + torch.diag(dead.double() * (scale or 1.0))
+    diagonal = gram.diagonal().double()
+    dead = diagonal == 0
+    scale = float(diagonal.mean()) or 1.0
+    diagonal = torch.where(dead, scale, diagonal)
     notes = []
     if dead.any():
         notes.append(f"{int(dead.sum())} of {len(dead)} input columns are zero in all of the text; their weights go")
-    added, identity = damping, torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    added = damping
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian + added * (scale or 1.0) * identity)
+        hessian = gram.double()
+        hessian.diagonal().copy_(diagonal + added * scale)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(upper.isfinite().all()):
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor, out=hessian), upper=True)
+        if not failed and bool(factor.isfinite().all()):
             break
         if added >= _MOST_DAMPING:
             raise ActivationError(
-                f"the Gram matrix of {len(hessian)} input columns cannot be factored, even with {added:g} times its mean diagonal "
+                f"the Gram matrix of {len(gram)} input columns cannot be factored, even with {added:g} times its mean diagonal "
                 "added; calibrate on more or other text, or prune these layers with wanda"
             )
         added *= 10
     if added > damping:
         notes.append(f"the Gram matrix could not be factored; damping was raised from {damping:g} to {added:g}")
-    return upper, dead, notes
+    return factor, dead, notes
 
 
 def solve(

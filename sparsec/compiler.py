@@ -31,7 +31,17 @@ DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
 DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
 
 Model = TypeVar("Model", bound=nn.Module)
-CalibrationInput = CalibrationData | Tensor | str | Path | Text | Sequence[str] | Sequence[tuple[Tensor, ...]] | None
+CalibrationInput = (
+    CalibrationData
+    | Tensor
+    | tuple[Tensor, str]
+    | str
+    | Path
+    | Text
+    | Sequence[str]
+    | Sequence[tuple[Tensor, ...]]
+    | None
+)
 
 
 @dataclass(eq=False)
@@ -98,10 +108,10 @@ def compile(
     least 2 where sizes vary.
     masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
     `mask,freeze,sparsity,flops,fuse,lower(auto)`, and a pass `mask` is put first where `passes` has none.
-    calibration: for passes that need it, such as `wanda`: token ids [sequences, length], strings with `tokenizer`, a text file's path
-    or `dataset:NAME[,...]` with `tokenizer` (of which `calibration_sequences` sequences of `calibration_length` tokens are drawn by
-    `seed`; default 32 of 1024 or what the model takes), CalibrationData, or for a plain module a list of calls, each a tuple of
-    tensors.
+    calibration: for passes that need it, such as `wanda`: token ids [sequences, length]; strings, with `tokenizer`; a text file's
+    path or `dataset:NAME[,...]`, with `tokenizer`, of which `calibration_sequences` sequences of `calibration_length` tokens (1024,
+    or what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows` gives; or calls, each a tuple of tensors, for a
+    plain module.
     copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
@@ -119,6 +129,8 @@ def compile(
         model = _copied(model)
     start = perf_counter()
     graph = trace(model, example_inputs)
+    if isinstance(drawn, tuple) and example_inputs is None and graph.rung != "dynamic":
+        graph = trace(model, _sized(graph, *drawn))  # it takes one length only: that of the calibration
     traced = perf_counter() - start
     if not any(graph.prunable(name) for name in graph.weights):
         raise CompileError(_nothing_to_prune(graph))
@@ -145,7 +157,9 @@ def extend(
     if not isinstance(before, Compiled):
         raise CompileError("extend takes what sparsec.compile gave back; compile the model first")
     if "lowered" in before.graph.facts:
-        raise CompileError("this model is lowered already: its dense weights are gone; extend it before the pass lower runs")
+        raise CompileError(
+            "this model is lowered already: its dense weights are gone; extend it before the pass lower runs"
+        )
     more = Pipeline.of(passes)
     more.validate(before.graph.facts)
     _require_calibration(more, None)
@@ -203,17 +217,25 @@ def _draw(
         return given
     if isinstance(given, Tensor):
         return given, f"{' x '.join(map(str, given.shape))} token ids"
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor) and isinstance(given[1], str):
+        return given[0], given[1]
     if isinstance(given, str | Path | Text):
         return windows(given if isinstance(given, Text) else str(given), tokenizer, sequences, length, seed, limit)
-    listed = list(given)
+    listed = list(given) if isinstance(given, Iterable) else []
     if listed and all(isinstance(text, str) for text in listed):
         return strings(listed, tokenizer, length, limit), f"{len(listed)} strings"
     if listed and all(isinstance(call, tuple) and all(isinstance(t, Tensor) for t in call) for call in listed):
         return listed
     raise DataError(
         f"calibration must be token ids [sequences, length], strings, a text file's path, or calls, each a tuple of tensors; got "
-        f"{type(given).__name__}{f' of {type(listed[0]).__name__}' if listed else ', empty'}"
+        f"{type(given).__name__}{f' of {type(listed[0]).__name__}' if listed else ''}"
     )
+
+
+def _sized(graph: Graph, tokens: Tensor | list[Tensor], source: str) -> dict[str, Tensor]:
+    """Example inputs of the size that calibration calls have."""
+    call = samples(graph, tokens, source).calls[0]
+    return dict(zip(graph.inputs, call, strict=True))
 
 
 def _calls(graph: Graph, drawn: Any) -> CalibrationData | None:
@@ -282,7 +304,8 @@ def _refuse(model: nn.Module) -> None:
         where = f" ({sparse} is a SparseLinear)" if sparse else ""
         raise CompileError(
             f"this model is compiled already{where}: its dense weights are gone; compile the original again with all passes in one "
-            "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'; one that is not lowered yet goes on with sparsec.extend"
+            "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'; sparsec.extend goes on with a model "
+            "that is not lowered yet"
         )
 
 

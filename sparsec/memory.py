@@ -11,6 +11,7 @@ import gc
 import os
 import platform
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def resident() -> int | None:
     if not _STATM.exists():
         return None
     gc.collect()
-    _trim()
+    trim()
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -83,6 +84,13 @@ def touch(module: nn.Module) -> None:
             tensor.detach().flatten()[:: max(1, page // tensor.element_size())].double().sum()
 
 
-def _trim() -> None:
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+def trim() -> None:
+    """Hands freed memory back to the system, where the C library can: with glibc, also what lies between tensors that stay."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -155,7 +156,7 @@ def blocks(
         return _tiles(values, r, c).square().mean(dim=(1, 3))
 
     left = [None if before is None else _tiles(before, r, c).any(dim=3).any(dim=1) for before in old]
-    small = unstructured([lambda s=s, o=o: score_of(s, o) for s, o in zip(scores, old, strict=True)], sparsity, left)
+    small = unstructured([partial(score_of, s, o) for s, o in zip(scores, old, strict=True)], sparsity, left)
     masks = [mask.repeat_interleave(r, 0).repeat_interleave(c, 1) for mask in small]
     return [m if before is None else m & before for m, before in zip(masks, old, strict=True)]
 

@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from sparsec.calibrate import CalibrationData
 from sparsec.errors import MissingExtraError
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
@@ -145,11 +146,13 @@ def check_pass(
     """Runs a pass on a model and raises unless it keeps its contract; returns the graph and the pass's record.
 
     Held: the declared effect, on `inputs`; facts true when computed again; the given model untouched by a bit; masked weights
-    zero when frozen; a second run changes no mask. `after`: passes to run first.
+    zero when frozen; a second run changes no mask. `after`: passes to run first. A pass that needs calibration gets `inputs`.
     """
     untouched = state_of(model)
     graph = trace(model, inputs)
     context = context or Context()
+    if p.needs_calibration and context.calibration is None:
+        context.calibration = CalibrationData((tuple(graph.bind(inputs, {})),), "the example inputs")
     context.probe = graph.bind(inputs, {}) if len(inputs) == len(graph.inputs) else graph.example  # type: ignore[assignment]
     if after:
         Pipeline.parse(after).run(graph, context, verify="probe")

@@ -250,7 +250,7 @@ def test_help_shows_examples_that_can_be_parsed(capsys: pytest.CaptureFixture[st
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     examples = [shlex.split(line, comments=True) for line in out.splitlines() if line.startswith("  python -m ")]
-    assert len(examples) == 5
+    assert len(examples) == 6
     for words in examples:
         assert words[:3] == ["python", "-m", "sparsec.report"]
         Pipeline.parse(command.parser().parse_args(words[3:]).passes).validate()
@@ -262,7 +262,7 @@ def test_overview_names_every_pass_kernel_and_command(capsys: pytest.CaptureFixt
     assert max(map(len, out.splitlines())) <= 120
     for cls in PASSES:
         assert f"{cls.name:<12}[{cls.effect.value}]" in out
-    assert "magnitude(sparsity, scope='global', " in out
+    assert "magnitude(sparsity=None, pattern='unstructured', " in out
     for kernel in KERNELS:
         state = "; ".join(kernel.available()) or "ready"
         assert " ".join(f"{kernel.name} {state}: format {kernel.format}".split()) in " ".join(out.split())

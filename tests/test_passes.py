@@ -14,7 +14,7 @@ from torch import nn
 import sparsec
 from sparsec.errors import FormatError, MaskError, SelectionError, WeightError
 from sparsec.ir.tracer import trace
-from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.patterns import prune_count
 from sparsec.pipeline import Context, Pass, Pipeline
 from sparsec.testing import Case, assert_untouched, check_pass, masked_twin, masks, small_models, state_of
@@ -28,6 +28,10 @@ def any_pass(draw: st.DrawFn) -> Pass:
     match draw(st.sampled_from([cls.name for cls in PASSES])):
         case "magnitude":
             return Magnitude(draw(shares), scope=draw(st.sampled_from(["global", "layer", "row"])))
+        case "wanda":
+            return Wanda(draw(shares), **draw(st.sampled_from([{}, {"order": "true"}, {"feed": "dense"}])))
+        case "sparsegpt":
+            return SparseGPT(draw(shares), block_size=draw(st.sampled_from([2, 128])))
         case "lower":
             return draw(
                 st.sampled_from(

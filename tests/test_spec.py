@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsec.errors import PipelineError, SpecError
-from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.pipeline import Pass, Pipeline, known_passes
 
 patterns = st.text("abz*.?[]_0'\"\\ \nµ", min_size=1, max_size=8)
@@ -24,6 +24,22 @@ passes = st.one_of(
         targets=names,
         ignore=ignores,
     ),
+    st.builds(
+        Wanda,
+        st.floats(0, 0.99),
+        feed=st.sampled_from(["pruned", "dense"]),
+        pattern=st.sampled_from(["unstructured", "block:2x2"]),
+        targets=names,
+        ignore=ignores,
+    ),
+    st.builds(
+        SparseGPT,
+        st.floats(0, 0.99),
+        order=st.sampled_from(["block", "true"]),
+        block_size=st.integers(1, 512),
+        damping=st.floats(1e-4, 1),
+    ),
+    st.builds(Magnitude, pattern=st.sampled_from(["2:4", "4:8", "1:16"])),
     st.builds(Zeros, targets=names, ignore=ignores),
     st.just(Mask()),
     st.just(Freeze()),
@@ -44,7 +60,9 @@ def test_text_of_passes_reads_back_as_the_same_passes(listed: list[Pass]) -> Non
 
 
 def test_every_registered_pass_is_in_the_round_trip_strategy() -> None:
-    assert {Magnitude, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower} == set(known_passes().values())
+    assert {Magnitude, Wanda, SparseGPT, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower} == set(
+        known_passes().values()
+    )
 
 
 tokens = st.sampled_from(
@@ -98,13 +116,14 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
     [
         (
             "magnitude(0.5),freez,lower(csr)",
-            "unknown pass 'freez', did you mean 'freeze'?; passes: magnitude, zeros, mask, freeze, sparsity, flops, fuse, lower\n"
+            "unknown pass 'freez', did you mean 'freeze'?; passes: magnitude, wanda, sparsegpt, zeros, mask, freeze, sparsity, "
+            "flops, fuse, lower\n"
             "  magnitude(0.5),freez,lower(csr)\n"
             "                 ^^^^^",
         ),
         (
             "magnitude(0.5, scop='layer')",
-            "magnitude has no option 'scop', did you mean 'scope'?; options: sparsity, scope, targets, ignore\n"
+            "magnitude has no option 'scop', did you mean 'scope'?; options: sparsity, pattern, targets, ignore, scope\n"
             "  magnitude(0.5, scop='layer')\n"
             "                 ^^^^^^^^^^^^",
         ),
@@ -120,12 +139,13 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
         ),
         (
             "magnitude",
-            "magnitude needs sparsity: magnitude(sparsity, scope='global', targets=None, ignore=())\n  magnitude\n  ^^^^^^^^^",
+            "magnitude: a share of zeros is missing; half of the weights is magnitude(0.5)\n  magnitude\n  ^^^^^^^^^",
         ),
         ("freeze(1)", "freeze takes no such option\n  freeze(1)\n         ^"),
         (
             "µ(0.5),freez",
-            "unknown pass 'μ'; passes: magnitude, zeros, mask, freeze, sparsity, flops, fuse, lower\n  µ(0.5),freez\n  ^",
+            "unknown pass 'μ'; passes: magnitude, wanda, sparsegpt, zeros, mask, freeze, sparsity, flops, fuse, "
+            "lower\n  µ(0.5),freez\n  ^",
         ),
     ],
 )
@@ -191,7 +211,8 @@ def test_illegal_order_is_refused_before_anything_runs() -> None:
     with pytest.raises(PipelineError) as caught:
         Pipeline.parse("freeze,lower(csr)").validate()
     assert str(caught.value) == (
-        "pass 1 'freeze' needs 'mask', which no earlier pass produces; produced by: magnitude, zeros, mask\n  freeze,lower(csr)"
+        "pass 1 'freeze' needs 'mask', which no earlier pass produces; produced by: "
+        "magnitude, wanda, sparsegpt, zeros, mask\n  freeze,lower(csr)"
     )
     with pytest.raises(
         PipelineError, match="pass 2 'lower' needs 'frozen', which no earlier pass produces; produced by: freeze"

@@ -10,10 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sparsec.calibrate import CalibrationData
 from sparsec.errors import PipelineError
 from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import problems, snapshot
-from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, Sparsity, Zeros
+from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.patterns import prune_count
 from sparsec.pipeline import Context, Effect, Pass, Pipeline
 from sparsec.testing import Case, assert_untouched, masks, small_models, state_of
@@ -27,7 +28,8 @@ class PassSequences(RuleBasedStateMachine):
         self.case = case
         self.untouched = state_of(case.model)
         self.graph = trace(case.model, case.inputs)
-        self.context = Context(probe=case.inputs)
+        calls = CalibrationData((tuple(self.graph.bind(case.inputs, {})),), "the inputs")
+        self.context = Context(probe=case.inputs, calibration=calls)
         self.twin = copy.deepcopy(case.model)
         self.pruned: dict[str, torch.Tensor] = {}  # weight -> what is zero
         self.facts: set[str] = set()
@@ -54,6 +56,14 @@ class PassSequences(RuleBasedStateMachine):
             assert not (old & ~zero).any()
             self.pruned[weight.name] = zero
             parameters[weight.name].data.masked_fill_(zero, 0)
+
+    @rule(share=st.sampled_from([0.0, 0.3, 0.5]), p=st.sampled_from([Wanda, SparseGPT]))
+    def calibrated(self, share: float, p: type[Wanda | SparseGPT]) -> None:
+        if self.apply(p(share)):
+            parameters = dict(self.twin.named_parameters())
+            for weight in self.graph.masked():  # SparseGPT has also changed what it left
+                parameters[weight.name].data.copy_(self.graph.tensor(weight.name).detach())
+            self.prune_twin()
 
     @rule(share=st.sampled_from([0.0, 0.2, 0.5, 0.9]), scope=st.sampled_from(["global", "layer", "row"]))
     def magnitude(self, share: float, scope: str) -> None:
@@ -125,6 +135,8 @@ def test_the_machine_has_a_rule_for_every_pass() -> None:
 
     assert {cls.name for cls in PASSES} == {
         "magnitude",
+        "wanda",
+        "sparsegpt",
         "zeros",
         "mask",
         "freeze",

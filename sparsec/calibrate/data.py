@@ -14,7 +14,7 @@ from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
 
 SEQUENCES, LENGTH = 32, 1024
-_TOKENS_PER_CALL = 2048
+_TOKENS_PER_CALL = 1024
 INPUTS = frozenset({"input_ids", "attention_mask"})
 """What a graph may take and still be calibrated on tokens alone."""
 
@@ -82,7 +82,9 @@ def windows(
 def strings(texts: Sequence[str], tokenizer: Any, length: int | None = None, limit: int | None = None) -> list[Tensor]:
     """Token ids of each text, at most `length` of them (default: 1024, or what the model takes)."""
     if tokenizer is None:
-        raise DataError("calibration on strings needs a tokenizer: give tokenizer=..., or token ids [sequences, length]")
+        raise DataError(
+            "calibration on strings needs a tokenizer: give tokenizer=..., or token ids [sequences, length]"
+        )
     length = min(length or LENGTH, limit or LENGTH)
     found = []
     for i, text in enumerate(texts):
@@ -96,8 +98,8 @@ def strings(texts: Sequence[str], tokenizer: Any, length: int | None = None, lim
 def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> CalibrationData:
     """Calls of a language model's graph from token ids: [sequences, length], or one vector for each sequence.
 
-    Sequences of one length go some at a time, 2048 tokens together. Raises DataError for ids that are no ids of this model, and
-    for a graph that takes more than tokens.
+    Sequences of one length go some at a time, up to 1024 tokens together. Raises DataError for ids that are no ids of this
+    model, and for a graph that takes more than tokens.
     """
     device = next(graph.module.parameters()).device
     if not set(graph.inputs) <= INPUTS or "input_ids" not in graph.inputs:
@@ -131,7 +133,7 @@ def _groups(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
             raise DataError(f"calibration token ids must be [sequences, length], got {list(tokens.shape)}")
         count, length = tokens.shape
         together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * length <= _TOKENS_PER_CALL))
-        return list(tokens.split(together))
+        return list(torch.split(tokens, together))
     if not tokens:
         raise DataError("calibration data holds no sequence")
     return [ids[None] for ids in tokens]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -139,7 +139,7 @@ class CalibratedPruning(PruningPass):
                 if updated is not None:
                     error = _relative_error(before[i], updated[i].to(weight.dtype), sample)
                     graph.write_matrix(weight.name, updated[i], in_place=context.owns_weights)
-                pruned = Pruned(str(self), self.share, masked_error, error)
+                pruned = Pruned(self.name, self.share, masked_error, error)
                 self.record(graph, weight, mask, pruned)
 
         profile = calibrate(
@@ -157,8 +157,8 @@ class CalibratedPruning(PruningPass):
 
 
 NO_CALIBRATION = (
-    "in Python give calibration= token ids [sequences, length], a list of strings, or a text file's path with tokenizer=...; on the "
-    "command line --calibration FILE"
+    "in Python give calibration= token ids [sequences, length], a list of strings, or a text file's path with tokenizer=...; "
+    "on the command line --calibration FILE"
 )
 
 
@@ -179,7 +179,9 @@ def _owner(weight: Weight) -> str:
 
 
 def _masked(matrix: Tensor, mask: Tensor | None) -> Tensor:
-    return matrix if mask is None else torch.where(mask, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device))
+    return (
+        matrix if mask is None else torch.where(mask, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device))
+    )
 
 
 def _relative_error(before: Tensor, after: Tensor, sample: Tensor) -> float:

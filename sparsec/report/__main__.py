@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from sparsec.calibrate import LENGTH, SEQUENCES, windows
 from sparsec.compiler import DEFAULT_PASSES
-from sparsec.data import load_model, load_text
+from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError, SparsecError
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.report.measure import QUICK, Effort, measured_report, plan
@@ -27,6 +28,7 @@ examples:
   python -m sparsec.report tiny --quick    # a small random model, in seconds
   python -m sparsec.report facebook/opt-125m --passes "magnitude(0.3),freeze,sparsity,flops,lower(csr, index_bits=32)"
   python -m sparsec.report my-model.gguf --print-ir changed --no-measure
+  python -m sparsec.report --passes "sparsegpt(0.5),freeze,sparsity,flops,fuse,lower(auto)" --calibration my.txt
   python -m sparsec.report my-folder --text my.txt --eval-length 1024 --json report.json --csv layers.csv
 
 `python -m sparsec` lists passes, formats and kernels.
@@ -51,7 +53,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     p.add_argument("--threads", type=_positive, metavar="N", help="of torch; default: as torch chooses")
-    p.add_argument("--seed", type=int, default=0, help="of random weights; default: %(default)s")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of random weights and of what is drawn to calibrate on; default: %(default)s",
+    )
+    learn = p.add_argument_group("calibration, for passes such as wanda and sparsegpt")
+    learn.add_argument("--calibration", metavar="FILE", help="as --text; default: the second half of the embedded text")
+    learn.add_argument(
+        "--calibration-sequences", type=_positive, default=SEQUENCES, metavar="N", help="default: %(default)s"
+    )
+    learn.add_argument(
+        "--calibration-length",
+        type=_positive,
+        metavar="L",
+        help=f"tokens of a sequence; default: {LENGTH}, or what the model takes",
+    )
     out = p.add_argument_group("output")
     out.add_argument(
         "--print-ir", choices=("none", "before", "after", "changed"), default="none", help="around every pass"
@@ -119,7 +137,8 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress:
         loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed)
         planned = None if text is None else plan(loaded, text, effort(args))
-        report = measured_report(loaded, pipeline, planned, instruments, progress)
+        drawn = calibration(loaded, args) if any(p.needs_calibration for p in pipeline.passes) else None
+        report = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
     print(report)
     if args.json:
         _write(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
@@ -127,6 +146,13 @@ def _run(args: argparse.Namespace) -> None:
         _write(args.csv, layers_csv(report))
     if outputs:
         print(f"\nwritten: {', '.join(outputs)}")
+
+
+def calibration(loaded: LoadedModel, args: argparse.Namespace) -> tuple[torch.Tensor, str]:
+    """Tokens to calibrate on, and where they come from."""
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    sequences, length = args.calibration_sequences, args.calibration_length
+    return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit)
 
 
 def effort(args: argparse.Namespace) -> Effort:

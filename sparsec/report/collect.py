@@ -85,7 +85,19 @@ def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof] | None) ->
         executed=bool(ops),
         speedup_predicted=expected[0] if expected is not None else None,
         binds=expected[1] if expected is not None else None,
+        criterion=_criterion(weight),
+        sparsity_target=weight.pruned.target if weight.pruned is not None else None,
+        error_masked=weight.pruned.error_masked if weight.pruned is not None else None,
+        error=weight.pruned.error if weight.pruned is not None else None,
     )
+
+
+def _criterion(weight: Weight) -> str | None:
+    """The pass, and the pattern where there is one."""
+    if weight.pruned is None:
+        return None
+    free = weight.pattern in (None, "unstructured")
+    return weight.pruned.criterion if free else f"{weight.pruned.criterion} {weight.pattern}"
 
 
 def _features(weight: Weight) -> tuple[int | None, int | None]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsec import memory
-from sparsec.compiler import compile
+from sparsec.compiler import compile, extend
 from sparsec.cost import calibrate
 from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
@@ -90,10 +90,12 @@ def measured_report(
     planned: Plan | None,
     instruments: Sequence[Instrument] = (),
     progress: Progress | None = None,
+    calibration: tuple[torch.Tensor, str] | None = None,
 ) -> Report:
     """Compiles the masked and the lowered model and compares them with the dense one.
 
-    planned: None leaves out everything that runs a model. Raises what `compile` raises.
+    planned: None leaves out everything that runs a model. calibration: tokens [sequences, length] for passes that need them, and
+    where they come from. Raises what `compile` raises.
     """
     pipeline.validate()
     measuring = planned is not None
@@ -103,14 +105,17 @@ def measured_report(
         compile(nn.Sequential(nn.Linear(8, 8)), example_inputs=torch.ones(2, 8), copy=False)
     before = pipeline.before("lower")
     lowers = before != pipeline
-    wanted = {"masked": before, "lowered": pipeline} if lowers else {"masked": before}
     dense = loaded.model
     models: dict[str, Any] = {"dense": dense}
     resident = {"dense": loaded.resident_bytes if measuring else None}
-    for name, passes in wanted.items():
-        build = partial(
-            compile, dense, passes, instruments=instruments if passes == pipeline else (), progress=progress
-        )
+    watched: dict[str, Any] = {"instruments": instruments, "progress": progress}
+    builds: dict[str, Callable[[], Any]] = {
+        "masked": partial(compile, dense, before, calibration=calibration, **watched)
+    }
+    if lowers:  # from the masked one, so that pruning is done once
+        rest = Pipeline(pipeline.passes[len(before.passes) :])
+        builds["lowered"] = lambda: extend(models["masked"], rest, **watched)
+    for name, build in builds.items():
         models[name], resident[name] = _resident(build) if measuring else (build(), None)
     reports = {name: models[name].sparsec.report() for name in models if name != "dense"}
     report: Report = reports["lowered" if lowers else "masked"]

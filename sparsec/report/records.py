@@ -38,6 +38,12 @@ class LayerRow:
     executed: bool  # in the traced call
     speedup_measured: float | None = None
     speedup_predicted: float | None = None  # by the cost model
+    criterion: str | None = None  # the pass that pruned it; None where none did
+    sparsity_target: float | None = None  # what it was asked to reach
+    error_masked: float | None = (
+        None  # of its outputs on calibration tokens, mean square over that of dense ones: by the mask
+    )
+    error: float | None = None  # with the weights that the pass left
     binds: str | None = None  # the roof that binds, by the cost model: bytes, decode, flops or call
 
     @property

@@ -48,6 +48,13 @@ LAYER: Keys = {
     "bytes_dense": ((int,), "of the dense tensor"),
     "bytes_held": ((int,), "of the tensors held instead, without the mask"),
     "bytes_mask": ((int,), "of the mask, while there is one"),
+    "criterion": ((str, NONE), "the pass that pruned it; null where none did"),
+    "sparsity_target": ((*NUMBER, NONE), "the share of zeros that it was asked to reach"),
+    "error_masked": (
+        (*NUMBER, NONE),
+        "of its outputs on sampled calibration tokens: mean square of the change over that of the dense outputs, by the mask alone",
+    ),
+    "error": ((*NUMBER, NONE), "the same with the weights that the pass left"),
     "format": ((str,), "dense, csr16, csr32, ..."),
     "kernel": ((str, NONE), "that executes it; null where only torch does"),
     "reason": ((str, NONE), "why it is dense, or why lower(auto) chose its format"),

@@ -6,6 +6,7 @@ import string
 
 from sparsec.latency import Spread
 from sparsec.machine import Machine
+from sparsec.report.pruning import pruning_lines
 from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
 from sparsec.report.table import heading, mega, paragraph, percent, shorten, table, times
 from sparsec.report.words import chosen_because, dense_reason, storage
@@ -23,7 +24,7 @@ def render(report: ReportData) -> str:
         lines += heading("Model")
         lines += paragraph(f"{m.name} ({m.architecture}), from {m.source}; weights stored as: {m.source_precision}")
         lines += [f"computes in {m.dtype}, {report.parameters:,} parameters"]
-    lines += _passes(report) + _layers(report) + _groups(report)
+    lines += _passes(report) + _layers(report) + pruning_lines(report.layers) + _groups(report)
     if report.summary:
         lines += _summary(report)
     if report.sample is not None:

@@ -1,0 +1,312 @@
+"""Calibration: what the walk shows of every linear is what the model itself would show, block by block, and bad data is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from architectures import CAUSAL_LMS, VOCABULARY, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import sparsec
+from sparsec.calibrate import CalibrationData, Site, Statistics, calibrate, samples, strings, windows
+from sparsec.calibrate.sites import find_sites, spans_by_block
+from sparsec.calibrate.walk import _Walker
+from sparsec.data import Text, load_model, load_text
+from sparsec.data.tiny import byte_tokenizer
+from sparsec.errors import ActivationError, DataError, PipelineError
+from sparsec.ir.graph import Graph
+from sparsec.ir.tracer import trace
+from sparsec.pipeline.selection import select
+
+NAMES = [name for name in CAUSAL_LMS if name not in ("mamba",)]
+LONG = 7
+
+
+def tokens(sequences: int, length: int = LONG, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def chosen(graph: Graph) -> list[str]:
+    return [w.name for w in select(graph, None, ())]
+
+
+@contextmanager
+def seen_inputs(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """What every linear's weight is multiplied with while the model runs."""
+    seen: dict[str, list[Tensor]] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in names:
+            name = names[id(module.weight)]
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, args, name=name: seen.setdefault(name, []).append(
+                        args[0].detach().reshape(-1, args[0].shape[-1])
+                    )
+                )
+            )
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def run_on(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    with seen_inputs(model) as seen, torch.no_grad():
+        for row in ids:
+            model(input_ids=row[None], attention_mask=torch.ones(1, len(row), dtype=torch.int64), use_cache=False)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@cache
+def traced_llama() -> tuple[nn.Module, Graph]:
+    """Only to be read."""
+    model, _ = tiny_model("llama")
+    return model, trace(model)
+
+
+def half(matrix: Tensor) -> Tensor:
+    """A mask that takes a good part of a matrix away, by a rule that needs no statistics."""
+    return (torch.arange(matrix.numel()).view(matrix.shape) * 7919 % 11) < 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_are_those_of_what_the_model_multiplies_its_weights_with(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsec.calibrate.data._TOKENS_PER_CALL", 2 * LONG)  # three calls of two sequences
+    model, _ = tiny_model(name)
+    ids = tokens(6)
+    expected = run_on(model, ids)
+    graph = trace(model)
+    data = samples(graph, ids, "test")
+    assert len(data.calls) == 3
+    found: dict[str, Statistics] = {}
+    calibrate(
+        graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t)), gram=True, feed="dense"
+    )
+    assert set(found) == set(chosen(graph))
+    for weight, statistics in found.items():
+        x = expected[weight].double()
+        assert statistics.tokens == len(x)
+        torch.testing.assert_close(statistics.gram.double(), x.t() @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics.norms.double(), x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["block", "true"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt-neox", "mixtral", "falcon", "gemma2", "gptj"])
+def test_each_linear_sees_what_the_pruned_ones_before_it_make(
+    name: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsec.calibrate.data._TOKENS_PER_CALL", 2 * LONG)
+    model, _ = tiny_model(name)
+    twin = copy.deepcopy(model)
+    ids = tokens(4)
+    graph = trace(model)
+    blocks: dict[str, list[str]] = {}
+    for op in graph.ops.values():
+        for weight in op.matrices:
+            if weight in chosen(graph):
+                blocks.setdefault(op.block or "", []).append(weight)
+    waiting: list[str] = []
+
+    def prune(site: Site, statistics: Statistics) -> None:
+        block = graph.products_of(site.weights[0])[0].block or ""
+        if order == "true" or not waiting or waiting[0] not in blocks[block]:
+            for weight in waiting:  # the twin follows: what was pruned before this block, or before this linear
+                twin.get_parameter(weight).data.mul_(half(twin.get_parameter(weight)))
+            waiting.clear()
+        expected = run_on(twin, ids)
+        for weight in site.weights:
+            norms = expected[weight].double().square().mean(0).sqrt()
+            torch.testing.assert_close(statistics.norms.double(), norms, rtol=1e-3, atol=1e-5)
+            stored = graph.tensor(weight)
+            graph.update(weight, mask=half(stored), pattern="unstructured")
+            waiting.append(weight)
+
+    calibrate(graph, samples(graph, ids, "test"), chosen(graph), prune, order=order)
+    assert set(waiting) <= set(chosen(graph))
+    assert all(graph.weights[w].mask is not None for w in chosen(graph))
+
+
+def test_only_the_hidden_state_is_kept_between_two_blocks() -> None:
+    model, _ = tiny_model("llama")
+    graph = trace(model)
+    walker = _Walker(graph, samples(graph, tokens(3), "test"), find_sites(graph, chosen(graph)))
+    spans = spans_by_block(find_sites(graph, chosen(graph)), walker.lives)
+    assert [span.name for span in spans] == ["model.layers.0", "model.layers.1"]
+    with torch.no_grad():
+        walker.run(spans[0].start, spans[0].end, {}, keep=True)
+    assert [v.shape for v in walker.states[0].values()] == [(3, LONG, 32)]
+
+
+def test_linears_of_one_value_share_their_statistics() -> None:
+    model, _ = tiny_model("llama")
+    graph = trace(model)
+    sites = find_sites(graph, chosen(graph))
+    names = [tuple(w.split(".")[-2] for w in site.weights) for site in sites[:4]]
+    assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+
+
+class Reused(nn.Module):
+    """A linear that is called twice, and one that writes in place to what another reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.layers[0](x))
+        x = x + self.layers[1](torch.tanh(self.layers[0](x)))
+        y = x * 2
+        y.add_(1.0)
+        return self.layers[2](torch.sigmoid(y))
+
+
+@pytest.mark.parametrize("order", ["block", "true"])
+def test_a_linear_that_is_called_twice_sees_both_calls(order: str) -> None:
+    torch.manual_seed(0)
+    model = Reused().eval()
+    inputs = [(torch.randn(5, 8),), (torch.randn(5, 8),)]
+    graph = trace(model, inputs[0])
+    found: dict[str, Tensor] = {}
+    data = CalibrationData(tuple(inputs), "test")
+    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t.norms)), order=order)
+    with seen_inputs(model) as seen, torch.no_grad():
+        for (x,) in inputs:
+            model(x)
+    for weight, norms in found.items():
+        x = torch.cat(seen[weight])
+        torch.testing.assert_close(norms, x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=25)
+@given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_sequences_of_any_lengths_count_token_by_token(lengths: list[int], seed: int) -> None:
+    model, graph = traced_llama()
+    rows = [tokens(1, n, seed + i)[0] for i, n in enumerate(lengths)]
+    found: dict[str, Statistics] = {}
+    data = samples(graph, rows, "test")
+    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t)), feed="dense")
+    with seen_inputs(model) as seen, torch.no_grad():
+        for row in rows:
+            model(input_ids=row[None], use_cache=False)
+    for weight, statistics in found.items():
+        x = torch.cat(seen[weight])
+        assert statistics.tokens == sum(lengths)
+        torch.testing.assert_close(statistics.norms, x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_takes_one_length_only_is_calibrated_at_that_length() -> None:
+    model, _ = tiny_model("mamba")
+    pruned = sparsec.compile(model, "wanda(0.5, targets='mlp'),freeze", calibration=tokens(2, 6))
+    assert all(w.pruned is not None for w in pruned.sparsec.graph.masked())
+
+
+def test_activations_that_are_not_finite_name_the_block() -> None:
+    model, _ = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(ActivationError, match=r"model\.layers\.1: .*q_proj.* NaN or inf"):
+        sparsec.compile(model, "wanda(0.5)", calibration=tokens(2))
+
+
+def test_windows_are_drawn_by_the_seed_and_do_not_overlap() -> None:
+    text = Text("letters", "".join(chr(97 + i % 26) + str(i) for i in range(400)))
+    ids, source = windows(text, byte_tokenizer(), sequences=5, length=16, seed=3)
+    again, _ = windows(text, byte_tokenizer(), sequences=5, length=16, seed=3)
+    other, _ = windows(text, byte_tokenizer(), sequences=5, length=16, seed=4)
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+    assert len({tuple(row.tolist()) for row in ids}) == 5
+    assert "5 sequences of 16 tokens of letters" in source
+    assert "seed 3" in source
+
+
+def test_the_embedded_text_gives_its_second_half() -> None:
+    ids, source = windows(None, byte_tokenizer(), sequences=2, length=64)
+    content = load_text().content
+    assert byte_tokenizer().decode(ids[0]) in content[len(content) // 2 :]
+    assert "second half" in source
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"sequences": 99, "length": 64},
+            r"letters: too little text to calibrate on: 500 tokens, 99 sequences of 64 need 6336",
+        ),
+        ({"length": 64, "limit": 32}, "length 64 is more than the model's 32 positions"),
+        ({"sequences": 0}, "at least 1 sequence of at least 2 tokens, got 0"),
+        ({"tokenizer": None}, "needs a tokenizer"),
+    ],
+)
+def test_windows_say_what_is_wrong(options: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        windows(Text("letters", "a" * 500), **{"tokenizer": byte_tokenizer(), **options})
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(2, 3), "must be integers"),
+        (torch.zeros(4, dtype=torch.int64), r"must be \[sequences, length\], got \[4\]"),
+        (torch.full((2, 3), VOCABULARY), f"id {VOCABULARY} is outside the model's vocabulary of {VOCABULARY}"),
+        (torch.full((2, 3), -1), "id -1 is outside"),
+        ([], "holds no sequence"),
+    ],
+)
+def test_token_ids_that_cannot_be_are_refused(ids, message: str) -> None:
+    graph = trace(tiny_model("llama")[0])
+    with pytest.raises(DataError, match=message):
+        samples(graph, ids, "test")
+
+
+def test_strings_become_sequences_and_empty_ones_are_refused() -> None:
+    assert [len(ids) for ids in strings(["abc", "de"], byte_tokenizer(), length=2)] == [2, 2]
+    with pytest.raises(DataError, match="calibration string 1 has no tokens"):
+        strings(["a", ""], byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (None, PipelineError, "the pass 'wanda' needs calibration data; in Python give calibration="),
+        (7, DataError, "calibration must be token ids .* got int"),
+        ([1, 2], DataError, "calibration must be token ids .* got list of int"),
+        ("no-such-file.txt", DataError, "no-such-file.txt"),
+        (
+            [(torch.ones(2, 3),)],
+            DataError,
+            "a calibration call has 1 tensors, the graph takes input_ids, attention_mask",
+        ),
+    ],
+)
+def test_compile_says_which_calibration_it_takes(given, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        sparsec.compile(tiny_model("llama")[0], "wanda(0.5)", calibration=given, tokenizer=byte_tokenizer())
+
+
+def test_compile_takes_strings_files_and_ids(tmp_path) -> None:
+    loaded = load_model("tiny")
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    for data in (str(file), file, ["one text", "another one"], torch.randint(0, 256, (2, 32))):
+        pruned = sparsec.compile(
+            loaded.model,
+            "wanda(0.5)",
+            calibration=data,
+            tokenizer=loaded.tokenizer,
+            calibration_sequences=3,
+            calibration_length=32,
+        )
+        assert all(w.pruned.error > 0 for w in pruned.sparsec.graph.masked())
