@@ -188,6 +188,45 @@ def test_a_linear_that_is_called_twice_sees_both_calls(order: str) -> None:
         torch.testing.assert_close(norms, x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
 
 
+class Streams(nn.Module):
+    """Two streams of one shape through three blocks; `write`: one is written to in place, and so is a sum that starts as zeros."""
+
+    def __init__(self, write: bool) -> None:
+        super().__init__()
+        self.write = write
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = x * 1.5, torch.tanh(x)
+        seen = torch.zeros(5, 8)
+        for first, second in self.layers:
+            more = first(torch.sigmoid(y))
+            x = x.add_(more) if self.write else x + more
+            y = y + second(torch.tanh(x))
+            seen = seen.add_(y) if self.write else seen + y
+            y = (y + seen).view(5, 8)
+        return x + y
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize("order", ["block", "true"])
+def test_values_of_several_streams_are_what_they_are_in_the_model_in_place_or_not(order: str, write: bool) -> None:
+    torch.manual_seed(0)
+    model = Streams(write).eval()
+    inputs = [(torch.randn(5, 8),) for _ in range(3)]
+    graph = trace(model, inputs[0])
+    assert write == any(node.target is torch.ops.aten.add_.Tensor for node in graph.module.graph.nodes)
+    found: dict[str, Tensor] = {}
+    data = CalibrationData(tuple(inputs), "test")
+    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t.norms)), order=order)
+    with seen_inputs(model) as seen, torch.no_grad():
+        for (x,) in inputs:
+            model(x)
+    assert len(found) == 6
+    for weight, norms in found.items():
+        torch.testing.assert_close(norms, torch.cat(seen[weight]).square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
+
+
 @settings(max_examples=25)
 @given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_sequences_of_any_lengths_count_token_by_token(lengths: list[int], seed: int) -> None:

@@ -84,3 +84,13 @@ def test_example_is_a_script_that_says_how_to_run_it(path: Path) -> None:
     text = path.read_text("utf-8")
     assert f"python examples/{path.name}" in text
     assert text.endswith('if __name__ == "__main__":\n    main(*sys.argv[1:])\n')
+
+
+def test_compare_pruning(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("compare_pruning")
+    assert set(found) == {"dense", "magnitude", "wanda", "sparsegpt"}
+    lines = capsys.readouterr().out.splitlines()
+    values = [float(line.split("perplexity")[1].split(",")[0]) for line in lines]
+    assert values[1::2] == pytest.approx(values[2::2], rel=1e-4)  # on kernels as masked
+    assert lines[3].startswith("wanda(0.5)")
+    assert "layers err by 0." in lines[3]

@@ -20,6 +20,7 @@ from sparsec.errors import DataError
 from sparsec.latency import WARM_UP, Spread, interleaved
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
+from sparsec.report.words import dense_bound
 
 PLACEHOLDER = "{sparsity}"
 PASSES = DEFAULT_PASSES.replace("magnitude(0.5)", f"magnitude({PLACEHOLDER})")
@@ -64,6 +65,7 @@ class Mode:
     prefill_ms: tuple[float, ...]  # by round
     decode_ms: tuple[float, ...]  # per token, by round
     shares: Shares | None  # None where compiled: nothing can be told apart there
+    bound: str | None = None  # in words: the bytes that stay dense, and so the smallest that the model can become
 
     @property
     def name(self) -> str:
@@ -130,6 +132,7 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
             tuple(before),
             tuple(ms / effort.new_tokens for ms in after),
             None if compiled else shares(models[variant], partial(session.decode, SHARE_TOKENS), SHARE_TOKENS),
+            None if variant.passes is None else dense_bound(models[variant].sparsec.report()),
         )
         for (variant, compiled), session, before, after in zip(kinds, sessions, prefill, decode, strict=True)
     ]

@@ -49,6 +49,7 @@ def text(run: Run) -> list[str]:
     lines += [*table(SHARES_HEADER, parts), ""]
     for h in headlines(run.modes):
         lines += paragraph(_headline(h))
+        lines += paragraph(h.sparse.bound or "", "  ")
     return [*lines, "", *paragraph(LEGEND)]
 
 

@@ -72,6 +72,7 @@ def calibrate(
     by_value = order == "true" and feed == "pruned"
     spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
     per_call = -(-SAMPLE // len(data.calls))
+    trim()  # what tracing and tokenising left
     for i, span in enumerate(spans):
         if step is not None:
             step(i, len(spans))
@@ -83,15 +84,16 @@ def calibrate(
         last = i + 1 == len(spans)
         again = span.again and feed == "pruned"
         walker.run(span.start, span.end, watched, keep=not (again or last))
-        for site, statistics in seen.items():
+        # Masks stay and temporaries go, so that the heap is in pieces: without this it grows by half of a 135M model.
+        watched.clear()
+        trim()
+        for site in span.sites:
+            statistics = seen.pop(site)
             statistics.settle()
             if not statistics.finite:
                 raise ActivationError(_not_finite(site, data))
             with walker.profile.timed("pruning"):
                 prune(site, statistics)
-        seen.clear()
-        watched.clear()
-        # Masks stay and temporaries go, so that the heap is in pieces: without this it grows by half of a 135M model.
         trim()
         if again and not last:
             walker.run(span.start, span.end, {}, keep=True)
@@ -111,6 +113,7 @@ class _Walker:
         values = {value for site in sites for value in site.values}
         self.needed = self._ancestors([*values, *self._writing(0, max(self.position[v] for v in values))], 0)
         self.varying = _varying(self.steps, data, values)
+        self.written = any(_writes(node) for node in self.needed)
         self.last_read = {
             node: max((self.position[u] for u in node.users if u in self.needed), default=-1) for node in self.needed
         }
@@ -141,9 +144,8 @@ class _Walker:
         varying = [node for node in steps if node in self.varying]
         forget = {n: p for n, p in until.items() if n in self.varying and n not in goals}
         for i, call in enumerate(self.data.calls):
-            values = self.states[i]
-            if not keep:
-                values = _cloned(values) if written else dict(values)
+            # A copy: what was alive before stays, for another run or for its memory.
+            values = _cloned(self.states[i]) if written and not keep else dict(self.states[i])
             for node, statistics in watched.items():
                 if self.position[node] < start:
                     self._watch(statistics, values[node])
@@ -208,25 +210,27 @@ class _Walker:
         New tensors, one by one between the temporaries of a forward pass, leave the heap in pieces: 1 GB more at 32 x 1024 tokens
         through 135M parameters.
         """
+        if self.written:  # what is written to may be seen through another value: both must stay where they are
+            return values
         old = self.states[call]
-        free = [v for n, v in old.items() if n not in values and isinstance(v, Tensor)]
+        used = {v.untyped_storage().data_ptr() for v in values.values() if isinstance(v, Tensor)}
+        free = [v for v in old.values() if isinstance(v, Tensor) and v.untyped_storage().data_ptr() not in used]
         kept: dict[fx.Node, Any] = {}
         for node, value in values.items():
             if not isinstance(value, Tensor) or old.get(node) is value:
                 kept[node] = value
                 continue
-            fits = [t for t in free if t.shape == value.shape and t.dtype == value.dtype]
-            place = fits[0] if fits else self._room(value)
+            place = next((t for t in free if t.shape == value.shape and t.dtype == value.dtype), None)
             free = [t for t in free if t is not place]
-            kept[node] = place.copy_(value)
+            kept[node] = (self._room(value) if place is None else place).copy_(value)
         return kept
 
     def _room(self, like: Tensor) -> Tensor:
-        """Uninitialised memory, taken for all calls at once where they have the same shapes."""
+        """Uninitialised memory, taken for all calls one after the other where they have the same shapes."""
         key = (like.shape, like.dtype)
         if not self.rooms.get(key):
             count = len(self.states) if self.data.uniform else 1
-            self.rooms[key] = list(torch.empty(count, *like.shape, dtype=like.dtype, device=like.device))
+            self.rooms[key] = [torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(count)]
         return self.rooms[key].pop()
 
     def _watch(self, statistics: Sequence[Statistics], x: Tensor) -> None:

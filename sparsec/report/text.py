@@ -9,7 +9,7 @@ from sparsec.machine import Machine
 from sparsec.report.pruning import pruning_lines
 from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
 from sparsec.report.table import heading, mega, paragraph, percent, shorten, table, times
-from sparsec.report.words import chosen_because, dense_reason, storage
+from sparsec.report.words import chosen_because, dense_bound, dense_reason, storage
 
 _NAME = 30
 
@@ -88,8 +88,8 @@ def _layers(report: ReportData) -> list[str]:
     lines += [line for text in chosen_because(report.layers) for line in paragraph(text)]
     tied = [row for row in report.layers if row.aliases]
     lines += [line for row in tied for line in paragraph(f"tied, counted once: {row.name} = {', '.join(row.aliases)}")]
-    for text in storage(report.layers):
-        lines += paragraph(text)
+    for text in (*storage(report.layers), dense_bound(report)):
+        lines += paragraph(text or "")
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsec.report.records import LayerRow
+from sparsec.report.records import LayerRow, ReportData
 from sparsec.report.table import mega, percent
 
 
@@ -68,6 +68,25 @@ def storage(layers: Sequence[LayerRow]) -> list[str]:
             )
         paragraphs.append(text)
     return paragraphs
+
+
+def dense_bound(report: ReportData) -> str | None:
+    """Which bytes no pass of this run can make fewer, and what that leaves at best; None where nothing is packed."""
+    if not any(row.packed for row in report.layers):
+        return None
+    dense: dict[str, int] = {}
+    for row in report.layers:
+        if not row.packed:
+            dense[row.group] = dense.get(row.group, 0) + row.bytes_held
+    stays = sum(dense.values()) + report.bytes_buffers
+    if not report.bytes_dense or not stays:
+        return None
+    most = ", ".join(f"{group} {mega(n)}" for group, n in sorted(dense.items(), key=lambda pair: -pair[1])[:3])
+    return (
+        f"bytes: {mega(stays)} MB stay dense ({most}), so however sparse the packed layers become, the model keeps "
+        f"{percent(stays / report.bytes_dense, 0)} of its {mega(report.bytes_dense)} MB; it has "
+        f"{percent(report.bytes_held / report.bytes_dense, 0)} now"
+    )
 
 
 def bits(nbytes: int, parameters: int) -> str:
