@@ -57,7 +57,7 @@ def before(weight: Tensor, old: Tensor | None) -> Tensor:
     return weight if old is None else weight.masked_fill(~old, 0.0)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(case=layers())
 def test_wanda_is_the_papers_mask_for_mask(case) -> None:
     weight, x, old, pattern, share = case
@@ -68,7 +68,7 @@ def test_wanda_is_the_papers_mask_for_mask(case) -> None:
     assert np.array_equal(mask.numpy(), expected)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(case=layers(), block_size=st.sampled_from([8, 16, 128]))
 def test_sparsegpt_is_the_papers_mask_for_mask_and_weight_for_weight(case, block_size: int) -> None:
     weight, x, old, pattern, share = case
@@ -87,7 +87,7 @@ def test_sparsegpt_is_the_papers_mask_for_mask_and_weight_for_weight(case, block
     np.testing.assert_allclose(solved.numpy(), weights, rtol=1e-6, atol=1e-7 * float(np.abs(weights).max() + 1))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=layers(), split=st.integers(1, 3))
 def test_matrices_that_share_their_inputs_are_solved_each_for_itself(case, split: int) -> None:
     weight, x, old, pattern, share = case
@@ -104,7 +104,7 @@ def test_matrices_that_share_their_inputs_are_solved_each_for_itself(case, split
         torch.testing.assert_close(both[place], one)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(case=layers(), algorithm=st.sampled_from([Wanda, SparseGPT, Magnitude]))
 def test_counts_are_exact_and_what_is_masked_is_zero(case, algorithm) -> None:
     weight, x, old, pattern, share = case
@@ -137,7 +137,7 @@ def test_counts_are_exact_and_what_is_masked_is_zero(case, algorithm) -> None:
         assert int(gone.sum()) == round(p.share * mask.numel())
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=layers(), algorithm=st.sampled_from([Wanda, SparseGPT]))
 def test_a_text_read_twice_teaches_nothing_new(case, algorithm) -> None:
     weight, x, old, pattern, share = case
