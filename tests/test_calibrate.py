@@ -156,6 +156,19 @@ def test_linears_of_one_value_share_their_statistics() -> None:
     assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
 
+def norms_and_inputs(
+    model: nn.Module, graph: Graph, inputs: list[tuple[Tensor]], order: str
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """By weight: the norms that calibration finds when nothing is pruned, and what the model multiplies it with."""
+    found: dict[str, Tensor] = {}
+    data = CalibrationData(tuple(inputs), "test")
+    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t.norms)), order=order)
+    with seen_inputs(model) as seen, torch.no_grad():
+        for (x,) in inputs:
+            model(x)
+    return found, seen
+
+
 class Reused(nn.Module):
     """A linear that is called twice, and one that writes in place to what another reads."""
 
@@ -177,12 +190,7 @@ def test_a_linear_that_is_called_twice_sees_both_calls(order: str) -> None:
     model = Reused().eval()
     inputs = [(torch.randn(5, 8),), (torch.randn(5, 8),)]
     graph = trace(model, inputs[0])
-    found: dict[str, Tensor] = {}
-    data = CalibrationData(tuple(inputs), "test")
-    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t.norms)), order=order)
-    with seen_inputs(model) as seen, torch.no_grad():
-        for (x,) in inputs:
-            model(x)
+    found, seen = norms_and_inputs(model, graph, inputs, order)
     for weight, norms in found.items():
         x = torch.cat(seen[weight])
         torch.testing.assert_close(norms, x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
@@ -216,12 +224,7 @@ def test_values_of_several_streams_are_what_they_are_in_the_model_in_place_or_no
     inputs = [(torch.randn(5, 8),) for _ in range(3)]
     graph = trace(model, inputs[0])
     assert write == any(node.target is torch.ops.aten.add_.Tensor for node in graph.module.graph.nodes)
-    found: dict[str, Tensor] = {}
-    data = CalibrationData(tuple(inputs), "test")
-    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t.norms)), order=order)
-    with seen_inputs(model) as seen, torch.no_grad():
-        for (x,) in inputs:
-            model(x)
+    found, seen = norms_and_inputs(model, graph, inputs, order)
     assert len(found) == 6
     for weight, norms in found.items():
         torch.testing.assert_close(norms, torch.cat(seen[weight]).square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)

@@ -126,9 +126,8 @@ class _Walker:
                 self.lives[p] += node in self.varying
         self.shared: dict[fx.Node, Any] = {}
         self.states: list[dict[fx.Node, Any]] = [{} for _ in data.calls]
-        self.mask: tuple[Tensor, bool] | None = (
-            None  # of attention, the last one seen, and whether it only hides the future
-        )
+        # The last attention mask seen, and whether it only hides the future.
+        self.mask: tuple[Tensor, bool] | None = None
         self.rooms: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
     def run(self, start: int, end: int, watched: Mapping[fx.Node, Sequence[Statistics]], keep: bool) -> None:
