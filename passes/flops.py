@@ -21,7 +21,8 @@ class Flops(Pass):
     """Fills `Op.flops_dense` and `Op.flops`, both per token.
 
     A linear is 2 * out * in dense and 2 * nnz kept; attention is 2 * heads * head_dim * context for the scores and as much for the
-    values, at the stated context length; an embedding look-up is 0. Fused experts count the experts that a token is sent to.
+    values, at the stated context length; an embedding look-up is 0. Fused experts count the experts that a token is sent to, at the
+    mean density of all of them.
     """
 
     name: ClassVar[str] = "flops"
@@ -68,7 +69,7 @@ class Flops(Pass):
         if op.kind == "grouped_linear" and weight is not None:
             rows = _rows_per_token(op)
             each = 2.0 * prod(weight.shape[1:])
-            return (None, None) if rows is None else (rows * each, rows * each)
+            return (None, None) if rows is None else (rows * each, rows * each * weight.kept / max(1, weight.numel))
         if op.kind == "attention":
             return self._twice(_width(op), 4.0)
         if op.kind == "matmul":

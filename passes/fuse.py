@@ -85,7 +85,7 @@ class Fuse(Pass):
         return found
 
     def _chosen(self, graph: Graph) -> set[str]:
-        linears = [w for w in graph.weights.values() if graph.prunable(w.name)]
+        linears = [w for w in graph.weights.values() if graph.is_linear(w.name)]
         if self.targets is None and not self.ignore:
             return {w.name for w in linears}
         everything = self.targets or tuple(dict.fromkeys(w.group for w in linears))

@@ -105,13 +105,13 @@ class Lower(Pass):
     def _choices(self, graph: Graph, context: Context, packable: list[Weight]) -> tuple[dict[str, Choice], list[str]]:
         """The best way for every weight that is multiplied by: packed where it may be, else by the better dense kernel."""
         may_pack = {w.name for w in packable}
-        dense = [w for w in graph.weights.values() if w.packed is None and graph.prunable(w.name)]
+        dense = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
         weights = [w for w in dense if self._selected(graph, w)]
         setting = Setting(self.objective, self.tokens)
         notes: list[str] = []
         if self.objective == "latency":
             calibration, notes = calibrated(graph, weights, context.progress)
-            working_set = sum(w.nbytes for w in graph.weights.values() if graph.prunable(w.name))
+            working_set = sum(w.nbytes for w in graph.weights.values() if graph.is_linear(w.name))
             setting = Setting(self.objective, self.tokens, calibration, working_set)
         found = {}
         for i, weight in enumerate(weights):
@@ -166,6 +166,8 @@ def _check_block(block: Any) -> tuple[int, int]:
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:
     """Why a weight cannot be packed at all, "" when it can."""
+    if not graph.is_linear(weight.name):
+        return "no kernel multiplies by fused experts that are sparse, so their zeros save neither bytes nor time yet"
     others = dense_readers(graph, weight.name)
     if others:
         return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"

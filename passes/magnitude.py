@@ -12,9 +12,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsec.errors import SpecError
-from sparsec.ir.facts import Pruned, Weight
+from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.patterns import Pattern, blocks, unstructured, unstructured_rows
+from sparsec.pipeline.allocation import Share
 from sparsec.pipeline.base import Context, PassResult
 from sparsec.pipeline.options import check_choice
 from sparsec.pipeline.pruning import PruningPass
@@ -26,46 +27,64 @@ SCOPES = ("global", "layer", "row")
 class Magnitude(PruningPass):
     """Masks exactly `round(sparsity * n)` weights of the smallest magnitude; ties fall by position, the earlier first.
 
-    scope: which weights are compared with each other: `global` all selected ones, `layer` those of one matrix, `row` those of one
-    output; N:M compares each group of M whatever the scope. What an earlier mask removed counts towards the target and stays
-    removed.
+    scope: which weights are compared with each other: `global` all selected ones (the default, unless an allocation says how sparse
+    each layer shall be), `layer` those of one matrix, `row` those of one output; N:M compares each group of M whatever the scope.
+    What an earlier mask removed counts towards the target and stays removed.
     """
 
     name: ClassVar[str] = "magnitude"
 
-    scope: str = field(default="global", kw_only=True)
+    scope: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.scope, "scope", SCOPES)
+        if self.scope is not None:
+            check_choice(self.scope, "scope", SCOPES)
+        if self.scope == "global" and self.allocation not in ("uniform", "global"):
+            raise SpecError(
+                f"scope='global' compares all layers with each other, so nothing is left to allocate by {self.allocation!r}; "
+                "leave one out"
+            )
         if self.scope == "row" and Pattern.parse(self.pattern).block is not None:
             raise SpecError("a block spans rows, so scope='row' cannot choose among blocks; use scope='layer'")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises WeightError for NaN, inf and shapes that the pattern does not fit, SelectionError for what matches nothing."""
         chosen = self.selected(graph)
-        masks = self._masks(graph, chosen, context)
-        for weight, mask in zip(chosen, masks, strict=True):
-            self.record(graph, weight, mask, Pruned(self.name, self.share))
-        how = f"{self.pattern}" if Pattern.parse(self.pattern).nm is not None else f"scope {self.scope}"
+        shares = self.shares(graph, chosen, context)
+        masks = iter(self._masks(graph, chosen, shares, context))
+        for weight in chosen:
+            of_weight = [next(masks) for _ in graph.matrices(weight.name)]
+            self.record(graph, weight, of_weight, self.pruned(shares[weight.name]))
+        how = f"{self.pattern}" if Pattern.parse(self.pattern).nm is not None else f"scope {self._scope}"
         return self.result(graph, chosen, how)
 
-    def _masks(self, graph: Graph, chosen: list[Weight], context: Context) -> list[Tensor]:
-        """Of each weight [out, in]."""
+    @property
+    def _scope(self) -> str:
+        """As given, or what the allocation leaves."""
+        return self.scope or ("global" if self.allocation == "uniform" else "layer")
+
+    def _masks(self, graph: Graph, chosen: list[Weight], shares: dict[str, Share], context: Context) -> list[Tensor]:
+        """Of each matrix [out, in] of each weight."""
         pattern = Pattern.parse(self.pattern)
-        scores = [partial(graph.matrix, w.name) for w in chosen]
-        old = [graph.mask_matrix(w.name) for w in chosen]
-        if self.scope == "global" and pattern.nm is None:
-            return (
-                blocks(scores, self.share, old, pattern.block)
-                if pattern.block
-                else unstructured(scores, self.share, old)
-            )
+        names = [w.name for w in chosen for _ in graph.matrices(w.name)]
+        matrices = [m for w in chosen for m in graph.matrices(w.name)]
+        old: list[Tensor | None] = [m for w in chosen for m in graph.mask_matrices(w.name)]
+        if self._scope == "global" and pattern.nm is None:
+            scores = [partial(_same, m) for m in matrices]
+            if pattern.block:
+                return blocks(scores, self.share, old, pattern.block)
+            return unstructured(scores, self.share, old)
         masks = []
-        for i, (score, before) in enumerate(zip(scores, old, strict=True)):
-            context.step("magnitude", i, len(chosen))
-            if self.scope == "row" and pattern.nm is None:
-                masks.append(unstructured_rows(score(), self.share, before))
+        for i, (name, matrix, before) in enumerate(zip(names, matrices, old, strict=True)):
+            context.step("magnitude", i, len(matrices))
+            share = shares[name].sparsity
+            if self._scope == "row" and pattern.nm is None:
+                masks.append(unstructured_rows(matrix, share, before))
             else:
-                masks.append(pattern.mask(score(), self.share, before))
+                masks.append(pattern.mask(matrix, share, before))
         return masks
+
+
+def _same(matrix: Tensor) -> Tensor:
+    return matrix

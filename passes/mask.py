@@ -81,7 +81,7 @@ def _check(graph: Graph, given: str, weight: Weight, mask: Tensor) -> None:
             f"masks: {given!r} must be a bool tensor, True where a weight is kept, got {got}; use mask.bool()"
         )
     if tuple(mask.shape) != weight.shape:
-        hint = "; GPT-2's Conv1D stores [in, out]" if weight.kind == "conv1d" else ""
+        hint = "; it is stored as [in, out]" if weight.transposed else ""
         raise MaskError(
             f"masks: {given!r} has shape {tuple(mask.shape)}, but the weight is stored as {weight.shape}{hint}"
         )

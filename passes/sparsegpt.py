@@ -48,7 +48,7 @@ class SparseGPT(CalibratedPruning):
             raise SpecError(f"damping must be in (0, 1], got {self.damping!r}; the paper's is 0.01")
 
     def prune(
-        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], statistics: Statistics
+        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], shares: Sequence[float], statistics: Statistics
     ) -> tuple[list[Tensor], list[Tensor], list[str]]:
         """All matrices together, since they share the factor; masks are chosen for each by itself."""
         factor, dead, notes = inverse_factor(statistics.gram, self.damping)
@@ -60,8 +60,12 @@ class SparseGPT(CalibratedPruning):
             pairs = zip(matrices, old, strict=True)
             before = torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in pairs])
         pattern, upper = Pattern.parse(self.pattern), factor.to(weights.dtype)
-        mask = solve(weights, upper, self.share, pattern, self.block_size, rows, before)
+        mask = solve(weights, upper, shares, pattern, self.block_size, rows, before)
         return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes
+
+    def enough(self, in_features: int) -> int:
+        """Fewer tokens than columns leave the Gram matrix singular."""
+        return in_features
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, list[str]]:
@@ -100,7 +104,7 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, list[s
 def solve(
     weights: Tensor,
     factor: Tensor,
-    sparsity: float,
+    shares: Sequence[float],
     pattern: Pattern,
     block_size: int,
     rows: Sequence[int],
@@ -108,9 +112,9 @@ def solve(
 ) -> Tensor:
     """Prunes weights [out, in] in place and returns the mask; algorithm 1 of the paper.
 
-    factor: upper [in, in] of `inverse_factor`. rows: how many rows each of the matrices has whose masks are chosen for itself.
-    Unstructured masks reach `round(sparsity * seen)` zeros after each block of columns, and so in the whole matrix; blocks of the
-    pattern, likewise, and N:M exactly in every group. What `old` removed stays removed and counts.
+    factor: upper [in, in] of `inverse_factor`. rows, shares: how many rows each of the matrices has whose masks are chosen for
+    itself, and how sparse it shall be. Unstructured masks reach `round(share * seen)` zeros after each block of columns, and so in
+    the whole matrix; blocks of the pattern, likewise, and N:M exactly in every group. What `old` removed stays removed and counts.
     """
     out_features, in_features = weights.shape
     mask = torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
@@ -131,9 +135,9 @@ def solve(
                 before = None if old is None else old[:, start:end][:, group]
                 done = kept[:, group]
                 if pattern.nm is not None:
-                    done.copy_(pattern.mask(scores, sparsity, before))
+                    done.copy_(pattern.mask(scores, shares[0], before))
                 else:
-                    _choose(done, scores, sparsity, pattern, mask, start, rows, before)
+                    _choose(done, scores, shares, pattern, mask, start, rows, before)
             column = columns[i]
             error = column.masked_fill(kept[:, i], 0) / local[i, i]
             columns[i:] -= torch.outer(local[i, i:], error)
@@ -148,7 +152,7 @@ def solve(
 def _choose(
     done: Tensor,
     scores: Tensor,
-    sparsity: float,
+    shares: Sequence[float],
     pattern: Pattern,
     mask: Tensor,
     start: int,
@@ -157,7 +161,7 @@ def _choose(
 ) -> None:
     """Masks of one block of columns, for each of the matrices; so many zeros that all columns so far have their share."""
     end, top = start + scores.shape[1], 0
-    for count in rows:
+    for count, sparsity in zip(rows, shares, strict=True):
         part = slice(top, top + count)
         top += count
         unit = pattern.block[0] * pattern.block[1] if pattern.block is not None else 1

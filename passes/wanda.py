@@ -23,16 +23,14 @@ class Wanda(CalibratedPruning):
     name: ClassVar[str] = "wanda"
 
     def prune(
-        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], statistics: Statistics
+        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], shares: Sequence[float], statistics: Statistics
     ) -> tuple[list[Tensor], None, list[str]]:
         """By the norms alone."""
         pattern, norms = Pattern.parse(self.pattern), statistics.norms
         masks = []
-        for matrix, before in zip(matrices, old, strict=True):
+        for matrix, before, share in zip(matrices, old, shares, strict=True):
             scores = matrix.detach().float().abs() * norms
             free = pattern == Pattern()
-            masks.append(
-                unstructured_rows(scores, self.share, before) if free else pattern.mask(scores, self.share, before)
-            )
+            masks.append(unstructured_rows(scores, share, before) if free else pattern.mask(scores, share, before))
         dead = int((norms == 0).sum())
         return masks, None, [f"{dead} of {len(norms)} input columns are zero in all of the text"] if dead else []

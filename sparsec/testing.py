@@ -134,7 +134,7 @@ def masked_twin(graph: Graph, model: nn.Module) -> nn.Module:
             parameter = parameters[weight.name]
             if weight.packed is not None:
                 dense = weight.packed.unpack()
-                parameter.copy_(dense.t() if weight.kind == "conv1d" else dense)
+                parameter.copy_(dense.t() if weight.transposed else dense)
             elif weight.mask is not None:
                 parameter.masked_fill_(~weight.mask, 0)
     return twin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -38,18 +38,36 @@ def chosen(graph: Graph) -> list[str]:
     return [w.name for w in select(graph, None, ())]
 
 
+def inputs_of_experts(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """(parameter, expert, rows that its matrix is multiplied with), by the definition of such a layer."""
+    for expert in range(module.gate_up_proj.shape[0]):
+        rows = hidden[(chosen == expert).any(dim=-1)]
+        gate, up = (rows @ module.gate_up_proj[expert].t()).chunk(2, dim=-1)
+        yield "gate_up_proj", expert, rows
+        yield "down_proj", expert, module.act_fn(gate) * up
+
+
 @contextmanager
-def seen_inputs(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """What every linear's weight is multiplied with while the model runs."""
-    seen: dict[str, list[Tensor]] = {}
+def seen_inputs(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
+    """What every weight's matrices are multiplied with while the model runs: lists of one, or one for every expert."""
+    seen: dict[str, list[list[Tensor]]] = {}
     names = {id(p): name for name, p in model.named_parameters()}
     handles = []
+
+    def look_at_experts(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        for parameter, expert, rows in inputs_of_experts(module, args[0], args[1]):
+            name = names[id(getattr(module, parameter))]
+            lists = seen.setdefault(name, [[] for _ in range(module.gate_up_proj.shape[0])])
+            lists[expert].append(rows.detach())
+
     for module in model.modules():
+        if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
+            handles.append(module.register_forward_pre_hook(look_at_experts))
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in names:
             name = names[id(module.weight)]
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda m, args, name=name: seen.setdefault(name, []).append(
+                    lambda m, args, name=name: seen.setdefault(name, [[]])[0].append(
                         args[0].detach().reshape(-1, args[0].shape[-1])
                     )
                 )
@@ -59,11 +77,11 @@ def seen_inputs(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         handle.remove()
 
 
-def run_on(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+def run_on(model: nn.Module, ids: Tensor) -> dict[str, list[Tensor]]:
     with seen_inputs(model) as seen, torch.no_grad():
         for row in ids:
             model(input_ids=row[None], attention_mask=torch.ones(1, len(row), dtype=torch.int64), use_cache=False)
-    return {name: torch.cat(parts) for name, parts in seen.items()}
+    return {name: [torch.cat(parts) for parts in lists] for name, lists in seen.items()}
 
 
 @cache
@@ -89,20 +107,23 @@ def test_statistics_are_those_of_what_the_model_multiplies_its_weights_with(
     graph = trace(model)
     data = samples(graph, ids, "test")
     assert len(data.calls) == 3
-    found: dict[str, Statistics] = {}
+    found: dict[str, Sequence[Statistics]] = {}
     calibrate(
         graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t)), gram=True, feed="dense"
     )
     assert set(found) == set(chosen(graph))
-    for weight, statistics in found.items():
-        x = expected[weight].double()
-        assert statistics.tokens == len(x)
-        torch.testing.assert_close(statistics.gram.double(), x.t() @ x, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(statistics.norms.double(), x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-5)
+    assert ("moe" in name or name == "mixtral") == any(len(each) > 1 for each in found.values())
+    for weight, each in found.items():
+        for statistics, rows in zip(each, expected[weight], strict=True):
+            x = rows.double()
+            assert statistics.tokens == len(x)
+            if len(x):
+                torch.testing.assert_close(statistics.gram.double(), x.t() @ x, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(statistics.norms.double(), x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["block", "true"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen2-moe"])
 def test_each_linear_sees_what_the_pruned_ones_before_it_make(
     name: str, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,16 +139,18 @@ def test_each_linear_sees_what_the_pruned_ones_before_it_make(
                 blocks.setdefault(op.block or "", []).append(weight)
     waiting: list[str] = []
 
-    def prune(site: Site, statistics: Statistics) -> None:
-        block = graph.products_of(site.weights[0])[0].block or ""
+    def prune(site: Site, found: Sequence[Statistics]) -> None:
+        block = graph.ops_of(site.weights[0])[0].block or ""
         if order == "true" or not waiting or waiting[0] not in blocks[block]:
             for weight in waiting:  # the twin follows: what was pruned before this block, or before this linear
                 twin.get_parameter(weight).data.mul_(half(twin.get_parameter(weight)))
             waiting.clear()
         expected = run_on(twin, ids)
         for weight in site.weights:
-            norms = expected[weight].double().square().mean(0).sqrt()
-            torch.testing.assert_close(statistics.norms.double(), norms, rtol=1e-3, atol=1e-5)
+            for statistics, rows in zip(found, expected[weight], strict=True):
+                if len(rows):
+                    norms = rows.double().square().mean(0).sqrt()
+                    torch.testing.assert_close(statistics.norms.double(), norms, rtol=1e-3, atol=1e-5)
             stored = graph.tensor(weight)
             graph.update(weight, mask=half(stored), pattern="unstructured")
             waiting.append(weight)
@@ -162,11 +185,11 @@ def norms_and_inputs(
     """By weight: the norms that calibration finds when nothing is pruned, and what the model multiplies it with."""
     found: dict[str, Tensor] = {}
     data = CalibrationData(tuple(inputs), "test")
-    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t.norms)), order=order)
+    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t[0].norms)), order=order)
     with seen_inputs(model) as seen, torch.no_grad():
         for (x,) in inputs:
             model(x)
-    return found, seen
+    return found, {name: parts for name, (parts,) in seen.items()}
 
 
 class Reused(nn.Module):
@@ -237,12 +260,12 @@ def test_sequences_of_any_lengths_count_token_by_token(lengths: list[int], seed:
     rows = [tokens(1, n, seed + i)[0] for i, n in enumerate(lengths)]
     found: dict[str, Statistics] = {}
     data = samples(graph, rows, "test")
-    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t)), feed="dense")
+    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t[0])), feed="dense")
     with seen_inputs(model) as seen, torch.no_grad():
         for row in rows:
             model(input_ids=row[None], use_cache=False)
     for weight, statistics in found.items():
-        x = torch.cat(seen[weight])
+        x = torch.cat(seen[weight][0])
         assert statistics.tokens == sum(lengths)
         torch.testing.assert_close(statistics.norms, x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
 

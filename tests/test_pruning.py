@@ -62,7 +62,7 @@ def before(weight: Tensor, old: Tensor | None) -> Tensor:
 def test_wanda_is_the_papers_mask_for_mask(case) -> None:
     weight, x, old, pattern, share = case
     p = Wanda(**options(pattern, share))
-    (mask,), updated, _ = p.prune([before(weight, old).float()], [old], statistics_of(x))
+    (mask,), updated, _ = p.prune([before(weight, old).float()], [old], [p.share], statistics_of(x))
     assert updated is None
     expected = slow_pruning.wanda(before(weight, old).numpy(), x.numpy(), p.share, pattern, as_old(old, weight))
     assert np.array_equal(mask.numpy(), expected)
@@ -77,7 +77,7 @@ def test_sparsegpt_is_the_papers_mask_for_mask_and_weight_for_weight(case, block
     factor, _, notes = inverse_factor(x.t() @ x, 0.01)
     assert notes == []
     solved = before(weight, old).clone()
-    mask = solve(solved, factor, share, Pattern.parse(pattern), block_size, [len(weight)], old)
+    mask = solve(solved, factor, [share], Pattern.parse(pattern), block_size, [len(weight)], old)
     # Whole blocks of a pattern are chosen in each block of columns; where those do not come out even, counts differ by rounding.
     assume(not pattern.startswith("block") or (weight.shape[1] <= block_size))
     expected, weights = slow_pruning.sparsegpt(
@@ -88,19 +88,20 @@ def test_sparsegpt_is_the_papers_mask_for_mask_and_weight_for_weight(case, block
 
 
 @settings(max_examples=40)
-@given(case=layers(), split=st.integers(1, 3))
-def test_matrices_that_share_their_inputs_are_solved_each_for_itself(case, split: int) -> None:
+@given(case=layers(), split=st.integers(1, 3), another=st.sampled_from([0.2, 0.5, 0.8]))
+def test_matrices_that_share_their_inputs_are_solved_each_for_itself(case, split: int, another: float) -> None:
     weight, x, old, pattern, share = case
     assume(old is None)
     rows = [4 * split, len(weight)]
     other = torch.randn(rows[0], weight.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(split))
     factor, _, _ = inverse_factor(x.t() @ x, 0.01)
-    share = Pattern.parse(pattern).sparsity or share
+    fixed = Pattern.parse(pattern).sparsity
+    shares = [fixed, fixed] if fixed else [another, share]
     both = torch.cat([other, weight])
-    mask = solve(both, factor, share, Pattern.parse(pattern), 16, rows)
-    for alone, place in ((other, slice(0, rows[0])), (weight, slice(rows[0], None))):
+    mask = solve(both, factor, shares, Pattern.parse(pattern), 16, rows)
+    for alone, part, place in ((other, shares[0], slice(0, rows[0])), (weight, shares[1], slice(rows[0], None))):
         one = alone.clone()
-        assert torch.equal(mask[place], solve(one, factor, share, Pattern.parse(pattern), 16, [len(alone)]))
+        assert torch.equal(mask[place], solve(one, factor, [part], Pattern.parse(pattern), 16, [len(alone)]))
         torch.testing.assert_close(both[place], one)
 
 
@@ -114,7 +115,7 @@ def test_counts_are_exact_and_what_is_masked_is_zero(case, algorithm) -> None:
     if algorithm is Magnitude:
         masks, updated = [chosen.mask(weight.float(), p.share, old)], None  # sees what the mask hides
     else:
-        masks, updated, _ = p.prune([w], [old], statistics_of(x, gram=algorithm is SparseGPT))
+        masks, updated, _ = p.prune([w], [old], [p.share], statistics_of(x, gram=algorithm is SparseGPT))
     (mask,) = masks
     gone = ~mask
     if old is not None:
@@ -143,8 +144,8 @@ def test_a_text_read_twice_teaches_nothing_new(case, algorithm) -> None:
     weight, x, old, pattern, share = case
     p = algorithm(**options(pattern, share))
     gram = algorithm is SparseGPT
-    once = p.prune([weight.float()], [old], statistics_of(x, gram))[0][0]
-    twice = p.prune([weight.float()], [old], statistics_of(torch.cat([x, x]), gram))[0][0]
+    once = p.prune([weight.float()], [old], [p.share], statistics_of(x, gram))[0][0]
+    twice = p.prune([weight.float()], [old], [p.share], statistics_of(torch.cat([x, x]), gram))[0][0]
     assert float((once != twice).float().mean()) <= 0.01  # rounding may turn a near tie
 
 
@@ -166,8 +167,8 @@ def test_sparsegpt_errs_less_than_wanda_and_wanda_less_than_magnitude_where_inpu
         return float(((weight - new) @ x.t()).square().sum())
 
     magnitude = error(Pattern().mask(weight, share))
-    wanda = error(Wanda(share).prune([weight], [None], statistics_of(x))[0][0])
-    (mask,), (updated,), _ = SparseGPT(share).prune([weight], [None], statistics_of(x, gram=True))
+    wanda = error(Wanda(share).prune([weight], [None], [share], statistics_of(x))[0][0])
+    (mask,), (updated,), _ = SparseGPT(share).prune([weight], [None], [share], statistics_of(x, gram=True))
     assert error(mask, updated) < wanda < magnitude
 
 
@@ -176,7 +177,7 @@ def test_dead_columns_are_named_and_their_weights_go_first() -> None:
     x[:, 3] = 0
     weight = torch.randn(4, 8) + 5
     for p, gram in ((Wanda(0.125), False), (SparseGPT(0.125), True)):
-        (mask,), _, notes = p.prune([weight], [None], statistics_of(x, gram))
+        (mask,), _, notes = p.prune([weight], [None], [p.share], statistics_of(x, gram))
         assert notes[0].startswith("1 of 8 input columns are zero in all of the text")
         assert not mask[:, 3].any()
         assert int((~mask).sum()) == 4

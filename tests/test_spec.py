@@ -123,7 +123,8 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
         ),
         (
             "magnitude(0.5, scop='layer')",
-            "magnitude has no option 'scop', did you mean 'scope'?; options: sparsity, pattern, targets, ignore, scope\n"
+            "magnitude has no option 'scop', did you mean 'scope'?; options: sparsity, pattern, allocation, "
+            "spread, targets, ignore, scope\n"
             "  magnitude(0.5, scop='layer')\n"
             "                 ^^^^^^^^^^^^",
         ),

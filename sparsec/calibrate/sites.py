@@ -11,8 +11,22 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from sparsec.ir.experts import grouped_product
 from sparsec.ir.facts import Op
 from sparsec.ir.graph import Graph
+
+
+@dataclass(frozen=True)
+class Read:
+    """A value x that weights are multiplied with. ends: of fused experts, where each one's rows end; x is then sorted by expert."""
+
+    x: fx.Node
+    ends: fx.Node | None = None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """What has to be computed to see it."""
+        return (self.x,) if self.ends is None else (self.x, self.ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,9 +34,14 @@ class Site:
     """Weights that are multiplied with the same values: usually one value, more where a module is called more than once."""
 
     weights: tuple[str, ...]
-    values: tuple[fx.Node, ...]
+    reads: tuple[Read, ...]
     products: tuple[int, ...]  # positions of the products in the graph, ascending
     block: str
+
+    @property
+    def values(self) -> tuple[fx.Node, ...]:
+        """What has to be computed to see what the weights read."""
+        return tuple(node for read in self.reads for node in read.nodes)
 
     @property
     def name(self) -> str:
@@ -54,12 +73,12 @@ def find_sites(graph: Graph, weights: Iterable[str]) -> list[Site]:
     """Sites of these weights, in order of execution."""
     position = {node: i for i, node in enumerate(steps_of(graph))}
     nodes = {node.name: node for node in position}
-    found: dict[tuple[fx.Node, ...], list[str]] = {}
-    products: dict[tuple[fx.Node, ...], set[int]] = {}
-    blocks: dict[tuple[fx.Node, ...], str] = {}
+    found: dict[tuple[Read, ...], list[str]] = {}
+    products: dict[tuple[Read, ...], set[int]] = {}
+    blocks: dict[tuple[Read, ...], str] = {}
     for name in weights:
-        ops = graph.products_of(name)
-        key = tuple(dict.fromkeys(_operand(op, nodes[op.node]) for op in ops))
+        ops = graph.products_of(name) or graph.ops_of(name)
+        key = tuple(dict.fromkeys(_read(op, nodes[op.node]) for op in ops))
         found.setdefault(key, []).append(name)
         products.setdefault(key, set()).update(position[nodes[op.node]] for op in ops)
         blocks.setdefault(key, ops[0].block or "")
@@ -109,8 +128,12 @@ def spans_by_value(sites: Sequence[Site], position: dict[fx.Node, int]) -> list[
     return spans
 
 
-def _operand(op: Op, node: fx.Node) -> fx.Node:
-    """The value that a product's matrix is multiplied with."""
+def _read(op: Op, node: fx.Node) -> Read:
+    """The value that a product's matrices are multiplied with."""
+    if op.routed:
+        product = grouped_product(node)
+        assert product is not None, node
+        return Read(product.x, product.ends)
     x = node.args[1] if op.kind == "conv1d" else node.args[0]  # addmm(bias, x, weight)
     assert isinstance(x, fx.Node), node
-    return x
+    return Read(x)

@@ -38,8 +38,12 @@ class Statistics:
             self.squares += torch.linalg.vector_norm(rows, dim=0).double().square()
 
     def settle(self) -> None:
-        """After the last `add`: the parts that were left out are filled in."""
-        if self._gram is not None:
+        """After the last `add`: the parts that were left out are filled in. Columns of which nothing was seen all count alike."""
+        if not self.tokens:
+            self.squares = torch.ones_like(self.squares)
+            if self._gram is not None:
+                self._gram.fill_diagonal_(1.0)
+        elif self._gram is not None:
             upper = self._gram.triu_()
             self._gram = upper + upper.triu(1).t()
             self.squares = self._gram.diagonal().double()

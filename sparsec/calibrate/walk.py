@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from sparsec.calibrate.data import CalibrationData
-from sparsec.calibrate.sites import Site, find_sites, spans_by_block, spans_by_value, steps_of
+from sparsec.calibrate.dataflow import varying, views_of_weights, writes
+from sparsec.calibrate.sites import Read, Site, find_sites, spans_by_block, spans_by_value, steps_of
 from sparsec.calibrate.statistics import SAMPLE, Statistics
 from sparsec.errors import ActivationError
 from sparsec.ir.graph import Graph
 from sparsec.memory import trim
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_Due = dict[fx.Node, list[tuple[Read, Sequence[Sequence[Statistics]]]]]
+"""What can be looked at once a node is computed: for each read the statistics of the sites that it belongs to."""
 FEEDS = ("pruned", "dense")
 ORDERS = ("block", "true")
 
@@ -52,14 +55,15 @@ def calibrate(
     graph: Graph,
     data: CalibrationData,
     weights: Sequence[str],
-    prune: Callable[[Site, Statistics], None],
+    prune: Callable[[Site, Sequence[Statistics]], None],
     *,
     gram: bool = False,
     feed: str = "pruned",
     order: str = "block",
     step: Callable[[int, int], None] | None = None,
 ) -> Profile:
-    """Calls `prune` for every site of the weights, in order of execution, with the statistics of what it reads.
+    """Calls `prune` for every site of the weights, in order of execution, with the statistics of what it reads: of fused experts,
+    those of every expert.
 
     prune: changes masks and weights in the graph. gram: with Gram matrices. feed: `pruned` lets each block read what the pruned
     blocks before it make, `dense` what the unpruned ones make. order: `block` shows every linear of a block the inputs of the
@@ -76,11 +80,11 @@ def calibrate(
     for i, span in enumerate(spans):
         if step is not None:
             step(i, len(spans))
-        seen = {site: Statistics(_width(graph, site), gram, per_call, data.device) for site in span.sites}
-        watched: dict[fx.Node, list[Statistics]] = {}
+        seen = {site: _statistics(graph, site, gram, per_call, data.device) for site in span.sites}
+        watched: dict[Read, list[Sequence[Statistics]]] = {}
         for site, statistics in seen.items():
-            for value in site.values:
-                watched.setdefault(value, []).append(statistics)
+            for read in site.reads:
+                watched.setdefault(read, []).append(statistics)
         last = i + 1 == len(spans)
         again = span.again and feed == "pruned"
         walker.run(span.start, span.end, watched, keep=not (again or last))
@@ -89,8 +93,9 @@ def calibrate(
         trim()
         for site in span.sites:
             statistics = seen.pop(site)
-            statistics.settle()
-            if not statistics.finite:
+            for each in statistics:
+                each.settle()
+            if not all(each.finite for each in statistics):
                 raise ActivationError(_not_finite(site, data))
             with walker.profile.timed("pruning"):
                 prune(site, statistics)
@@ -110,10 +115,11 @@ class _Walker:
         self.graph, self.data, self.profile = graph, data, Profile()
         self.steps = steps_of(graph)
         self.position = {node: i for i, node in enumerate(self.steps)}
+        self.views = views_of_weights(self.steps)
         values = {value for site in sites for value in site.values}
         self.needed = self._ancestors([*values, *self._writing(0, max(self.position[v] for v in values))], 0)
-        self.varying = _varying(self.steps, data, values)
-        self.written = any(_writes(node) for node in self.needed)
+        self.varying = varying(self.steps, data, values)
+        self.written = any(writes(node) for node in self.needed)
         self.last_read = {
             node: max((self.position[u] for u in node.users if u in self.needed), default=-1) for node in self.needed
         }
@@ -130,26 +136,34 @@ class _Walker:
         self.mask: tuple[Tensor, bool] | None = None
         self.rooms: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
-    def run(self, start: int, end: int, watched: Mapping[fx.Node, Sequence[Statistics]], keep: bool) -> None:
+    def run(self, start: int, end: int, watched: Mapping[Read, Sequence[Sequence[Statistics]]], keep: bool) -> None:
         """Runs [start, end) for every call. keep: the walker then stands at `end`; else it stays at `start`."""
-        goals = {node for node in self.needed if keep and self.position[node] < end <= self.last_read[node]}
-        seen = max((self.position[v] for v in watched), default=start)
-        wanted = self._ancestors([*goals, *watched, *self._writing(start, end if keep else seen)], start)
-        steps = [node for node in self.steps[start:end] if node in wanted]
+        alive = (n for n in self.needed - self.views if keep and self.position[n] < end <= self.last_read[n])
+        goals = set(alive)
+        shown = [node for read in watched for node in read.nodes]
+        seen = max((self.position[v] for v in shown), default=start)
+        wanted = self._ancestors([*goals, *shown, *self._writing(start, end if keep else seen)], start)
+        steps = [n for n in self.steps[:end] if n in wanted and (self.position[n] >= start or n in self.views)]
         until = {n: max((self.position[u] for u in n.users if u in wanted), default=-1) for n in wanted}
-        written = any(_writes(node) for node in steps)
+        due: _Due = {}
+        for read, statistics in watched.items():
+            last = max(read.nodes, key=self.position.__getitem__)
+            due.setdefault(last, []).append((read, statistics))
+            until.update((node, max(until[node], self.position[last])) for node in read.nodes)
+        written = any(writes(node) for node in steps)
         tensors: dict[fx.Node, Any] = {}  # stored ones, read through their masks; dropped at the end
         shared = dict(self.shared) if keep or not written else _cloned(self.shared)
-        varying = [node for node in steps if node in self.varying]
+        changing = [node for node in steps if node in self.varying]
         forget = {n: p for n, p in until.items() if n in self.varying and n not in goals}
         for i, call in enumerate(self.data.calls):
             # A copy: what was alive before stays, for another run or for its memory.
             values = _cloned(self.states[i]) if written and not keep else dict(self.states[i])
-            for node, statistics in watched.items():
+
+            for node in due:
                 if self.position[node] < start:
-                    self._watch(statistics, values[node])
+                    self._watch(due, node, values)
             # The first call makes what is the same for all.
-            self._execute(varying if i else steps, call, tensors, shared, values, watched, forget)
+            self._execute(changing if i else steps, call, tensors, shared, values, due, forget)
             if keep:
                 self.states[i] = self._stored(i, {n: v for n, v in values.items() if n in goals})
         if keep:
@@ -162,7 +176,7 @@ class _Walker:
         tensors: dict[fx.Node, Any],
         shared: dict[fx.Node, Any],
         values: dict[fx.Node, Any],
-        watched: Mapping[fx.Node, Sequence[Statistics]],
+        due: _Due,
         forget: Mapping[fx.Node, int],
     ) -> None:
         """Runs steps; results go to `values`, or to `shared` where they are the same for every call."""
@@ -185,8 +199,7 @@ class _Walker:
                         args, kwargs = self._causal(args, kwargs)
                     result = node.target(*args, **kwargs)  # type: ignore[operator]
             (values if node in self.varying else shared)[node] = result
-            if node in watched:
-                self._watch(watched[node], result)
+            self._watch(due, node, values)
             for used in node.all_input_nodes:
                 if forget.get(used, -1) == self.position[node]:
                     values.pop(used, None)
@@ -231,17 +244,26 @@ class _Walker:
             self.rooms[key] = [torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(count)]
         return self.rooms[key].pop()
 
-    def _watch(self, statistics: Sequence[Statistics], x: Tensor) -> None:
-        with self.profile.timed("statistics"):
-            for each in statistics:
-                each.add(x)
+    def _watch(self, due: _Due, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+        """Looks at what is complete now that `node` is computed."""
+        for read, sites in due.get(node, ()):
+            with self.profile.timed("statistics"):
+                x = values[read.x]
+                ends = () if read.ends is None else values[read.ends].tolist()
+                parts = [x[a:b] for a, b in pairwise((0, *ends))] if ends else [x]
+                for statistics in sites:
+                    for each, part in zip(statistics, parts, strict=True):
+                        each.add(part)
 
     def _writing(self, start: int, end: int) -> list[fx.Node]:
         """Steps that write to a tensor in place: what they change may be read through another view of it."""
-        return [node for node in self.steps[start:end] if _writes(node)]
+        return [node for node in self.steps[start:end] if writes(node)]
 
     def _ancestors(self, nodes: Iterable[fx.Node], start: int) -> set[fx.Node]:
-        """The nodes and all that they are computed from, from position `start` on; those before it that are read are in it too."""
+        """The nodes and all that they are computed from, from position `start` on; those before it that are read are in it too.
+
+        What is made of stored tensors alone is made anew, since pruning may have changed them.
+        """
         found: set[fx.Node] = set()
         waiting = list(nodes)
         while waiting:
@@ -249,7 +271,7 @@ class _Walker:
             if node in found or node not in self.position:
                 continue
             found.add(node)
-            if self.position[node] >= start:
+            if self.position[node] >= start or node in self.views:
                 waiting += node.all_input_nodes
         return found
 
@@ -258,42 +280,12 @@ def _cloned(values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
     return {node: value.clone() if isinstance(value, Tensor) else value for node, value in values.items()}
 
 
-def _varying(steps: Sequence[fx.Node], data: CalibrationData, values: set[fx.Node]) -> set[fx.Node]:
-    """Nodes whose values differ from call to call, and `values`. Sizes do not differ, if the calls have the same shapes."""
-    if not data.uniform:
-        return set(steps)
-    placeholders = [node for node in steps if node.op == "placeholder"]
-    found = {
-        n for i, n in enumerate(placeholders) if any(call[i] is not data.calls[0][i] for call in data.calls)
-    } | values
-    size = -1
-    while size != len(found):
-        size = len(found)
-        for node in steps:
-            if "sym_size" not in str(node.target) and any(used in found for used in node.all_input_nodes):
-                found.add(node)
-                if _writes(node):  # what it writes to, through whatever views, is no longer the same for all
-                    found |= _origins(node.all_input_nodes[0])
-    return found
-
-
-def _origins(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node.op == "call_function" and node not in found and "sym_size" not in str(node.target):
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
-
-
-def _width(graph: Graph, site: Site) -> int:
-    return graph.weights[site.weights[0]].matrix_shape[1]
+def _statistics(graph: Graph, site: Site, gram: bool, per_call: int, device: torch.device) -> list[Statistics]:
+    """One, or one for every expert."""
+    weight = graph.weights[site.weights[0]]
+    count = weight.shape[0] if weight.kind == "experts" else 1
+    rows = -(-per_call // count)
+    return [Statistics(weight.matrix_shape[1], gram, rows, device) for _ in range(count)]
 
 
 def _not_finite(site: Site, data: CalibrationData) -> str:

@@ -49,6 +49,8 @@ class Pruned:
 
     criterion: str  # the pass
     target: float  # the sparsity asked for, for this weight
+    allocation: str = "uniform"  # how the target came to be
+    measure: float | None = None  # what the allocation derived it from
     error_masked: float | None = None  # by the mask alone
     error: float | None = None  # with the weights that the pass left
 
@@ -61,9 +63,10 @@ class Weight:
     aliases: tuple[str, ...]  # its other names, in the model's order
     kind: WeightKind
     group: Group
-    shape: tuple[int, ...]  # as stored: [in, out] for conv1d
+    shape: tuple[int, ...]  # as stored: [in, out] for conv1d, one matrix after the other for experts
     dtype: torch.dtype
     owners: tuple[str, ...] = ()  # paths of the modules that execute it, in order of execution
+    transposed: bool = False  # stored as [..., in, out]
     mask: Tensor | None = None  # bool, shape as stored, True where kept
     pattern: str | None = None  # of the mask: "unstructured", ...
     pruned: Pruned | None = None  # how its mask was made
@@ -79,9 +82,10 @@ class Weight:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of a linear or conv1d weight."""
-        assert len(self.shape) == 2, self.name
-        return (self.shape[1], self.shape[0]) if self.kind == "conv1d" else (self.shape[0], self.shape[1])
+        """(out_features, in_features) of a linear or conv1d weight, or of each expert's."""
+        assert len(self.shape) == (3 if self.kind == "experts" else 2), self.name
+        rows, columns = self.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def nbytes_dense(self) -> int:
@@ -134,6 +138,7 @@ class Op:
     kernel: str | None = None  # once lowered
     members: tuple[str, ...] = ()  # of a fused product: its matrices, in the order of its results; else empty
     member_kernels: tuple[str | None, ...] = ()  # of a fused product: one per member
+    routed: bool = False  # of a grouped product: its rows can be told apart by expert
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ Passes change a graph in place; `copy()` first to keep the old one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,14 +54,24 @@ class Graph:
         if weight.packed is not None:
             return weight.packed.unpack()
         tensor = self.tensor(name).detach()
-        return tensor.t() if weight.kind == "conv1d" else tensor
+        return tensor.t() if weight.transposed else tensor
 
     def mask_matrix(self, name: str) -> Tensor | None:
         """The mask as [out, in]; a view."""
         weight = self.weights[name]
-        if weight.mask is None:
-            return None
-        return weight.mask.t() if weight.kind == "conv1d" else weight.mask
+        return weight.mask.t() if weight.mask is not None and weight.transposed else weight.mask
+
+    def matrices(self, name: str) -> list[Tensor]:
+        """The dense matrices [out, in] that a weight holds: one, or one for every expert. Views, with no mask applied."""
+        weight = self.weights[name]
+        return _matrices(weight, self.tensor(name).detach())
+
+    def mask_matrices(self, name: str) -> list[Tensor] | list[None]:
+        """Their masks [out, in]; views."""
+        weight = self.weights[name]
+        if weight.mask is not None:
+            return _matrices(weight, weight.mask)
+        return [None] * (weight.shape[0] if weight.kind == "experts" else 1)
 
     def update(self, name: str, **changes: Any) -> Weight:
         """Replaces the record of one weight."""
@@ -80,9 +90,14 @@ class Graph:
         """Linear products among them: what pruning is for and what lowering rewrites."""
         return [op for op in self.ops_of(weight) if op.kind in MATRIX_KINDS]
 
-    def prunable(self, name: str) -> bool:
+    def is_linear(self, name: str) -> bool:
         """Whether the weight is the matrix of a linear product (a tied lm_head is one too: its table is also an embedding)."""
         return bool(self.products_of(name))
+
+    def prunable(self, name: str) -> bool:
+        """Whether it holds matrices that can be masked: that of a linear product, or those of fused experts."""
+        ops = self.ops_of(name)
+        return self.is_linear(name) or (bool(ops) and all(op.routed for op in ops))
 
     def forget(self, facts: frozenset[str]) -> None:
         """These facts no longer hold; what was counted under them is dropped, so that nobody reads a stale figure."""
@@ -94,15 +109,16 @@ class Graph:
                 if weight.packed is None:
                     self.update(weight.name, nnz=None)
 
-    def write_matrix(self, name: str, matrix: Tensor, in_place: bool) -> None:
-        """Another matrix [out, in] for a linear or conv1d weight, converted to its dtype; in_place overwrites the stored tensor."""
-        weight = self.weights[name]
-        stored = (matrix.t() if weight.kind == "conv1d" else matrix).to(weight.dtype)
-        if in_place:
-            with torch.no_grad():
-                self.tensor(name).copy_(stored)
-        else:
-            self.replace_tensor(name, stored.contiguous())
+    def write_matrices(self, name: str, matrices: Sequence[Tensor], in_place: bool) -> None:
+        """Other matrices [out, in] for a weight, converted to its dtype; in_place overwrites the stored tensor."""
+        tensor = self.tensor(name)
+        if not in_place:
+            tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            for place, matrix in zip(_matrices(self.weights[name], tensor), matrices, strict=True):
+                place.copy_(matrix)
+        if not in_place:
+            self.replace_tensor(name, tensor.detach())
 
     def replace_tensor(self, name: str, tensor: Tensor) -> None:
         """Puts another tensor in a weight's place, in this graph only."""
@@ -142,6 +158,12 @@ class Graph:
             notes=list(self.notes),
             example=self.example,
         )
+
+
+def _matrices(weight: Weight, stored: Tensor) -> list[Tensor]:
+    """[out, in], one or one for every expert."""
+    turned = stored.transpose(-1, -2) if weight.transposed else stored
+    return list(turned.unbind()) if weight.kind == "experts" else [turned]
 
 
 class _MaskedInterpreter(fx.Interpreter):

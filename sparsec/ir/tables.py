@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from sparsec.ir.experts import grouped_product
 from sparsec.ir.facts import Dim, Group, Op, Weight, WeightKind
 from sparsec.ir.groups import Structure
 from sparsec.ir.recognise import Read, owner_of, sources
@@ -87,7 +88,8 @@ def _op(r: Read, findings: Findings, names: Mapping[fx.Node, str], experts: dict
     group, members = _group(r, findings, experts), findings.members(r)
     block = findings.structure.block(owner)
     op = Op(names[r.node], r.kind, owner, group, findings.names(r), findings.shapes[r.node], block)
-    return replace(op, members=members, member_kernels=(None,) * len(members))
+    routed = r.kind == "grouped_linear" and r.matrix is not None and grouped_product(r.node) is not None
+    return replace(op, members=members, member_kernels=(None,) * len(members), routed=routed)
 
 
 def _group(r: Read, findings: Findings, experts: dict[str, int]) -> Group:
@@ -141,7 +143,8 @@ def weights_table(findings: Findings) -> tuple[dict[str, Weight], list[str]]:
             leading = next((r for r in reads if r.kind == "embedding"), reads[0])
             group = _group(leading, findings, experts)
             owners = tuple(dict.fromkeys(findings.owner_of(r, first) for r in reads))
-            weight = replace(weight, kind=kind, group=group, owners=owners, reason=reason)
+            transposed = kind == "conv1d" or (kind == "experts" and any(_transposed(r) for r in reads))
+            weight = replace(weight, kind=kind, group=group, owners=owners, reason=reason, transposed=transposed)
             if reason is not None:
                 notes.append(f"{first}: left dense, {reason}")
         else:
@@ -177,6 +180,12 @@ def _kind(name: str, reads: list[Read], findings: Findings) -> tuple[WeightKind,
     if leading in ("linear", "conv1d") and others:
         return leading, f"it is also read as a plain tensor ({', '.join(others)})"
     return leading, None
+
+
+def _transposed(r: Read) -> bool:
+    """Whether the experts that it multiplies by are stored as [experts, in, out]."""
+    product = grouped_product(r.node)
+    return product is not None and product.transposed
 
 
 def _unread_kind(model: nn.Module, name: str) -> WeightKind:

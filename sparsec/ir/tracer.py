@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from sparsec.errors import TraceError
 from sparsec.ir.example_inputs import ExampleInputs, example_call
 from sparsec.ir.export import Exported, export
-from sparsec.ir.facts import Weight
+from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph, fetch
 from sparsec.ir.groups import Structure
 from sparsec.ir.names import node_names
@@ -51,21 +51,24 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Grap
         notes.append(
             f"{type(model).__name__} was in train mode and is traced in eval mode: dropout does nothing in the graph"
         )
-    notes += _experts_note(weights)
+    notes += _experts_note(weights, ops)
     inputs = tuple(name for name in exported.inputs if name is not None)
     example = tuple(call.tensors[name] for name in inputs)
     module = _module(model, exported.module, graph)
     return Graph(module, weights, ops, inputs, exported.rung, notes=notes, example=example)
 
 
-def _experts_note(weights: dict[str, Weight]) -> list[str]:
-    """Most of an MoE model's weights are fused experts; that they stay dense must not go unsaid."""
-    fused = [w for w in weights.values() if w.kind == "experts"]
+def _experts_note(weights: dict[str, Weight], ops: dict[str, Op]) -> list[str]:
+    """Most of an MoE model's weights are fused experts; where they cannot be pruned, that must not go unsaid."""
+    unknown = {op.weights[0] for op in ops.values() if op.kind == "grouped_linear" and op.weights and not op.routed}
+    fused = [w for w in weights.values() if w.kind == "experts" and w.name in unknown]
     if not fused:
         return []
     share = sum(w.numel for w in fused) / sum(w.numel for w in weights.values())
     which = f"{100 * share:.0f} % of all parameters; {fused[0].name}, ..."
-    return [f"{len(fused)} fused expert weights ({which}) stay dense: no pass prunes them"]
+    return [
+        f"{len(fused)} fused expert weights ({which}) stay dense: how their product sorts rows by expert is not recognised"
+    ]
 
 
 def _tidy(module: fx.GraphModule, model: nn.Module) -> dict[fx.Node, str]:

@@ -18,6 +18,7 @@ from sparsec.errors import PipelineError, SpecError, WeightError
 from sparsec.ir.facts import Pruned, Weight
 from sparsec.ir.graph import Graph
 from sparsec.patterns import CHUNK, Pattern
+from sparsec.pipeline.allocation import CALIBRATED, Share, Table, allocate, check_allocation, check_spread, stored_mask
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
 from sparsec.pipeline.selection import select
@@ -30,7 +31,9 @@ class PruningPass(Pass):
     """Masks weights of linear layers until a share of them is zero.
 
     sparsity: share of zeros; an N:M pattern says it by itself. pattern: `unstructured`, `N:M` (`2:4` keeps two of every four
-    neighbours in a row) or `block:RxC`. targets and ignore select weights; by default all of attention and MLP.
+    neighbours in a row) or `block:RxC`. allocation: how the zeros are shared out among layers: `uniform`, `global`, `owl`,
+    `alphapruning`, `sensitivity`, or pairs of a pattern and a sparsity; spread: how far apart layers then are. targets and ignore
+    select weights; by default all of attention, MLP and experts.
     """
 
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -40,6 +43,8 @@ class PruningPass(Pass):
 
     sparsity: float | None = None
     pattern: str = field(default="unstructured", kw_only=True)
+    allocation: str | Table = field(default="uniform", kw_only=True)
+    spread: float | None = field(default=None, kw_only=True)
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
@@ -51,8 +56,17 @@ class PruningPass(Pass):
         if fixed is not None and abs(sparsity - fixed) > _SLACK:
             raise SpecError(f"pattern {self.pattern!r} makes a sparsity of {fixed:g}, got {sparsity:g}; leave one out")
         object.__setattr__(self, "sparsity", sparsity)
+        object.__setattr__(self, "allocation", check_allocation(self.allocation))
+        check_spread(self.spread, self.allocation)
+        if fixed is not None and self.allocation != "uniform":
+            raise SpecError(f"pattern {self.pattern!r} makes every layer equally sparse; leave allocation out")
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the allocation has to see what layers are given."""
+        return self.allocation in CALIBRATED
 
     @property
     def share(self) -> float:
@@ -70,9 +84,21 @@ class PruningPass(Pass):
             check_finite(graph.tensor(weight.name), weight)
         return chosen
 
-    def record(self, graph: Graph, weight: Weight, mask: Tensor, pruned: Pruned) -> None:
-        """Writes one weight's mask [out, in] down."""
-        stored = mask.t().contiguous() if weight.kind == "conv1d" else mask
+    def shares(self, graph: Graph, chosen: Sequence[Weight], context: Context) -> dict[str, Share]:
+        """How sparse each weight shall be. Raises PipelineError, SelectionError, ActivationError."""
+        if self.needs_calibration and context.calibration is None:
+            raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
+        pattern = Pattern.parse(self.pattern)
+        return allocate(graph, chosen, self.share, pattern, self.allocation, self.spread, context)
+
+    def pruned(self, share: Share, error_masked: float | None = None, error: float | None = None) -> Pruned:
+        """The record of a weight that got this share."""
+        allocation = self.allocation if isinstance(self.allocation, str) else "table"
+        return Pruned(self.name, share.sparsity, allocation, share.measure, error_masked, error)
+
+    def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
+        """Writes the masks [out, in] of one weight's matrices down."""
+        stored = stored_mask(weight, masks)
         graph.update(weight.name, mask=stored, pattern=self.pattern, frozen=False, nnz=None, pruned=pruned)
 
     def result(self, graph: Graph, chosen: Sequence[Weight], how: str, notes: Sequence[str] = ()) -> PassResult:
@@ -111,12 +137,16 @@ class CalibratedPruning(PruningPass):
 
     @abstractmethod
     def prune(
-        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], statistics: Statistics
+        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], shares: Sequence[float], statistics: Statistics
     ) -> tuple[list[Tensor], list[Tensor] | None, list[str]]:
         """Masks [out, in], new weights where they change, and notes, for matrices [out, in] that read the same values.
 
-        old: earlier masks; what they removed is zero in the matrices.
+        old: earlier masks; what they removed is zero in the matrices. shares: how sparse each of them shall be.
         """
+
+    def enough(self, in_features: int) -> int:
+        """Of how many tokens an expert must have seen for its statistics to be trusted."""
+        return 128
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises PipelineError without calibration data, ActivationError, SelectionError, WeightError."""
@@ -124,23 +154,24 @@ class CalibratedPruning(PruningPass):
         if data is None:
             raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
         chosen = self.selected(graph)
+        shares = self.shares(graph, chosen, context)
         notes: list[str] = []
 
-        def prune(site: Site, statistics: Statistics) -> None:
-            weights = [graph.weights[name] for name in site.weights]
-            old = [graph.mask_matrix(name) for name in site.weights]
-            before = [_masked(graph.matrix(n), mask) for n, mask in zip(site.weights, old, strict=True)]
-            masks, updated, said = self.prune(before, old, statistics)
-            notes.extend(f"{', '.join(site.weights)}: {text}" for text in said)
-            sample = statistics.sample
-            for i, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
-                cut = _masked(before[i], mask)
-                error = masked_error = _relative_error(before[i], cut, sample)
-                if updated is not None:
-                    error = _relative_error(before[i], updated[i].to(weight.dtype), sample)
-                    graph.write_matrix(weight.name, updated[i], in_place=context.owns_weights)
-                pruned = Pruned(self.name, self.share, masked_error, error)
-                self.record(graph, weight, mask, pruned)
+        def prune(site: Site, statistics: Sequence[Statistics]) -> None:
+            settled = [_Settled(graph, name, shares[name].sparsity) for name in site.weights]
+            for e, each in enumerate(statistics):
+                old = [s.old[e] for s in settled]
+                before = [_masked(s.matrices[e], mask) for s, mask in zip(settled, old, strict=True)]
+                masks, updated, said = self.prune(before, old, [s.share for s in settled], each)
+                which = ", ".join(site.weights) + (f", expert {e}" if len(statistics) > 1 else "")
+                notes.extend(f"{which}: {text}" for text in said)
+                for i, s in enumerate(settled):
+                    s.add(before[i], masks[i], None if updated is None else updated[i], each.sample)
+            notes.extend(self._unseen(site, statistics))
+            for s in settled:
+                if s.updated:
+                    graph.write_matrices(s.weight.name, s.updated, in_place=context.owns_weights)
+                self.record(graph, s.weight, s.masks, self.pruned(shares[s.weight.name], *s.errors))
 
         profile = calibrate(
             graph,
@@ -154,6 +185,47 @@ class CalibratedPruning(PruningPass):
         )
         how = f"on {data.source}; {profile}"
         return self.result(graph, chosen, how, notes)
+
+    def _unseen(self, site: Site, statistics: Sequence[Statistics]) -> list[str]:
+        """Experts to which the text sent no token, or too few."""
+        if len(statistics) == 1:
+            return []
+        needed = self.enough(len(statistics[0].squares))
+        none = [str(e) for e, each in enumerate(statistics) if not each.tokens]
+        few = [f"{e} ({each.tokens})" for e, each in enumerate(statistics) if 0 < each.tokens < needed]
+        said = []
+        if none:
+            said.append(f"experts {', '.join(none)} saw no token of the text; their masks are by magnitude alone")
+        if few:
+            said.append(f"experts {', '.join(few)} saw fewer than {needed} tokens; calibrate on more text")
+        return [f"{', '.join(site.weights)}: {text}" for text in said]
+
+
+class _Settled:
+    """One weight while its matrices are pruned one by one."""
+
+    def __init__(self, graph: Graph, name: str, share: float) -> None:
+        self.weight, self.share = graph.weights[name], share
+        self.matrices, self.old = graph.matrices(name), graph.mask_matrices(name)
+        self.masks: list[Tensor] = []
+        self.updated: list[Tensor] = []
+        self._dense = self._masked = self._lost = 0.0
+
+    def add(self, before: Tensor, mask: Tensor, updated: Tensor | None, sample: Tensor) -> None:
+        """The next matrix. sample: rows [rows, in] that it reads."""
+        self.masks.append(mask)
+        self._dense += _squares(before, sample)
+        masked = _squares(before.float() - _masked(before, mask).float(), sample)
+        self._masked += masked
+        if updated is not None:
+            self.updated.append(updated)
+            masked = _squares(before.float() - updated.to(self.weight.dtype).float(), sample)
+        self._lost += masked
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """By the masks, and with the updates: mean square of the change of the outputs over that of the outputs."""
+        return (self._masked / self._dense, self._lost / self._dense) if self._dense > 0 else (0.0, 0.0)
 
 
 NO_CALIBRATION = (
@@ -184,8 +256,6 @@ def _masked(matrix: Tensor, mask: Tensor | None) -> Tensor:
     )
 
 
-def _relative_error(before: Tensor, after: Tensor, sample: Tensor) -> float:
-    """Mean square of (before - after) @ x over that of before @ x, on sampled rows x [rows, in]."""
-    dense = (sample @ before.float().t()).square().sum(dtype=torch.float64)
-    lost = (sample @ (before.float() - after.float()).t()).square().sum(dtype=torch.float64)
-    return float(lost / dense) if dense > 0 else 0.0
+def _squares(matrix: Tensor, sample: Tensor) -> float:
+    """Sum of the squares of matrix @ x over sampled rows x [rows, in]."""
+    return float((sample @ matrix.float().t()).square().sum(dtype=torch.float64))

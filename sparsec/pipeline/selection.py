@@ -16,14 +16,14 @@ from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import GROUPS, Weight
 from sparsec.ir.graph import Graph
 
-DEFAULT_TARGETS: tuple[str, ...] = ("attention", "mlp")
+DEFAULT_TARGETS: tuple[str, ...] = ("attention", "mlp", "experts")
 
 
 def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -> list[Weight]:
     """Weights of linear products that a pass works on, in the order of the table.
 
-    targets: patterns, or None for the attention and MLP linears. Raises SelectionError for a pattern that matches nothing, or
-    nothing that could be pruned.
+    targets: patterns, or None for attention, MLP and experts. Raises SelectionError for a pattern that matches nothing, or nothing
+    that could be pruned.
     """
     for pattern in ignore:
         _matches(graph, pattern, "ignore")
@@ -92,11 +92,7 @@ def _matches(graph: Graph, pattern: str, option: str) -> list[Weight]:
 
 def _why(found: Iterable[Weight]) -> str:
     kinds = sorted({w.kind for w in found})
-    return (
-        f" (found: {', '.join(kinds)}; fused experts stay dense)"
-        if "experts" in kinds
-        else f" (found: {', '.join(kinds)})"
-    )
+    return f" (found: {', '.join(kinds)})"
 
 
 def _groups(graph: Graph) -> str:

@@ -30,7 +30,7 @@ class Predicted:
 
 def known_calibration(graph: Graph) -> Calibration | None:
     """What is known of this machine without measuring; None where nothing is, or the cost model has nothing to say."""
-    weights = [w for w in graph.weights.values() if graph.prunable(w.name)]
+    weights = [w for w in graph.weights.values() if graph.is_linear(w.name)]
     if not weights or not status().built:
         return None
     found = calibrate(list(dict.fromkeys(w.dtype for w in weights)), measuring=False)

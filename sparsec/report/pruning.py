@@ -8,6 +8,17 @@ from sparsec.report.records import LayerRow
 from sparsec.report.table import heading, paragraph, percent, shorten, table
 
 _NAME = 48
+_MEASURES = {
+    "owl": ("outliers", "share of scores |W| * ||X_col|| above 5 times the block's mean"),
+    "alphapruning": (
+        "exponent",
+        "of the power law that the spectra's upper halves follow, mean over the block's matrices",
+    ),
+    "sensitivity": (
+        "divergence",
+        "of the model's outputs from the dense ones, in nats, with this block alone pruned to the target",
+    ),
+}
 
 
 def pruning_lines(layers: Sequence[LayerRow]) -> list[str]:
@@ -36,7 +47,27 @@ def pruning_lines(layers: Sequence[LayerRow]) -> list[str]:
             "error: mean square of the change of a layer's outputs over that of its dense outputs, on sampled calibration tokens; "
             f"mean {_error(mean)}, worst {_error(worst.error)} in {worst.name.removesuffix('.weight')}"
         )
-    return lines
+    return lines + _allocation(pruned)
+
+
+def _allocation(pruned: Sequence[LayerRow]) -> list[str]:
+    """How sparse each block was asked to become, where not all were asked the same."""
+    chosen = [row for row in pruned if row.allocation not in (None, "uniform")]
+    if not chosen:
+        return []
+    what, text = _MEASURES.get(str(chosen[0].allocation), ("measure", ""))
+    blocks: dict[str, list[LayerRow]] = {}
+    for row in chosen:
+        blocks.setdefault(row.block or row.name.removesuffix(".weight"), []).append(row)
+    lines = heading(f"Allocation: {chosen[0].allocation}")
+    body = []
+    for name, rows in blocks.items():
+        targets = sorted({round(row.sparsity_target or 0.0, 6) for row in rows})
+        span = percent(targets[0], 2) + (f" - {percent(targets[-1], 2)}" if targets[1:] else "")
+        measure = rows[0].allocation_measure
+        body.append((shorten(name, _NAME), str(len(rows)), span, "-" if measure is None else f"{measure:.6g}"))
+    lines += table(("block", "weights", "target", what), body)
+    return lines + (paragraph(f"{what}: {text}") if text else [])
 
 
 def _error(value: float | None) -> str:

@@ -44,6 +44,11 @@ class LayerRow:
         None  # of its outputs on calibration tokens, mean square over that of dense ones: by the mask
     )
     error: float | None = None  # with the weights that the pass left
+    block: str | None = None  # path of the repeated block that it is in
+    allocation: str | None = (
+        None  # how its target came to be: uniform, global, owl, ..., table; None where no pass pruned it
+    )
+    allocation_measure: float | None = None  # what the allocation derived it from
     binds: str | None = None  # the roof that binds, by the cost model: bytes, decode, flops or call
 
     @property

@@ -50,6 +50,15 @@ LAYER: Keys = {
     "bytes_mask": ((int,), "of the mask, while there is one"),
     "criterion": ((str, NONE), "the pass that pruned it; null where none did"),
     "sparsity_target": ((*NUMBER, NONE), "the share of zeros that it was asked to reach"),
+    "block": ((str, NONE), "path of the repeated block that it is in; null outside of the blocks"),
+    "allocation": (
+        (str, NONE),
+        "how the target came to be: uniform, global, owl, alphapruning, sensitivity or table; null where no pass pruned it",
+    ),
+    "allocation_measure": (
+        (*NUMBER, NONE),
+        "of its block, what that was derived from: share of outliers, exponent of the spectra, divergence; else null",
+    ),
     "error_masked": (
         (*NUMBER, NONE),
         "of its outputs on sampled calibration tokens: mean square of the change over that of the dense outputs, by the mask alone",

@@ -30,7 +30,7 @@ def dense_reason(row: LayerRow) -> str | None:
         case "bias":
             return "bias: a vector"
         case "experts":
-            return "fused experts: no pass prunes them"
+            return "fused experts: no pass pruned them"
     return "not a matrix of a linear layer"
 
 

@@ -1,0 +1,42 @@
+"""How far the outputs of two models are apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 256
+"""Of logits looked at together: 50 MB of float32 at a vocabulary of 49,152."""
+
+
+def kl_rows(dense: Tensor, other: Tensor) -> Tensor:
+    """KL(dense || other) of the next-token distributions, in nats.
+
+    dense, other: logits [rows, vocabulary] of any float dtype. Returns float32 [rows].
+    """
+    parts = []
+    for a, b in zip(torch.split(dense, ROWS), torch.split(other, ROWS), strict=True):
+        p, q = F.log_softmax(a.float(), dim=-1), F.log_softmax(b.float(), dim=-1)
+        parts.append(F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1))
+    return torch.cat(parts)
+
+
+def divergence(dense: Any, other: Any) -> float:
+    """Of what two models return for the same call: mean KL divergence where there are `logits`, else relative squared error."""
+    if hasattr(dense, "logits"):
+        a, b = dense.logits, other.logits
+        return max(0.0, float(kl_rows(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).double().mean()))
+    a, b = first_tensor(dense).double(), first_tensor(other).double()
+    scale = float(a.square().sum())
+    return float((a - b).square().sum()) / scale if scale else 0.0
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first float tensor in a tensor, a sequence or a mapping. Raises TypeError where there is none."""
+    for item in (output,) if isinstance(output, Tensor) else tuple(getattr(output, "values", lambda: output)()):
+        if isinstance(item, Tensor) and item.is_floating_point():
+            return item
+    raise TypeError(f"no float tensor in a {type(output).__name__}")

@@ -1,0 +1,302 @@
+"""How sparse each layer becomes, when all together are to reach one sparsity.
+
+uniform        every layer the same
+global         what one threshold over all weights leaves to each
+owl            blocks with more outliers keep more (Yin et al. 2023, arXiv:2310.05175)
+alphapruning   blocks whose spectra have heavier tails keep more (Lu et al. 2024, arXiv:2410.10912)
+sensitivity    blocks whose pruning alone hurts the model's outputs more keep more
+a table        patterns and the sparsity of what they match; later ones count, and what none matches has that of the pass
+
+The measured ones work on blocks, as their papers do: all layers of a block become equally sparse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.calibrate import Site, Statistics, calibrate
+from sparsec.errors import PipelineError, SelectionError, SpecError, WeightError
+from sparsec.ir.facts import Weight
+from sparsec.ir.graph import Graph
+from sparsec.metrics import divergence
+from sparsec.patterns import Pattern, blocks, unstructured, unstructured_rows
+from sparsec.pipeline.base import Context
+from sparsec.pipeline.options import check_choice, check_sparsity
+from sparsec.pipeline.selection import matches
+
+Table = tuple[tuple[str, float], ...]
+SPREADS = {"owl": 0.08, "alphapruning": 0.3, "sensitivity": 0.08}
+"""Default of `spread`. owl, sensitivity: the sparsest block is 2 * spread above the densest (the paper's lambda is 0.08).
+alphapruning: before they are scaled to the total, sparsities are between 1 - spread and 1 + spread (the paper's tau is 0.3)."""
+CALIBRATED = frozenset({"owl", "sensitivity"})
+KINDS = ("uniform", "global", *SPREADS)
+OUTLIER = 5.0
+"""An outlier is this many times the mean of its block: the paper's M."""
+TOKENS = 2048
+"""Of the calibration data, how many the model is run on for the sensitivity of each block."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one layer gets. measure: what it was derived from; None where nothing was measured."""
+
+    sparsity: float
+    measure: float | None = None
+
+
+def check_allocation(value: Any) -> str | Table:
+    """One of KINDS, or a table as pairs or a mapping. Raises SpecError."""
+    if isinstance(value, str):
+        return str(check_choice(value, "allocation", KINDS))
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple | list) or not pairs or not all(_is_pair(pair) for pair in pairs):
+        raise SpecError(
+            f"allocation must be one of {', '.join(map(repr, KINDS))}, or pairs of a pattern and a sparsity such as "
+            f"(('layers.0.*', 0.3), ('mlp', 0.6)), got {value!r}"
+        )
+    return tuple(
+        (pattern, check_sparsity(share, f"allocation: the sparsity of {pattern!r}")) for pattern, share in pairs
+    )
+
+
+def check_spread(value: Any, allocation: str | Table) -> None:
+    """Raises SpecError for a spread where there is none, or one outside of (0, 1)."""
+    if value is None:
+        return
+    if not isinstance(allocation, str) or allocation not in SPREADS:
+        raise SpecError(f"spread is an option of allocation {', '.join(map(repr, SPREADS))}; leave it out")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise SpecError(f"spread must be in (0, 1), got {value!r}; the paper's is {SPREADS[allocation]}")
+
+
+def allocate(
+    graph: Graph,
+    chosen: Sequence[Weight],
+    sparsity: float,
+    pattern: Pattern,
+    allocation: str | Table,
+    spread: float | None,
+    context: Context,
+) -> dict[str, Share]:
+    """By weight name. All together are `sparsity` sparse, a table aside.
+
+    Raises PipelineError for a share that no layer can give, SelectionError for a table that names what is not pruned.
+    """
+    if not isinstance(allocation, str):
+        return _by_table(graph, chosen, sparsity, allocation)
+    if allocation == "uniform":
+        return {w.name: Share(sparsity) for w in chosen}
+    if allocation == "global":
+        return _checked(_by_threshold(graph, chosen, sparsity, pattern), allocation, None)
+    members = _by_block(graph, chosen)
+    sizes = [sum(w.numel for w in group) for group in members.values()]
+    spread = SPREADS[allocation] if spread is None else spread
+    if allocation == "owl":
+        measured = _outliers(graph, members, context)
+        found = _around([-m for m in measured], sizes, sparsity, spread)
+    elif allocation == "alphapruning":
+        measured = _tails(graph, members, context)
+        found = _scaled(measured, sizes, sparsity, spread)
+    else:
+        measured = _sensitivities(graph, members, sparsity, context)
+        # If the loss grows exponentially with the sparsity, equal slopes are at equal distances in the logarithm.
+        found = _around([-math.log(max(m, 1e-12)) for m in measured], sizes, sparsity, spread)
+    by_block = dict(zip(members, map(Share, found, measured), strict=True))
+    _checked(by_block, allocation, spread)
+    return {w.name: by_block[block] for block, group in members.items() for w in group}
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) and bool(pair[0])
+
+
+def _checked(shares: dict[str, Share], allocation: str, spread: float | None) -> dict[str, Share]:
+    for name, share in shares.items():
+        if not 0 <= share.sparsity < 1:
+            hint = f"a spread below {spread:g}, " if spread is not None else ""
+            raise PipelineError(
+                f"{name}: allocation={allocation!r} would make it {share.sparsity:.3f} sparse, and a layer can give from 0 to "
+                f"less than 1; take {hint}a lower sparsity, or allocation='uniform'"
+            )
+    return shares
+
+
+def _by_table(graph: Graph, chosen: Sequence[Weight], sparsity: float, table: Table) -> dict[str, Share]:
+    shares = {w.name: Share(sparsity) for w in chosen}
+    for pattern, share in table:
+        found = [w for w in chosen if matches(graph, w, pattern)]
+        if not found:
+            others = [w.name for w in graph.weights.values() if matches(graph, w, pattern)]
+            owners = [(w.owners or (w.name,))[0] for w in chosen]
+            why = (
+                f"matches {others[0]}, which this pass does not prune; add it to targets"
+                if others
+                else f"matches nothing in this model; pruned are {', '.join(owners[:3])}{', ...' if owners[3:] else ''}"
+            )
+            raise SelectionError(f"allocation: {pattern!r} {why}")
+        shares.update((w.name, Share(share)) for w in found)
+    return shares
+
+
+def _by_threshold(graph: Graph, chosen: Sequence[Weight], sparsity: float, pattern: Pattern) -> dict[str, Share]:
+    names = [w.name for w in chosen for _ in graph.matrices(w.name)]
+    scores = [lambda m=m: m for w in chosen for m in graph.matrices(w.name)]
+    old: list[Tensor | None] = [m for w in chosen for m in graph.mask_matrices(w.name)]
+    masks = blocks(scores, sparsity, old, pattern.block) if pattern.block else unstructured(scores, sparsity, old)
+    kept = dict.fromkeys(names, 0)
+    for name, mask in zip(names, masks, strict=True):
+        kept[name] += int(mask.count_nonzero())
+    return {w.name: Share(1 - kept[w.name] / w.numel) for w in chosen}
+
+
+def _by_block(graph: Graph, chosen: Sequence[Weight]) -> dict[str, list[Weight]]:
+    """Weights by the path of their block; one outside of all blocks is its own."""
+    found: dict[str, list[Weight]] = {}
+    for weight in chosen:
+        found.setdefault(graph.ops_of(weight.name)[0].block or weight.name, []).append(weight)
+    return found
+
+
+def _around(measured: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
+    """Sparsities in proportion to what was measured, 2 * spread from lowest to highest, their mean over weights as asked."""
+    low, high = min(measured), max(measured)
+    raw = [2 * spread * (m - low) / (high - low) if high > low else 0.0 for m in measured]
+    mean = sum(r * n for r, n in zip(raw, sizes, strict=True)) / sum(sizes)
+    return [sparsity + r - mean for r in raw]
+
+
+def _scaled(measured: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
+    """Sparsities in proportion to what was measured, from 1 - spread to 1 + spread, scaled so that all weights have that asked."""
+    low, high = min(measured), max(measured)
+    raw = [1 - spread + 2 * spread * (m - low) / (high - low) if high > low else 1.0 for m in measured]
+    scale = sparsity * sum(sizes) / sum(r * n for r, n in zip(raw, sizes, strict=True))
+    return [scale * r for r in raw]
+
+
+def _norms(
+    graph: Graph, members: Mapping[str, Sequence[Weight]], context: Context, what: str
+) -> dict[str, list[Tensor]]:
+    """Of the input columns of every matrix of every weight, in the unpruned model."""
+    assert context.calibration is not None
+    found: dict[str, list[Tensor]] = {}
+
+    def look(site: Site, statistics: Sequence[Statistics]) -> None:
+        norms = [each.norms for each in statistics]
+        found.update((name, norms) for name in site.weights)
+
+    names = [w.name for group in members.values() for w in group]
+    calibrate(graph, context.calibration, names, look, feed="dense", step=lambda i, n: context.step(what, i, n))
+    return found
+
+
+def _scores(graph: Graph, weight: Weight, norms: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    """|W| * ||X_col|| of every matrix, what an old mask removed being zero."""
+    masks = graph.mask_matrices(weight.name)
+    found = []
+    for matrix, mask, norm in zip(graph.matrices(weight.name), masks, norms[weight.name], strict=True):
+        scores = matrix.float().abs() * norm
+        found.append(scores if mask is None else scores * mask)
+    return found
+
+
+def _outliers(graph: Graph, members: Mapping[str, Sequence[Weight]], context: Context) -> list[float]:
+    """Of every block the share of its scores that are more than OUTLIER times their mean."""
+    norms = _norms(graph, members, context, "outliers")
+    found = []
+    for group in members.values():
+        count = sum(w.numel for w in group)
+        mean = sum(float(s.sum(dtype=torch.float64)) for w in group for s in _scores(graph, w, norms)) / count
+        above = sum(int((s > OUTLIER * mean).count_nonzero()) for w in group for s in _scores(graph, w, norms))
+        found.append(above / count)
+    return found
+
+
+def _tails(graph: Graph, members: Mapping[str, Sequence[Weight]], context: Context) -> list[float]:
+    """Of every block the mean exponent of its matrices' spectra."""
+    found = []
+    for i, group in enumerate(members.values()):
+        context.step("spectra", i, len(members))
+        exponents = []
+        for weight in group:
+            for matrix in graph.matrices(weight.name):
+                exponent = tail_exponent(matrix)
+                if not math.isfinite(exponent):
+                    raise WeightError(
+                        f"{weight.name}: its singular values have no tail to fit (they are equal, or all but a few are zero); "
+                        "take another allocation, or leave it out with ignore="
+                    )
+                exponents.append(exponent)
+        found.append(sum(exponents) / len(exponents))
+    context.step("spectra", len(members), len(members))
+    return found
+
+
+def tail_exponent(matrix: Tensor) -> float:
+    """Hill estimate of the exponent of the power law that the upper half of a matrix's squared singular values follows.
+
+    matrix: [out, in]. inf where there is no tail. PL_Alpha_Hill of the paper, with k = half of the values.
+    """
+    wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().t()
+    values = torch.linalg.eigvalsh(wide @ wide.t())
+    k = len(values) // 2
+    if not k or values[-k - 1] <= 0:
+        return math.inf
+    total = float((values[-k:] / values[-k - 1]).log().sum())
+    return 1 + k / total if total > 1e-6 * k else math.inf
+
+
+def _sensitivities(
+    graph: Graph, members: Mapping[str, Sequence[Weight]], sparsity: float, context: Context
+) -> list[float]:
+    """Of every block what pruning it alone does to the model's outputs; the smallest |W| * ||X_col|| of each row go."""
+    assert context.calibration is not None
+    norms = _norms(graph, members, context, "input norms")
+    masks = {
+        w.name: [
+            unstructured_rows(scores, sparsity, old)
+            for scores, old in zip(_scores(graph, w, norms), graph.mask_matrices(w.name), strict=True)
+        ]
+        for group in members.values()
+        for w in group
+    }
+    calls, tokens = [], 0
+    for call in context.calibration.calls:
+        calls.append(call)
+        tokens += call[0].numel()
+        if tokens >= TOKENS:
+            break
+    found = [0.0] * len(members)
+    with torch.no_grad():
+        for c, call in enumerate(calls):
+            dense = graph.run(*call)
+            for i, group in enumerate(members.values()):
+                context.step("sensitivity", c * len(members) + i, len(calls) * len(members))
+                with _masked(graph, group, masks):
+                    found[i] += divergence(dense, graph.run(*call)) / len(calls)
+    context.step("sensitivity", len(calls) * len(members), len(calls) * len(members))
+    return found
+
+
+@contextmanager
+def _masked(graph: Graph, group: Sequence[Weight], masks: Mapping[str, list[Tensor]]) -> Iterator[None]:
+    """Meanwhile these weights are read through these masks."""
+    for weight in group:
+        graph.update(weight.name, mask=stored_mask(weight, masks[weight.name]), frozen=False)
+    try:
+        yield
+    finally:
+        for weight in group:
+            graph.weights[weight.name] = weight
+
+
+def stored_mask(weight: Weight, masks: Sequence[Tensor]) -> Tensor:
+    """Masks [out, in] of a weight's matrices in the layout that the weight is stored in."""
+    mask = torch.stack(list(masks)) if weight.kind == "experts" else masks[0]
+    return mask.transpose(-1, -2).contiguous() if weight.transposed else mask
