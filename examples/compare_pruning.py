@@ -12,7 +12,7 @@ import sys
 import sparsec
 from sparsec.calibrate import windows
 from sparsec.data import load_model, load_text
-from sparsec.evaluate import cut, evaluate, top1_agreement
+from sparsec.evaluate import compare, cut
 
 
 def main(
@@ -25,24 +25,22 @@ def main(
     # Drawn once, so that all methods learn from the same tokens. None is a text that every Python carries.
     tokens = windows(calibration, loaded.tokenizer, sequences, length)
     held_out = cut(load_text(text), loaded.tokenizer, length, 2 if small else 16)
-    dense = evaluate(loaded.model, held_out)
-    print(f"{'dense':<36} perplexity {dense.perplexity:10.3f}")
-
-    found = {"dense": dense.perplexity}
+    models = {"dense": loaded.model}
+    told = {}
     for spec in (f"magnitude({share}, scope='layer')", f"wanda({share})", f"sparsegpt({share})"):
         pruned = sparsec.compile(loaded.model, f"{spec},freeze", calibration=tokens)
-        result = evaluate(pruned, held_out)
         errors = [w.pruned.error for w in pruned.sparsec.graph.masked() if w.pruned.error is not None]
-        told = f", layers err by {sum(errors) / len(errors):.4f} of their outputs" if errors else ""
-        print(
-            f"{spec:<36} perplexity {result.perplexity:10.3f}, same next token {top1_agreement(dense, result):.3f}{told}"
-        )
-        found[spec.partition("(")[0]] = result.perplexity
-
+        told[spec] = f", layers err by {sum(errors) / len(errors):.4f} of their outputs" if errors else ""
+        models[spec] = pruned
         # One calibration serves every format: the pruned model goes on to its kernels.
-        lowered = sparsec.extend(pruned, "sparsity,fuse,lower(bitmap)")
-        print(f"{'  on bitmap kernels':<36} perplexity {evaluate(lowered, held_out).perplexity:10.3f}")
-    return found
+        models[f"{spec} on bitmap kernels"] = sparsec.extend(pruned, "sparsity,fuse,lower(bitmap)")
+
+    found = compare(models, held_out)
+    for name, e in found.items():
+        print(
+            f"{name:<52} perplexity {e.perplexity:10.3f}, same next token {e.top1:.3f}, KL {e.kl:.4f}{told.get(name, '')}"
+        )
+    return {name: e.perplexity for name, e in found.items()}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sparsec.report.text import machine_lines
 COMMANDS = {
     "sparsec": "this overview; --version",
     "sparsec.report": "compiles a model and reports it per pass, layer and group, dense / masked / lowered compared",
+    "sparsec.evaluate": "perplexity of models, or of what passes make of one, and how far they are from the first",
     "sparsec.bench": "times kernels against dense and against torch.sparse, and whole models in tokens per second",
     "sparsec.cost": "calibrates the cost model to this machine, and shows what it knows",
     "sparsec.kernels.build": "builds the native kernels ahead of time, into the package",

@@ -60,6 +60,8 @@ def report() -> Report:
             resident_bytes=(1 + i) * 1_000_000,
             perplexity=(96.5, 1234.5, 1234.5)[i],
             top1=(1.0, 0.75, 0.75)[i],
+            top5=(1.0, 0.875, 0.875)[i],
+            kl=(0.0, 1.5, 1.5)[i],
             prefill_ms=Spread(3.0 + i, 2.5 + i, 3.5 + i, 20),
             decode_ms=Spread(1.0 + i, 0.5 + i, 150.0, 40),
             speedup_prefill=Spread(1 / (1 + i), 0.9 / (1 + i), 1.1 / (1 + i), 20),

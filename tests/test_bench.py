@@ -290,7 +290,7 @@ def test_a_stack_of_layers_is_named_in_the_output(tmp_path: Path, capsys: pytest
         ("--compile", "--compile says nothing here; it goes with --end-to-end"),
         ("--passes freeze", "--passes says nothing here; it goes with --end-to-end"),
         ("--end-to-end tiny --rows 8", "--rows says nothing here; leave it out with --end-to-end"),
-        ("--json no-such-folder/b.json", "no-such-folder/b.json: cannot be written, its folder does not exist"),
+        ("--json no-such-folder/b.json", "no-such-folder/b.json: cannot be written; a file there must be writable"),
     ],
 )
 def test_options_out_of_range_are_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,10 @@
-"""Perplexity, top-1 agreement and latency against slow or planted truths."""
+"""Perplexity, agreement and divergence against slow or planted truths; evaluations that are stopped and go on."""
 
 from __future__ import annotations
 
+import json
 import math
-import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 
 from sparsec.data import Text, load_model
 from sparsec.errors import DataError
-from sparsec.evaluate import Evaluation, Windows, cut, evaluate, top1_agreement, window_loss
-from sparsec.latency import WARM_UP, Spread, compare, interleaved, layer_speedups
+from sparsec.evaluate import Windows, compare, cut, evaluate
+from sparsec.evaluate.__main__ import main
+from sparsec.evaluate.compare import agreement, window_loss
+from sparsec.evaluate.output import _buckets
+from sparsec.evaluate.saved import Saved, fingerprint
 
 
 def characters(content: str, verbose: bool) -> dict[str, list[int]]:
@@ -58,9 +62,23 @@ def test_window_loss_is_the_definition(length: int, vocabulary: int, seed: int, 
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(length, vocabulary, generator=generator)).to(dtype)
     tokens = torch.randint(vocabulary, (length,), generator=generator)
-    loss, best = window_loss(logits, tokens)
-    assert loss == pytest.approx(slow_loss(logits, tokens), rel=1e-5, abs=1e-6)
-    assert torch.equal(best.long(), logits.argmax(dim=-1))
+    loss = window_loss(logits, tokens)
+    assert loss.shape == (length - 1,)
+    assert float(loss.double().mean()) == pytest.approx(slow_loss(logits, tokens), rel=1e-5, abs=1e-6)
+
+
+@given(rows=st.sampled_from([1, 2, 255, 256, 257]), vocabulary=st.integers(1, 12), seed=st.integers(0, 99))
+def test_agreement_is_the_definition(rows: int, vocabulary: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, reference = torch.randn(2, rows, vocabulary, generator=generator)
+    first, among = agreement(logits, reference)
+    for i in range(rows):
+        order = logits[i].argsort(descending=True)
+        wanted = int(reference[i].argmax())
+        assert bool(first[i]) == (int(order[0]) == wanted)
+        assert bool(among[i]) == (wanted in order[:5].tolist())
+    nothing = torch.full((1, vocabulary), math.nan)
+    assert not agreement(nothing, reference[:1])[1]
 
 
 def test_perplexity_is_exp_of_the_mean_over_windows() -> None:
@@ -111,92 +129,148 @@ def test_windows_that_cannot_be_are_refused(length: int, count: int, words: str)
         cut(Text("text", "abc" * 9), characters, length, count, limit=8)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=30))
-def test_top1_counts_the_positions_that_agree(agree: list[bool]) -> None:
-    first = torch.arange(len(agree), dtype=torch.int32)[None]
-    second = torch.where(torch.tensor(agree)[None], first, first + 1).to(torch.int32)
-    found = top1_agreement(Evaluation((0.0,), first, torch.float32), Evaluation((0.0,), second, torch.float32))
-    assert found == pytest.approx(sum(agree) / len(agree))
+def test_models_are_compared_window_by_window_and_position_by_position() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, other = 2 * torch.randn(2, 3, 6, 9, generator=generator)
+    tokens = torch.randint(9, (3, 6), generator=generator)
+    found = compare({"dense": Planted(dense), "other": Planted(other)}, windows_of(tokens))
+    one, two = found["dense"], found["other"]
+    assert (one.kl, one.top1, one.top5) == (0, 1, 1)
+    p, q = dense.double().softmax(-1), other.double().softmax(-1)
+    kl = (p * (p / q).log()).sum(-1)
+    assert two.kl == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert two.kl_by_position == pytest.approx(kl.mean(0).tolist(), rel=1e-5)
+    same = (dense.argmax(-1) == other.argmax(-1)).double()
+    assert two.top1 == pytest.approx(float(same.mean()))
+    assert two.top1_by_position == pytest.approx(same.mean(0).tolist())
+    losses = -q[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].log()
+    assert two.losses == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
+    assert two.loss_by_position == pytest.approx(losses.mean(0).tolist(), rel=1e-5)
+    assert two.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-5)
 
 
-def test_top1_on_other_windows_is_refused() -> None:
-    one, two = (Evaluation((0.0,), torch.zeros(n, 4, dtype=torch.int32), torch.float32) for n in (1, 2))
-    with pytest.raises(ValueError, match="needs the same windows"):
-        top1_agreement(one, two)
+def test_models_of_other_vocabularies_are_refused() -> None:
+    models = {"a": Planted(torch.zeros(1, 4, 5)), "b": Planted(torch.zeros(1, 4, 6))}
+    with pytest.raises(DataError, match="b: its vocabulary is 6, that of a is 5"):
+        compare(models, windows_of(torch.zeros(1, 4, dtype=torch.int64)))
+
+
+@given(length=st.integers(2, 70))
+def test_every_position_that_predicts_is_in_one_bucket(length: int) -> None:
+    covered = [i for a, b in _buckets(length) for i in range(a, b)]
+    assert covered == list(range(length - 1))
+
+
+@given(stop=st.integers(0, 4), seed=st.integers(0, 99))
+def test_a_stopped_evaluation_goes_on_to_the_same_figures(
+    stop: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 5, 6, 9, generator=generator)
+    windows = windows_of(torch.randint(9, (5, 6), generator=generator))
+    whole = compare({"a": Planted(logits[0]), "b": Planted(logits[1])}, windows)
+    file = tmp_path_factory.mktemp("saved") / "run.json"
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare({"a": Planted(logits[0]), "b": Planted(logits[1])}, windows, interrupt, saved=Saved(file, {"of": seed}))
+    again = Saved(file, {"of": seed})
+    assert again.done == stop
+    rest = {"a": Planted(logits[0, stop:]), "b": Planted(logits[1, stop:])}
+    assert compare(rest, windows, saved=again) == whole
+    assert {name: model.calls for name, model in rest.items()} == {"a": 5 - stop, "b": 5 - stop}
+
+
+def test_a_saved_evaluation_of_something_else_is_refused(tmp_path: Path) -> None:
+    file, windows = tmp_path / "run.json", windows_of(torch.zeros(2, 4, dtype=torch.int64))
+    compare({"a": Planted(torch.zeros(2, 4, 5))}, windows, saved=Saved(file, {"text": "one", "length": 4}))
+    with pytest.raises(DataError, match=r"is of another evaluation: text is 'one' there and 'two' here"):
+        Saved(file, {"text": "two", "length": 4})
+    held = Saved(file, {"text": "one", "length": 4})
+    with pytest.raises(DataError, match="holds a, asked for are b"):
+        compare({"b": Planted(torch.zeros(2, 4, 5))}, windows, saved=held)
+    with pytest.raises(DataError, match="holds 2 windows, 1 were asked for"):
+        compare({"a": Planted(torch.zeros(1, 4, 5))}, windows_of(windows.tokens[:1]), saved=held)
+    for damage in (
+        "",
+        "{",
+        "[]",
+        '{"sparsec_evaluation": 1}',
+        file.read_text()[:-9],
+        file.read_text().replace("[[", "["),
+    ):
+        file.write_text(damage)
+        with pytest.raises(DataError, match="is no evaluation of this version of sparsec, or it is damaged"):
+            Saved(file, {"text": "one", "length": 4})
+    with pytest.raises(DataError, match="its folder does not exist"):
+        Saved(tmp_path / "no" / "run.json", {})
+
+
+def test_a_fingerprint_tells_weights_apart() -> None:
+    model = load_model("tiny").model
+    before = fingerprint(model)
+    assert before == fingerprint(load_model("tiny").model)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    assert fingerprint(model) != before
 
 
 def test_a_real_model_agrees_with_itself_and_with_the_definition() -> None:
     loaded = load_model("tiny")
     found = cut(Text("text", "To be, or not to be, that is the question. " * 4), loaded.tokenizer, 32, 3)
     seen: list[tuple[str, int, int]] = []
-    once = evaluate(loaded.model, found, lambda *step: seen.append(step))
-    twice = evaluate(loaded.model, found)
-    assert top1_agreement(once, twice) == 1.0
+    both = compare({"one": loaded.model, "two": loaded.model}, found, lambda *step: seen.append(step))
+    assert (both["two"].top1, both["two"].top5, both["two"].kl) == (1, 1, 0)
     assert seen == [("evaluating", i, 3) for i in range(4)]
     with torch.no_grad():
         logits = [loaded.model(input_ids=window[None]).logits[0] for window in found.tokens]
     each = [slow_loss(logit, window) for logit, window in zip(logits, found.tokens, strict=True)]
-    assert once.perplexity == pytest.approx(math.exp(sum(each) / 3), rel=1e-5)
+    assert both["one"].perplexity == pytest.approx(math.exp(sum(each) / 3), rel=1e-5)
 
 
-def test_models_take_turns() -> None:
-    order: list[str] = []
-    cases = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    times = interleaved(cases, repeats=4)
-    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
-    assert rounds == (["abc", "bca", "cab"] * 2)[: 4 + WARM_UP]
-    assert {name: len(t) for name, t in times.items()} == {"a": 4, "b": 4, "c": 4}
+ARGUMENTS = ["--length", "64", "--windows", "2", "--calibration-length", "64", "--calibration-sequences", "2"]
 
 
-def test_quartiles() -> None:
-    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, lower=2.0, upper=4.0, repeats=5)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+def test_the_command_compares_what_passes_make_of_a_model_and_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specs = ["magnitude(0.5)", "wanda(0.5),freeze,lower(csr)", "wanda(0.5),freeze,lower(bitmap)"]
+    passes = [word for spec in specs for word in ("--passes", spec)]
+    files = ["--resume", str(tmp_path / "run.json"), "--json", str(tmp_path / "out.json")]
+    assert main(["tiny", *passes, *ARGUMENTS, *files]) == 0
+    first = capsys.readouterr().out
+    rows = [line.split() for line in first.splitlines() if line[:3] in ("A  ", "B  ", "C  ", "D  ")]
+    assert [row[1] for row in rows] == ["tiny", *specs]
+    assert rows[2][2:] == rows[3][2:], "two formats of one mask"
+    assert "2 windows of 64 tokens that do not overlap, float32" in first
+    assert "calibrated on 2 sequences of 64 tokens" in first
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found["models"]) == ["tiny", *specs]
+    assert len(found["models"]["tiny"]["loss_by_position"]) == 63
+    assert found["models"][specs[1]]["kl"] > 0
+    assert main(["tiny", *passes, *ARGUMENTS, *files]) == 0
+    again = capsys.readouterr().out
+    assert f"2 windows were taken over from {tmp_path / 'run.json'}" in again
+    assert [line for line in again.splitlines() if line[:3] in ("A  ", "B  ", "C  ", "D  ")] == [
+        line for line in first.splitlines() if line[:3] in ("A  ", "B  ", "C  ", "D  ")
+    ]
 
 
-class Recorder(nn.Module):
-    """Notes how many tokens each call brings, and how many the cache holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.calls: list[tuple[int, int]] = []
-
-    def forward(self, input_ids: Tensor, past_key_values: int = 0, use_cache: bool = True) -> Any:
-        self.calls.append((input_ids.shape[1], past_key_values))
-        held = past_key_values + input_ids.shape[1]
-        return SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 4), past_key_values=held)
-
-
-def test_decoding_is_one_token_on_a_growing_cache() -> None:
-    models = {"dense": Recorder(), "sparse": Recorder()}
-    found = compare(models, torch.zeros(1, 6, dtype=torch.int64), repeats=3, decode_repeats=5)
-    for name, model in models.items():
-        assert model.calls == [(6, 0)] * (3 + WARM_UP) + [(6, 0)] + [(1, 6 + i) for i in range(5 + WARM_UP)]
-        assert found.latencies[name].prefill_ms.repeats == 3
-        assert found.latencies[name].decode_ms.repeats == 5
-    assert found.decode_speedup["dense"] == Spread(1.0, 1.0, 1.0, 5)
-
-
-def test_layers_are_timed_one_model_after_the_other_at_one_row() -> None:
-    seen: list[tuple[str, tuple[int, ...]]] = []
-
-    class Layer(nn.Linear):
-        def __init__(self, name: str, features: int, seconds: float) -> None:
-            super().__init__(features, 2)
-            self.name, self.seconds = name, seconds
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append((self.name, tuple(x.shape)))
-            time.sleep(self.seconds)
-            return x
-
-    pairs: dict[str, tuple[nn.Module, nn.Module]] = {
-        "p": (Layer("p dense", 3, 8e-3), Layer("p sparse", 3, 1e-3)),
-        "q": (Layer("q dense", 5, 1e-3), Layer("q sparse", 5, 8e-3)),
-    }
-    found = layer_speedups({n: ([d], [s]) for n, (d, s) in pairs.items()}, rounds=2)
-    assert found["p"] > 1 > found["q"]
-    assert seen[:8] == [
-        ("p dense", (1, 3)), ("q dense", (1, 5)), ("p sparse", (1, 3)), ("q sparse", (1, 5)),
-        ("p sparse", (1, 3)), ("q sparse", (1, 5)), ("p dense", (1, 3)), ("q dense", (1, 5)),
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny", "--text", "no-such-file.txt"], "no-such-file.txt: the text must be a file, this does not exist"),
+        (["tiny", "--passes", "wander(0.5)"], "unknown pass 'wander', did you mean 'wanda'?"),
+        (["tiny", "--passes", "lower(csr)"], "needs 'frozen'"),
+        (["tiny", "--json", "no/such/folder.json"], "no/such/folder.json: cannot be written"),
+        (["tiny", "--resume", "no/such/folder.json"], "no/such/folder.json: cannot be written"),
+        (["tiny", "--length", "1"], "evaluation length must be at least 2"),
+        (["no-such-model.gguf"], "no-such-model.gguf: there is no such folder or file"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--windows", "1"]) == 2
+    assert message in capsys.readouterr().err

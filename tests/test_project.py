@@ -31,8 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("emitter", "evaluate", "inductor", "latency"),
     ("report.collect", "report.text", "report.schema", "report"),
     ("compiler", "checkpoint"),
-    ("report.measure",),
-    ("", "__main__", "report.__main__", "cost.__main__", "bench", "testing"),
+    ("report.measure", "command", "evaluate.output"),
+    ("", "__main__", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
 )
 """Imports go to an earlier line or stay in their own. A name stands for all below it, the longest one wins."""
 

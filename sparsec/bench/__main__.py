@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 
 from sparsec.bench import arguments, end_to_end_output, output
-from sparsec.bench.cases import DTYPES, Case, cases
+from sparsec.bench.cases import Case, cases
 from sparsec.bench.end_to_end import Effort, run, variants
 from sparsec.bench.end_to_end_output import Run
 from sparsec.bench.kernels import Result, measure
 from sparsec.bench.room import require_room
 from sparsec.bench.rotation import Protocol, Rotation
 from sparsec.bench.sources import source
+from sparsec.command import DTYPES
 from sparsec.cost import Found, calibrate
 from sparsec.errors import SparsecError
 from sparsec.kernels import status

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from sparsec.bench.cases import DTYPES, KNOWN, Format
+from sparsec.bench.cases import KNOWN, Format
 from sparsec.bench.models import CONFIGS, shapes
-from sparsec.bench.output import check_writable
+from sparsec.command import DTYPES, writable
 from sparsec.errors import SpecError
 
 EXAMPLES = """
@@ -97,7 +97,7 @@ def check(options: argparse.Namespace) -> None:
         raise SpecError("--layers and --rotate-mb exclude each other: a stack of layers is what is walked through")
     for path in (options.json, options.csv):
         if path is not None:
-            check_writable(path)
+            writable(path)
 
 
 def read_sparsities(text: str) -> list[float]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sparsec.errors import SpecError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KNOWN = "csr8, csr16, csr32, bitmap, bsr16x16 (any block), nm2:4 (any N:M), dense, auto"
 _FORMAT = re.compile(r"csr(?P<bits>8|16|32)|bitmap|bsr(?P<r>\d+)x(?P<c>\d+)|nm(?P<n>\d+):(?P<m>\d+)|dense|auto")
 

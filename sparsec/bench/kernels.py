@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsec.bench.cases import DTYPES, Case, Format
+from sparsec.bench.cases import Case, Format
 from sparsec.bench.rotation import Rotation
 from sparsec.bench.timing import Contender, Timing, interleaved, speedup
+from sparsec.command import DTYPES
 from sparsec.cost import Calibration, Work
 from sparsec.cost.choice import TORCH, Setting, choose
 from sparsec.cost.model import Roof

@@ -11,7 +11,6 @@ from typing import Any
 
 from sparsec.bench.kernels import Result
 from sparsec.bench.timing import SLOW_REPEATS, SLOW_SECONDS, Timing
-from sparsec.errors import DataError
 from sparsec.latency import Spread
 from sparsec.machine import Machine
 from sparsec.report.table import paragraph, percent, table, times
@@ -158,13 +157,6 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(records[0]) if records else [], restval="")
         writer.writeheader()
         writer.writerows(records)
-
-
-def check_writable(path: Path) -> None:
-    """DataError before anything slow runs, for a file that could not be written afterwards."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else "its folder does not exist"
-        raise DataError(f"{path}: cannot be written, {what}; give another file")
 
 
 def _timing(name: str, timing: Timing) -> dict[str, Any]:

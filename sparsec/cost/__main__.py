@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from sparsec.command import DTYPES
 from sparsec.cost.calibration import Calibration, Found, calibrate, save
 from sparsec.errors import DataError, SparsecError
 from sparsec.report.progress import shown_progress
 from sparsec.report.table import heading, paragraph, table
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = """
 examples:
   python -m sparsec.cost                      # measured once, then read from the cache folder

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from sparsec.calibrate import LENGTH, SEQUENCES, windows
+from sparsec.command import DTYPES, add_calibration, calibration, guarded, positive, writable, writable_folder, write
 from sparsec.compiler import DEFAULT_PASSES
-from sparsec.data import LoadedModel, load_model, load_text
-from sparsec.errors import DataError, SparsecError
+from sparsec.data import load_model, load_text
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.report.measure import QUICK, Effort, measured_report, plan
 from sparsec.report.progress import shown_progress
 from sparsec.report.schema import document, layers_csv
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = f"""
 examples:
   python -m sparsec.report                 # SmolLM2-135M from its package, {DEFAULT_PASSES}
@@ -52,24 +48,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
-    p.add_argument("--threads", type=_positive, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument(
         "--seed",
         type=int,
         default=0,
         help="of random weights and of what is drawn to calibrate on; default: %(default)s",
     )
-    learn = p.add_argument_group("calibration, for passes such as wanda and sparsegpt")
-    learn.add_argument("--calibration", metavar="FILE", help="as --text; default: the second half of the embedded text")
-    learn.add_argument(
-        "--calibration-sequences", type=_positive, default=SEQUENCES, metavar="N", help="default: %(default)s"
-    )
-    learn.add_argument(
-        "--calibration-length",
-        type=_positive,
-        metavar="L",
-        help=f"tokens of a sequence; default: {LENGTH}, or what the model takes",
-    )
+    add_calibration(p)
     out = p.add_argument_group("output")
     out.add_argument(
         "--print-ir", choices=("none", "before", "after", "changed"), default="none", help="around every pass"
@@ -83,15 +69,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: an embedded text",
     )
-    how.add_argument("--eval-windows", type=_positive, metavar="N", help=f"default: {usual.windows}")
-    how.add_argument("--eval-length", type=_positive, metavar="L", help="tokens of a window; default: 512")
+    how.add_argument("--eval-windows", type=positive, metavar="N", help=f"default: {usual.windows}")
+    how.add_argument("--eval-length", type=positive, metavar="L", help="tokens of a window; default: 512")
     how.add_argument("--prompt", metavar="TEXT", help=f"for the sample; default: {usual.prompt!r}")
     how.add_argument(
-        "--prompt-tokens", type=_positive, metavar="N", help=f"of the timed prefill; default: {usual.prompt_tokens}"
+        "--prompt-tokens", type=positive, metavar="N", help=f"of the timed prefill; default: {usual.prompt_tokens}"
     )
     how.add_argument(
         "--new-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"of the sample and the timed decoding; default: {usual.new_tokens}",
     )
@@ -106,27 +92,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        _run(args)
-    except SparsecError as error:
-        if args.traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return guarded(lambda: _run(args), args.traceback)
 
 
 def _run(args: argparse.Namespace) -> None:
     # What can be wrong is looked at before anything slow runs.
     pipeline = Pipeline.parse(args.passes)
     pipeline.validate()
-    outputs = [_writable(path) for path in (args.json, args.csv) if path]
+    outputs = [writable(path) for path in (args.json, args.csv) if path]
     if args.dump_ir:
-        _writable_folder(args.dump_ir)
+        writable_folder(args.dump_ir)
     text = None if args.no_measure else load_text(args.text)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -141,18 +116,11 @@ def _run(args: argparse.Namespace) -> None:
         report = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
     print(report)
     if args.json:
-        _write(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
+        write(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
     if args.csv:
-        _write(args.csv, layers_csv(report))
+        write(args.csv, layers_csv(report))
     if outputs:
         print(f"\nwritten: {', '.join(outputs)}")
-
-
-def calibration(loaded: LoadedModel, args: argparse.Namespace) -> tuple[torch.Tensor, str]:
-    """Tokens to calibrate on, and where they come from."""
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    sequences, length = args.calibration_sequences, args.calibration_length
-    return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit)
 
 
 def effort(args: argparse.Namespace) -> Effort:
@@ -165,42 +133,6 @@ def effort(args: argparse.Namespace) -> Effort:
         "new_tokens": args.new_tokens,
     }
     return replace(QUICK if args.quick else Effort(), **{k: v for k, v in given.items() if v is not None})
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _writable(path: str) -> str:
-    file = Path(path).absolute()
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise DataError(
-            f"{path}: cannot be written; a file there must be writable, else its folder must exist and be writable, and the "
-            "name must not be a folder's; give another file"
-        )
-    return path
-
-
-def _writable_folder(path: str) -> None:
-    folder = Path(path).absolute()
-    while not folder.exists() and folder != folder.parent:  # what is missing is made
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "is a file" if folder.is_file() else "cannot be written to"
-        raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); give another file") from error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from sparsec.compiler import compile, extend
 from sparsec.cost import calibrate
 from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
-from sparsec.evaluate import Evaluation, Windows, cut, evaluate, top1_agreement
+from sparsec.evaluate import Evaluation, Windows, cut
+from sparsec.evaluate import compare as evaluate
 from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import MATRIX_KINDS
 from sparsec.kernels import status
@@ -147,7 +148,7 @@ def _measured(
     report: Report, loaded: LoadedModel, models: Mapping[str, Any], planned: Plan, progress: Progress | None
 ) -> Report:
     windows, effort = planned.windows, planned.effort
-    evaluations = {n: evaluate(m, windows, progress, f"perplexity of {n}") for n, m in models.items()}
+    evaluations = evaluate(models, windows, progress, "perplexity")
     decode_repeats = max(effort.repeats, effort.new_tokens)
     times = compare(models, planned.timed, effort.repeats, decode_repeats, progress)
     expected = report.linears_dense_ms
@@ -185,7 +186,7 @@ def _measured(
             text_tokens=windows.tokens_in_text,
             windows=windows.count,
             window_length=windows.length,
-            dtype=str(evaluations["dense"].dtype).removeprefix("torch."),
+            dtype=evaluations["dense"].dtype,
         ),
         latency=LatencyFacts(planned.timed.shape[1], torch.get_num_threads(), effort.repeats, decode_repeats),
         sample=sample(shown, loaded.tokenizer, planned.prompt, effort.new_tokens),
@@ -224,7 +225,9 @@ def _with_measurements(
         variant,
         speedup_predicted=_predicted(dense_ms, dense_linears_ms, variant.linears_ms),
         perplexity=evaluations[name].perplexity,
-        top1=top1_agreement(evaluations["dense"], evaluations[name]),
+        top1=evaluations[name].top1,
+        top5=evaluations[name].top5,
+        kl=evaluations[name].kl,
         prefill_ms=times.latencies[name].prefill_ms,
         decode_ms=times.latencies[name].decode_ms,
         speedup_prefill=times.prefill_speedup[name],

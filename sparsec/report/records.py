@@ -138,7 +138,9 @@ class Variant:
     speedup_theoretical_bytes: float | None
     resident_bytes: int | None = None  # what it added to the process's resident memory, masks included
     perplexity: float | None = None
-    top1: float | None = None  # agreement with dense
+    top1: float | None = None  # share of positions at which the most likely next token is that of dense
+    top5: float | None = None  # at which that of dense is among the five most likely
+    kl: float | None = None  # KL(dense || this) of the next token, in nats, mean over positions
     prefill_ms: Spread | None = None
     decode_ms: Spread | None = None
     speedup_prefill: Spread | None = None  # measured, against dense in the same round

@@ -98,7 +98,9 @@ VARIANT: Keys = {
     "bytes_masks": ((int,), "of the masks beside it"),
     "resident_bytes": ((int, NONE), "that building it added to the process, masks included"),
     "perplexity": ((*NUMBER, NONE), "see evaluation; a number beyond floating point is null"),
-    "top1": ((*NUMBER, NONE), "agreement with dense, 0 to 1"),
+    "top1": ((*NUMBER, NONE), "share of positions at which the most likely next token is that of dense"),
+    "top5": ((*NUMBER, NONE), "share of positions at which that of dense is among the five most likely"),
+    "kl": ((*NUMBER, NONE), "KL(dense || this) of the next token, in nats, mean over positions; null where not finite"),
     "flops_per_token": ((*NUMBER, NONE), "as executed"),
     "prefill_ms": ((*NUMBER, NONE), "median"),
     "prefill_ms_quartiles": ((list, NONE), "[lower, upper]"),
@@ -216,6 +218,7 @@ def _variant(v: Variant) -> dict[str, Any]:
         spread: Spread | None = cells[key]
         cells[key] = spread.median if spread is not None else None
         cells[f"{key}_quartiles"] = [spread.lower, spread.upper] if spread is not None else None
-    if v.perplexity is not None and not math.isfinite(v.perplexity):
-        cells["perplexity"] = None
+    for key in ("perplexity", "kl"):
+        if cells[key] is not None and not math.isfinite(cells[key]):
+            cells[key] = None
     return {key: cells[key] for key in VARIANT}

@@ -175,6 +175,8 @@ def _summary(report: ReportData) -> list[str]:
     row("resident memory added, MB", [mega(v.resident_bytes, 0) for v in variants])
     row("perplexity", [_perplexity(v.perplexity) for v in variants])
     row("top-1 agreement with dense", ["-" if v.top1 is None else f"{v.top1:.4f}" for v in variants])
+    row("top-5 agreement with dense", ["-" if v.top5 is None else f"{v.top5:.4f}" for v in variants])
+    row("KL(dense || this), nats", ["-" if v.kl is None else f"{v.kl:.4g}" for v in variants])
     row("MFLOP per token", [mega(v.flops_per_token, 1) for v in variants])
     row("prefill, ms (quartiles)", [_spread(v.prefill_ms) for v in variants])
     row("decode, ms per token (quartiles)", [_spread(v.decode_ms) for v in variants])
@@ -207,7 +209,7 @@ def _footnotes(report: ReportData) -> list[str]:
     notes = []
     if (e := report.evaluation) is not None:
         notes.append(
-            f"perplexity and top-1 on {e.text} (sha256 {e.text_sha256[:16]}, {e.text_tokens:,} tokens): "
+            f"perplexity, agreement and KL on {e.text} (sha256 {e.text_sha256[:16]}, {e.text_tokens:,} tokens): "
             f"{e.windows} windows of {e.window_length} tokens, {e.dtype}"
         )
     if (t := report.latency) is not None:

@@ -1,0 +1,95 @@
+"""What the command lines share: options, checks before anything slow runs, and how errors end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sparsec.calibrate import LENGTH, SEQUENCES, windows
+from sparsec.data import LoadedModel
+from sparsec.errors import DataError, SparsecError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def guarded(run: Callable[[], None], traceback: bool = False) -> int:
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    try:
+        run()
+    except SparsecError as error:
+        if traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def positive(text: str) -> int:
+    """Type of an argument: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def add_calibration(p: argparse.ArgumentParser) -> None:
+    """The options of `calibration`."""
+    learn = p.add_argument_group("calibration, for passes such as wanda and sparsegpt")
+    learn.add_argument("--calibration", metavar="FILE", help="as --text; default: the second half of the embedded text")
+    learn.add_argument(
+        "--calibration-sequences", type=positive, default=SEQUENCES, metavar="N", help="default: %(default)s"
+    )
+    learn.add_argument(
+        "--calibration-length",
+        type=positive,
+        metavar="L",
+        help=f"tokens of a sequence; default: {LENGTH}, or what the model takes",
+    )
+
+
+def calibration(loaded: LoadedModel, args: argparse.Namespace) -> tuple[torch.Tensor, str]:
+    """Tokens to calibrate on, drawn by `args.seed`, and where they come from."""
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    sequences, length = args.calibration_sequences, args.calibration_length
+    return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit)
+
+
+def writable(path: str | Path) -> str:
+    """The path. Raises DataError, before anything slow runs, for a file that could not be written afterwards."""
+    file = Path(path).absolute()
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise DataError(
+            f"{path}: cannot be written; a file there must be writable, else its folder must exist and be writable, and the "
+            "name must not be a folder's; give another file"
+        )
+    return str(path)
+
+
+def writable_folder(path: str) -> None:
+    """Raises DataError for a folder that could neither be written to nor be made."""
+    folder = Path(path).absolute()
+    while not folder.exists() and folder != folder.parent:  # what is missing is made
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "is a file" if folder.is_file() else "cannot be written to"
+        raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
+
+
+def write(path: str, text: str) -> None:
+    """Raises DataError where that fails."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); give another file") from error

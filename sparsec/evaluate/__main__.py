@@ -1,0 +1,190 @@
+"""`python -m sparsec.evaluate`: models, and what passes make of them, on a text: perplexity, agreement, divergence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsec.command import DTYPES, add_calibration, calibration, guarded, positive, writable, write
+from sparsec.compiler import compile, extend
+from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.errors import DataError
+from sparsec.evaluate.compare import compare
+from sparsec.evaluate.output import document, text
+from sparsec.evaluate.saved import Saved, fingerprint
+from sparsec.evaluate.windows import Windows, cut
+from sparsec.pipeline import Pipeline
+from sparsec.progress import Progress
+from sparsec.report.progress import shown_progress
+
+LENGTH = 2048
+EXAMPLES = """
+examples:
+  python -m sparsec.evaluate --windows 8 --length 512                    # SmolLM2-135M from its package, the embedded text
+  python -m sparsec.evaluate --text wiki.test.raw --passes "magnitude(0.5)" --passes "wanda(0.5)" --calibration valid.txt
+  python -m sparsec.evaluate facebook/opt-125m my-pruned-opt --text dataset:wikitext,wikitext-2-raw-v1
+  python -m sparsec.evaluate --passes "wanda(0.5),freeze,lower(bitmap)" --passes "wanda(0.5),freeze,lower(csr)" --windows 8
+  python -m sparsec.evaluate --text wiki.test.raw --resume run.json --json result.json     # stopped? say it again
+
+The first model is the reference. A model is a folder, a .gguf file, a hub id, or `tiny`; passes are run on the first one.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m sparsec.evaluate",
+        description="Perplexity of models on a text, and their agreement with the first and divergence from it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("models", nargs="*", metavar="MODEL", help="default: the packaged SmolLM2-135M")
+    p.add_argument(
+        "--passes",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="what to make of the first model; may be given again",
+    )
+    p.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: an embedded text",
+    )
+    p.add_argument("--windows", type=positive, metavar="N", help="the first ones; default: all of the text")
+    p.add_argument(
+        "--length", type=positive, metavar="L", help=f"tokens of a window; default: {LENGTH}, or what the models take"
+    )
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
+    p.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--seed", type=int, default=0, help="of what is drawn to calibrate on; default: %(default)s")
+    p.add_argument("--resume", metavar="FILE", help="kept up to date window by window; goes on from there if it exists")
+    p.add_argument("--json", metavar="FILE", help="all figures, every window and position")
+    add_calibration(p)
+    p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: _run(args), args.traceback)
+
+
+def _run(args: argparse.Namespace) -> None:
+    pipelines = [Pipeline.parse(spec) for spec in args.passes]
+    for pipeline in pipelines:
+        pipeline.validate()
+    if args.json:
+        writable(args.json)
+    if args.resume:
+        writable(args.resume)
+    content = load_text(args.text)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with shown_progress(sys.stderr) as progress:
+        loaded = [load_model(spec, DTYPES[args.dtype], progress) for spec in args.models or [None]]
+        windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded))
+        needs = any(p.needs_calibration for pipeline in pipelines for p in pipeline.passes)
+        drawn = calibration(loaded[0], args) if needs else None
+        notes = [f"calibrated on {drawn[1]}"] if drawn is not None else []
+        saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None
+        if saved is not None and saved.done:
+            notes.append(f"{saved.done} windows were taken over from {saved.path}")
+        names = _names(loaded, pipelines)
+        models: Mapping[str, Any] = dict(zip(names, [each.model for each in loaded], strict=False))
+        if saved is None or saved.done < windows.count:
+            models = {**models, **_built(loaded[0], pipelines, names[len(loaded) :], drawn, progress)}
+        else:
+            models = dict.fromkeys(names)  # nothing is left to run
+        found = compare(models, windows, progress, "evaluating windows", saved)
+    print(text(found, windows, notes))
+    if args.json:
+        write(args.json, json.dumps(document(found, windows, notes), indent=1, allow_nan=False) + "\n")
+        print(f"\nwritten: {args.json}")
+
+
+def _tokenizer(loaded: Sequence[LoadedModel]) -> Any:
+    """The first model's, after a look at whether the others read text the same way."""
+    first = loaded[0]
+    probe = "The 2 quick brown foxes didn't jump over 13 lazy dogs; déjà vu."
+    for each in loaded:
+        if each.tokenizer is None:
+            raise DataError(f"{each.name}: there is no tokenizer, so no text can be evaluated; add one to its folder")
+        if each.tokenizer(probe)["input_ids"] != first.tokenizer(probe)["input_ids"]:  # type: ignore[misc]
+            raise DataError(
+                f"{each.name}: its tokenizer reads text differently from that of {first.name}; the two "
+                "cannot be compared"
+            )
+    return first.tokenizer
+
+
+def _sizes(args: argparse.Namespace, loaded: Sequence[LoadedModel]) -> tuple[int, int | None, int | None]:
+    """(length, windows, limit)."""
+    limits = [getattr(each.model.config, "max_position_embeddings", None) for each in loaded]
+    limit = min((n for n in limits if n is not None), default=None)
+    return args.length or min(LENGTH, limit or LENGTH), args.windows, limit
+
+
+def _names(loaded: Sequence[LoadedModel], pipelines: Sequence[Pipeline]) -> list[str]:
+    """One for every model; what is there twice is numbered."""
+    plain = [each.name for each in loaded] + [str(pipeline) for pipeline in pipelines]
+    return [n if plain.count(n) == 1 else f"{n} #{plain[: i + 1].count(n)}" for i, n in enumerate(plain)]
+
+
+def _identity(
+    args: argparse.Namespace,
+    loaded: Sequence[LoadedModel],
+    windows: Windows,
+    pipelines: Sequence[Pipeline],
+    drawn: tuple[torch.Tensor, str] | None,
+) -> dict[str, Any]:
+    """What a saved evaluation must be of, to be gone on with."""
+    return {
+        "text_sha256": windows.text_sha256,
+        "text_tokens": windows.tokens_in_text,
+        "window_length": windows.length,
+        "dtype": args.dtype,
+        "models": [f"{each.name} {fingerprint(each.model)}" for each in loaded],
+        "passes": [str(pipeline) for pipeline in pipelines],
+        "calibration": None if drawn is None else drawn[1],
+    }
+
+
+@dataclass(frozen=True)
+class _Masked:
+    spec: str
+    model: Any
+
+
+def _built(
+    loaded: LoadedModel,
+    pipelines: Sequence[Pipeline],
+    names: Sequence[str],
+    drawn: tuple[torch.Tensor, str] | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What each of the pipelines makes of the model. Those that differ in how they lower alone share their pruning."""
+    found: dict[str, Any] = {}
+    last: _Masked | None = None
+    for name, pipeline in zip(names, pipelines, strict=True):
+        before = pipeline.before("lower")
+        if before.passes and (last is None or last.spec != str(before)):
+            last = _Masked(str(before), compile(loaded.model, before, calibration=drawn, progress=progress))
+        if not before.passes or last is None:
+            found[name] = compile(loaded.model, pipeline, calibration=drawn, progress=progress)
+        elif before == pipeline:
+            found[name] = last.model
+        else:
+            found[name] = extend(last.model, Pipeline(pipeline.passes[len(before.passes) :]), progress=progress)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Language models side by side on the same windows of a text.
+
+Perplexity as in the SparseGPT and Wanda papers' code: mean cross-entropy over the length - 1 shifted tokens of a window; exp of the
+mean over windows. Against the reference, at every position: whether the most likely next token is the same (top-1), whether the
+reference's is among the model's five most likely (top-5), and KL(reference || model) of the two distributions in nats.
+
+One window's logits of the reference and of one other model are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsec.errors import DataError
+from sparsec.evaluate.saved import Saved
+from sparsec.evaluate.windows import Windows
+from sparsec.metrics import ROWS, kl_rows
+from sparsec.progress import Progress
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model does on the windows. Of the reference itself, agreement is 1 and divergence 0."""
+
+    losses: tuple[float, ...]  # per window: mean negative log-likelihood in nats
+    kls: tuple[float, ...]  # per window: mean KL(reference || model) in nats
+    top1s: tuple[float, ...]  # per window: share of positions
+    top5s: tuple[float, ...]
+    loss_by_position: tuple[float, ...]  # [length - 1], of the prediction of the token after each position
+    kl_by_position: tuple[float, ...]  # [length]
+    top1_by_position: tuple[float, ...]
+    dtype: str  # of the logits
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss; inf where that overflows, nan where the model gives nan."""
+        mean = _mean(self.losses)
+        return math.exp(mean) if mean < 700 or math.isnan(mean) else math.inf
+
+    @property
+    def kl(self) -> float:
+        """Mean over all positions of all windows."""
+        return _mean(self.kls)
+
+    @property
+    def top1(self) -> float:
+        """Share of all positions at which the most likely next token is the reference's."""
+        return _mean(self.top1s)
+
+    @property
+    def top5(self) -> float:
+        """Share of all positions at which the reference's most likely next token is among the model's five."""
+        return _mean(self.top5s)
+
+
+@torch.inference_mode()
+def compare(
+    models: Mapping[str, Any],
+    windows: Windows,
+    progress: Progress | None = None,
+    what: str = "evaluating",
+    saved: Saved | None = None,
+) -> dict[str, Evaluation]:
+    """Runs causal language models (a call gives `.logits` [1, length, vocabulary]) over the windows, in turn on each.
+
+    models: by name, the reference first. saved: takes over the windows that it holds, and gets every one that is done.
+    Raises DataError for models of different vocabularies.
+    """
+    tallies = {name: _Tally(windows.length) for name in models}
+    done = 0 if saved is None else saved.restore(tallies, windows.count)
+    for index in range(done, windows.count):
+        if progress is not None:
+            progress(what, index, windows.count)
+        reference: Tensor | None = None
+        for name, model in models.items():
+            window = windows.tokens[index].to(next(model.parameters()).device)
+            logits = model(input_ids=window[None], use_cache=False).logits[0]
+            if reference is not None and reference.shape != logits.shape:
+                raise DataError(
+                    f"{name}: its vocabulary is {logits.shape[-1]}, that of {next(iter(models))} is {reference.shape[-1]}; only "
+                    "models with the same tokens can be compared"
+                )
+            tallies[name].add(logits, window, reference)
+            reference = logits if reference is None else reference
+            del logits
+        if saved is not None:
+            saved.keep(tallies, index + 1)
+    if progress is not None:
+        progress(what, windows.count, windows.count)
+    return {name: tally.evaluation() for name, tally in tallies.items()}
+
+
+def evaluate(model: Any, windows: Windows, progress: Progress | None = None, what: str = "evaluating") -> Evaluation:
+    """One model, by itself."""
+    return compare({"model": model}, windows, progress, what)["model"]
+
+
+def window_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood of tokens[1:] in nats, float32 [length - 1].
+
+    logits [length, vocabulary] of any float dtype, tokens [length].
+    """
+    pairs = zip(torch.split(logits[:-1], ROWS), torch.split(tokens[1:], ROWS), strict=True)
+    return torch.cat([F.cross_entropy(rows.float(), targets, reduction="none") for rows, targets in pairs])
+
+
+def agreement(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row whether the most likely token is the reference's, and whether that is among the TOP most likely; bool [rows].
+
+    logits, reference: [rows, vocabulary]. NaN is not among them.
+    """
+    first, among = [], []
+    for rows, others in zip(torch.split(logits, ROWS), torch.split(reference, ROWS), strict=True):
+        wanted = others.argmax(dim=-1)
+        first.append(rows.argmax(dim=-1) == wanted)
+        value = rows.gather(1, wanted[:, None])
+        above = (rows <= value).logical_not_().sum(dim=-1)
+        among.append((above < TOP) & ~value[:, 0].isnan())
+    return torch.cat(first), torch.cat(among)
+
+
+class _Tally:
+    """Sums of one model over windows."""
+
+    NAMES = ("losses", "kls", "top1s", "top5s")
+
+    def __init__(self, length: int) -> None:
+        self.windows: list[list[float]] = []  # of NAMES
+        self.positions = torch.zeros(
+            3, length, dtype=torch.float64
+        )  # loss (its last unused), KL, top-1: sums over windows
+        self.dtype = ""
+
+    def add(self, logits: Tensor, tokens: Tensor, reference: Tensor | None) -> None:
+        """One window. reference: logits to compare with; None for the reference itself."""
+        loss = window_loss(logits, tokens).double().cpu()
+        rows = len(tokens)
+        kl, top1, top5 = torch.zeros(rows), torch.ones(rows), torch.ones(rows)
+        if reference is not None:
+            reference = reference.to(logits.device)
+            kl = kl_rows(reference, logits).cpu()
+            first, among = agreement(logits, reference)
+            top1, top5 = first.float().cpu(), among.float().cpu()
+        self.positions[0, :-1] += loss
+        self.positions[1] += kl
+        self.positions[2] += top1
+        self.windows.append([float(each.double().mean()) for each in (loss, kl, top1, top5)])
+        self.dtype = str(logits.dtype).removeprefix("torch.")
+
+    def evaluation(self) -> Evaluation:
+        """Means."""
+        means = (self.positions / len(self.windows)).tolist()
+        columns = {n: tuple(w[i] for w in self.windows) for i, n in enumerate(self.NAMES)}
+        return Evaluation(
+            **columns,
+            loss_by_position=tuple(means[0][:-1]),
+            kl_by_position=tuple(means[1]),
+            top1_by_position=tuple(means[2]),
+            dtype=self.dtype,
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,92 @@
+"""An evaluation as text and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsec.evaluate.compare import Evaluation
+from sparsec.evaluate.windows import Windows
+from sparsec.report.table import heading, paragraph, table
+
+_DIGITS = 4
+
+
+def text(found: Mapping[str, Evaluation], windows: Windows, notes: Sequence[str]) -> str:
+    """Tables for a terminal. found: by model, the reference first."""
+    dtypes = ", ".join(dict.fromkeys(e.dtype for e in found.values()))
+    lines = heading("Evaluation")
+    lines += paragraph(
+        f"{windows.text_name} (sha256 {windows.text_sha256[:16]}, {windows.tokens_in_text:,} tokens): {windows.count} windows of "
+        f"{windows.length} tokens that do not overlap, {dtypes}"
+    )
+    lines += [line for note in notes for line in paragraph(note)]
+    letters = {name: chr(ord("A") + i) if i < 26 else str(i) for i, name in enumerate(found)}
+    rows = [
+        (letters[name], name, perplexity(e.perplexity), *_against(e, reference=i == 0))
+        for i, (name, e) in enumerate(found.items())
+    ]
+    lines += ["", *table(("", "model", "perplexity", "top-1", "top-5", "KL, nats"), rows, left=(0, 1))]
+    lines += paragraph(
+        "perplexity: exp of the mean over windows of the mean loss; against A, at every position: top-1, the most likely next "
+        "token is the same; top-5, that of A is among the five most likely; KL(A || model) of the next-token distributions"
+    )
+    lines += heading("By position in the window")
+    columns = [f"loss {letter}" for letter in letters.values()] + [f"KL {letters[n]}" for n in list(found)[1:]]
+    body = []
+    for start, end in _buckets(windows.length):
+        cells = [_mean(e.loss_by_position[start:end]) for e in found.values()]
+        cells += [_mean(e.kl_by_position[start:end]) for e in list(found.values())[1:]]
+        body.append((f"{start + 1}-{end}", *[f"{c:.{_DIGITS}f}" for c in cells]))
+    lines += table(("tokens seen", *columns), body)
+    return "\n".join(lines[1:])
+
+
+def document(found: Mapping[str, Evaluation], windows: Windows, notes: Sequence[str]) -> dict[str, Any]:
+    """For JSON; what is no finite number is null."""
+    return {
+        "schema": "sparsec.evaluation/1",
+        "text": windows.text_name,
+        "text_sha256": windows.text_sha256,
+        "text_tokens": windows.tokens_in_text,
+        "windows": windows.count,
+        "window_length": windows.length,
+        "notes": list(notes),
+        "reference": next(iter(found)),
+        "models": {name: _model(e) for name, e in found.items()},
+    }
+
+
+def perplexity(value: float) -> str:
+    """Digits enough to compare."""
+    return f"{value:.4f}" if value < 1000 else f"{value:.7g}"
+
+
+def _against(e: Evaluation, reference: bool) -> tuple[str, str, str]:
+    return ("-", "-", "-") if reference else (f"{e.top1:.4f}", f"{e.top5:.4f}", f"{e.kl:.4g}")
+
+
+def _buckets(length: int) -> list[tuple[int, int]]:
+    """Positions [start, end) with 1, 2-3, 4-7, ... tokens seen; the last token predicts nothing."""
+    ends = [min(2**i, length) - 1 for i in range(1, length.bit_length() + 1)]
+    starts = [0, *ends[:-1]]
+    return [(a, b) for a, b in zip(starts, ends, strict=True) if a < b]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _model(e: Evaluation) -> dict[str, Any]:
+    numbers = {"perplexity": e.perplexity, "top1": e.top1, "top5": e.top5, "kl": e.kl}
+    series = {
+        "window_losses": e.losses,
+        "window_kls": e.kls,
+        "loss_by_position": e.loss_by_position,
+        "kl_by_position": e.kl_by_position,
+        "top1_by_position": e.top1_by_position,
+    }
+    finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+    lists = {key: [v if math.isfinite(v) else None for v in values] for key, values in series.items()}
+    return {"dtype": e.dtype, **finite, **lists}

@@ -1,0 +1,56 @@
+"""The tokens that models are evaluated on: a text, tokenised once as one string and cut into windows that do not overlap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.data.text import Text
+from sparsec.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Tokens to evaluate on, and where they come from: what has to be printed beside a perplexity."""
+
+    tokens: Tensor  # int64 [count, length]
+    text_name: str
+    text_sha256: str
+    tokens_in_text: int
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of one window."""
+        return self.tokens.shape[1]
+
+
+def cut(text: Text, tokenizer: Any, length: int, count: int | None, limit: int | None = None) -> Windows:
+    """Tokenises the text as one string and takes its first `count` windows of `length` tokens; None takes all.
+
+    limit: the model's longest input. Raises DataError for a length that does not fit it and for a text that is too short.
+    """
+    if length < 2:
+        raise DataError(
+            f"evaluation length must be at least 2, since a window predicts its own next tokens, got {length}"
+        )
+    if count is not None and count < 1:
+        raise DataError(f"the number of evaluation windows must be at least 1, got {count}")
+    if limit is not None and length > limit:
+        raise DataError(f"evaluation length {length} is more than the model's {limit} positions; take {limit} or less")
+    tokens = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
+    available = len(tokens) // length
+    wanted = available if count is None else count
+    if available < max(1, wanted):
+        raise DataError(
+            f"{text.name}: the text has {len(tokens)} tokens, {max(1, wanted)} windows of {length} need "
+            f"{max(1, wanted) * length}; take fewer or shorter windows, or a longer text"
+        )
+    return Windows(tokens[: wanted * length].view(wanted, length), text.name, text.sha256, len(tokens))
