@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def test_inspect_ir(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
         "flops",
         "lower(csr)",
     ]
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason='lm-eval is not installed: pip install "sparsec[eval]"')
+def test_lm_eval_task(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = run("lm_eval_task")
+    assert list(found) == ["dense", "wanda(0.5),freeze,lower(auto)"]
+    assert all(value in {i / 8 for i in range(9)} for value in found.values())
 
 
 def test_every_example_has_a_test() -> None:
