@@ -38,7 +38,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, str, float]:
 
 
 def statistics_of(x: Tensor, gram: bool = False) -> Statistics:
-    found = Statistics(x.shape[1], gram, 64, CPU)
+    found = Statistics(x.shape[1], gram, 64, -(-len(x) // 7), CPU)
     for part in x.split(7):
         found.add(part)
     found.settle()

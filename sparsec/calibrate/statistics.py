@@ -20,18 +20,22 @@ class Statistics:
     sample: float32 [rows, in], rows taken at equal distances.
     """
 
-    def __init__(self, in_features: int, gram: bool, per_call: int, device: torch.device) -> None:
+    def __init__(self, in_features: int, gram: bool, per_call: int, calls: int, device: torch.device) -> None:
         self.tokens = 0
         self.squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self._per_call = per_call
-        self._rows: list[Tensor] = []
+        # Taken at once: pieces that stay, between the temporaries of forward passes, kept the heap half a 135M model larger.
+        self._sample = torch.empty(per_call * calls, in_features, device=device)
+        self._sampled = 0
 
     def add(self, x: Tensor) -> None:
         """x: [..., in_features] of any float dtype."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += len(rows)
-        self._rows.append(rows[:: max(1, len(rows) // self._per_call)][: self._per_call].clone())
+        some = rows[:: max(1, len(rows) // self._per_call)][: self._per_call]
+        self._sample[self._sampled : self._sampled + len(some)] = some
+        self._sampled += len(some)
         if self._gram is not None:
             _add_products(self._gram, rows)
         else:
@@ -62,7 +66,7 @@ class Statistics:
     @property
     def sample(self) -> Tensor:
         """[rows, in], at most SAMPLE and one for every call."""
-        return torch.cat(self._rows)
+        return self._sample[: self._sampled]
 
     @property
     def finite(self) -> bool:

@@ -75,12 +75,11 @@ def calibrate(
     walker = _Walker(graph, data, sites)
     by_value = order == "true" and feed == "pruned"
     spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
-    per_call = -(-SAMPLE // len(data.calls))
     trim()  # what tracing and tokenising left
     for i, span in enumerate(spans):
         if step is not None:
             step(i, len(spans))
-        seen = {site: _statistics(graph, site, gram, per_call, data.device) for site in span.sites}
+        seen = {site: _statistics(graph, site, gram, data) for site in span.sites}
         watched: dict[Read, list[Sequence[Statistics]]] = {}
         for site, statistics in seen.items():
             for read in site.reads:
@@ -280,12 +279,14 @@ def _cloned(values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
     return {node: value.clone() if isinstance(value, Tensor) else value for node, value in values.items()}
 
 
-def _statistics(graph: Graph, site: Site, gram: bool, per_call: int, device: torch.device) -> list[Statistics]:
+def _statistics(graph: Graph, site: Site, gram: bool, data: CalibrationData) -> list[Statistics]:
     """One, or one for every expert."""
     weight = graph.weights[site.weights[0]]
-    count = weight.shape[0] if weight.kind == "experts" else 1
-    rows = -(-per_call // count)
-    return [Statistics(weight.matrix_shape[1], gram, rows, device) for _ in range(count)]
+    experts, calls = weight.shape[0] if weight.kind == "experts" else 1, len(data.calls)
+    rows = -(-SAMPLE // (calls * experts))
+    return [
+        Statistics(weight.matrix_shape[1], gram, rows, calls * len(site.reads), data.device) for _ in range(experts)
+    ]
 
 
 def _not_finite(site: Site, data: CalibrationData) -> str:
