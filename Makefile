@@ -38,7 +38,7 @@ demo: $(STAMP) ## a real language model: traced, pruned, frozen, fused, lowered 
 	$(BIN)/python -m sparsec.report $(MODEL) $(ARGS)
 
 test: $(STAMP) ## the tests (HYPOTHESIS_PROFILE=thorough for ten times the random examples)
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -29,6 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--refresh-goldens", action="store_true", help="write tests/golden anew instead of comparing")
 
 
+_LONG = ("test_real_model.py", "test_native_build.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes go first, so that at the end no worker waits for the other."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Several workers share the cores; and the checkout must not be on the import path."""
     # What lower(auto) chooses must not depend on the machine, nor on what else it does: an invented processor's constants.

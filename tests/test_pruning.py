@@ -183,6 +183,23 @@ def test_dead_columns_are_named_and_their_weights_go_first() -> None:
         assert int((~mask).sum()) == 4
 
 
+@pytest.mark.parametrize("algorithm", [Wanda, SparseGPT])
+def test_a_dead_layer_is_named_and_keeps_its_largest_weights(algorithm) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)  # so that the second layer reads zeros
+    x = torch.randn(16, 8)
+    out = sparsec.compile(model, [algorithm(0.5)], example_inputs=x, calibration=[(x,)])
+    (note,) = out.sparsec.records[0].notes
+    assert note == "2.weight: all that is read is zero in all of the text; masks are by magnitude alone"
+    before, weight = model[2].weight.detach(), out.sparsec.graph.weights["2.weight"]
+    rows = torch.stack([Pattern().mask(row[None], 0.5)[0] for row in before])
+    assert torch.equal(weight.mask, rows if algorithm is Wanda else Pattern().mask(before, 0.5))
+    assert torch.equal(out[2].weight, before * weight.mask)
+    assert "MB of activations and 0.0 MB of statistics" in out.sparsec.records[0].summary
+
+
 def test_a_gram_matrix_that_cannot_be_factored_raises_the_damping_and_says_so() -> None:
     gram = torch.eye(6)
     gram[0, 1] = gram[1, 0] = 1.05  # no Gram matrix of anything, as rounding can make it
@@ -193,9 +210,17 @@ def test_a_gram_matrix_that_cannot_be_factored_raises_the_damping_and_says_so() 
         inverse_factor(gram, 0.01)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "opt"])
 @pytest.mark.parametrize(
-    "spec", ["wanda(0.5)", "sparsegpt(0.5)", "sparsegpt(pattern='2:4')", "magnitude(pattern='2:4')"]
+    ("name", "spec"),
+    [
+        ("llama", "wanda(0.5)"),
+        ("llama", "sparsegpt(0.5)"),
+        ("llama", "sparsegpt(pattern='2:4')"),
+        ("llama", "magnitude(pattern='2:4')"),
+        ("gpt2", "sparsegpt(pattern='2:4')"),
+        ("mixtral", "sparsegpt(0.5)"),
+        ("opt", "wanda(0.5)"),
+    ],
 )
 def test_a_lowered_model_computes_what_its_pruned_one_does(name: str, spec: str) -> None:
     model, call = tiny_model(name)

@@ -20,7 +20,6 @@ from sparsec.memory import held
 from sparsec.patterns import prune_count
 
 PRUNED = 106_168_320  # attention and MLP weights
-SPEC = "magnitude(0.3),freeze,sparsity,flops,lower(csr)"
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,8 @@ def loaded():
 @pytest.fixture(scope="module")
 def variants(loaded) -> dict[str, torch.nn.Module]:
     before = {name: p.detach().clone() for name, p in list(loaded.model.named_parameters())[:12]}
-    built = {
-        "frozen": sparsec.compile(loaded.model, "magnitude(0.3),freeze"),
-        "lowered": sparsec.compile(loaded.model, SPEC),
-    }
+    frozen = sparsec.compile(loaded.model, "magnitude(0.3),freeze")
+    built = {"frozen": frozen, "lowered": sparsec.extend(frozen, "sparsity,flops,lower(csr)")}
     for name, parameter in before.items():
         assert torch.equal(parameter, loaded.model.get_parameter(name)), f"{name} of the given model was changed"
     return built | {"dense": loaded.model}

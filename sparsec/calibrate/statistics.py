@@ -17,11 +17,12 @@ class Statistics:
     """Of one value x [..., in_features] over the tokens added so far.
 
     squares: float64 [in], the sum of x**2 by column. gram: float32 [in, in], the sum of x.T @ x, where asked for.
-    sample: float32 [rows, in], rows taken at equal distances.
+    sample: float32 [rows, in], rows taken at equal distances. blind: nothing but zeros was seen, so all columns count alike.
     """
 
     def __init__(self, in_features: int, gram: bool, per_call: int, calls: int, device: torch.device) -> None:
         self.tokens = 0
+        self.blind = False
         self.squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self._per_call = per_call
@@ -42,15 +43,16 @@ class Statistics:
             self.squares += torch.linalg.vector_norm(rows, dim=0).double().square()
 
     def settle(self) -> None:
-        """After the last `add`: the parts that were left out are filled in. Columns of which nothing was seen all count alike."""
-        if not self.tokens:
-            self.squares = torch.ones_like(self.squares)
-            if self._gram is not None:
-                self._gram.fill_diagonal_(1.0)
-        elif self._gram is not None:
+        """After the last `add`: the parts that were left out are filled in."""
+        if self._gram is not None:
             upper = self._gram.triu_()
             self._gram = upper + upper.triu(1).t()
             self.squares = self._gram.diagonal().double()
+        self.blind = not bool(self.squares.any())
+        if self.blind:
+            self.squares = torch.ones_like(self.squares)
+            if self._gram is not None:
+                self._gram.fill_diagonal_(1.0)
 
     @property
     def gram(self) -> Tensor:
@@ -67,6 +69,12 @@ class Statistics:
     def sample(self) -> Tensor:
         """[rows, in], at most SAMPLE and one for every call."""
         return self._sample[: self._sampled]
+
+    @property
+    def nbytes(self) -> int:
+        """Held."""
+        held = [self.squares, self._sample, *([] if self._gram is None else [self._gram])]
+        return sum(t.numel() * t.itemsize for t in held)
 
     @property
     def finite(self) -> bool:

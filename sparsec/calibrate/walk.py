@@ -33,14 +33,20 @@ ORDERS = ("block", "true")
 
 @dataclass
 class Profile:
-    """Where the time went, in seconds."""
+    """Where the time went, in seconds; and the most bytes that were held, beside the model: activations between two blocks, and the
+    statistics of one."""
 
     forward: float = 0.0
     statistics: float = 0.0
     pruning: float = 0.0
+    activation_bytes: int = 0
+    statistics_bytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.forward:.1f} s in forward passes, {self.statistics:.1f} s in statistics, {self.pruning:.1f} s in pruning"
+        return (
+            f"{self.forward:.1f} s in forward passes, {self.statistics:.1f} s in statistics, {self.pruning:.1f} s in pruning; held "
+            f"at most {self.activation_bytes / 1e6:.1f} MB of activations and {self.statistics_bytes / 1e6:.1f} MB of statistics"
+        )
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -84,6 +90,8 @@ def calibrate(
         for site, statistics in seen.items():
             for read in site.reads:
                 watched.setdefault(read, []).append(statistics)
+        held = sum(each.nbytes for statistics in seen.values() for each in statistics)
+        walker.profile.statistics_bytes = max(walker.profile.statistics_bytes, held)
         last = i + 1 == len(spans)
         again = span.again and feed == "pruned"
         walker.run(span.start, span.end, watched, keep=not (again or last))
@@ -167,6 +175,10 @@ class _Walker:
                 self.states[i] = self._stored(i, {n: v for n, v in values.items() if n in goals})
         if keep:
             self.shared = {n: v for n, v in shared.items() if n in goals}
+            kept = (v for state in self.states for v in state.values() if isinstance(v, Tensor))
+            self.profile.activation_bytes = max(
+                self.profile.activation_bytes, sum(v.numel() * v.itemsize for v in kept)
+            )
 
     def _execute(
         self,
@@ -191,7 +203,7 @@ class _Walker:
         for node in steps:
             with self.profile.timed("forward"):
                 if node.op == "placeholder":
-                    result = inputs[node.name]
+                    result = inputs[str(node.target)]
                 else:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                     if node.target is _ATTENTION:

@@ -187,12 +187,15 @@ class CalibratedPruning(PruningPass):
         return self.result(graph, chosen, how, notes)
 
     def _unseen(self, site: Site, statistics: Sequence[Statistics]) -> list[str]:
-        """Experts to which the text sent no token, or too few."""
+        """Of which nothing can be learned: what reads zeros alone, experts to which the text sent no token, or too few."""
         if len(statistics) == 1:
-            return []
+            what = (
+                f"{', '.join(site.weights)}: all that is read is zero in all of the text; masks are by magnitude alone"
+            )
+            return [what] if statistics[0].blind else []
         needed = self.enough(len(statistics[0].squares))
-        none = [str(e) for e, each in enumerate(statistics) if not each.tokens]
-        few = [f"{e} ({each.tokens})" for e, each in enumerate(statistics) if 0 < each.tokens < needed]
+        none = [str(e) for e, each in enumerate(statistics) if each.blind]
+        few = [f"{e} ({each.tokens})" for e, each in enumerate(statistics) if not each.blind and each.tokens < needed]
         said = []
         if none:
             said.append(f"experts {', '.join(none)} saw no token of the text; their masks are by magnitude alone")
