@@ -14,7 +14,7 @@ import torch
 
 from sparsec.bench import arguments, room
 from sparsec.bench.__main__ import main
-from sparsec.bench.cases import Case, Format, Pattern, cases
+from sparsec.bench.cases import Case, Format, cases, random_mask
 from sparsec.bench.kernels import Measured, measure
 from sparsec.bench.models import shapes
 from sparsec.bench.output import SCHEMA, cells, doubts, record
@@ -24,6 +24,7 @@ from sparsec.cost import Calibration, calibrate
 from sparsec.cost.model import Work
 from sparsec.latency import Spread
 from sparsec.machine import machine
+from sparsec.patterns import Pattern
 
 UNSTRUCTURED = ("csr8", "csr16", "csr32", "bitmap", "dense", "auto")
 SMALL = Protocol(100_000)
@@ -96,7 +97,7 @@ def test_without_a_calibration_bytes_are_the_only_roof_and_auto_takes_the_smalle
 @pytest.mark.parametrize(("label", "kept"), [("bsr16x16", 12), ("bsr8x8", 48), ("bsr32x32", 3)])
 def test_block_masks_keep_whole_blocks_and_hold_their_sparsity(label: str, kept: int) -> None:
     wanted = case(label)
-    mask = wanted.pattern.mask(64, 96, 0.5, torch.Generator().manual_seed(0))
+    mask = random_mask(wanted.pattern, 64, 96, 0.5, torch.Generator().manual_seed(0))
     assert int(mask.sum()) * 2 == mask.numel()
     (result,) = measured(wanted).results
     r, c = wanted.pattern.block
@@ -109,7 +110,7 @@ def test_nm_masks_have_their_own_sparsity(label: str) -> None:
     n, m = map(int, label[2:].split(":"))
     (wanted,) = cases({(64, 96): None}, [Format.parse(label)], [0.5, 0.7], ["fp32"], [1])
     assert wanted.sparsity == 1 - n / m
-    mask = wanted.pattern.mask(64, 96, 0.1, torch.Generator().manual_seed(0))
+    mask = random_mask(wanted.pattern, 64, 96, 0.1, torch.Generator().manual_seed(0))
     assert (mask.view(64, -1, m).sum(-1) == n).all()
     (result,) = measured(wanted).results
     assert cells(result)[1:3] == (f"{n}:{m}", f"{1 - n / m:.0%}")
@@ -123,8 +124,8 @@ def test_every_mask_gets_the_formats_that_fit_it() -> None:
     assert tried == {
         ("unstructured", 0.5): ["csr8", "bitmap", "dense", "auto"],
         ("unstructured", 0.9): ["csr8", "bitmap", "dense", "auto"],
-        ("blocks 16x16", 0.5): ["bsr16x16", "dense", "auto"],
-        ("blocks 16x16", 0.9): ["bsr16x16", "dense", "auto"],
+        ("block:16x16", 0.5): ["bsr16x16", "dense", "auto"],
+        ("block:16x16", 0.9): ["bsr16x16", "dense", "auto"],
         ("2:4", 0.5): ["nm2:4", "dense", "auto"],
     }
     assert [c.rows for c in found[:10]] == [1] * 5 + [8] * 5
@@ -132,7 +133,7 @@ def test_every_mask_gets_the_formats_that_fit_it() -> None:
 
 def test_what_cannot_hold_a_shape_is_left_out_with_the_reason() -> None:
     assert measured(Case(63, 96, Pattern(block=(16, 16)), 0.5, "fp32", 1, (Format.parse("bsr16x16"),))).left_out == (
-        "63x96: blocks of 16x16 do not divide 63x96",
+        "63x96: block:16x16 does not divide 63x96",
     )
     wide = Case(1, 65537, Pattern(), 0.5, "fp32", 1, (Format.parse("csr8"), Format.parse("csr32")))
     found = measured(wide, Protocol())

@@ -11,38 +11,20 @@ import torch
 from torch import Tensor
 
 from sparsec.errors import SpecError
+from sparsec.patterns import Pattern
 
 KNOWN = "csr8, csr16, csr32, bitmap, bsr16x16 (any block), nm2:4 (any N:M), dense, auto"
 _FORMAT = re.compile(r"csr(?P<bits>8|16|32)|bitmap|bsr(?P<r>\d+)x(?P<c>\d+)|nm(?P<n>\d+):(?P<m>\d+)|dense|auto")
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """Which weights a mask keeps: any, whole blocks (r, c), or n of every m in a row."""
-
-    block: tuple[int, int] = (1, 1)
-    nm: tuple[int, int] | None = None
-
-    def mask(self, out_features: int, in_features: int, sparsity: float, generator: torch.Generator) -> Tensor:
-        """Bool [out, in], True where kept. Blocks and N:M hold their sparsity exactly; SpecError where they do not divide."""
-        if self.nm is not None:
-            n, m = self.nm
-            _require(in_features % m == 0, f"{n}:{m} needs in_features divisible by {m}, got {in_features}")
-            scores = torch.rand(out_features, in_features // m, m, generator=generator)
-            return (scores.argsort(-1).argsort(-1) < n).view(out_features, in_features)
-        r, c = self.block
-        if (r, c) == (1, 1):
-            return torch.rand(out_features, in_features, generator=generator) >= sparsity
-        shape = f"{out_features}x{in_features}"
-        _require(out_features % r == 0 and in_features % c == 0, f"blocks of {r}x{c} do not divide {shape}")
-        count = (out_features // r) * (in_features // c)
-        kept = torch.randperm(count, generator=generator) >= round(sparsity * count)
-        return kept.view(out_features // r, -1).repeat_interleave(r, 0).repeat_interleave(c, 1)
-
-    def __str__(self) -> str:
-        if self.nm is not None:
-            return f"{self.nm[0]}:{self.nm[1]}"
-        return "unstructured" if self.block == (1, 1) else f"blocks {self.block[0]}x{self.block[1]}"
+def random_mask(
+    pattern: Pattern, out_features: int, in_features: int, sparsity: float, generator: torch.Generator
+) -> Tensor:
+    """Bool [out, in], True where kept. Blocks and N:M hold their sparsity exactly; SpecError where they do not divide."""
+    for why in pattern.misfits(out_features, in_features):
+        raise SpecError(why)
+    scores = torch.rand(out_features, in_features, generator=generator)
+    return scores >= sparsity if pattern == Pattern() else pattern.mask(scores, sparsity)
 
 
 @dataclass(frozen=True)
@@ -109,7 +91,7 @@ def cases(
         for shape, n in shapes.items()
         for tokens in rows
         for pattern in patterns
-        for share in ([1 - pattern.nm[0] / pattern.nm[1]] if pattern.nm else shares)
+        for share in (shares if pattern.sparsity is None else [pattern.sparsity])
     ]
 
 

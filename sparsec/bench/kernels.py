@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsec.bench.cases import Case, Format
+from sparsec.bench.cases import Case, Format, random_mask
 from sparsec.bench.rotation import Rotation
 from sparsec.bench.timing import Contender, Timing, interleaved, speedup
 from sparsec.command import DTYPES
@@ -113,7 +113,7 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
     dtype = DTYPES[case.dtype]
     shape = f"{case.out_features}x{case.in_features}"
     try:
-        mask = case.pattern.mask(case.out_features, case.in_features, case.sparsity, generator)
+        mask = random_mask(case.pattern, case.out_features, case.in_features, case.sparsity, generator)
     except SpecError as error:
         return Measured((), (f"{shape}: {error}",))
     weight = torch.randn(case.out_features, case.in_features, generator=generator).to(dtype).masked_fill_(~mask, 0)
