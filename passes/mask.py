@@ -63,7 +63,7 @@ def _find(graph: Graph, given: str) -> Weight:
     for weight in graph.weights.values():
         if given in (weight.name, *weight.aliases):
             return weight
-    matrices = [w for w in graph.weights.values() if graph.prunable(w.name) and given in w.owners]
+    matrices = [w for w in graph.weights.values() if graph.is_linear(w.name) and given in w.owners]
     if matrices:
         return matrices[0]
     names = [w.name for w in graph.weights.values() if graph.prunable(w.name)]

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import sparsec
+from sparsec.errors import MaskError
 from sparsec.passes import Magnitude, SparseGPT, Wanda
 from sparsec.patterns import Pattern
 
@@ -132,3 +133,13 @@ def test_stacks_of_experts_stored_in_out_are_pruned_along_their_inputs() -> None
         everything = np.ones(matrix.shape, dtype=bool)
         expected = slow_pruning.wanda(matrix.double().numpy(), rows.double().numpy(), 0.5, "2:4", everything)
         assert np.array_equal(weight.mask[expert].t().numpy(), expected)
+
+
+def test_masks_for_experts_are_given_by_the_name_of_their_stack() -> None:
+    model, _ = traced_moe("mixtral")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    mask = torch.rand(4, 96, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    out = sparsec.compile(model, masks={name: mask})
+    assert torch.equal(out.sparsec.graph.weights[name].mask, mask)
+    with pytest.raises(MaskError, match="no weight or module is called 'model.layers.0.mlp.experts'"):
+        sparsec.compile(model, masks={"model.layers.0.mlp.experts": mask})  # holds two stacks
