@@ -141,5 +141,5 @@ def test_masks_for_experts_are_given_by_the_name_of_their_stack() -> None:
     mask = torch.rand(4, 96, 32, generator=torch.Generator().manual_seed(0)) < 0.5
     out = sparsec.compile(model, masks={name: mask})
     assert torch.equal(out.sparsec.graph.weights[name].mask, mask)
-    with pytest.raises(MaskError, match="no weight or module is called 'model.layers.0.mlp.experts'"):
+    with pytest.raises(MaskError, match=r"no weight or module is called 'model\.layers\.0\.mlp\.experts'"):
         sparsec.compile(model, masks={"model.layers.0.mlp.experts": mask})  # holds two stacks
