@@ -52,4 +52,5 @@ def _origins(node: fx.Node) -> set[fx.Node]:
 
 
 def writes(node: fx.Node) -> bool:
+    """Whether a call changes one of its arguments in place."""
     return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)

@@ -73,7 +73,7 @@ def check_spread(value: Any, allocation: str | Table) -> None:
     if not isinstance(allocation, str) or allocation not in SPREADS:
         raise SpecError(f"spread is an option of allocation {', '.join(map(repr, SPREADS))}; leave it out")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise SpecError(f"spread must be in (0, 1), got {value!r}; the paper's is {SPREADS[allocation]}")
+        raise SpecError(f"spread must be in (0, 1), got {value!r}; the default is {SPREADS[allocation]}")
 
 
 def allocate(
