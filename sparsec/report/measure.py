@@ -19,7 +19,7 @@ from sparsec.cost import calibrate
 from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
 from sparsec.evaluate import Evaluation, Windows, cut
-from sparsec.evaluate import compare as evaluate
+from sparsec.evaluate import compare as compare_outputs
 from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import MATRIX_KINDS
 from sparsec.kernels import status
@@ -148,7 +148,7 @@ def _measured(
     report: Report, loaded: LoadedModel, models: Mapping[str, Any], planned: Plan, progress: Progress | None
 ) -> Report:
     windows, effort = planned.windows, planned.effort
-    evaluations = evaluate(models, windows, progress, "perplexity")
+    evaluations = compare_outputs(models, windows, progress, "perplexity")
     decode_repeats = max(effort.repeats, effort.new_tokens)
     times = compare(models, planned.timed, effort.repeats, decode_repeats, progress)
     expected = report.linears_dense_ms
