@@ -106,7 +106,10 @@ def unstructured_rows(scores: Tensor, sparsity: float, old: Tensor | None = None
 
 
 def _above_in_rows(keys: Tensor, zeros: int) -> Tensor:
-    """Mask [rows, n], False for the `zeros` smallest of each row, the earlier ones where some are equal. 3.5 times a stable sort."""
+    """Mask [rows, n], False for the `zeros` smallest of each row, the earlier ones where some are equal.
+
+    By selection: 3.5 times as fast as a stable sort.
+    """
     if not zeros:
         return torch.ones_like(keys, dtype=torch.bool)
     threshold = keys.kthvalue(zeros, dim=1, keepdim=True).values
