@@ -13,7 +13,7 @@ import torch
 
 from sparsec.command import DTYPES, add_calibration, calibration, guarded, positive, writable, write
 from sparsec.compiler import compile, extend
-from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.errors import DataError
 from sparsec.evaluate.compare import compare
 from sparsec.evaluate.output import document, text
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--text",
         metavar="FILE",
-        help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: an embedded text",
+        help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: half of an embedded text",
     )
     p.add_argument("--windows", type=positive, metavar="N", help="the first ones; default: all of the text")
     p.add_argument(
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> None:
         writable(args.json)
     if args.resume:
         writable(args.resume)
-    content = load_text(args.text)
+    content = load_text(args.text) if args.text else _first_half(load_text())
     if args.threads:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress:
@@ -108,6 +108,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         write(args.json, json.dumps(document(found, windows, notes), indent=1, allow_nan=False) + "\n")
         print(f"\nwritten: {args.json}")
+
+
+def _first_half(text: Text) -> Text:
+    """Of the embedded text; passes calibrate on the other half of it."""
+    return Text(f"{text.name}, first half", text.content[: len(text.content) // 2])
 
 
 def _tokenizer(loaded: Sequence[LoadedModel]) -> Any:
