@@ -245,7 +245,7 @@ def test_the_command_compares_what_passes_make_of_a_model_and_goes_on_where_it_w
     rows = [line.split() for line in first.splitlines() if line[:3] in ("A  ", "B  ", "C  ", "D  ")]
     assert [row[1] for row in rows] == ["tiny", *specs]
     assert rows[2][2:] == rows[3][2:], "two formats of one mask"
-    assert "2 windows of 64 tokens that do not overlap, float32" in first
+    assert "2 windows of 64 tokens that do not overlap, float32" in " ".join(first.split())
     assert "pydoc_data.topics, first half" in first
     assert "calibrated on 2 sequences of 64 tokens of pydoc_data.topics, second half" in " ".join(first.split())
     found = json.loads((tmp_path / "out.json").read_text())
