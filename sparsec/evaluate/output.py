@@ -33,14 +33,21 @@ def text(found: Mapping[str, Evaluation], windows: Windows, notes: Sequence[str]
         "token is the same; top-5, that of A is among the five most likely; KL(A || model) of the next-token distributions"
     )
     lines += heading("By position in the window")
-    columns = [f"loss {letter}" for letter in letters.values()] + [f"KL {letters[n]}" for n in list(found)[1:]]
-    body = []
-    for start, end in _buckets(windows.length):
-        cells = [_mean(e.loss_by_position[start:end]) for e in found.values()]
-        cells += [_mean(e.kl_by_position[start:end]) for e in list(found.values())[1:]]
-        body.append((f"{start + 1}-{end}", *[f"{c:.{_DIGITS}f}" for c in cells]))
-    lines += table(("tokens seen", *columns), body)
+    names = list(found)
+    loss = {f"loss {letters[n]}": found[n].loss_by_position for n in names}
+    lines += _by_position(loss, windows.length)
+    if names[1:]:
+        lines += ["", *_by_position({f"KL {letters[n]}": found[n].kl_by_position for n in names[1:]}, windows.length)]
     return "\n".join(lines[1:])
+
+
+def _by_position(columns: Mapping[str, Sequence[float]], length: int) -> list[str]:
+    """Means over positions with 1, 2-3, 4-7, ... tokens seen."""
+    body = [
+        (f"{start + 1}-{end}", *[f"{_mean(values[start:end]):.{_DIGITS}f}" for values in columns.values()])
+        for start, end in _buckets(length)
+    ]
+    return table(("tokens seen", *columns), body)
 
 
 def document(found: Mapping[str, Evaluation], windows: Windows, notes: Sequence[str]) -> dict[str, Any]:
