@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -162,12 +161,6 @@ def _identity(
     }
 
 
-@dataclass(frozen=True)
-class _Masked:
-    spec: str
-    model: Any
-
-
 def _built(
     loaded: LoadedModel,
     pipelines: Sequence[Pipeline],
@@ -177,17 +170,17 @@ def _built(
 ) -> dict[str, Any]:
     """What each of the pipelines makes of the model. Those that differ in how they lower alone share their pruning."""
     found: dict[str, Any] = {}
-    last: _Masked | None = None
+    shared, masked = "", loaded.model  # the last pruning: its passes, and what they made
     for name, pipeline in zip(names, pipelines, strict=True):
         before = pipeline.before("lower")
-        if before.passes and (last is None or last.spec != str(before)):
-            last = _Masked(str(before), compile(loaded.model, before, calibration=drawn, progress=progress))
-        if not before.passes or last is None:
+        if before.passes and shared != str(before):
+            shared, masked = str(before), compile(loaded.model, before, calibration=drawn, progress=progress)
+        if not before.passes:
             found[name] = compile(loaded.model, pipeline, calibration=drawn, progress=progress)
         elif before == pipeline:
-            found[name] = last.model
+            found[name] = masked
         else:
-            found[name] = extend(last.model, Pipeline(pipeline.passes[len(before.passes) :]), progress=progress)
+            found[name] = extend(masked, Pipeline(pipeline.passes[len(before.passes) :]), progress=progress)
     return found
 
 

@@ -16,7 +16,7 @@ _MEASURES = {
     ),
     "sensitivity": (
         "divergence",
-        "of the model's outputs from the dense ones, in nats, with this block alone pruned to the target",
+        "of the model's outputs from the dense ones with this block alone pruned; KL in nats, or relative error",
     ),
 }
 
