@@ -1,8 +1,9 @@
 """The operators: schema, shape rule and gradient of every format, defined once, whatever machine executes them.
 
-The reference is the implementation for every device; the native library replaces it on the CPU when it is loaded. So a
-graph holds the same operator names with and without a compiler. All formats follow one rule: operator `<format>_linear`
-takes `(x, *packed.tensors().values(), bias, *packed.scalars().values())`, and everything here is made from that.
+The reference is the implementation for every device; the native library replaces it on the CPU when it is loaded, and Triton
+kernels on CUDA devices that have them. So a graph holds the same operator names with and without a compiler. All formats
+follow one rule: operator `<format>_linear` takes `(x, *packed.tensors().values(), bias, *packed.scalars().values())`, and
+everything here is made from that.
 
 Gradients are for x and bias. Packed values are constants: a call whose values ask for a gradient is refused.
 """
@@ -20,7 +21,7 @@ from torch._ops import OpOverload
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.kernels import loader
+from sparsec.kernels import gpu, loader
 from sparsec.kernels.reference import accumulation_dtype, check_call, reference_linear
 
 # Operators live as long as the library object.
@@ -91,6 +92,11 @@ def _define(kind: type[Packed]) -> OpOverload:
             return cast(Tensor, op(x, *args))
         return reference_linear(x, *packed_and_bias(kind.format, args))
 
+    def on_gpu(x: Tensor, *args: Argument) -> Tensor:
+        packed, bias = packed_and_bias(kind.format, args)
+        check_call(x, packed, bias)
+        return reference_linear(x, packed, bias) if gpu.refuses(packed) else gpu.product(x, packed, bias)
+
     def fake(x: Tensor, *args: Argument) -> Tensor:
         packed, bias = packed_and_bias(kind.format, args)
         check_call(x, packed, bias)
@@ -111,6 +117,7 @@ def _define(kind: type[Packed]) -> OpOverload:
         return (grad_x, *[None] * len(kind.tensor_names), grad_bias, *[None] * len(kind.scalar_names))
 
     torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(implementation)
+    torch.library.impl(LIBRARY, name, "CUDA")(on_gpu)
     torch.library.register_fake(f"sparsec::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"sparsec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return op

@@ -13,9 +13,9 @@ import torch
 from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
-from sparsec.formats import FORMATS
+from sparsec.formats import FORMATS, WarpCSR
 from sparsec.formats.base import Packed
-from sparsec.kernels import loader
+from sparsec.kernels import gpu, loader
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.ops import OPERATORS, has_native
 
@@ -31,12 +31,13 @@ class Problem:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"  # device type
     density: float = 0.5
+    layout: str = ""  # the format with its parameters, such as csr8, where they are known
 
     @classmethod
     def of(cls, packed: Packed, tokens: int = 1) -> Problem:
         """The problem that a packed matrix poses."""
         device = next(iter(packed.tensors().values())).device.type
-        return cls(packed.format, *packed.shape, tokens, packed.dtype, device, 1.0 - packed.sparsity)
+        return cls(packed.format, *packed.shape, tokens, packed.dtype, device, 1.0 - packed.sparsity, packed.describe())
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None  # None: every device
     missing: Callable[[], list[str]]
+    refuses: Callable[[str, torch.dtype], str] = lambda layout, dtype: ""  # why not, of a layout and the values' type
 
     def available(self) -> list[str]:
         """Why it cannot run on this machine; empty when it can. May build the native library."""
@@ -64,6 +66,8 @@ class Kernel:
             reasons.append(f"serves {names}, not {str(problem.dtype).removeprefix('torch.')}")
         if self.devices is not None and problem.device not in self.devices:
             reasons.append(f"runs on {', '.join(self.devices)}, not {problem.device}")
+        if not reasons and (reason := self.refuses(problem.layout, problem.dtype)):
+            reasons.append(reason)
         # Last, and only where it matters, since asking may start a build.
         return reasons or self.available()
 
@@ -82,11 +86,15 @@ def native_missing(operator_name: str) -> Callable[[], list[str]]:
     return reasons
 
 
-def _of_format(kind: type[Packed]) -> tuple[Kernel, Kernel]:
-    """The native kernel of a format and its slow twin."""
+def _of_format(kind: type[Packed]) -> tuple[Kernel, ...]:
+    """The kernels of a format and their slow twin."""
     name, op = kind.format, OPERATORS[kind.format]
+    triton = Kernel(f"{name}_triton", name, op, kind.dtypes, ("cuda",), gpu.missing, gpu.unsupported)
+    if kind is WarpCSR:  # a layout for warps: elsewhere csr serves
+        return (triton, Kernel(f"{name}_reference", name, op, kind.dtypes, ("cuda",), list))
     return (
         Kernel(f"{name}_cpu", name, op, kind.dtypes, ("cpu",), native_missing(f"{name}_linear")),
+        triton,
         Kernel(f"{name}_reference", name, op, kind.dtypes, None, list),
     )
 

@@ -20,12 +20,17 @@ from torch._ops import OpOverload
 
 from sparsec.errors import CompileError
 from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
+from sparsec.formats.wcsr import WarpCSR
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.fused import inference_linear
 from sparsec.kernels.ops import OPERATORS
 
 SLOT = "post_grad_custom_pre_pass"
-_FORMATS: dict[Any, str] = {dense_linear: DENSE, **{op: name for name, op in OPERATORS.items()}}
+_FORMATS: dict[Any, str] = {
+    dense_linear: DENSE,
+    # Warp CSR is for GPUs, where one call of several products saves nothing: the library that computes them knows no such part.
+    **{op: name for name, op in OPERATORS.items() if name != WarpCSR.format},
+}
 
 
 def sparsec(

@@ -41,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Several workers share the cores; and the checkout must not be on the import path."""
     # What lower(auto) chooses must not depend on the machine, nor on what else it does: an invented processor's constants.
     os.environ["SPARSEC_CALIBRATION"] = str(ROOT / "tests" / "calibration.json")
+    # Triton kernels run in its interpreter where there is no GPU. Read when triton is imported, so it has to stand before.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

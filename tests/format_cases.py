@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsec.formats import BSR, CSR, NM, Bitmap, Packed
+from sparsec.formats import BSR, CSR, NM, Bitmap, Packed, WarpCSR
 
 INTEGERS = {
     torch.float32: torch.int32,
@@ -79,6 +79,8 @@ LAYOUTS = {
     "nm2:4": Layout(NM, {}, 1, 4, 2),
     "nm3:8": Layout(NM, {}, 1, 8, 3),
     "nm4:8": Layout(NM, {}, 1, 8, 4),
+    "wcsr8": Layout(WarpCSR, {"index_bits": 8}),
+    "wcsr16": Layout(WarpCSR, {"index_bits": 16}),
 }
 
 

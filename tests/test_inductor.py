@@ -24,7 +24,7 @@ from sparsec.kernels import SparseLinear
 from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.kernels.fused import inference_linear
 
-KINDS = [*LAYOUTS.values(), None]
+KINDS = [*(layout for name, layout in LAYOUTS.items() if not name.startswith("wcsr")), None]
 """Every way to pack a matrix, and dense."""
 WIDTH = math.lcm(*(layout.columns for layout in LAYOUTS.values()))
 

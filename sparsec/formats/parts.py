@@ -15,8 +15,8 @@ from sparsec.errors import FormatError
 from sparsec.formats import FORMATS
 
 DENSE = "dense"
-FORMAT_NUMBERS: dict[str, int] = {DENSE: 0, "csr": 1, "bitmap": 2, "bsr": 3, "nm": 4}
-"""Part of the operator's interface: the native library has the same numbers."""
+FORMAT_NUMBERS: dict[str, int] = {DENSE: 0, "csr": 1, "bitmap": 2, "bsr": 3, "nm": 4, "wcsr": 5}
+"""Part of the operator's interface: the native library has the same numbers, all but that of wcsr, which is for GPUs."""
 
 T = TypeVar("T")
 

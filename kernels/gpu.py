@@ -1,0 +1,141 @@
+"""Products on a GPU: when Triton kernels can serve them, and how a product reaches the kernel of its format.
+
+Triton is imported by the first product on a CUDA device and not before; without it, and on devices that it does not serve, the
+reference computes, and one warning says why. With TRITON_INTERPRET=1 the kernels run on CPU tensors, in Python: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import KernelError
+from sparsec.formats.base import Packed
+from sparsec.formats.bitmap import Bitmap
+from sparsec.formats.bsr import BSR
+from sparsec.formats.csr import CSR
+from sparsec.formats.nm import NM
+from sparsec.formats.wcsr import WIDEST, WarpCSR
+
+OLDEST = (8, 0)
+"""The compute capability from which on a device is served: Ampere."""
+MAX_OFFSET = 2**31 - 1
+"""Kernels count elements in int32."""
+LARGEST_BLOCK = 128
+
+
+@functools.cache
+def missing() -> list[str]:
+    """Why Triton kernels cannot run on this machine's GPU; empty when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return ['triton is not installed; run `pip install "sparsec[triton]"`']
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA device"]
+    if torch.version.hip is not None:
+        return ["the kernels are written for CUDA, and this torch is built for ROCm"]
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        name = torch.cuda.get_device_name()
+        return [
+            f"{name} has compute capability {capability[0]}.{capability[1]}, below the {OLDEST[0]}.{OLDEST[1]} served"
+        ]
+    return []
+
+
+def unsupported(layout: str, dtype: torch.dtype) -> str:
+    """Why no Triton kernel serves a layout (such as csr16, `Packed.describe`) with values of a type, "" where one does."""
+    if dtype == torch.float64:
+        return "no Triton kernel multiplies float64"
+    if layout == "csr8":
+        return "csr8 has to be read from a row's first entry on; on a GPU use wcsr, which holds 8-bit columns too"
+    block = re.fullmatch(r"bsr(\d+)x(\d+)", layout)
+    if block and max(int(n) for n in block.groups()) > LARGEST_BLOCK:
+        return f"{layout} has blocks of more than {LARGEST_BLOCK} rows or columns, which no multiprocessor's registers hold"
+    return ""
+
+
+def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., in] @ W.T + bias -> [..., out] by the kernel of W's format; arguments are checked already.
+
+    Raises KernelError where an offset would pass 32 bits.
+    """
+    out_features, in_features = packed.shape
+    tokens, shape = math.prod(x.shape[:-1]), (*x.shape[:-1], out_features)
+    if not tokens * out_features:
+        return x.new_empty(shape)
+    if not in_features or not packed.values.numel():
+        return x.new_zeros(shape) if bias is None else bias.expand(shape).clone()
+    for name, count in (
+        ("x", x.numel()),
+        ("the result", tokens * out_features),
+        ("the packed weight", largest(packed)),
+    ):
+        if count > MAX_OFFSET:
+            raise KernelError(
+                f"{packed.format}_linear: {name} has {count} elements, and the GPU kernels count to {MAX_OFFSET}; "
+                "give fewer rows at a time"
+            )
+    return kernel_of(packed)(x.reshape(tokens, in_features).contiguous(), packed, bias).view(shape)
+
+
+def largest(packed: Packed) -> int:
+    """Elements of the largest tensor held."""
+    return max(t.numel() for t in packed.tensors().values())
+
+
+def kernel_of(packed: Packed) -> Callable[[Tensor, Any, Tensor | None], Tensor]:
+    """The function (x [tokens, in], packed, bias) -> [tokens, out] that launches the kernels of a format."""
+    # Here and not above: importing them imports triton.
+    match packed:
+        case CSR() | WarpCSR():
+            from sparsec.kernels.gpu_csr import csr
+
+            return csr
+        case Bitmap():
+            from sparsec.kernels.gpu_bitmap import bitmap
+
+            return bitmap
+        case BSR():
+            from sparsec.kernels.gpu_bsr import bsr
+
+            return bsr
+        case NM():
+            from sparsec.kernels.gpu_nm import nm
+
+            return nm
+    raise KernelError(f"format {packed.format!r} has no Triton kernel")
+
+
+RELAID: dict[tuple[str, str], type[WarpCSR] | type[CSR]] = {("cuda", "csr"): WarpCSR, ("cpu", "wcsr"): CSR}
+"""(device type, format) -> the format with kernels there that holds the same: CSR is laid out for one kind of machine."""
+
+
+def for_device(packed: Packed, device: str) -> Packed:
+    """The same matrix in the format that a type of device has kernels for; the very same object where it is that already."""
+    kind = RELAID.get((device, packed.format))
+    if kind is None or packed.dtype not in kind.dtypes or (kind is WarpCSR and packed.shape[1] > WIDEST):
+        return packed
+    dense = packed.unpack()
+    # What is zero is zero without being kept; the number of kept weights stays what it was.
+    return replace(kind.pack(dense, dense != 0), kept=packed.nnz)
+
+
+_warned: set[str] = set()
+
+
+def refuses(packed: Packed) -> bool:
+    """Whether the reference has to serve on a CUDA device; the first time, one warning says why."""
+    reason = "; ".join(missing()) or unsupported(packed.describe(), packed.dtype)
+    if reason and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"sparsec runs on its slow reference kernels on this GPU: {reason}", RuntimeWarning, stacklevel=3)
+    return bool(reason)

@@ -1,0 +1,262 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and says what each costs: registers, spills, instructions.
+
+Spills, and kernels that do not compile, end with exit status 1. Instructions are those of the kernel's largest loop, for each
+stored weight (bitmap: for each position) that it passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import KernelError, SparsecError
+from sparsec.formats import BSR, CSR, NM, Bitmap, Packed, WarpCSR
+from sparsec.kernels import gpu
+from sparsec.kernels.gpu_launch import Config, Launch, interpreted, recording
+
+ARCHITECTURES = (80, 90)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS = (1, 4, 8, 16, 64, 70)
+"""Rows of x on both sides of every switch."""
+SIZE = 256
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes on one architecture."""
+
+    name: str
+    layout: str
+    dtype: str
+    arch: int
+    constants: str
+    warps: int
+    registers: int  # per thread
+    spilled: int  # bytes per thread
+    shared: int  # bytes per program
+    per_element: float | None  # instructions of the largest loop; None where there is none
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch to be compiled."""
+
+    layout: str
+    dtype: str
+    launch: Launch
+
+    def key(self) -> tuple[Any, ...]:
+        """Two variants with one key give the same machine code."""
+        constants = tuple(sorted(self.constants().items()))
+        config = self.launch.config
+        return (self.launch.kernel.__name__, self.signature_key(), constants, config.warps, config.stages)
+
+    def constants(self) -> dict[str, Any]:
+        return {**self.launch.constants, **self.launch.config.constants}
+
+    def signature_key(self) -> tuple[str, ...]:
+        return tuple(self.types().values())
+
+    def types(self) -> dict[str, str]:
+        arguments = self.launch.arguments
+        return {n: _POINTERS[a.dtype] if isinstance(a, Tensor) else "i32" for n, a in arguments.items()}
+
+
+def variants(names: Sequence[str], dtypes: Sequence[str], every_config: bool) -> Iterator[Variant]:
+    """Every launch that products of these layouts make, once each."""
+    seen = set()
+    for name in names:
+        for dtype in dtypes:
+            for launch in _launches(_sample(name, DTYPES[dtype])):
+                for config in _configs(launch) if every_config else (launch.config,):
+                    variant = Variant(name, dtype, replace(launch, config=config, elements=_elements(launch, config)))
+                    if variant.key() not in seen:
+                        seen.add(variant.key())
+                        yield variant
+
+
+def _launches(packed: Packed) -> list[Launch]:
+    with recording() as launches:
+        for tokens in TOKENS:
+            # A bias changes the same few instructions in every kernel.
+            bias = torch.zeros(packed.shape[0], dtype=packed.dtype) if tokens == TOKENS[0] else None
+            gpu.product(torch.zeros(tokens, packed.shape[1], dtype=packed.dtype), packed, bias)
+    return launches
+
+
+LAYOUTS = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
+
+
+def _sample(name: str, dtype: torch.dtype) -> Packed:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SIZE, SIZE, generator=generator).to(dtype)
+    mask = torch.rand(SIZE, SIZE, generator=generator) < 0.5
+    if name.startswith("bsr"):
+        r, c = map(int, name[3:].split("x"))
+        return BSR.pack(weight, torch.ones_like(mask), block=(r, c))
+    if name.startswith("nm"):
+        n, m = map(int, name[2:].split(":"))
+        return NM.pack(weight, (torch.arange(SIZE) % m < n).expand(SIZE, SIZE).contiguous())
+    if name == "bitmap":
+        return Bitmap.pack(weight, mask)
+    kind = WarpCSR if name.startswith("w") else CSR
+    return kind.pack(weight, mask, index_bits=int(name.lstrip("wcsr")))
+
+
+def _configs(launch: Launch) -> Sequence[Config]:
+    """All configurations among which that of a launch is chosen."""
+    module = sys.modules[launch.kernel.fn.__module__]
+    tables = [t for t in vars(module).values() if isinstance(t, tuple) and launch.config in t]
+    return tables[0] if tables else (launch.config,)
+
+
+def _elements(launch: Launch, config: Config) -> int:
+    """Of a launch with another configuration in place of its own: what a program takes grows with its tiles."""
+    elements = launch.elements
+    for name, size in launch.config.constants.items():
+        elements = elements // size * config.constants[name]
+    return elements
+
+
+def compile_variant(variant: Variant, arch: int) -> Compiled:
+    """Raises KernelError with the compiler's words where it does not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constants, launch = variant.types(), variant.constants(), variant.launch
+    names = launch.kernel.arg_names
+    signature = {n: types.get(n, "constexpr") for n in names}
+    # What a launch finds out by itself: addresses and sizes are multiples of 16.
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types}
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    config = launch.config
+    # Fusing is set: what it is by default differs between releases.
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    try:
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # the compiler has many kinds
+        raise KernelError(
+            f"{launch.kernel.__name__} for sm_{arch}, {variant.layout} {variant.dtype}: {error}"
+        ) from error
+    registers, spilled, loop = _inspect(built.asm["cubin"])
+    threads = 32 * config.warps
+    per_element = loop * threads / launch.elements if loop and launch.elements else None
+    told = ", ".join(f"{n}={int(v)}" for n, v in constants.items() if n not in ("HAS_BIAS", "ALIGN", "WIDE"))
+    return Compiled(
+        launch.kernel.__name__, variant.layout, variant.dtype, arch, told, config.warps, registers, spilled,
+        built.metadata.shared, per_element,
+    )  # fmt: skip
+
+
+def _inspect(cubin: bytes) -> tuple[int, int, int]:
+    """Registers and spilled bytes per thread, and instructions of the largest loop."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+        code = _output(knobs.nvidia.nvdisasm.path, "-c", str(file))
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
+    if found is None:
+        raise KernelError(f"cuobjdump gave no resource usage: {usage.strip()}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local, _largest_loop(code)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _largest_loop(code: str) -> int:
+    """Instructions between a label and the last branch back to it that holds no other such branch: an innermost loop."""
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    count = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            count += 1
+            back = re.search(r"\bBRA `?\(?(\.L_\w+)", instruction[1])
+            if back and labels.get(back[1], count) < count - 1:
+                loops.append((labels[back[1]], count))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return max((b - a for a, b in inner), default=0)
+
+
+def table(rows: Sequence[Compiled]) -> str:
+    """Markdown."""
+    lines = [
+        "| kernel | layout | type | sm | constants | warps | registers | spilled | shared | instr./element |",
+        "|---" * 10 + "|",
+    ]
+    for row in rows:
+        each = "" if row.per_element is None else f"{row.per_element:.1f}"
+        lines.append(
+            f"| {row.name} | {row.layout} | {row.dtype} | {row.arch} | {row.constants} | {row.warps} | {row.registers} | "
+            f"{row.spilled} | {row.shared} | {each} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsec.kernels.gpu_compile",
+        description=(__doc__ or "").partition("\n\n")[0],
+        epilog="example: python -m sparsec.kernels.gpu_compile --arch 90 --layouts wcsr16,bitmap --dtypes bf16",
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities; default: 80 90"
+    )
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="by commas; default: all, %(default)s")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="by commas; default: %(default)s")
+    parser.add_argument("--every-config", action="store_true", help="all configurations, not only those used untuned")
+    options = parser.parse_args(arguments)
+    names, dtypes = options.layouts.split(","), options.dtypes.split(",")
+    for kind, given, known in (("layout", names, LAYOUTS), ("type", dtypes, tuple(DTYPES))):
+        for name in given:
+            if name not in known:
+                parser.error(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+    if interpreted():
+        parser.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
+    try:
+        rows = [
+            compile_variant(variant, arch)
+            for arch in options.arch
+            for variant in variants(names, dtypes, options.every_config)
+        ]
+    except SparsecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(rows))
+    spilled = [row for row in rows if row.spilled]
+    for row in spilled:
+        print(f"error: {row.name} {row.layout} {row.dtype} sm_{row.arch} spills {row.spilled} bytes", file=sys.stderr)
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sparsec-triton"))
+    sys.exit(main())

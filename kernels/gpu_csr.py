@@ -1,0 +1,137 @@
+"""CSR and warp CSR on a GPU: few rows of x by gathers, many through an expanded matrix and torch's dense product.
+
+A program takes one row of W, its warps side by side. Tiles have one dimension, so that loads and gathers get one layout whatever
+the release of Triton: with rows as a second one, some releases move every tile through shared memory. Columns are added up in 16
+bits: in 32, the compiler extends base and distance to 64 bits one by one, 3 instructions more a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsec.formats.csr import CSR
+from sparsec.formats.wcsr import STEPS, WarpCSR
+from sparsec.kernels.gpu_launch import FEW, Config, Launch, rows_at_once, splits
+from sparsec.kernels.gpu_sums import Partial
+
+ONE = (Config({"TILE": 1024}, warps=2), Config({"TILE": 512}, warps=1), Config({"TILE": 2048}), Config({"TILE": 1024}))
+"""For one or two rows of x."""
+SEVERAL = (
+    Config({"TILE": 512}, warps=2),
+    Config({"TILE": 256}, warps=1),
+    Config({"TILE": 1024}),
+    Config({"TILE": 512}),
+)
+EXPAND = Config({"TILE": 1024}, warps=2)
+
+
+@triton.jit
+def columns_at(col_idx, base, row, begin, at, live, WIDTH: tl.constexpr):
+    """Columns of a row's stored weights at [TILE], as uint32. begin: where the row starts."""
+    c = tl.load(col_idx + begin + at, mask=live, other=0)
+    if WIDTH == 8:
+        group = (begin // 256 + row + at // 256) * 8 + at % 8
+        c = c.to(tl.uint16) + tl.load(base + group, mask=live, other=0).to(tl.uint16, bitcast=True)
+    elif WIDTH == 16:
+        c = c.to(tl.uint16, bitcast=True)
+    return c.to(tl.uint32)
+
+
+@triton.jit
+def csr_kernel(
+    x, values, col_idx, base, row_ptr, bias, out, out_features, in_features, tokens,
+    WIDTH: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    row, token = tl.program_id(0), tl.program_id(2) * M
+    begin = tl.multiple_of(tl.load(row_ptr + row), ALIGN)
+    count = tl.multiple_of(tl.load(row_ptr + row + 1) - begin, ALIGN)
+    sums = (tl.zeros([TILE], tl.float32),) * M
+    for start in range(tl.program_id(1) * TILE, count, SPLITS * TILE):
+        at = start + tl.arange(0, TILE)
+        live = at < count
+        v = tl.load(values + begin + at, mask=live, other=0.0).to(tl.float32)
+        c = columns_at(col_idx, base, row, begin, at, live, WIDTH)
+        added = ()
+        for m in tl.static_range(M):
+            # Past the last row of x the last one is read again, and nothing is stored.
+            xs = tl.load(x + tl.minimum(token + m, tokens - 1) * in_features + c)
+            added = added + (sums[m] + v * xs.to(tl.float32),)
+        sums = added
+    for m in tl.static_range(M):
+        total = tl.sum(sums[m], 0)
+        if HAS_BIAS:
+            total += tl.load(bias + row).to(tl.float32)
+        place = (tl.program_id(1) * tokens + token + m) * out_features + row
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=token + m < tokens)
+
+
+@triton.jit
+def csr_expand_kernel(
+    values, col_idx, base, row_ptr, dense, in_features, WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr
+):
+    row = tl.program_id(0)
+    begin = tl.multiple_of(tl.load(row_ptr + row), ALIGN)
+    count = tl.multiple_of(tl.load(row_ptr + row + 1) - begin, ALIGN)
+    for start in range(0, count, TILE):
+        at = start + tl.arange(0, TILE)
+        live = at < count
+        v = tl.load(values + begin + at, mask=live, other=0.0)
+        c = columns_at(col_idx, base, row, begin, at, live, WIDTH)
+        # Zeros are there already; and padding, which is zero, has no column of its own.
+        tl.store(dense + row.to(tl.int64) * in_features + c, v, mask=live & (v != 0))
+
+
+def csr(x: Tensor, packed: CSR | WarpCSR, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] @ W.T + bias -> [tokens, out]."""
+    if x.shape[0] > FEW:
+        return F.linear(x, expand(packed), bias)
+    (tokens, in_features), out_features = x.shape, packed.shape[0]
+    m = rows_at_once(tokens)
+    config = (ONE if m <= 2 else SEVERAL)[0]
+    turns = triton.cdiv(packed.values.numel(), out_features * config.constants["TILE"])
+    partial = Partial.of(x, out_features, bias, splits(x.device, out_features, turns))
+    Launch(
+        csr_kernel,
+        (out_features, partial.splits, triton.cdiv(tokens, m)),
+        {
+            "x": x,
+            **_stored(packed),
+            **partial.arguments(),
+            "out_features": out_features,
+            "in_features": in_features,
+            "tokens": tokens,
+        },
+        {**_constants(packed), **partial.constants(), "M": m},
+        config,
+        elements=config.constants["TILE"],
+    ).run()
+    return partial.result()
+
+
+def expand(packed: CSR | WarpCSR) -> Tensor:
+    """The dense matrix [out, in]; a kept zero comes back as +0.0."""
+    dense = packed.values.new_zeros(packed.shape)
+    Launch(
+        csr_expand_kernel,
+        (packed.shape[0],),
+        {**_stored(packed), "dense": dense, "in_features": packed.in_features},
+        _constants(packed),
+        EXPAND,
+        elements=EXPAND.constants["TILE"],
+    ).run()
+    return dense
+
+
+def _stored(packed: CSR | WarpCSR) -> dict[str, Tensor]:
+    base = packed.base if isinstance(packed, WarpCSR) else packed.col_idx
+    return {"values": packed.values, "col_idx": packed.col_idx, "base": base, "row_ptr": packed.row_ptr}
+
+
+def _constants(packed: CSR | WarpCSR) -> dict[str, Any]:
+    return {"WIDTH": packed.index_bits, "ALIGN": STEPS if isinstance(packed, WarpCSR) else 1}

@@ -1,0 +1,137 @@
+"""N:M on a GPU: few rows of x by gathers within a group, many through an expanded matrix and torch's dense product.
+
+A program takes a panel of 16 rows of W, in tiles of one dimension as the panel lies in memory: slot by slot, 16 rows in each.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsec.formats.nm import INDEX_BITS, NM
+from sparsec.formats.panels import panel_count
+from sparsec.kernels.gpu_launch import FEW, Config, Launch, rows_at_once, splits
+from sparsec.kernels.gpu_sums import Partial
+
+ONE = (Config({"TILE": 1024}), Config({"TILE": 512}, warps=2), Config({"TILE": 2048}), Config({"TILE": 2048}, warps=8))
+"""For one or two rows of x."""
+SEVERAL = (
+    Config({"TILE": 512}),
+    Config({"TILE": 256}, warps=2),
+    Config({"TILE": 1024}, warps=8),
+    Config({"TILE": 1024}),
+)
+EXPAND = Config({"TILE": 1024})
+
+
+@triton.jit
+def slots_at(
+    values, index, panel, start, held, N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr
+):
+    """Weights of a panel from `start` on, at [TILE], and their columns. held: how many weights a panel has."""
+    i = tl.arange(0, TILE)
+    w = tl.load(values + (panel * held + start) + i, mask=start + i < held, other=0.0)
+    # Lanes 0 to 7 lie in BITS bytes, lanes 8 to 15 in the next; a lane's bits may lie in two bytes. What does not depend on
+    # `start` is written apart from it: the compiler takes it out of the loop.
+    bit = i % 8 * BITS
+    byte = index + (panel * held + start) // 16 * (2 * BITS) + (i // 8 * BITS + bit // 8)
+    word = tl.load(byte, mask=start + i < held, other=0).to(tl.int32)
+    if 8 % BITS != 0:
+        word += tl.load(byte + 1, mask=start + i < held, other=0).to(tl.int32) << 8
+    within = (word >> (bit % 8)) & (GROUP - 1)
+    if TILE // 16 % N == 0:
+        return w, start // 16 // N * GROUP + i // 16 // N * GROUP + within
+    return w, (start // 16 + i // 16) // N * GROUP + within
+
+
+@triton.jit
+def nm_kernel(
+    x, values, index, bias, out, out_features, in_features, tokens,
+    N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    panel, token = tl.program_id(0), tl.program_id(2) * M
+    held = in_features // GROUP * N * 16
+    sums = (tl.zeros([TILE], tl.float32),) * M
+    for start in range(tl.program_id(1) * TILE, held, SPLITS * TILE):
+        w, columns = slots_at(values, index, panel, start, held, N, GROUP, BITS, TILE)
+        added = ()
+        for m in tl.static_range(M):
+            # Past the last row of x the last one is read again, and nothing is stored.
+            xs = tl.load(
+                x + tl.minimum(token + m, tokens - 1) * in_features + columns,
+                mask=start + tl.arange(0, TILE) < held,
+                other=0.0,
+            )
+            added = added + (sums[m] + w.to(tl.float32) * xs.to(tl.float32),)
+        sums = added
+    rows = panel * 16 + tl.arange(0, 16)
+    for m in tl.static_range(M):
+        total = tl.sum(tl.reshape(sums[m], [TILE // 16, 16]), 0)
+        if HAS_BIAS:
+            total += tl.load(bias + rows, mask=rows < out_features, other=0.0).to(tl.float32)
+        place = (tl.program_id(1) * tokens + token + m) * out_features + rows
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=rows < tl.where(token + m < tokens, out_features, 0))
+
+
+@triton.jit
+def nm_expand_kernel(
+    values, index, dense, out_features, in_features,
+    N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    panel = tl.program_id(0)
+    held = in_features // GROUP * N * 16
+    start = tl.program_id(1) * TILE
+    at = start + tl.arange(0, TILE)
+    w, columns = slots_at(values, index, panel, start, held, N, GROUP, BITS, TILE)
+    rows = panel * 16 + at % 16
+    tl.store(dense + rows.to(tl.int64) * in_features + columns, w, mask=at < tl.where(rows < out_features, held, 0))
+
+
+def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] @ W.T + bias -> [tokens, out]."""
+    if x.shape[0] > FEW:
+        return F.linear(x, expand(packed), bias)
+    (tokens, in_features), out_features = x.shape, packed.shape[0]
+    m = rows_at_once(tokens)
+    config = (ONE if m <= 2 else SEVERAL)[0]
+    tile, panels = config.constants["TILE"], panel_count(out_features)
+    turns = triton.cdiv(packed.values[0].numel(), tile)
+    partial = Partial.of(x, out_features, bias, splits(x.device, panels, turns))
+    Launch(
+        nm_kernel,
+        (panels, partial.splits, triton.cdiv(tokens, m)),
+        {
+            "x": x,
+            **packed.tensors(),
+            **partial.arguments(),
+            "out_features": out_features,
+            "in_features": in_features,
+            "tokens": tokens,
+        },
+        {**_constants(packed), **partial.constants(), "M": m},
+        config,
+        elements=tile,
+    ).run()
+    return partial.result()
+
+
+def expand(packed: NM) -> Tensor:
+    """The dense matrix [out, in]."""
+    (out_features, in_features), tile = packed.shape, EXPAND.constants["TILE"]
+    dense = packed.values.new_zeros(out_features, in_features)
+    Launch(
+        nm_expand_kernel,
+        (panel_count(out_features), triton.cdiv(packed.values[0].numel(), tile)),
+        {**packed.tensors(), "dense": dense, "out_features": out_features, "in_features": in_features},
+        _constants(packed),
+        EXPAND,
+        elements=tile,
+    ).run()
+    return dense
+
+
+def _constants(packed: NM) -> dict[str, int]:
+    return {"N": packed.n, "GROUP": packed.m, "BITS": INDEX_BITS[packed.m]}

@@ -1,0 +1,82 @@
+"""What the kernels share on the device: the product of two tiles, and the sum over the programs of a split product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsec.kernels.gpu_launch import Config, Launch
+
+CONFIG = Config({"BLOCK": 256})
+
+
+@triton.jit
+def multiply(a, b, sums, WIDE: tl.constexpr):
+    """sums + a @ b in fp32, by the matrix units. WIDE: for Triton's interpreter, which multiplies the bits of bf16 as integers."""
+    if WIDE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def add_up_kernel(
+    sums, bias, out, out_features, count, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums + split * count + at, mask=inside, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + at % out_features, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def add_up(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [tokens, out] = the sum of sums [splits, tokens, out] + bias, in a fixed order: a result is the same every time."""
+    count = out.numel()
+    arguments = {"sums": sums, "bias": out if bias is None else bias, "out": out}
+    Launch(
+        add_up_kernel,
+        (triton.cdiv(count, CONFIG.constants["BLOCK"]),),
+        {**arguments, "out_features": out.shape[1], "count": count},
+        {"SPLITS": sums.shape[0], "HAS_BIAS": bias is not None},
+        CONFIG,
+    ).run()
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Where the programs of a product write: the result itself, or a sum for each split, to be added up in a fixed order."""
+
+    out: Tensor  # [tokens, out]
+    bias: Tensor | None
+    splits: int
+    sums: Tensor  # out, or fp32 [splits, tokens, out]
+
+    @classmethod
+    def of(cls, x: Tensor, out_features: int, bias: Tensor | None, splits: int) -> Partial:
+        """For x [tokens, in]."""
+        out = x.new_empty(x.shape[0], out_features)
+        sums = out if splits == 1 else x.new_empty(splits, *out.shape, dtype=torch.float32)
+        return cls(out, bias, splits, sums)
+
+    def arguments(self) -> dict[str, Tensor]:
+        """What a kernel takes as `bias` and `out`."""
+        return {"bias": self.sums if self.bias is None else self.bias, "out": self.sums}
+
+    def constants(self) -> dict[str, Any]:
+        """What a kernel takes as SPLITS and HAS_BIAS."""
+        return {"SPLITS": self.splits, "HAS_BIAS": self.bias is not None and self.splits == 1}
+
+    def result(self) -> Tensor:
+        """[tokens, out], once the kernel has been launched."""
+        if self.splits > 1:
+            add_up(self.sums, self.bias, self.out)
+        return self.out
