@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
 from sparsec.formats.parts import FORMAT_NUMBERS
+from sparsec.kernels.gpu import for_device
 from sparsec.kernels.group import Grouped
 from sparsec.kernels.ops import OPERATORS, explain, operator
 from sparsec.kernels.registry import Problem, select
@@ -30,17 +31,28 @@ class SparseLinear(Grouped, nn.Module):
     out_features: int
     format: str
     bias: nn.Parameter | None
+    follow: Callable[[Packed, str], Packed] | None = None
+    """Told of a new packed matrix, for a type of device; gives the one to hold. Copies of the module tell nobody."""
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         """Raises KernelError when the format has no operator, or the bias does not fit the matrix."""
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.format = packed.format
         if bias is not None and (tuple(bias.shape) != (self.out_features,) or bias.dtype != packed.dtype):
             raise KernelError(
                 f"SparseLinear: bias must be {packed.dtype} [{self.out_features}] as the packed matrix, "
                 f"got {bias.dtype} {list(bias.shape)}; convert it with .to(dtype)"
             )
+        self._take(packed)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def _take(self, packed: Packed) -> None:
+        """Holds a packed matrix of this module's size in place of any before."""
+        for name in self.__dict__.get("_names", ()):
+            delattr(self, name)
+        self.format = packed.format
         self._packed_type = type(packed)
         self._op = operator(packed)
         self._names = tuple(packed.tensors())
@@ -50,9 +62,13 @@ class SparseLinear(Grouped, nn.Module):
         self._layouts = tuple((number, has_bias, *self._scalar_args) for has_bias in (0, 1))
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", bias)
+
+    def lay_out(self, device: str) -> None:
+        """Packs the matrix again where a type of device has kernels for another format: CSR becomes warp CSR on "cuda"."""
+        packed = self.packed
+        fitting = for_device(packed, device)
+        if fitting is not packed:
+            self._take(fitting if self.follow is None else self.follow(fitting, device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]. KernelError when x does not fit the weight in size, dtype or device."""
@@ -102,10 +118,16 @@ class SparseLinear(Grouped, nn.Module):
         return self.packed.unpack()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`.to()` and friends, in place as for parameters: who shares a packed tensor (a tied layer, the graph) follows."""
+        """`.to()` and friends, in place as for parameters: who shares a packed tensor (a tied layer, the graph) follows.
+
+        Then the matrix is laid out for the device that it is on.
+        """
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._keep(before)
+        values = self._buffers["values"]
+        if type(values) is Tensor:  # not one that only pretends to have contents
+            self.lay_out(values.device.type)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -126,7 +148,7 @@ class SparseLinear(Grouped, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Operators cannot be pickled; the format names ours.
-        return {k: v for k, v in self.__dict__.items() if k != "_op"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_op", "follow")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

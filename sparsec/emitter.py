@@ -6,6 +6,8 @@ anything is lowered (`unswappable`), and its weight stays dense with the reason.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +19,7 @@ from sparsec.kernels import SparseLinear
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.kernels.group import Group, Grouped
+from sparsec.lowering import repack
 
 _HOOKS = (
     "_forward_hooks",
@@ -59,7 +62,7 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
     for weight in list(graph.weights.values()):
         if weight.packed is not None:
             for owner in dict.fromkeys(op.owner_of(weight.name) for op in graph.products_of(weight.name)):
-                _swap_packed(model, owner, weight)
+                _swap_packed(model, owner, weight, graph)
         elif weight.mask is not None and not weight.frozen:
             with torch.no_grad():
                 graph.tensor(weight.name).masked_fill_(~weight.mask, 0)
@@ -118,12 +121,14 @@ def _reason(model: nn.Module, owner: str) -> str:
     return ""
 
 
-def _swap_packed(model: nn.Module, owner: str, weight: Weight) -> None:
+def _swap_packed(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> None:
     old = _owner(model, owner, weight.name)
     if not isinstance(old, nn.Linear | Conv1D):
         raise EmitError(f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseLinear")
     assert weight.packed is not None
-    _swap(model, old, SparseLinear(weight.packed, old.bias))
+    new = SparseLinear(weight.packed, old.bias)
+    new.follow = partial(repack, graph, weight.name)
+    _swap(model, old, new)
 
 
 def _swap_dense(model: nn.Module, owner: str, weight: str) -> None:

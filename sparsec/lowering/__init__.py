@@ -2,6 +2,6 @@
 
 from sparsec.lowering.dense import no_dense_kernel, use_dense_kernel
 from sparsec.lowering.fuse import fuse_products
-from sparsec.lowering.rewrite import dense_readers, lower_weight
+from sparsec.lowering.rewrite import dense_readers, lower_weight, repack
 
-__all__ = ["dense_readers", "fuse_products", "lower_weight", "no_dense_kernel", "use_dense_kernel"]
+__all__ = ["dense_readers", "fuse_products", "lower_weight", "no_dense_kernel", "repack", "use_dense_kernel"]

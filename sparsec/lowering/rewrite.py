@@ -13,7 +13,7 @@ from sparsec.formats.base import Packed
 from sparsec.formats.parts import Part, flatten, unflatten
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
-from sparsec.kernels import operator
+from sparsec.kernels import Problem, operator, select
 
 
 def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str, free: bool = False) -> Weight:
@@ -33,6 +33,37 @@ def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str, free: boo
             _rewrite(graph, op, weight, packed, kernel)
     _drop(graph, name, free)
     return graph.update(name, packed=packed, mask=None, nnz=packed.nnz)
+
+
+def repack(graph: Graph, name: str, packed: Packed, device: str) -> Packed:
+    """Puts the same matrix in another format in the place of a packed one, in every product of it; returns what the graph holds.
+
+    The module that was moved to another device tells the graph so; of several modules that share a weight the first one does, and
+    the others take over what that one left. `graph.run` follows; call `graph.module.recompile()` to call the module itself.
+    """
+    held = graph.weights[name].packed
+    assert held is not None
+    if held.describe() == packed.describe():
+        return held
+    kernel = select(replace(Problem.of(packed), device=device)).name
+    _register(graph.module, name, packed)
+    for op in graph.products_of(name):
+        if op.members:
+            _rewrite_part(graph, op, name, packed, kernel)
+        else:
+            node = graph.node(op.node)
+            parts = _packed_nodes(graph, node, name, packed)
+            bias = node.args[1 + len(held.tensors())]
+            node.target, node.args = operator(packed), (node.args[0], *parts, bias, *packed.scalars().values())
+            graph.ops[op.node] = replace(op, kernel=kernel)
+    for node in [n for n in graph.module.graph.nodes if n.op == "get_attr" and not n.users]:
+        if any(_reads(node, buffer_name(name, part)) for part in held.tensors()):
+            graph.module.graph.erase_node(node)
+    for part in set(held.tensors()) - set(packed.tensors()):
+        owner, _, leaf = buffer_name(name, part).rpartition(".")
+        delattr(graph.module.get_submodule(owner), leaf)
+    graph.update(name, packed=packed)
+    return packed
 
 
 def dense_readers(graph: Graph, name: str) -> tuple[str, ...]:
