@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import math
 import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.nm import NM
 from sparsec.formats.wcsr import WIDEST, WarpCSR
+from sparsec.kernels import gpu_launch, loader
 
 OLDEST = (8, 0)
 """The compute capability from which on a device is served: Ampere."""
@@ -61,6 +65,31 @@ def unsupported(layout: str, dtype: torch.dtype) -> str:
     if block and max(int(n) for n in block.groups()) > LARGEST_BLOCK:
         return f"{layout} has blocks of more than {LARGEST_BLOCK} rows or columns, which no multiprocessor's registers hold"
     return ""
+
+
+def tuned_file() -> Path:
+    """Where the configurations lie that were found to be the fastest on this machine's GPU: JSON, bucket -> number."""
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name() if torch.cuda.is_available() else "none").lower()
+    return loader.cache_folder() / f"gpu-{name}-triton-{version('triton')}.json"
+
+
+@functools.cache
+def take_tuned() -> None:
+    """Prefers the configurations of `tuned_file`, once in a process; a damaged file is named in a warning and not used."""
+    file = tuned_file()
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text())
+        if not all(isinstance(k, str) and type(n) is int and n >= 0 for k, n in found.items()):
+            raise ValueError("it does not map names to numbers")
+    except (ValueError, AttributeError, OSError) as error:
+        warnings.warn(
+            f"{file} cannot be used: {error}; delete it, or tune again: python -m sparsec.bench --device cuda",
+            stacklevel=2,
+        )
+        return
+    gpu_launch.prefer(found)
 
 
 def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsec.formats.bitmap import Bitmap
 from sparsec.formats.panels import LANES
-from sparsec.kernels.gpu_launch import MANY, Config, Launch, interpreted, rows_at_once, splits
+from sparsec.kernels.gpu_launch import MANY, Config, Launch, interpreted, pick, rows_at_once, splits
 from sparsec.kernels.gpu_sums import Partial, multiply
 
 PRODUCT = (
@@ -30,6 +30,8 @@ MATRIX = (
     Config({"TILE": 32}, warps=2, stages=1),
 )
 EXPAND = Config({"TILE": 256})
+LEAST = 16
+"""Rows of what the matrix units multiply."""
 UNITS = 8
 """Rows of x from which on the matrix units multiply."""
 
@@ -134,7 +136,8 @@ def bitmap(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
         return F.linear(x, expand(packed), bias)
     (tokens, in_features), out_features = x.shape, packed.shape[0]
     units = tokens >= UNITS
-    config, m = (MATRIX[0], max(16, triton.next_power_of_2(tokens))) if units else (PRODUCT[0], rows_at_once(tokens))
+    m = max(LEAST, triton.next_power_of_2(tokens)) if units else rows_at_once(tokens)
+    config = pick(f"bitmap {m}", MATRIX if units else PRODUCT)
     tile = config.constants["TILE"]
     panels, turns = triton.cdiv(out_features, LANES), triton.cdiv(in_features, tile)
     partial = Partial.of(x, out_features, bias, splits(x.device, panels, turns))

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats.bsr import BSR
-from sparsec.kernels.gpu_launch import Config, Launch, interpreted, splits
+from sparsec.kernels.gpu_launch import Config, Launch, interpreted, pick, splits
 from sparsec.kernels.gpu_sums import Partial, multiply
 
 PRODUCT = (Config({}), Config({}, warps=2), Config({}, warps=8), Config({}, stages=3))
@@ -60,7 +60,8 @@ def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     (tokens, in_features), (out_features, _), (r, c) = x.shape, packed.shape, packed.block
     units = tokens > 1
-    config, m = (MATRIX[0], min(TOKENS, max(LEAST, triton.next_power_of_2(tokens)))) if units else (PRODUCT[0], 1)
+    m = min(TOKENS, max(LEAST, triton.next_power_of_2(tokens))) if units else 1
+    config = pick(f"bsr{r}x{c} {m}", MATRIX if units else PRODUCT)
     sides = (max(triton.next_power_of_2(n), LEAST if units else 1) for n in (r, c))
     programs, turns = out_features // r, triton.cdiv(packed.col_idx.numel(), out_features // r)
     tiles = triton.cdiv(tokens, m)

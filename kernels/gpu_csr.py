@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsec.formats.csr import CSR
 from sparsec.formats.wcsr import STEPS, WarpCSR
-from sparsec.kernels.gpu_launch import FEW, Config, Launch, rows_at_once, splits
+from sparsec.kernels.gpu_launch import FEW, Config, Launch, pick, rows_at_once, splits
 from sparsec.kernels.gpu_sums import Partial
 
 ONE = (Config({"TILE": 1024}, warps=2), Config({"TILE": 512}, warps=1), Config({"TILE": 2048}), Config({"TILE": 1024}))
@@ -93,7 +93,7 @@ def csr(x: Tensor, packed: CSR | WarpCSR, bias: Tensor | None) -> Tensor:
         return F.linear(x, expand(packed), bias)
     (tokens, in_features), out_features = x.shape, packed.shape[0]
     m = rows_at_once(tokens)
-    config = (ONE if m <= 2 else SEVERAL)[0]
+    config = pick(f"csr{packed.index_bits} {m}", ONE if m <= 2 else SEVERAL)
     turns = triton.cdiv(packed.values.numel(), out_features * config.constants["TILE"])
     partial = Partial.of(x, out_features, bias, splits(x.device, out_features, turns))
     Launch(

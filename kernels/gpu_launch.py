@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,37 @@ class Config:
     constants: Mapping[str, int]
     warps: int = 4
     stages: int = 2
+
+
+_picked: dict[str, int] = {}
+"""By bucket: which of its configurations is taken, where another one than the first was found to be faster."""
+
+
+_asked: dict[str, int] = {}
+
+
+def pick(bucket: str, configs: Sequence[Config]) -> Config:
+    """The configuration for a bucket, such as "csr16 1": a kernel and how many rows of x it takes."""
+    _asked[bucket] = len(configs)
+    return configs[min(_picked.get(bucket, 0), len(configs) - 1)]
+
+
+def asked() -> dict[str, int]:
+    """How many configurations each bucket has that was asked for since the last such question."""
+    found = dict(_asked)
+    _asked.clear()
+    return found
+
+
+def preferred() -> dict[str, int]:
+    """What `prefer` was told."""
+    return dict(_picked)
+
+
+def prefer(found: Mapping[str, int]) -> None:
+    """From now on takes these configurations, by bucket; all others are the first."""
+    _picked.clear()
+    _picked.update(found)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsec.formats.nm import INDEX_BITS, NM
 from sparsec.formats.panels import panel_count
-from sparsec.kernels.gpu_launch import FEW, Config, Launch, rows_at_once, splits
+from sparsec.kernels.gpu_launch import FEW, Config, Launch, pick, rows_at_once, splits
 from sparsec.kernels.gpu_sums import Partial
 
 ONE = (Config({"TILE": 1024}), Config({"TILE": 512}, warps=2), Config({"TILE": 2048}), Config({"TILE": 2048}, warps=8))
@@ -96,7 +96,7 @@ def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
         return F.linear(x, expand(packed), bias)
     (tokens, in_features), out_features = x.shape, packed.shape[0]
     m = rows_at_once(tokens)
-    config = (ONE if m <= 2 else SEVERAL)[0]
+    config = pick(f"nm {m}", ONE if m <= 2 else SEVERAL)
     tile, panels = config.constants["TILE"], panel_count(out_features)
     turns = triton.cdiv(packed.values[0].numel(), tile)
     partial = Partial.of(x, out_features, bias, splits(x.device, panels, turns))

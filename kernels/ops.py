@@ -95,7 +95,10 @@ def _define(kind: type[Packed]) -> OpOverload:
     def on_gpu(x: Tensor, *args: Argument) -> Tensor:
         packed, bias = packed_and_bias(kind.format, args)
         check_call(x, packed, bias)
-        return reference_linear(x, packed, bias) if gpu.refuses(packed) else gpu.product(x, packed, bias)
+        if gpu.refuses(packed):
+            return reference_linear(x, packed, bias)
+        gpu.take_tuned()
+        return gpu.product(x, packed, bias)
 
     def fake(x: Tensor, *args: Argument) -> Tensor:
         packed, bias = packed_and_bias(kind.format, args)

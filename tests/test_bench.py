@@ -284,7 +284,7 @@ def test_a_stack_of_layers_is_named_in_the_output(tmp_path: Path, capsys: pytest
         ("--layers 0", "--layers must be at least 1"),
         ("--rotate-mb -1", "--rotate-mb must be at least 0"),
         ("--layers 2 --rotate-mb 4", "--layers and --rotate-mb exclude each other"),
-        ("--formats csr4", "--formats takes csr8, csr16, csr32, bitmap"),
+        ("--formats csr4", "--formats takes csr8, csr16, csr32, wcsr8"),
         ("--formats bsr5x5", "bsr5x5: a block has a multiple of 8 rows"),
         ("--formats bsr8x0", "bsr8x0: a block has at least one column"),
         ("--formats nm4:4", "nm4:4: N:M is packed for M of 4 and 8 and 0 < N < M"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsec.bench import arguments, end_to_end_output, output
+from sparsec.bench import arguments, end_to_end_output, gpu_run, output
 from sparsec.bench.cases import Case, cases
 from sparsec.bench.end_to_end import Effort, run, variants
 from sparsec.bench.end_to_end_output import Run
@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         with shown_progress(sys.stderr) as progress:
-            if options.end_to_end is None:
+            if options.device == "cuda":
+                gpu_run.run(options, progress)
+            elif options.end_to_end is None:
                 run_table(options, progress)
             else:
                 run_models(options, progress)
@@ -55,7 +57,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
         arguments.read_shapes(options.shapes or arguments.SHAPES),
         arguments.read_formats(options.formats or arguments.FORMATS),
         arguments.read_sparsities(options.sparsity),
-        arguments.read_dtypes(options.dtypes),
+        arguments.read_dtypes(options.dtypes or "fp32"),
         arguments.read_rows(options.rows or "1"),
     )
     require_room(max(_bytes(c, protocol) for c in todo), "walking through copies", _SMALLER)
@@ -84,7 +86,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
 
 def run_models(options: argparse.Namespace, progress: Progress | None) -> None:
     """Measures and prints whole models, one dtype after the other, and writes the files."""
-    dtypes = arguments.read_dtypes(options.dtypes)
+    dtypes = arguments.read_dtypes(options.dtypes or "fp32")
     wanted = variants(options.passes, arguments.read_sparsities(options.sparsity))
     given = {
         "prompt_tokens": options.prompt_tokens,

@@ -18,6 +18,7 @@ examples:
   python -m sparsec.bench --shapes llama-7b --dtypes fp32,bf16 --rows 1,8,512
   python -m sparsec.bench --shapes 4096x4096 --formats bitmap,bsr16x16,nm2:4,auto --json table.json
   python -m sparsec.bench --shapes 4096x4096 --layers 6                  # six layers in a row, partly cache-warm
+  python -m sparsec.bench --device cuda --out results                    # a GPU: correctness, kernels, whole models
   python -m sparsec.bench --end-to-end smollm2 --compile                 # tokens per second of a whole model
   python -m sparsec.bench --end-to-end pythia-410m --dtypes bf16 --sparsity 0.7 --csv tokens.csv
 """
@@ -26,6 +27,8 @@ FORMATS = "bitmap,csr8,csr16,dense"
 ROTATE_MB = 1024
 ONLY_TABLE = ("shapes", "formats", "rows", "rotate_mb")
 ONLY_MODELS = ("passes", "prompt_tokens", "new_tokens", "compile")
+ONLY_CPU = ("end_to_end", "passes", "prompt_tokens", "new_tokens", "compile", "rotate_mb", "threads", "json", "csv")
+ONLY_GPU = ("out", "budget")
 T = TypeVar("T")
 
 
@@ -33,12 +36,19 @@ def parser() -> argparse.ArgumentParser:
     """All options; those of one mode default to None, so that they can be refused in the other."""
     p = argparse.ArgumentParser(
         prog="python -m sparsec.bench",
-        description="Times sparse products against F.linear and torch.sparse on the CPU, or whole models (--end-to-end).",
+        description="Times sparse products against F.linear and torch.sparse on the CPU, whole models (--end-to-end), or a GPU "
+        "(--device cuda).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: every kernel checked, the kernel table, then decoding of whole models, in one call; default: %(default)s",
+    )
     p.add_argument("--sparsity", default="0.5,0.7,0.9", help="shares of zeros, by commas; default: %(default)s")
-    p.add_argument("--dtypes", default="fp32", help=f"of {', '.join(DTYPES)}, by commas; default: %(default)s")
+    p.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}, by commas; default: fp32, on a GPU bf16,fp16")
     p.add_argument("--threads", type=int, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument("--repeats", type=int, metavar="N", help="rounds; default: 20")
     p.add_argument("--json", type=Path, metavar="FILE")
@@ -50,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
         help="table: N weights of one shape run in a row, again and again, in place of --rotate-mb; with --end-to-end: "
         "layers of a model with random weights, default: all that fit into memory",
     )
+    on_gpu = p.add_argument_group("with --device cuda")
+    on_gpu.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for bench.json and bench.md; default: sparsec-bench-cuda"
+    )
+    on_gpu.add_argument("--budget", type=int, metavar="SECONDS", help="that all of it may take; default: 450")
     one = p.add_argument_group("kernel table")
     one.add_argument("--shapes", help=f"OUTxIN or a model's ({', '.join(CONFIGS)}), by commas; default: {SHAPES}")
     one.add_argument("--formats", help=f"of {KNOWN}, by commas; default: {FORMATS}")
@@ -77,6 +92,11 @@ def parser() -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """SpecError for numbers out of range and options of the other mode; DataError for files that cannot be written."""
+    elsewhere = ONLY_CPU if options.device == "cuda" else ONLY_GPU
+    for name in elsewhere:
+        if getattr(options, name) is not None:
+            way = "out with --device cuda" if options.device == "cuda" else "in only with --device cuda"
+            raise SpecError(f"--{name.replace('_', '-')}: leave it {way}")
     other, way = (ONLY_TABLE, "leave it out with") if options.end_to_end else (ONLY_MODELS, "it goes with")
     for name in other:
         if getattr(options, name) is not None:
@@ -88,6 +108,7 @@ def check(options: argparse.Namespace) -> None:
         ("rotate_mb", 0),
         ("prompt_tokens", 1),
         ("new_tokens", 1),
+        ("budget", 1),
     )
     for name, least in limits:
         value = getattr(options, name)

@@ -13,17 +13,20 @@ from torch import Tensor
 from sparsec.errors import SpecError
 from sparsec.patterns import Pattern
 
-KNOWN = "csr8, csr16, csr32, bitmap, bsr16x16 (any block), nm2:4 (any N:M), dense, auto"
-_FORMAT = re.compile(r"csr(?P<bits>8|16|32)|bitmap|bsr(?P<r>\d+)x(?P<c>\d+)|nm(?P<n>\d+):(?P<m>\d+)|dense|auto")
+KNOWN = "csr8, csr16, csr32, wcsr8 and wcsr16 (for GPUs), bitmap, bsr16x16 (any block), nm2:4 (any N:M), dense, auto"
+_FORMAT = re.compile(r"w?csr(?P<bits>8|16|32)|bitmap|bsr(?P<r>\d+)x(?P<c>\d+)|nm(?P<n>\d+):(?P<m>\d+)|dense|auto")
 
 
 def random_mask(
     pattern: Pattern, out_features: int, in_features: int, sparsity: float, generator: torch.Generator
 ) -> Tensor:
-    """Bool [out, in], True where kept. Blocks and N:M hold their sparsity exactly; SpecError where they do not divide."""
+    """Bool [out, in], True where kept, on the generator's device.
+
+    Blocks and N:M hold their sparsity exactly; SpecError where they do not divide.
+    """
     for why in pattern.misfits(out_features, in_features):
         raise SpecError(why)
-    scores = torch.rand(out_features, in_features, generator=generator)
+    scores = torch.rand(out_features, in_features, generator=generator, device=generator.device)
     return scores >= sparsity if pattern == Pattern() else pattern.mask(scores, sparsity)
 
 
@@ -40,12 +43,14 @@ class Format:
     def parse(cls, label: str) -> Format:
         """SpecError for what is no format."""
         found = _FORMAT.fullmatch(label)
-        if found is None:
+        if found is None or label == "wcsr32":
             raise SpecError(f"--formats takes {KNOWN}, by commas; got {label!r}")
         numbers = {key: int(text) for key, text in found.groupdict().items() if text is not None}
         match label[:3]:
             case "csr":
                 return cls(label, "csr", {"index_bits": numbers["bits"]}, Pattern())
+            case "wcs":
+                return cls(label, "wcsr", {"index_bits": numbers["bits"]}, Pattern())
             case "bit":
                 return cls(label, "bitmap", {}, Pattern())
             case "bsr":

@@ -1,0 +1,156 @@
+"""Decoding of whole models on a GPU: a static cache, every token one replay of a CUDA graph, dense and sparse in turns.
+
+So what is compared is the work of the GPU and not of Python. Each model is recorded as it is and, where asked for, under
+torch.compile; the headline is the best sparse mode against the best dense one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from sparsec.bench.models import random_model
+from sparsec.bench.replay import Replay, ratio
+from sparsec.command import DTYPES
+from sparsec.compiler import compile
+from sparsec.errors import SparsecError
+from sparsec.latency import Spread
+from sparsec.progress import Progress
+
+PROMPT_TOKENS = 64
+TOKENS = 16
+"""Decoded in each round."""
+WARM_UP = 2
+PASSES = "magnitude({sparsity}, scope='layer'),freeze,sparsity,lower(wcsr)"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One model in one mode."""
+
+    model: str
+    layers: int
+    dtype: str
+    variant: str  # "dense", or its sparsity
+    mode: str  # "graph", "compiled graph", or "eager" where no graph could be recorded
+    note: str  # why not
+    seconds: Spread  # per token
+    speedup: Spread  # over dense in the same mode, by round
+    nbytes: int  # of all parameters and buffers
+
+
+class Decoder:
+    """Greedy decoding, batch 1, one token at a time."""
+
+    def __init__(self, model: Any, positions: int, compiled: bool) -> None:
+        """positions: that prompt and decoded tokens take together."""
+        device = next(model.parameters()).device
+        self._prompt = torch.arange(PROMPT_TOKENS, device=device)[None] % model.config.vocab_size
+        self._cache = StaticCache(config=model.config, max_cache_len=positions)
+        takes = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._with_positions = "position_ids" in takes
+        self._token = self._prompt[:, -1:].clone()
+        self._position = torch.full_like(self._token, PROMPT_TOKENS)
+        self._call(model, self._prompt, torch.arange(PROMPT_TOKENS, device=device)[None])
+        call = torch.compile(model, dynamic=False) if compiled else model
+        self.note = ""
+        self._replay: Replay | None = None
+        self._step: Callable[[], None] = partial(self._decode, call)
+        try:
+            self._replay = Replay([self._step], device)
+        except RuntimeError as error:  # what waits for the GPU cannot be recorded
+            self.note = f"no graph: {str(error).splitlines()[0]}"
+            self._step()
+        self.mode = ("compiled " if compiled else "") + ("eager" if self.note or device.type != "cuda" else "graph")
+
+    def seconds(self, tokens: int) -> float:
+        """Of one token, over so many."""
+        return Replay.several(self._replay.run if self._replay else self._step, tokens, self._token.device)
+
+    def _decode(self, call: Any) -> None:
+        out = self._call(call, self._token, self._position)
+        self._token.copy_(out.logits[:, -1:].argmax(dim=-1))
+        self._position += 1
+
+    def _call(self, call: Any, ids: Tensor, positions: Tensor) -> Any:
+        inputs = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True, **self._last_only}
+        if self._with_positions:
+            inputs["position_ids"] = positions
+        return call(**inputs)
+
+
+@torch.no_grad()
+def decode(
+    name: str,
+    dtype: str,
+    sparsities: Sequence[float],
+    device: torch.device,
+    rounds: int,
+    layers: int | None = None,
+    compiled: bool = True,
+    progress: Progress | None = None,
+    model: Callable[..., Any] = random_model,
+    tokens: int = TOKENS,
+    passes: str = PASSES,
+) -> list[Decoded]:
+    """Times a model with random weights, dense and at every sparsity. The dense one comes first in each mode."""
+    dense = model(name, DTYPES[dtype], layers).to(device)
+    positions = PROMPT_TOKENS + tokens * (WARM_UP + rounds) + 8
+    variants = {"dense": dense}
+    for sparsity in sparsities:
+        spec = passes.replace("{sparsity}", repr(sparsity))
+        variants[f"{sparsity:.0%} zero"] = compile(dense, spec, progress=progress)
+    found = []
+    for way in (False, True) if compiled else (False,):
+        decoders: dict[str, Decoder] = {}
+        for variant, candidate in variants.items():
+            try:
+                decoders[variant] = Decoder(candidate, positions, way)
+            except (RuntimeError, SparsecError) as error:
+                if variant == "dense" and not way:
+                    raise
+                found.append(_failed(name, dense, dtype, variant, way, error))
+        times: dict[str, list[float]] = {variant: [] for variant in decoders}
+        for turn in range(WARM_UP + rounds):
+            for variant, decoder in decoders.items():
+                seconds = decoder.seconds(tokens)
+                if turn >= WARM_UP:
+                    times[variant].append(seconds)
+        base = times.get("dense")
+        for variant, decoder in decoders.items():
+            own = times[variant]
+            found.append(
+                Decoded(
+                    name,
+                    dense.config.num_hidden_layers,
+                    dtype,
+                    variant,
+                    decoder.mode,
+                    decoder.note,
+                    Spread.of(own),
+                    ratio(base if base is not None else own, own),
+                    _nbytes(variants[variant]),
+                )
+            )
+    return found
+
+
+def _failed(name: str, dense: Any, dtype: str, variant: str, compiled: bool, error: Exception) -> Decoded:
+    """A mode that could not run: no time, and the reason."""
+    never = Spread.of([float("inf")])
+    mode = "compiled graph" if compiled else "graph"
+    said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Decoded(name, dense.config.num_hidden_layers, dtype, variant, mode, said, never, Spread.of([0.0]), 0)
+
+
+def _nbytes(model: Any) -> int:
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
