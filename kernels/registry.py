@@ -109,9 +109,12 @@ KERNELS: tuple[Kernel, ...] = (
 
 
 def select(problem: Problem, kernels: tuple[Kernel, ...] = KERNELS) -> Kernel:
-    """The first kernel that serves the problem. KernelError lists every kernel with its reasons when none does."""
+    """The first kernel that serves the problem.
+
+    When none does, KernelError lists every kernel of the format with its reasons, and all kernels where none is of that format.
+    """
     refusals = []
-    for kernel in kernels:
+    for kernel in [k for k in kernels if k.format == problem.format] or kernels:
         reasons = kernel.unsupported(problem)
         if not reasons:
             return kernel

@@ -23,7 +23,7 @@ from sparsec.pipeline.selection import matches, select
 AUTO = "auto"
 OBJECTIVES = ("latency", "bytes")
 INDEX_BITS = (8, 16, 32)
-OPTIONS = {"csr": ("index_bits",), "bsr": ("block",), AUTO: ("objective", "tokens")}
+OPTIONS = {"csr": ("index_bits",), "wcsr": ("index_bits",), "bsr": ("block",), AUTO: ("objective", "tokens")}
 """Which format takes which option."""
 
 
@@ -34,7 +34,7 @@ class Lower(Pass):
     format: `auto` lets the cost model choose for every weight among all formats and dense, for `tokens` rows at a time, by
     predicted time (objective="latency") or by bytes, and lets what stays dense run on an own kernel where that is predicted
     to be faster; the reason stands in the weight's record. A format by name packs everything in it: `csr`, with index_bits 8,
-    16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`.
+    16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`; on a GPU `wcsr`, with index_bits 8 or 16.
     """
 
     name: ClassVar[str] = "lower"
@@ -142,6 +142,11 @@ class Lower(Pass):
         """Whether format and kernel serve this weight, asked of the mask alone."""
         mask, device = graph.mask_matrix(weight.name), graph.tensor(weight.name).device.type
         assert mask is not None
+        if self.format == "wcsr" and device == "cpu":
+            raise KernelError(
+                f"{weight.name}: wcsr is laid out for GPUs, and this weight is on the CPU; use lower(csr), which becomes wcsr "
+                'when the compiled model is moved with .to("cuda"), or move the model first'
+            )
         try:
             FORMATS[self.format].planned_nbytes(mask, weight.dtype, **self._options())  # type: ignore[attr-defined]
             select_kernel(Problem(self.format, *weight.matrix_shape, self.tokens, weight.dtype, device))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sparsec
 from sparsec.errors import KernelError
 from sparsec.formats import CSR, Packed, WarpCSR
 from sparsec.kernels import KERNELS, Problem, gpu, gpu_launch, operator, operator_args, select, tolerance
@@ -232,6 +233,13 @@ def test_every_operator_has_an_implementation_for_cuda(name: str) -> None:
         x = torch.randn(3, packed.shape[1], device=DEVICE)
         there = moved(packed)
         torch.testing.assert_close(operator(there)(x, *operator_args(there, None)), x @ there.unpack().t())
+
+
+def test_a_model_on_the_cpu_is_not_lowered_to_warp_csr() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    said = r"0\.weight: wcsr is laid out for GPUs, and this weight is on the CPU; use lower\(csr\), which becomes wcsr when"
+    with pytest.raises(KernelError, match=said):
+        sparsec.compile(model, passes="magnitude(0.5),freeze,lower(wcsr)", example_inputs=(torch.randn(2, 8),))
 
 
 def test_triton_is_imported_by_a_gpu_alone_and_missed_by_nothing_else() -> None:

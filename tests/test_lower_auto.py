@@ -107,6 +107,17 @@ def test_a_candidate_knows_the_bytes_and_values_of_what_it_will_be(mask: Tensor,
             )
 
 
+def test_on_a_gpu_csr_is_laid_out_for_it() -> None:
+    mask = torch.rand(64, 96, generator=torch.Generator().manual_seed(0)) < 0.3
+    for dtype in (torch.float32, torch.bfloat16):
+        found = {c.label: c for c in sparse_candidates(mask, dtype, "cuda", Setting("bytes"))}
+        assert {"wcsr8", "wcsr16", "bitmap"} <= set(found)
+        assert not [label for label in found if label.startswith("csr")]
+        for candidate in found.values():
+            assert candidate.kernel.startswith(f"{candidate.format}_")
+            assert candidate.nbytes == FORMATS[candidate.format].pack(mask.to(dtype), mask, **candidate.options).nbytes
+
+
 def test_blocks_are_looked_at_where_the_mask_has_them() -> None:
     torch.manual_seed(0)
     kept = (torch.rand(8, 8) < 0.3).repeat_interleave(16, 0).repeat_interleave(16, 1)

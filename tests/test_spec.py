@@ -172,7 +172,7 @@ def test_sparsity_outside_zero_to_one_is_refused(text: str) -> None:
         (lambda: Magnitude(0.5, scope="tensor"), "scope must be one of 'global', 'layer', 'row', got 'tensor'"),
         (lambda: Magnitude(0.5, targets=3), "targets must be a pattern"),
         (lambda: Magnitude(0.5, ignore=("",)), "ignore must be a pattern"),
-        (lambda: Lower("coo"), "format must be one of 'auto', 'csr', 'bitmap', 'bsr', 'nm', got 'coo'"),
+        (lambda: Lower("coo"), "format must be one of 'auto', 'csr', 'bitmap', 'bsr', 'nm', 'wcsr', got 'coo'"),
         (lambda: Lower("csr", index_bits=4), "index_bits must be one of 8, 16, 32, got 4"),
         (lambda: Lower("bsr", block=(12, 16)), "block must have a multiple of 8 rows, got (12, 16)"),
         (lambda: Lower("bsr", block=16), "block must be (rows, columns) such as (16, 16), got 16"),

@@ -87,8 +87,8 @@ def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -
 def sparse_candidates(mask: Tensor, dtype: torch.dtype, device: str, setting: Setting) -> Iterator[Candidate]:
     """Every format that can hold the mask and has a kernel for it; with an option that decides, each of its values."""
     out_features, in_features = mask.shape
-    for name, label, options in _packings(mask):
-        problem = Problem(name, out_features, in_features, setting.rows, dtype, device)
+    for name, label, options in _packings(mask, device):
+        problem = Problem(name, out_features, in_features, setting.rows, dtype, device, layout=label)
         try:
             kernel = select(problem).name
             nbytes: int = FORMATS[name].planned_nbytes(mask, dtype, **options)  # type: ignore[attr-defined]
@@ -98,10 +98,11 @@ def sparse_candidates(mask: Tensor, dtype: torch.dtype, device: str, setting: Se
         yield Candidate(name, label, kernel, options, nbytes, _predict(setting, kernel, label, dtype, work))
 
 
-def _packings(mask: Tensor) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(format, label, options) worth a look."""
+def _packings(mask: Tensor, device: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(format, label, options) worth a look on a type of device."""
+    lists = "wcsr" if device == "cuda" and mask.shape[1] <= WIDE else "csr"
     for bits in (8, 16) if mask.shape[1] <= WIDE else (32,):
-        yield "csr", f"csr{bits}", {"index_bits": bits}
+        yield lists, f"{lists}{bits}", {"index_bits": bits}
     yield "bitmap", "bitmap", {}
     yield "nm", "nm", {}
     for r, c in BLOCKS:
@@ -126,7 +127,7 @@ def _stored(name: str, options: dict[str, Any], nbytes: int, shape: torch.Size, 
     """How many values a packed matrix of so many bytes holds, fillers and padding included."""
     out_features, in_features = shape
     match name:
-        case "csr":
+        case "csr" | "wcsr":  # with wcsr's bases counted in, at most 2 % too many
             return (nbytes - 4 * (out_features + 1)) // (dtype.itemsize + int(options["index_bits"]) // 8)
         case "bitmap":
             panels = -(-out_features // 16)

@@ -1,0 +1,85 @@
+"""Triton kernels compile ahead of time, without a GPU: in a child process, as interpreter and compiler exclude each other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsec.kernels import gpu_compile
+from sparsec.kernels.gpu_compile import LAYOUTS, main, variants
+
+pytest.importorskip("triton")
+
+MOST = 10
+"""Instructions that the decode loop of warp CSR may take for a weight on sm_90."""
+
+
+def compiled(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, "-m", "sparsec.kernels.gpu_compile", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_decode_loop_of_warp_csr_is_short_and_nothing_spills(tmp_path: Path) -> None:
+    ended = compiled("--arch", "90", "--layouts", "wcsr16", "--dtypes", "bf16", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    header, _, *rows = (line.strip("|").split("|") for line in ended.stdout.splitlines())
+    table = [dict(zip(map(str.strip, header), map(str.strip, row), strict=True)) for row in rows]
+    kernels = [row["kernel"] for row in table]
+    assert set(kernels) == {"csr_kernel", "csr_expand_kernel"}
+    one = next(row for row in table if row["kernel"] == "csr_kernel" and "M=1," in row["constants"])
+    assert 4 < float(one["instr./element"]) <= MOST
+    assert all(row["spilled"] == "0" and int(row["registers"]) > 0 for row in table)
+
+
+def test_every_layout_and_row_bucket_is_among_what_is_compiled() -> None:
+    found = list(variants(LAYOUTS, ["bf16"], every_config=False))
+    kernels = {(v.layout, v.launch.kernel.__name__) for v in found}
+    assert {layout for layout, _ in kernels} == set(LAYOUTS)
+    for layout, kernel in (("bitmap", "bitmap_expand_kernel"), ("nm2:4", "nm_kernel"), ("bsr64x64", "bsr_kernel")):
+        assert (layout, kernel) in kernels
+    rows = {v.launch.constants["M"] for v in found if v.layout == "wcsr16" and "M" in v.launch.constants}
+    assert rows == {1, 4, 8}
+    # No two give the same code; and all configurations are more than those that are used untuned.
+    assert len({v.key() for v in found}) == len(found)
+    assert len(list(variants(["wcsr16"], ["bf16"], every_config=True))) > len(
+        [v for v in found if v.layout == "wcsr16"]
+    )
+
+
+def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--layouts", "csr8"], "unknown layout 'csr8'; known: csr16"),
+        (["--dtypes", "fp64"], "unknown type 'fp64'; known: bf16"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert said in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="2"):
+            main([])
+        assert "puts the interpreter in the place of the compiler; unset it" in capsys.readouterr().err
+
+
+def test_a_loop_is_found_between_its_label_and_the_branch_back() -> None:
+    code = """
+        /*0000*/ MOV R1, R2 ;
+.L_x_1:
+        /*0010*/ LDG R1 ;
+.L_x_2:
+        /*0020*/ FFMA R1 ;
+        /*0030*/ FADD R1 ;
+        /*0040*/ @P0 BRA `(.L_x_2) ;
+        /*0050*/ @P0 BRA `(.L_x_1) ;
+        /*0060*/ EXIT ;
+.L_x_3:
+        /*0070*/ BRA `(.L_x_3) ;
+"""
+    assert gpu_compile._largest_loop(code) == 3
+    assert gpu_compile._largest_loop("") == 0
