@@ -110,6 +110,7 @@ def test_decoding_takes_the_tokens_that_the_model_takes() -> None:
         taken = torch.cat([taken, model(taken).logits[:, -1:].argmax(-1)], 1)
     decoder.seconds(3)
     assert torch.equal(decoder._token, taken[:, -1:])
+    assert int(decoder._position) == ids.shape[1] + 4
 
 
 def test_models_are_timed_dense_and_sparse_and_everything_is_written(tmp_path: Path) -> None:

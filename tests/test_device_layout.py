@@ -76,6 +76,7 @@ def test_a_copy_is_laid_out_without_touching_the_original() -> None:
     compiled = sparsec.compile(Model().eval(), passes="magnitude(0.5),freeze,lower(csr)", example_inputs=(x,))
     expected, before = compiled(x), formats(compiled)
     twin = copy.deepcopy(compiled)
+    assert twin.a.follow is None
     lay_out(twin, "cuda")
     torch.testing.assert_close(twin(x), expected)
     assert formats(compiled) == before

@@ -61,6 +61,24 @@ def test_lanes_of_a_step_hold_neighbouring_weights() -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "stored"),
+    [
+        ([*range(8), 255], 16),  # 2 lanes, and the last group alone reaches from 8 on
+        ([0, 255, *range(300, 314)], 16),  # a group as far as a base reaches
+        ([0, 256, *range(300, 314)], 120),  # and one further: the first group is 1 long, the second takes the rest
+        ([0, 1, 2, *range(202, 3002, 200)], 32),  # the fullest group decides: 0, 1, 2, 202
+    ],
+)
+def test_groups_reach_255_columns_and_the_fullest_decides_the_lanes(columns: list[int], stored: int) -> None:
+    mask = torch.zeros(1, 4000, dtype=torch.bool)
+    mask[0, columns] = True
+    packed = WarpCSR.pack(torch.ones(mask.shape), mask, index_bits=8)
+    packed.check()
+    assert torch.equal(packed.unpack(), mask.float())
+    assert packed.values.numel() == stored
+
+
+@pytest.mark.parametrize(
     ("dtype", "density", "bits", "wanted"),
     [
         (torch.bfloat16, 0.5, 8, 24.5 * 0.5),

@@ -137,6 +137,18 @@ def test_x_of_any_dimensions_and_strides_is_taken(name: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["bsr8x3", "bsr24x5", "bsr16x16"])
+def test_an_infinite_weight_stays_in_its_row(name: str) -> None:
+    layout = LAYOUTS[name]
+    weight = torch.randn(layout.fit(60, 20))
+    weight[layout.rows, 0] = float("inf")
+    packed = layout.pack(weight, torch.ones(weight.shape, dtype=torch.bool))
+    out = gpu.product(torch.rand(2, weight.shape[1]).to(DEVICE), moved(packed), None).cpu()
+    assert out.isinf().sum(1).tolist() == [1, 1]
+    assert not out.isnan().any()
+
+
+@needs_triton
 def test_a_result_is_the_same_every_time(many_programs: None) -> None:
     packed, kept = some(LAYOUTS["wcsr16"], 8, 20_000, 0.5, torch.float32)
     x = torch.randn(2, kept.shape[1], device=DEVICE)
@@ -215,6 +227,13 @@ def test_csr_is_laid_out_for_each_kind_of_device(
         assert torch.equal(back.unpack(), kept)
     bitmap = some(LAYOUTS["bitmap"], 4, 4, 0.5, dtype)[0]
     assert gpu.for_device(bitmap, "cuda") is bitmap
+
+
+def test_zeros_that_were_kept_stay_counted_on_another_device() -> None:
+    packed = CSR.pack(torch.tensor([[0.0, 1.0, 0.0, 2.0]]), torch.tensor([[True, True, False, True]]))
+    there = gpu.for_device(packed, "cuda")
+    there.check()
+    assert there.nnz == 3
 
 
 def test_what_warp_csr_cannot_hold_stays_csr() -> None:
