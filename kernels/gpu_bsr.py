@@ -16,6 +16,9 @@ LEAST = 16
 """Sides of what the matrix units multiply."""
 TOKENS = 64
 """Rows of x that a program takes at most."""
+LARGE = 1 << 14
+"""Bytes of a block from which on fewer rows of x and more warps are taken, so that registers suffice."""
+LARGE_PRODUCT = (Config({}, warps=8), Config({}, warps=16))
 
 
 @triton.jit
@@ -60,8 +63,10 @@ def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     (tokens, in_features), (out_features, _), (r, c) = x.shape, packed.shape, packed.block
     units = tokens > 1
-    m = min(TOKENS, max(LEAST, triton.next_power_of_2(tokens))) if units else 1
-    config = pick(f"bsr{r}x{c} {m}", MATRIX if units else PRODUCT)
+    large = r * c * x.element_size() >= LARGE
+    most = LEAST if large and x.element_size() == 4 else TOKENS
+    m = min(most, max(LEAST, triton.next_power_of_2(tokens))) if units else 1
+    config = pick(f"bsr{r}x{c} {m}", MATRIX if units else LARGE_PRODUCT if large else PRODUCT)
     sides = (max(triton.next_power_of_2(n), LEAST if units else 1) for n in (r, c))
     programs, turns = out_features // r, triton.cdiv(packed.col_idx.numel(), out_features // r)
     tiles = triton.cdiv(tokens, m)
