@@ -26,6 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Whole texts that tests compare with are written anew on request only."""
+    parser.addoption("--slow", action="store_true", help="also the tests that take more than a minute")
     parser.addoption("--refresh-goldens", action="store_true", help="write tests/golden anew instead of comparing")
 
 
@@ -33,7 +34,13 @@ _LONG = ("test_real_model.py", "test_native_build.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes go first, so that at the end no worker waits for the other."""
+    """Files that take minutes go first, so that at the end no worker waits for the other; the slowest tests are asked for."""
+    if not items or not items[0].config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(
+                    pytest.mark.skip(reason="takes more than a minute; pytest --slow runs it, as .ci/run does")
+                )
     items.sort(key=lambda item: item.path.name not in _LONG)
 
 

@@ -213,6 +213,7 @@ def test_the_key_changes_with_whatever_makes_a_library_stale(fresh: pytest.Monke
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_avx512_is_right_through_simde(tmp_path: Path) -> None:
     """Builds the AVX-512 source with emulated intrinsics and runs the whole product test on it."""
