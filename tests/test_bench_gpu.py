@@ -86,7 +86,7 @@ def test_what_cannot_be_measured_is_named() -> None:
     assert left_out == ["no time was left for 3 of 3 cases; give more with --budget"]
 
 
-def tiny(name: str, dtype: torch.dtype, layers: int | None) -> LlamaForCausalLM:
+def tiny(name: str, dtype: torch.dtype, layers: int | None, device: torch.device | str = DEVICE) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=16,
@@ -95,13 +95,13 @@ def tiny(name: str, dtype: torch.dtype, layers: int | None) -> LlamaForCausalLM:
         num_attention_heads=2,
         max_position_embeddings=256,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 @torch.no_grad()
 def test_decoding_takes_the_tokens_that_the_model_takes() -> None:
     torch.manual_seed(0)
-    model = tiny("", torch.float32, 2).to(DEVICE)
+    model = tiny("", torch.float32, 2)
     decoder = Decoder(model, 100, compiled=False)
     ids = decoder._prompt
     # The step that warmed up, then three more; the first one is given the prompt's last token again.
@@ -115,24 +115,27 @@ def test_decoding_takes_the_tokens_that_the_model_takes() -> None:
 
 def test_models_are_timed_dense_and_sparse_and_everything_is_written(tmp_path: Path) -> None:
     spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
-    found = decode("tiny", "fp32", [0.5], DEVICE, 2, 1, False, None, tiny, tokens=2, passes=spec)
+    found = decode("tiny", "fp32", [0.5], DEVICE, 2, 1, None, None, tiny, tokens=2, passes=spec)
     assert [m.variant for m in found] == ["dense", "50% zero"]
-    assert all(m.seconds.median > 0 and m.nbytes > 0 for m in found)
+    assert all(m.seconds is not None and m.seconds.median > 0 and m.nbytes > 0 for m in found)
+    assert found[0].speedup is not None
     assert found[0].speedup.median == 1
     (case,) = cases({(16, 32): None}, [Format.parse("wcsr8")], [0.5], ["bf16"], [1])
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
     report.checked = list(bench.check(["wcsr8"], ["bf16"], [1], DEVICE, size=16))
     report.lines, report.left_out = bench.measure(case, DEVICE, 2, rotate_bytes=2000, tune=False)
-    report.models = found
+    report.models = [*found, replace(found[1], mode="compiled graph", seconds=None, speedup=None, note="it failed")]
     report.write()
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["schema"] == gpu_run.SCHEMA
     assert content["table"][0]["layout"] == "wcsr8"
     assert content["table"][0]["rows"] == 1
-    assert [m["variant"] for m in content["models"]] == ["dense", "50% zero"]
+    assert [m["variant"] for m in content["models"]] == ["dense", "50% zero", "50% zero"]
+    assert content["models"][2]["seconds"] is None
     text = (tmp_path / "bench.md").read_text()
     assert "1 products, 0 wrong" in text
     assert "| 16x32 | unstructured |" in text
+    assert "| compiled graph | - | - | - |" in text
     report.checked = [replace(report.checked[0], error=2.0)]
     assert report.wrong()
     assert "- WRONG: wcsr8 bf16, 1 rows" in report.markdown()

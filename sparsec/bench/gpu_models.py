@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from sparsec.bench.gpu import Deadline
 from sparsec.bench.models import random_model
 from sparsec.bench.replay import Replay, ratio
 from sparsec.command import DTYPES
@@ -40,9 +41,9 @@ class Decoded:
     dtype: str
     variant: str  # "dense", or its sparsity
     mode: str  # "graph", "compiled graph", or "eager" where no graph could be recorded
-    note: str  # why not
-    seconds: Spread  # per token
-    speedup: Spread  # over dense in the same mode, by round
+    note: str  # why not, or why it did not run
+    seconds: Spread | None  # per token; None where it did not run
+    speedup: Spread | None  # over dense in the same mode, by round
     nbytes: int  # of all parameters and buffers
 
 
@@ -67,7 +68,7 @@ class Decoder:
         try:
             self._replay = Replay([self._step], device)
         except RuntimeError as error:  # what waits for the GPU cannot be recorded
-            self.note = f"no graph: {str(error).splitlines()[0]}"
+            self.note = f"no graph: {str(error).partition(chr(10))[0]}"
             self._step()
         self.mode = ("compiled " if compiled else "") + ("eager" if self.note or device.type != "cuda" else "graph")
 
@@ -95,21 +96,26 @@ def decode(
     device: torch.device,
     rounds: int,
     layers: int | None = None,
-    compiled: bool = True,
+    deadline: Deadline | None = None,
     progress: Progress | None = None,
     model: Callable[..., Any] = random_model,
     tokens: int = TOKENS,
     passes: str = PASSES,
 ) -> list[Decoded]:
-    """Times a model with random weights, dense and at every sparsity. The dense one comes first in each mode."""
-    dense = model(name, DTYPES[dtype], layers).to(device)
+    """Times a model with random weights, dense and at every sparsity. The dense one comes first in each mode.
+
+    deadline: after it, and without one, nothing is run under torch.compile, which takes minutes.
+    """
+    dense = model(name, DTYPES[dtype], layers, device=device)
     positions = PROMPT_TOKENS + tokens * (WARM_UP + rounds) + 8
     variants = {"dense": dense}
     for sparsity in sparsities:
         spec = passes.replace("{sparsity}", repr(sparsity))
         variants[f"{sparsity:.0%} zero"] = compile(dense, spec, progress=progress)
     found = []
-    for way in (False, True) if compiled else (False,):
+    for way in (False, True):
+        if way and (deadline is None or deadline.over):
+            break
         decoders: dict[str, Decoder] = {}
         for variant, candidate in variants.items():
             try:
@@ -145,10 +151,9 @@ def decode(
 
 def _failed(name: str, dense: Any, dtype: str, variant: str, compiled: bool, error: Exception) -> Decoded:
     """A mode that could not run: no time, and the reason."""
-    never = Spread.of([float("inf")])
     mode = "compiled graph" if compiled else "graph"
-    said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return Decoded(name, dense.config.num_hidden_layers, dtype, variant, mode, said, never, Spread.of([0.0]), 0)
+    said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Decoded(name, dense.config.num_hidden_layers, dtype, variant, mode, said, None, None, 0)
 
 
 def _nbytes(model: Any) -> int:

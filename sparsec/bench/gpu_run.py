@@ -29,8 +29,9 @@ from sparsec.bench.gpu import (
 )
 from sparsec.bench.gpu_models import Decoded, decode
 from sparsec.command import DTYPES as TYPES
-from sparsec.errors import KernelError
+from sparsec.errors import KernelError, SparsecError
 from sparsec.kernels import gpu
+from sparsec.latency import Spread
 from sparsec.machine import Machine, machine
 from sparsec.progress import Progress
 
@@ -43,6 +44,8 @@ MODELS = ("pythia-410m", "llama-7b")
 MODEL_SPARSITIES = (0.7, 0.9)
 BUDGET, FOR_MODELS = 450, 0.4
 """Seconds that a run may take, and the share of them that is kept for whole models."""
+FOR_COMPILING = 90
+"""Seconds that have to be left where torch.compile is to begin."""
 ROUNDS, MODEL_ROUNDS = 20, 10
 
 
@@ -56,6 +59,7 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     budget = options.budget or BUDGET
     whole, table = Deadline(budget), Deadline(budget * (1 - FOR_MODELS))
+    compiling = Deadline(budget - FOR_COMPILING)
     report = Report(folder, machine(), device)
     for dtype, rows in CHECKED_ROWS.items():
         report.checked += check(CHECKED, [dtype], rows, device)
@@ -76,9 +80,9 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
             continue
         try:
             report.models += decode(
-                model, "bf16", MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, True, progress
+                model, "bf16", MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, compiling, progress
             )
-        except RuntimeError as error:
+        except (RuntimeError, SparsecError) as error:
             report.left_out.append(f"{model}: {error}")
         report.write()
     print(report.markdown())
@@ -119,7 +123,9 @@ class Report:
             "left_out": self.left_out,
             "tuned": self.tuned,
         }
-        (self._folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (self._folder / "bench.json").write_text(
+            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         (self._folder / "bench.md").write_text(self.markdown() + "\n", encoding="utf-8")
 
     def markdown(self) -> str:
@@ -194,12 +200,14 @@ def _model_cells(m: Decoded) -> Sequence[str]:
         m.dtype,
         m.variant,
         m.mode,
-        f"{1e3 * m.seconds.median:.3f}",
-        f"{m.speedup.median:.2f}x",
-        f"{m.speedup.lower:.2f}-{m.speedup.upper:.2f}",
+        *("-" * 3 if m.seconds is None or m.speedup is None else _times(m.seconds, m.speedup)),
         f"{m.nbytes / 1e9:.2f}",
         m.note,
     )
+
+
+def _times(seconds: Spread, speedup: Spread) -> Sequence[str]:
+    return f"{1e3 * seconds.median:.3f}", f"{speedup.median:.2f}x", f"{speedup.lower:.2f}-{speedup.upper:.2f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

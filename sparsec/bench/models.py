@@ -81,12 +81,14 @@ def shapes(name: str) -> dict[tuple[int, int], int]:
     return dict(Counter((m.out_features, m.in_features) for m in linears))
 
 
-def random_model(name: str, dtype: torch.dtype, layers: int | None = None, seed: int = 0) -> Any:
+def random_model(
+    name: str, dtype: torch.dtype, layers: int | None = None, seed: int = 0, device: torch.device | str = "cpu"
+) -> Any:
     """In eval mode, matrices normal with a deviation of 0.02, which times do not depend on."""
-    with quiet(), no_init_weights():
+    with quiet(), no_init_weights(), torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype)
         model.tie_weights()  # which is left out together with the initial values
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.dim() > 1:
