@@ -144,15 +144,7 @@ def bitmap(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
     Launch(
         bitmap_kernel,
         (panels, partial.splits, triton.cdiv(tokens, m)),
-        {
-            "x": x,
-            **packed.tensors(),
-            **partial.arguments(),
-            "out_features": out_features,
-            "in_features": in_features,
-            "tokens": tokens,
-            "span": triton.cdiv(turns, partial.splits) * tile,
-        },
+        {**packed.tensors(), **partial.arguments(), "span": triton.cdiv(turns, partial.splits) * tile},
         {**partial.constants(), "M": m, "UNITS": units, "WIDE": interpreted()},
         config,
         elements=LANES * tile,

@@ -61,7 +61,7 @@ def bsr_kernel(
 
 def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
-    (tokens, in_features), (out_features, _), (r, c) = x.shape, packed.shape, packed.block
+    tokens, out_features, (r, c) = x.shape[0], packed.shape[0], packed.block
     units = tokens > 1
     large = r * c * x.element_size() >= LARGE
     most = LEAST if large and x.element_size() == 4 else TOKENS
@@ -74,14 +74,7 @@ def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
     Launch(
         bsr_kernel,
         (programs, partial.splits, tiles),
-        {
-            "x": x,
-            **packed.tensors(),
-            **partial.arguments(),
-            "out_features": out_features,
-            "in_features": in_features,
-            "tokens": tokens,
-        },
+        {**packed.tensors(), **partial.arguments()},
         {
             "R": r,
             "C": c,

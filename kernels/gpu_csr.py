@@ -91,7 +91,7 @@ def csr(x: Tensor, packed: CSR | WarpCSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
         return F.linear(x, expand(packed), bias)
-    (tokens, in_features), out_features = x.shape, packed.shape[0]
+    tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
     config = pick(f"csr{packed.index_bits} {m}", ONE if m <= 2 else SEVERAL)
     turns = triton.cdiv(packed.values.numel(), out_features * config.constants["TILE"])
@@ -99,14 +99,7 @@ def csr(x: Tensor, packed: CSR | WarpCSR, bias: Tensor | None) -> Tensor:
     Launch(
         csr_kernel,
         (out_features, partial.splits, triton.cdiv(tokens, m)),
-        {
-            "x": x,
-            **_stored(packed),
-            **partial.arguments(),
-            "out_features": out_features,
-            "in_features": in_features,
-            "tokens": tokens,
-        },
+        {**_stored(packed), **partial.arguments()},
         {**_constants(packed), **partial.constants(), "M": m},
         config,
         elements=config.constants["TILE"],

@@ -94,7 +94,7 @@ def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
         return F.linear(x, expand(packed), bias)
-    (tokens, in_features), out_features = x.shape, packed.shape[0]
+    tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
     config = pick(f"nm {m}", ONE if m <= 2 else SEVERAL)
     tile, panels = config.constants["TILE"], panel_count(out_features)
@@ -103,14 +103,7 @@ def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
     Launch(
         nm_kernel,
         (panels, partial.splits, triton.cdiv(tokens, m)),
-        {
-            "x": x,
-            **packed.tensors(),
-            **partial.arguments(),
-            "out_features": out_features,
-            "in_features": in_features,
-            "tokens": tokens,
-        },
+        {**packed.tensors(), **partial.arguments()},
         {**_constants(packed), **partial.constants(), "M": m},
         config,
         elements=tile,

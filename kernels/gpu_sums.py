@@ -55,6 +55,7 @@ def add_up(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
 class Partial:
     """Where the programs of a product write: the result itself, or a sum for each split, to be added up in a fixed order."""
 
+    x: Tensor  # [tokens, in]
     out: Tensor  # [tokens, out]
     bias: Tensor | None
     splits: int
@@ -65,11 +66,13 @@ class Partial:
         """For x [tokens, in]."""
         out = x.new_empty(x.shape[0], out_features)
         sums = out if splits == 1 else x.new_empty(splits, *out.shape, dtype=torch.float32)
-        return cls(out, bias, splits, sums)
+        return cls(x, out, bias, splits, sums)
 
-    def arguments(self) -> dict[str, Tensor]:
-        """What a kernel takes as `bias` and `out`."""
-        return {"bias": self.sums if self.bias is None else self.bias, "out": self.sums}
+    def arguments(self) -> dict[str, Tensor | int]:
+        """What every kernel takes beside the packed tensors."""
+        (tokens, in_features), out_features = self.x.shape, self.out.shape[1]
+        sizes = {"out_features": out_features, "in_features": in_features, "tokens": tokens}
+        return {"x": self.x, "bias": self.sums if self.bias is None else self.bias, "out": self.sums, **sizes}
 
     def constants(self) -> dict[str, Any]:
         """What a kernel takes as SPLITS and HAS_BIAS."""
