@@ -31,9 +31,8 @@ class Config:
 
 _picked: dict[str, int] = {}
 """By bucket: which of its configurations is taken, where another one than the first was found to be faster."""
-
-
 _asked: dict[str, int] = {}
+"""How many configurations each bucket has that was asked for."""
 
 
 def pick(bucket: str, configs: Sequence[Config]) -> Config:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from architectures import tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -53,7 +53,6 @@ def test_every_pass_keeps_its_contract(p: Pass, case: Case, data: st.DataObject)
     check_pass(p, case.model, case.inputs, after=FIRST.get(p.name, ""), context=context)
 
 
-@settings(max_examples=30)
 @given(case=small_models(), first=shares, second=shares, scope=st.sampled_from(["global", "layer", "row"]))
 def test_magnitude_counts_exactly_and_counts_what_is_masked_already(
     case: Case, first: float, second: float, scope: str
@@ -77,7 +76,6 @@ def test_magnitude_counts_exactly_and_counts_what_is_masked_already(
                 assert set(rows.tolist()) == {prune_count(share, graph.weights[name].matrix_shape[1])}
 
 
-@settings(max_examples=30)
 @given(case=small_models(special=False), scope=st.sampled_from(["global", "layer"]))
 def test_magnitude_keeps_nothing_smaller_than_what_it_removes(case: Case, scope: str) -> None:
     graph = trace(case.model, case.inputs)
@@ -89,7 +87,6 @@ def test_magnitude_keeps_nothing_smaller_than_what_it_removes(case: Case, scope:
         assert not len(kept) or not len(gone) or gone.max() <= kept.min()
 
 
-@settings(max_examples=30)
 @given(case=small_models())
 def test_zeros_masks_just_what_is_zero(case: Case) -> None:
     graph, _ = check_pass(Zeros(), case.model, case.inputs)
@@ -167,9 +164,8 @@ def test_flops_are_told_for_every_op_of_attention_and_experts(name: str) -> None
         assert experts == 2 * matrices * config.num_experts_per_tok * config.num_hidden_layers
 
 
-@pytest.mark.parametrize(
-    ("bad", "scope"), [(float("nan"), "global"), (float("inf"), "layer"), (-float("inf"), "row"), (float("nan"), "row")]
-)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
 def test_magnitude_refuses_what_has_no_magnitude_and_names_the_layer(bad: float, scope: str) -> None:
     model, _ = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 2] = bad
@@ -257,7 +253,6 @@ def test_a_tied_head_that_is_named_is_pruned_but_stays_dense_because_it_is_the_e
     assert "stays dense" in compiled.sparsec.records[-1].notes[0]
 
 
-@settings(max_examples=30)
 @given(case=small_models())
 def test_lowered_graph_agrees_with_its_dense_twin(case: Case) -> None:
     graph = trace(case.model, case.inputs)
