@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -137,25 +139,28 @@ def test_alphapruning_needs_no_text_and_prunes_light_tails_most() -> None:
         sparsec.compile(equal, "magnitude(0.5, allocation=alphapruning)", example_inputs=torch.ones(2, 16))
 
 
-def test_sensitivity_is_the_loss_of_pruning_one_block_alone() -> None:
+def test_sensitivity_is_the_loss_of_pruning_one_layer_alone() -> None:
     calls = [(torch.randn(12, 16, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
     model = pruned("wanda(0.5, allocation=sensitivity)", calls)
-    seen, losses = inputs(Blocks(), calls), []
-    for i in range(3):
-        alone = Blocks()
-        for j in range(2):
-            weight = alone.layers[i][j].weight
-            scores = weight.detach().abs() * seen[f"layers.{i}.{j}.weight"].square().mean(0).sqrt()
-            smallest = scores.argsort(dim=1, stable=True)[:, : scores.shape[1] // 2]
-            weight.data.scatter_(1, smallest, 0.0)
+    seen, losses = inputs(Blocks(), calls), {}
+    for i, j in product(range(3), range(2)):
+        alone, name = Blocks(), f"layers.{i}.{j}.weight"
+        weight = alone.get_parameter(name)
+        scores = weight.detach().abs() * seen[name].square().mean(0).sqrt()
+        smallest = scores.argsort(dim=1, stable=True)[:, : scores.shape[1] // 2]
+        weight.data.scatter_(1, smallest, 0.0)
         with torch.no_grad():
             change = [(alone(x) - Blocks()(x)).square().sum() / Blocks()(x).square().sum() for (x,) in calls]
-        losses.append(float(sum(change)) / 2)
-    measures = {w.name[:8]: w.pruned.measure for w in model.sparsec.graph.masked()}
-    np.testing.assert_allclose(list(measures.values()), losses, rtol=1e-3)
-    shares = list(targets(model).values())
-    assert np.argsort(shares).tolist() == np.argsort(losses)[::-1].tolist()
-    assert max(shares) - min(shares) == pytest.approx(0.16)
+        losses[name] = float(sum(change)) / 2
+    found = {w.name: w.pruned for w in model.sparsec.graph.masked()}
+    assert found.keys() == losses.keys()
+    np.testing.assert_allclose([found[n].measure for n in losses], list(losses.values()), rtol=1e-3)
+    sizes = {n: Blocks().get_parameter(n).numel() for n in losses}
+    logs = {n: np.log(losses[n] / sizes[n]) for n in losses}
+    low, high = min(logs.values()), max(logs.values())
+    shares = {n: -0.16 * (logs[n] - low) / (high - low) for n in losses}
+    mean = sum(shares[n] * sizes[n] for n in losses) / sum(sizes.values())
+    np.testing.assert_allclose([found[n].target for n in losses], [0.5 + shares[n] - mean for n in losses], atol=1e-3)
 
 
 def test_sensitivity_of_a_language_model_is_a_divergence_and_leaves_no_mask_behind() -> None:

@@ -2,6 +2,7 @@
 
 from sparsec.calibrate.data import LENGTH, SEQUENCES, CalibrationData, samples, strings, windows
 from sparsec.calibrate.sites import Site
+from sparsec.calibrate.standing import Standing
 from sparsec.calibrate.statistics import Statistics
 from sparsec.calibrate.walk import FEEDS, ORDERS, Profile, calibrate
 
@@ -13,6 +14,7 @@ __all__ = [
     "CalibrationData",
     "Profile",
     "Site",
+    "Standing",
     "Statistics",
     "calibrate",
     "samples",

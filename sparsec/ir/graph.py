@@ -132,7 +132,7 @@ class Graph:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Executes the graph, masks applied. Arguments as in `inputs`."""
-        return _MaskedInterpreter(self).run(*self.bind(args, kwargs))
+        return MaskedInterpreter(self).run(*self.bind(args, kwargs))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Positional arguments of `module` from a call's arguments."""
@@ -166,7 +166,7 @@ def _matrices(weight: Weight, stored: Tensor) -> list[Tensor]:
     return list(turned.unbind()) if weight.kind == "experts" else [turned]
 
 
-class _MaskedInterpreter(fx.Interpreter):
+class MaskedInterpreter(fx.Interpreter):
     """Reads weights through their masks."""
 
     def __init__(self, graph: Graph) -> None:

@@ -4,10 +4,10 @@ uniform        every layer the same
 global         what one threshold over all weights leaves to each
 owl            blocks with more outliers keep more (Yin et al. 2023, arXiv:2310.05175)
 alphapruning   blocks whose spectra have heavier tails keep more (Lu et al. 2024, arXiv:2410.10912)
-sensitivity    blocks whose pruning alone hurts the model's outputs more keep more
+sensitivity    layers whose pruning alone hurts the model's outputs more, for their size, keep more
 a table        patterns and the sparsity of what they match; later ones count, and what none matches has that of the pass
 
-The measured ones work on blocks, as their papers do: all layers of a block become equally sparse.
+owl and alphapruning work on blocks, as their papers do: all layers of a block become equally sparse.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsec.calibrate import Site, Statistics, calibrate
+from sparsec.calibrate import Site, Standing, Statistics, calibrate
 from sparsec.errors import PipelineError, SelectionError, SpecError, WeightError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
@@ -39,8 +39,8 @@ CALIBRATED = frozenset({"owl", "sensitivity"})
 KINDS = ("uniform", "global", *SPREADS)
 OUTLIER = 5.0
 """An outlier is this many times the mean of its block: the paper's M."""
-TOKENS = 2048
-"""Of the calibration data, how many the model is run on for the sensitivity of each block."""
+TOKENS = 1024
+"""Of the calibration data, how many the model is run on for the sensitivity of each layer."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def allocate(
         return {w.name: Share(sparsity) for w in chosen}
     if allocation == "global":
         return _checked(_by_threshold(graph, chosen, sparsity, pattern), allocation, None)
-    members = _by_block(graph, chosen)
+    members = {w.name: [w] for w in chosen} if allocation == "sensitivity" else _by_block(graph, chosen)
     sizes = [sum(w.numel for w in group) for group in members.values()]
     spread = SPREADS[allocation] if spread is None else spread
     if allocation == "owl":
@@ -105,9 +105,11 @@ def allocate(
         measured = _tails(graph, members, context)
         found = _scaled(measured, sizes, sparsity, spread)
     else:
-        measured = _sensitivities(graph, members, sparsity, context)
-        # If the loss grows exponentially with the sparsity, equal slopes are at equal distances in the logarithm.
-        found = _around([-math.log(max(m, 1e-12)) for m in measured], sizes, sparsity, spread)
+        measured = _sensitivities(graph, chosen, sparsity, context)
+        # If losses grow exponentially with the sparsity, those at which one more weight costs all layers the same are at equal
+        # distances in the logarithm of the loss for each weight.
+        per_weight = [max(m, 1e-12) / n for m, n in zip(measured, sizes, strict=True)]
+        found = _around([-math.log(m) for m in per_weight], sizes, sparsity, spread)
     by_block = dict(zip(members, map(Share, found, measured), strict=True))
     _checked(by_block, allocation, spread)
     return {w.name: by_block[block] for block, group in members.items() for w in group}
@@ -252,48 +254,47 @@ def tail_exponent(matrix: Tensor) -> float:
     return 1 + k / total if total > 1e-6 * k else math.inf
 
 
-def _sensitivities(
-    graph: Graph, members: Mapping[str, Sequence[Weight]], sparsity: float, context: Context
-) -> list[float]:
-    """Of every block what pruning it alone does to the model's outputs; the smallest |W| * ||X_col|| of each row go."""
+def _sensitivities(graph: Graph, chosen: Sequence[Weight], sparsity: float, context: Context) -> list[float]:
+    """Of every layer what pruning it alone does to the model's outputs; the smallest |W| * ||X_col|| of each row go."""
     assert context.calibration is not None
-    norms = _norms(graph, members, context, "input norms")
-    masks = {
-        w.name: [
-            unstructured_rows(scores, sparsity, old)
-            for scores, old in zip(_scores(graph, w, norms), graph.mask_matrices(w.name), strict=True)
-        ]
-        for group in members.values()
-        for w in group
-    }
+    norms = _norms(graph, {w.name: [w] for w in chosen}, context, "input norms")
+    place = {name: i for i, name in enumerate(graph.ops)}
+    ordered = sorted(chosen, key=lambda w: place[graph.ops_of(w.name)[0].node])
     calls, tokens = [], 0
     for call in context.calibration.calls:
         calls.append(call)
         tokens += call[0].numel()
         if tokens >= TOKENS:
             break
-    found = [0.0] * len(members)
+    found = dict.fromkeys((w.name for w in chosen), 0.0)
     with torch.no_grad():
         for c, call in enumerate(calls):
-            dense = graph.run(*call)
-            for i, group in enumerate(members.values()):
-                context.step("sensitivity", c * len(members) + i, len(calls) * len(members))
-                with _masked(graph, group, masks):
-                    found[i] += divergence(dense, graph.run(*call)) / len(calls)
-    context.step("sensitivity", len(calls) * len(members), len(calls) * len(members))
-    return found
+            standing = Standing(graph, call)
+            dense = standing.finish()
+            for i, weight in enumerate(ordered):
+                context.step("sensitivity", c * len(ordered) + i, len(calls) * len(ordered))
+                standing.go(graph.ops_of(weight.name)[0].node)
+                with _masked(graph, weight, _smallest(graph, weight, norms, sparsity)):
+                    found[weight.name] += divergence(dense, standing.finish()) / len(calls)
+    context.step("sensitivity", len(calls) * len(ordered), len(calls) * len(ordered))
+    return list(found.values())
+
+
+def _smallest(graph: Graph, weight: Weight, norms: Mapping[str, list[Tensor]], sparsity: float) -> list[Tensor]:
+    scores = _scores(graph, weight, norms)
+    return [
+        unstructured_rows(s, sparsity, old) for s, old in zip(scores, graph.mask_matrices(weight.name), strict=True)
+    ]
 
 
 @contextmanager
-def _masked(graph: Graph, group: Sequence[Weight], masks: Mapping[str, list[Tensor]]) -> Iterator[None]:
-    """Meanwhile these weights are read through these masks."""
-    for weight in group:
-        graph.update(weight.name, mask=stored_mask(weight, masks[weight.name]), frozen=False)
+def _masked(graph: Graph, weight: Weight, masks: Sequence[Tensor]) -> Iterator[None]:
+    """Meanwhile this weight is read through these masks."""
+    graph.update(weight.name, mask=stored_mask(weight, masks), frozen=False)
     try:
         yield
     finally:
-        for weight in group:
-            graph.weights[weight.name] = weight
+        graph.weights[weight.name] = weight
 
 
 def stored_mask(weight: Weight, masks: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ _MEASURES = {
     ),
     "sensitivity": (
         "divergence",
-        "of the model's outputs from the dense ones with this block alone pruned; KL in nats, or relative error",
+        "of the model's outputs from the dense ones with this layer alone pruned; KL in nats, or relative error",
     ),
 }
 
@@ -51,7 +51,7 @@ def pruning_lines(layers: Sequence[LayerRow]) -> list[str]:
 
 
 def _allocation(pruned: Sequence[LayerRow]) -> list[str]:
-    """How sparse each block was asked to become, where not all were asked the same."""
+    """How sparse the layers of each block were asked to become, where not all were asked the same."""
     chosen = [row for row in pruned if row.allocation not in (None, "uniform")]
     if not chosen:
         return []
@@ -64,8 +64,9 @@ def _allocation(pruned: Sequence[LayerRow]) -> list[str]:
     for name, rows in blocks.items():
         targets = sorted({round(row.sparsity_target or 0.0, 6) for row in rows})
         span = percent(targets[0], 2) + (f" - {percent(targets[-1], 2)}" if targets[1:] else "")
-        measure = rows[0].allocation_measure
-        body.append((shorten(name, _NAME), str(len(rows)), span, "-" if measure is None else f"{measure:.6g}"))
+        measures = sorted({row.allocation_measure for row in rows if row.allocation_measure is not None})
+        shown = " - ".join(f"{m:.6g}" for m in dict.fromkeys((*measures[:1], *measures[-1:]))) or "-"
+        body.append((shorten(name, _NAME), str(len(rows)), span, shown))
     lines += table(("block", "weights", "target", what), body)
     return lines + (paragraph(f"{what}: {text}") if text else [])
 
