@@ -7,6 +7,7 @@ reference computes, and one warning says why. With TRITON_INTERPRET=1 the kernel
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -67,9 +68,23 @@ def unsupported(layout: str, dtype: torch.dtype) -> str:
     return ""
 
 
+def identity() -> tuple[str, str]:
+    """The name and the compute capability, such as sm_90, of this machine's GPU; "none" twice where torch sees none."""
+    if not torch.cuda.is_available():
+        return "none", "none"
+    return torch.cuda.get_device_name(), "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def digest() -> str:
+    """Of what the kernels are made from: their sources and the version of triton."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("gpu*.py"))]
+    found = version("triton") if importlib.util.find_spec("triton") is not None else "none"
+    return hashlib.sha256(b"".join([*sources, found.encode()])).hexdigest()[:16]
+
+
 def tuned_file() -> Path:
     """Where the configurations lie that were found to be the fastest on this machine's GPU: JSON, bucket -> number."""
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_name() if torch.cuda.is_available() else "none").lower()
+    name = re.sub(r"\W+", "-", identity()[0]).lower()
     return loader.cache_folder() / f"gpu-{name}-triton-{version('triton')}.json"
 
 

@@ -120,7 +120,9 @@ class Lower(Pass):
             kernels = dense_kernels(graph, weight, context.unswappable)
             if mask is not None or OWN in kernels:
                 fused = any(op.members for op in graph.products_of(weight.name))
-                found[weight.name] = choose(graph.matrix(weight.name), mask, replace(setting, fused=fused), kernels)
+                matrix = graph.matrix(weight.name)
+                own = replace(setting, fused=fused, device=matrix.device.type)
+                found[weight.name] = choose(matrix, mask, own, kernels)
         context.step("choosing formats", len(weights), len(weights))
         return found, notes
 

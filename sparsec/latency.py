@@ -1,21 +1,26 @@
 """Latency, always as a comparison: the models take turns, so that a slow moment of a shared machine meets all of them.
 
 Prefill is one forward over a prompt; decode is one token with the key-value cache of that prompt, batch 1. Under no_grad, as
-`generate()` runs, and not under inference_mode, where fused products are not shared (kernels/group.py).
+`generate()` runs, and not under inference_mode, where fused products are not shared (kernels/group.py). On a GPU time is told by
+events; there a token is one replay of a CUDA graph (sparsec/recorded.py), and a layer one of several by cold copies of it.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsec.cost.replay import ROTATE_BYTES, Replay, copies, take_turns
 from sparsec.progress import Progress
+from sparsec.recorded import Decoder
 
 WARM_UP = 2
 
@@ -39,12 +44,15 @@ class Spread:
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], None]],
+    cases: Mapping[str, Callable[[], float | None]],
     repeats: int,
     progress: Progress | None = None,
     what: str = "timing",
 ) -> dict[str, list[float]]:
-    """Milliseconds of each case, `repeats` times. In every round all cases run once, in turning order."""
+    """Milliseconds of each case, `repeats` times. In every round all cases run once, in turning order.
+
+    A case that returns seconds has timed itself.
+    """
     names = list(cases)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(WARM_UP + repeats):
@@ -52,10 +60,10 @@ def interleaved(
             progress(what, turn, WARM_UP + repeats)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = perf_counter()
-            cases[name]()
-            elapsed = 1e3 * (perf_counter() - start)
+            told = cases[name]()
+            elapsed = perf_counter() - start if told is None else told
             if turn >= WARM_UP:
-                times[name].append(elapsed)
+                times[name].append(1e3 * elapsed)
     if progress is not None:
         progress(what, WARM_UP + repeats, WARM_UP + repeats)
     return times
@@ -76,6 +84,7 @@ class Comparison:
     latencies: dict[str, Latency]
     prefill_speedup: dict[str, Spread]
     decode_speedup: dict[str, Spread]
+    notes: tuple[str, ...] = ()  # on how it was measured
 
 
 @torch.no_grad()
@@ -83,33 +92,56 @@ def compare(
     models: Mapping[str, Any], prompt: Tensor, repeats: int, decode_repeats: int, progress: Progress | None = None
 ) -> Comparison:
     """Times causal language models on a prompt of token ids [1, tokens]; the first one is the baseline of the speedups."""
+    on_gpu = any(next(model.parameters()).is_cuda for model in models.values())
     prefill = interleaved({n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill")
-    decode = interleaved({n: _decode(m, prompt) for n, m in models.items()}, decode_repeats, progress, "timing decode")
+    notes: list[str] = []
+    if on_gpu:
+        decoders = {name: Decoder(model, prompt, WARM_UP + decode_repeats) for name, model in models.items()}
+        cases: dict[str, Callable[[], float | None]] = {name: d.seconds for name, d in decoders.items()}
+        notes = [
+            f"decoding of {name}: {d.note}, so its launches are in its times" for name, d in decoders.items() if d.note
+        ]
+        notes.append(
+            "decoding: a static cache, each token one replay of a CUDA graph; times are those of events on the GPU"
+        )
+    else:
+        cases = {name: _decode(model, prompt) for name, model in models.items()}
+    decode = interleaved(cases, decode_repeats, progress, "timing decode")
     return Comparison(
         {name: Latency(Spread.of(prefill[name]), Spread.of(decode[name])) for name in models},
         _ratios(prefill),
         _ratios(decode),
+        tuple(notes),
     )
+
+
+def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
+    """How many times as fast as `base`, by round."""
+    return Spread.of([b / t for b, t in zip(base, other, strict=True)])
 
 
 def _ratios(times: Mapping[str, list[float]]) -> dict[str, Spread]:
     base = next(iter(times.values()))
-    return {name: Spread.of([b / t for b, t in zip(base, own, strict=True)]) for name, own in times.items()}
+    return {name: ratio(base, own) for name, own in times.items()}
 
 
-def _prefill(model: Any, prompt: Tensor) -> Callable[[], None]:
+def _prefill(model: Any, prompt: Tensor) -> Callable[[], float | None]:
     prompt = prompt.to(next(model.parameters()).device)
 
-    def run() -> None:
+    def run() -> float | None:
+        if prompt.is_cuda:
+            return Replay.several(forward, 1, prompt.device)
+        forward()
+        return None
+
+    def forward() -> None:
         model(input_ids=prompt, use_cache=True)
-        _wait(prompt)
 
     return run
 
 
 def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
     """Every call decodes one token further, as generation does."""
-    prompt = prompt.to(next(model.parameters()).device)
     state = model(input_ids=prompt, use_cache=True)
     cache, token = state.past_key_values, state.logits[:, -1:].argmax(dim=-1)
     del state
@@ -118,14 +150,8 @@ def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
         nonlocal cache, token
         out = model(input_ids=token, past_key_values=cache, use_cache=True)
         cache, token = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
-        _wait(token)
 
     return run
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 @torch.no_grad()
@@ -137,8 +163,11 @@ def layer_speedups(
     A pair holds one module each, or those of a fused product in their order, which are given the very same row. Every round
     goes through all the first ones, then through all the second ones, as decoding with one or the other goes through all layers:
     a small layer looped by itself would be timed in a cache that it never finds warm, and one between layers of another kind
-    in company that it never has. The first ones have `in_features` or a Conv1D's `weight` [in, out].
+    in company that it never has. The first ones have `in_features` or a Conv1D's `weight` [in, out]. On a GPU each pair goes by
+    itself, see `replayed_speedup`.
     """
+    if any(dense[0].weight.is_cuda for dense, _ in pairs.values()):
+        return _replayed_speedups(pairs, rounds, progress)
     found: dict[str, list[float]] = {name: [] for name in pairs}
     rows = {name: _row(dense[0]) for name, (dense, _) in pairs.items()}
     for turn in range(WARM_UP + rounds):
@@ -166,5 +195,31 @@ def _call_seconds(modules: Sequence[nn.Module], x: Tensor) -> float:
     start = perf_counter()
     for module in modules:
         module(x)
-    _wait(x)
     return perf_counter() - start
+
+
+def _replayed_speedups(
+    pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]], rounds: int, progress: Progress | None
+) -> dict[str, float]:
+    found = {}
+    for i, (name, (dense, other)) in enumerate(pairs.items()):
+        if progress is not None:
+            progress("timing layers", i, len(pairs))
+        found[name] = replayed_speedup(dense, other, rounds)
+    if progress is not None:
+        progress("timing layers", len(pairs), len(pairs))
+    return found
+
+
+def replayed_speedup(
+    dense: Sequence[nn.Module], other: Sequence[nn.Module], rounds: int, rotate_bytes: int = ROTATE_BYTES
+) -> float:
+    """Median of (time of the first) / (time of the second), each by copies of `rotate_bytes` in all, so that they are cold."""
+    x = _row(dense[0])
+    replays = []
+    for modules in (dense, other):
+        nbytes = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
+        twins = [copy.deepcopy(m) for _ in range(copies(nbytes, rotate_bytes)) for m in modules]
+        replays.append(Replay([partial(twin, x) for twin in twins], x.device))
+    ours, theirs = take_turns(replays, rounds)
+    return statistics.median(a * len(dense) / (b * len(other)) for a, b in zip(ours, theirs, strict=True))

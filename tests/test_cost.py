@@ -187,7 +187,7 @@ def test_any_other_text_is_refused(text: str) -> None:
         (lambda c: c["key"].pop("isa"), "TypeError"),
         (
             lambda c: c.update(schema="sparsec.cost/0"),
-            "is no calibration of this version ('sparsec.cost/2'): 'sparsec.cost/0'",
+            "is no calibration of this version ('sparsec.cost/3'): 'sparsec.cost/0'",
         ),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_named_file_is_taken_as_it_is_or_refused(here: Key, tmp_path: Path, mo
     monkeypatch.setenv(cal.VARIABLE, str(FIXTURE))
     found = ask()
     assert found.calibration == load_file(FIXTURE)
-    assert "was measured elsewhere (cpu A Processor, here" in found.notices[-1]
+    assert "was measured elsewhere (processor A Processor, here" in found.notices[-1]
     bad = tmp_path / "bad.json"
     bad.write_text(FIXTURE.read_text()[:-100])
     for path, why in ((bad, "is damaged"), (tmp_path / "none.json", "cannot be read")):

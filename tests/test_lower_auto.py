@@ -59,7 +59,7 @@ def test_nothing_is_chosen_that_is_predicted_slower_than_dense(mask: Tensor, kno
     weight, setting = mask.float(), Setting("latency", rows, known)
     best = choose(weight, mask, setting, (TORCH, OWN)).best
     dense = {c.kernel: c.prediction.seconds for c in dense_candidates(weight, setting, (TORCH, OWN)) if c.prediction}
-    candidates = [c for c in sparse_candidates(mask, weight.dtype, "cpu", setting) if c.prediction]
+    candidates = [c for c in sparse_candidates(mask, weight.dtype, setting) if c.prediction]
     sparse = [c.prediction.seconds for c in candidates if c.prediction]
     assert best.prediction is not None
     if best.format == "dense":
@@ -97,7 +97,7 @@ def test_a_candidate_knows_the_bytes_and_values_of_what_it_will_be(mask: Tensor,
             replace(k, call=0.0, per_output=0.0, per_byte=0.0, decode=rate, rows=()) for k in FIXTURE.kernels
         ),
     )
-    for candidate in sparse_candidates(mask, dtype, "cpu", Setting("latency", 1, known)):
+    for candidate in sparse_candidates(mask, dtype, Setting("latency", 1, known)):
         packed = FORMATS[candidate.format].pack(mask.to(dtype), mask, **candidate.options)
         assert packed.nbytes == candidate.nbytes
         if candidate.prediction is not None:
@@ -110,7 +110,7 @@ def test_a_candidate_knows_the_bytes_and_values_of_what_it_will_be(mask: Tensor,
 def test_on_a_gpu_csr_is_laid_out_for_it() -> None:
     mask = torch.rand(64, 96, generator=torch.Generator().manual_seed(0)) < 0.3
     for dtype in (torch.float32, torch.bfloat16):
-        found = {c.label: c for c in sparse_candidates(mask, dtype, "cuda", Setting("bytes"))}
+        found = {c.label: c for c in sparse_candidates(mask, dtype, Setting("bytes", device="cuda"))}
         assert {"wcsr8", "wcsr16", "bitmap"} <= set(found)
         assert not [label for label in found if label.startswith("csr")]
         for candidate in found.values():
@@ -121,10 +121,10 @@ def test_on_a_gpu_csr_is_laid_out_for_it() -> None:
 def test_blocks_are_looked_at_where_the_mask_has_them() -> None:
     torch.manual_seed(0)
     kept = (torch.rand(8, 8) < 0.3).repeat_interleave(16, 0).repeat_interleave(16, 1)
-    labels = {c.label for c in sparse_candidates(kept, torch.float32, "cpu", Setting("bytes"))}
+    labels = {c.label for c in sparse_candidates(kept, torch.float32, Setting("bytes"))}
     assert {"bsr16x16", "bsr8x8", "bsr16x1"} <= labels
     assert choose(kept.float(), kept, Setting("bytes")).best.label.startswith("bsr")
-    scattered = {c.label for c in sparse_candidates(torch.rand(128, 128) < 0.5, torch.float32, "cpu", Setting("bytes"))}
+    scattered = {c.label for c in sparse_candidates(torch.rand(128, 128) < 0.5, torch.float32, Setting("bytes"))}
     assert scattered == {"csr8", "csr16", "bitmap"}
 
 

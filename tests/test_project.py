@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("lowering",),
     ("passes",),
-    ("emitter", "evaluate", "inductor", "latency"),
+    ("emitter", "evaluate", "inductor", "latency", "recorded"),
     ("report.collect", "report.text", "report.schema", "report"),
     ("compiler", "checkpoint"),
     ("report.measure", "command", "evaluate.output"),

@@ -17,7 +17,7 @@ from sparsec.bench.session import Session
 from sparsec.bench.shares import Shares, shares
 from sparsec.compiler import DEFAULT_PASSES, compile
 from sparsec.errors import DataError
-from sparsec.latency import WARM_UP, Spread, interleaved
+from sparsec.latency import WARM_UP, Spread, interleaved, ratio
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 from sparsec.report.words import dense_bound
@@ -148,11 +148,6 @@ def headlines(modes: Sequence[Mode]) -> list[Headline]:
         prefill = ratio(_best(dense, _prefill).prefill_ms, _best(own, _prefill).prefill_ms)
         found.append(Headline(variant, best, base, ratio(base.decode_ms, best.decode_ms), prefill))
     return found
-
-
-def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
-    """How many times as fast as `base`, per round."""
-    return Spread.of([b / t for b, t in zip(base, other, strict=True)])
 
 
 def _best(modes: Sequence[Mode], times: Callable[[Mode], tuple[float, ...]]) -> Mode:

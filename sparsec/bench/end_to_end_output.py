@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsec.bench.end_to_end import SHARE_TOKENS, Effort, Headline, Mode, headlines, ratio
-from sparsec.latency import Spread
+from sparsec.bench.end_to_end import SHARE_TOKENS, Effort, Headline, Mode, headlines
+from sparsec.latency import Spread, ratio
 from sparsec.machine import Machine
 from sparsec.report.table import paragraph, table, times
 

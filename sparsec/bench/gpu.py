@@ -17,18 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec.bench.cases import Case, Format, random_mask
-from sparsec.bench.replay import Replay, ratio, take_turns
 from sparsec.command import DTYPES
+from sparsec.cost.replay import ROTATE_BYTES, Replay, copies, dense_calls, packed_calls, take_turns
 from sparsec.errors import FormatError, KernelError, SpecError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.kernels import Problem, gpu, gpu_launch, operator, operator_args, select, tolerance
-from sparsec.latency import Spread
+from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
+from sparsec.latency import Spread, ratio
 from sparsec.progress import Progress
 
-ROTATE_BYTES = 1 << 29
-"""Walked through by every contender: eight times the L2 cache of the largest GPUs."""
-MAX_COPIES = 64
 SEMI_ROWS = 64
 """Rows of x from which on torch's semi-structured tensors take part."""
 CHECKED = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
@@ -122,13 +119,13 @@ def measure(
             left_out.append(f"{case.out_features}x{case.in_features} as {wanted.label}: {error}")
             continue
         if dense is None:
-            dense = _dense(weight, x, rotate_bytes, device)
+            dense = Replay(dense_calls(weight, x, rotate_bytes), device)
             if wanted.name == "nm" and case.rows >= SEMI_ROWS and device.type == "cuda":
                 try:
                     named.append(_semi_structured(weight, x, rotate_bytes, device))
                 except (RuntimeError, NotImplementedError, ValueError) as error:
                     left_out.append(f"torch's semi-structured tensors, {case.rows} rows: {error}")
-        config, replay = _fastest(_calls(packed, x, rotate_bytes), device, tune)
+        config, replay = _fastest(packed_calls(packed, x, rotate_bytes), device, tune)
         named.append((packed.describe(), kernel, packed.nbytes, config, replay))
     if dense is None:
         return [], left_out
@@ -141,36 +138,14 @@ def measure(
     return lines, left_out
 
 
-def _copies(nbytes: int, rotate_bytes: int) -> int:
-    return min(MAX_COPIES, max(1, -(-rotate_bytes // max(1, nbytes))))
-
-
-def _dense(weight: Tensor, x: Tensor, rotate_bytes: int, device: torch.device) -> Replay:
-    twins = [weight.clone() for _ in range(_copies(weight.nbytes, rotate_bytes))]
-    return Replay([functools.partial(F.linear, x, twin) for twin in twins], device)
-
-
 def _semi_structured(
     weight: Tensor, x: Tensor, rotate_bytes: int, device: torch.device
 ) -> tuple[str, str, int, int, Replay]:
     # Half of the values and 2 bits for each of them.
     nbytes = weight.nbytes // 2 + weight.numel() // 8
-    twins = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(_copies(nbytes, rotate_bytes))]
+    twins = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(copies(nbytes, rotate_bytes))]
     replay = Replay([functools.partial(F.linear, x, twin) for twin in twins], device)
     return "2:4", "torch semi-structured", nbytes, 0, replay
-
-
-def _calls(packed: Packed, x: Tensor, rotate_bytes: int) -> list[Callable[[], Tensor]]:
-    """The product by cold copies of the weight."""
-    calls: list[Callable[[], Tensor]] = []
-    for _ in range(_copies(packed.nbytes, rotate_bytes)):
-        tensors = {name: t.clone() for name, t in packed.tensors().items()}
-        twin = type(packed).from_parts(tensors, packed.scalars())
-        if x.is_cuda:  # as a model calls it
-            calls.append(functools.partial(operator(twin), x, *operator_args(twin, None)))
-        else:
-            calls.append(functools.partial(gpu.product, x, twin, None))
-    return calls
 
 
 def _fastest(calls: Sequence[Callable[[], Tensor]], device: torch.device, tune: bool) -> tuple[int, Replay]:
@@ -200,13 +175,6 @@ def keep_tuned() -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(gpu_launch.preferred(), indent=1) + "\n")
     return str(file)
-
-
-def read_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
-    """Bytes per second of plain reading, the best of some sums."""
-    memory = torch.ones(nbytes // 4, device=device)
-    replay = Replay([memory.sum], device)
-    return memory.nbytes / min(replay.seconds() for _ in range(5))
 
 
 def table_all(

@@ -6,24 +6,20 @@ torch.compile; the headline is the best sparse mode against the best dense one.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import StaticCache
 
 from sparsec.bench.gpu import Deadline
 from sparsec.bench.models import random_model
-from sparsec.bench.replay import Replay, ratio
 from sparsec.command import DTYPES
 from sparsec.compiler import compile
 from sparsec.errors import SparsecError
-from sparsec.latency import Spread
+from sparsec.latency import Spread, ratio
 from sparsec.progress import Progress
+from sparsec.recorded import Decoder
 
 PROMPT_TOKENS = 64
 TOKENS = 16
@@ -47,47 +43,6 @@ class Decoded:
     nbytes: int  # of all parameters and buffers
 
 
-class Decoder:
-    """Greedy decoding, batch 1, one token at a time."""
-
-    def __init__(self, model: Any, positions: int, compiled: bool) -> None:
-        """positions: that prompt and decoded tokens take together."""
-        device = next(model.parameters()).device
-        self._prompt = torch.arange(PROMPT_TOKENS, device=device)[None] % model.config.vocab_size
-        self._cache = StaticCache(config=model.config, max_cache_len=positions)
-        takes = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self._with_positions = "position_ids" in takes
-        self._token = self._prompt[:, -1:].clone()
-        self._position = torch.full_like(self._token, PROMPT_TOKENS)
-        self._call(model, self._prompt, torch.arange(PROMPT_TOKENS, device=device)[None])
-        call = torch.compile(model, dynamic=False) if compiled else model
-        self.note = ""
-        self._replay: Replay | None = None
-        self._step: Callable[[], None] = partial(self._decode, call)
-        try:
-            self._replay = Replay([self._step], device)
-        except RuntimeError as error:  # what waits for the GPU cannot be recorded
-            self.note = f"no graph: {str(error).partition(chr(10))[0]}"
-            self._step()
-        self.mode = ("compiled " if compiled else "") + ("eager" if self.note or device.type != "cuda" else "graph")
-
-    def seconds(self, tokens: int) -> float:
-        """Of one token, over so many."""
-        return Replay.several(self._replay.run if self._replay else self._step, tokens, self._token.device)
-
-    def _decode(self, call: Any) -> None:
-        out = self._call(call, self._token, self._position)
-        self._token.copy_(out.logits[:, -1:].argmax(dim=-1))
-        self._position += 1
-
-    def _call(self, call: Any, ids: Tensor, positions: Tensor) -> Any:
-        inputs = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True, **self._last_only}
-        if self._with_positions:
-            inputs["position_ids"] = positions
-        return call(**inputs)
-
-
 @torch.no_grad()
 def decode(
     name: str,
@@ -107,7 +62,7 @@ def decode(
     deadline: after it, and without one, nothing is run under torch.compile, which takes minutes.
     """
     dense = model(name, DTYPES[dtype], layers, device=device)
-    positions = PROMPT_TOKENS + tokens * (WARM_UP + rounds) + 8
+    prompt = torch.arange(PROMPT_TOKENS)[None] % dense.config.vocab_size
     variants = {"dense": dense}
     for sparsity in sparsities:
         spec = passes.replace("{sparsity}", repr(sparsity))
@@ -119,7 +74,7 @@ def decode(
         decoders: dict[str, Decoder] = {}
         for variant, candidate in variants.items():
             try:
-                decoders[variant] = Decoder(candidate, positions, way)
+                decoders[variant] = Decoder(candidate, prompt, tokens * (WARM_UP + rounds), way)
             except (RuntimeError, SparsecError) as error:
                 if variant == "dense" and not way:
                     raise

@@ -24,11 +24,11 @@ from sparsec.bench.gpu import (
     Line,
     check,
     keep_tuned,
-    read_bandwidth,
     table_all,
 )
 from sparsec.bench.gpu_models import Decoded, decode
 from sparsec.command import DTYPES as TYPES
+from sparsec.cost.replay import read_seconds
 from sparsec.errors import KernelError, SparsecError
 from sparsec.kernels import gpu
 from sparsec.latency import Spread
@@ -99,7 +99,8 @@ class Report:
 
     def __init__(self, folder: Path, found: Machine, device: torch.device) -> None:
         self._folder, self._machine, self._device = folder, found, device
-        self.bandwidth = read_bandwidth(device, 1 << 30 if device.type == "cuda" else 1 << 20)
+        reading = 1 << 30 if device.type == "cuda" else 1 << 20
+        self.bandwidth = reading / read_seconds(device, reading)
         self.checked: list[Checked] = []
         self.lines: list[Line] = []
         self.models: list[Decoded] = []

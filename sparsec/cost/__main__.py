@@ -11,7 +11,8 @@ import torch
 
 from sparsec.command import DTYPES
 from sparsec.cost.calibration import Calibration, Found, calibrate, save
-from sparsec.errors import DataError, SparsecError
+from sparsec.errors import DataError, KernelError, SparsecError
+from sparsec.kernels import gpu
 from sparsec.report.progress import shown_progress
 from sparsec.report.table import heading, paragraph, table
 
@@ -20,6 +21,7 @@ examples:
   python -m sparsec.cost                      # measured once, then read from the cache folder
   python -m sparsec.cost --threads 1 --force  # anew, for one thread
   python -m sparsec.cost --show               # what is known, measuring nothing
+  python -m sparsec.cost --device cuda        # the kernels on this machine's GPU
   python -m sparsec.cost --json my.json       # a file for SPARSEC_CALIBRATION
 """
 HEADER = (
@@ -46,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dtypes", default="fp32,bf16,fp16", help=f"of {', '.join(DTYPES)}, by commas; default: all")
     p.add_argument("--threads", type=int, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; default: the CPU's")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--force", action="store_true", help="measure, even where a calibration is known")
     how.add_argument("--show", action="store_true", help="measure nothing; an error where nothing is known")
@@ -75,9 +78,11 @@ def _run(args: argparse.Namespace) -> None:
         if args.threads < 1:
             raise DataError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
+    if args.device == "cuda" and (reasons := gpu.missing()):
+        raise KernelError(f"--device cuda: {'; '.join(reasons)}; without it the CPU's kernels are measured")
     with shown_progress(sys.stderr) as progress:
         dtypes = [DTYPES[n] for n in names]
-        found = calibrate(dtypes, force=args.force, measuring=not args.show, progress=progress)
+        found = calibrate(dtypes, device=args.device, force=args.force, measuring=not args.show, progress=progress)
     if found is None:
         raise DataError(
             "nothing is known of this machine with these threads and dtypes; leave out --show to measure it"
@@ -92,7 +97,7 @@ def lines(found: Found) -> list[str]:
     known = found.calibration
     shown = heading("Calibration")
     for title, text in (
-        ("cpu", known.key.cpu),
+        (known.key.device, known.key.processor),
         ("isa", known.key.isa),
         ("threads", known.key.threads),
         ("torch", known.key.torch),
@@ -101,7 +106,8 @@ def lines(found: Found) -> list[str]:
     shown += paragraph(found.source, f"{'source':<9}")
     reads = ", ".join(f"{_size(r.nbytes)} {1e-9 / r.per_byte:.0f}" for r in known.reads)
     shown += paragraph(f"{reads} GB/s", f"{'reading':<9}")
-    shown += paragraph(f"{1e6 * known.member:.1f} us for a further member of a fused product", f"{'groups':<9}")
+    if known.member is not None:
+        shown += paragraph(f"{1e6 * known.member:.1f} us for a further member of a fused product", f"{'groups':<9}")
     shown += ["", *table(HEADER, _rows(known), left=(0, 1, 2, 8), gap=2)]
     shown += paragraph(
         "seconds = call + output x out_features + max(bytes / GB/s, decoding per value and position, multiplying per value and "

@@ -1,9 +1,9 @@
 """What the cost model knows of one machine: measured once in some seconds, kept in the cache folder, read from then on.
 
-A calibration holds for a processor, an instruction set, a number of threads, a torch and a native library; anything else is
-another file. A file that is damaged, or was put there from elsewhere, is said to be so and measured anew, and so is one that
-was measured while the machine was busy, once it is idle. SPARSEC_CALIBRATION names a file to be used instead, whatever machine
-it is from.
+A calibration holds for a processor (a CPU or a GPU), an instruction set, a number of threads, a torch and the kernels; anything
+else is another file. A file that is damaged, or was put there from elsewhere, is said to be so and measured anew, and so is one
+that was measured while the machine was busy, once it is idle. SPARSEC_CALIBRATION names a file to be used instead, whatever
+machine it is from.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
+from sparsec.cost import measure_gpu
 from sparsec.cost.measure import measure_kernels, measure_member, measure_reads
 from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
 from sparsec.errors import CalibrationError
-from sparsec.kernels import status
+from sparsec.kernels import gpu, status
 from sparsec.kernels.loader import cache_folder
 from sparsec.machine import cores, cpu_name, load
 from sparsec.progress import Progress
 
-SCHEMA = "sparsec.cost/2"
+SCHEMA = "sparsec.cost/3"
 VARIABLE = "SPARSEC_CALIBRATION"
 POOR_FIT = 0.3
 
@@ -37,18 +38,21 @@ POOR_FIT = 0.3
 class Key:
     """What the constants depend on."""
 
-    cpu: str
-    isa: str  # of the native kernels; "none" where there are none
-    threads: int
+    device: str  # its type: "cpu" or "cuda"
+    processor: str
+    isa: str  # of the native kernels, "none" where there are none; the compute capability of a GPU
+    threads: int  # that make the calls; one for a GPU
     torch: str
-    library: str  # digest of the native library, which changes with sources, compiler and flags
+    kernels: str  # digest of what they are made from: the native library, or the sources of the Triton kernels and its version
 
     @classmethod
-    def here(cls) -> Key:
-        """Of this process, now. May build the native library."""
+    def here(cls, device: str = "cpu") -> Key:
+        """Of this process, now. May build the native library. KernelError for a GPU that no kernel runs on."""
+        if device == "cuda":
+            return cls(device, *gpu.identity(), 1, torch.__version__, gpu.digest())
         native = status()
         library = "none" if native.path is None else _digest(Path(native.path).read_bytes())
-        return cls(cpu_name(), native.isa or "none", torch.get_num_threads(), torch.__version__, library)
+        return cls(device, cpu_name(), native.isa or "none", torch.get_num_threads(), torch.__version__, library)
 
     def file(self) -> Path:
         """Where its calibration is kept."""
@@ -62,7 +66,9 @@ class Calibration:
     key: Key
     load: float  # processes that ran or waited when it was measured; 0 where the system does not tell
     reads: tuple[Read, ...]  # ascending in bytes
-    member: float  # seconds that a further member of a fused product costs beside the work on its matrix
+    member: (
+        float | None
+    )  # seconds that a further member of a fused product costs beside its work; None: each is a call of its own
     kernels: tuple[KernelCost, ...]
 
     @property
@@ -108,17 +114,23 @@ class Found:
 
 
 def calibrate(
-    dtypes: Sequence[torch.dtype], *, force: bool = False, measuring: bool = True, progress: Progress | None = None
+    dtypes: Sequence[torch.dtype],
+    *,
+    device: str = "cpu",
+    force: bool = False,
+    measuring: bool = True,
+    progress: Progress | None = None,
 ) -> Found | None:
     """This machine's constants for these dtypes, from the file that SPARSEC_CALIBRATION names, from the cache, or measured now.
 
-    force: measure anew. measuring: False measures nothing, and gives None where not all of it is known. A file that is named
-    is taken as it is. CalibrationError where that one cannot be used.
+    device: the type, "cpu" or "cuda". force: measure anew. measuring: False measures nothing, and gives None where not all of
+    it is known. A file that is named is taken as it is, whatever machine it is from; CalibrationError where it cannot be used,
+    as for another type of device. KernelError for a GPU that no kernel runs on.
     """
     named = os.environ.get(VARIABLE)
     if named and not force:
-        return _named(Path(named))
-    key, notices = Key.here(), []
+        return _named(Path(named), device)
+    key, notices = Key.here(device), []
     known = None
     if not force and key.file().exists():
         try:
@@ -144,7 +156,12 @@ def calibrate(
 
 
 def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None = None) -> Calibration:
-    """Measures every kernel that serves one of the dtypes on this machine's CPU."""
+    """Measures every kernel that serves one of the dtypes on the key's device."""
+    if key.device == "cuda":
+        there, sizes = torch.device("cuda"), measure_gpu.Sizes()
+        roofs = measure_gpu.measure_reads(there, sizes, progress)
+        found = measure_gpu.measure_kernels(dtypes, there, roofs[-1].per_byte, sizes, progress)
+        return Calibration(key, load() or 0.0, roofs, None, tuple(found))
     reads = measure_reads(progress)
     kernels = measure_kernels(dtypes, reads[-1].per_byte, progress)
     return Calibration(key, load() or 0.0, reads, measure_member(dtypes[0]), tuple(kernels))
@@ -153,7 +170,8 @@ def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None =
 def remarks(found: Calibration) -> list[str]:
     """What makes its predictions doubtful."""
     notes, threads = [], found.key.threads
-    anew = "measure it anew with python -m sparsec.cost --force"
+    on_gpu = " --device cuda" if found.key.device == "cuda" else ""
+    anew = f"measure it anew with python -m sparsec.cost{on_gpu} --force"
     if threads > cores():
         notes.append(
             f"{threads} threads share {cores()} cores, so times scatter widely; use torch.set_num_threads({cores()})"
@@ -217,7 +235,7 @@ def from_json(text: str) -> Calibration:
             key=Key(**content["key"]),
             load=_number(content["load"]),
             reads=tuple(Read(int(r["nbytes"]), _number(r["per_byte"])) for r in content["reads"]),
-            member=_number(content["member"]),
+            member=None if content["member"] is None else _number(content["member"]),
             kernels=tuple(_kernel(k) for k in content["kernels"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -254,14 +272,16 @@ def _kept(key: Key) -> Calibration:
     return found
 
 
-def _named(path: Path) -> Found:
+def _named(path: Path, device: str) -> Found:
     try:
         found = load_file(path)
+        if found.key.device != device:
+            raise CalibrationError(f"{path}: was measured on {found.key.device}, and {device} is asked for")
     except CalibrationError as error:
         raise CalibrationError(
-            f"{VARIABLE}={error}; write it with python -m sparsec.cost --json FILE, or unset {VARIABLE}"
+            f"{VARIABLE}={error}; write it with python -m sparsec.cost --device {device} --json FILE, or unset {VARIABLE}"
         ) from None
-    notices, here = remarks(found), Key.here()
+    notices, here = remarks(found), Key.here(device)
     if found.key != here:
         differ = [
             f"{n} {getattr(found.key, n)}, here {getattr(here, n)}"

@@ -24,7 +24,8 @@ MARGIN = 1.05
 """A sparse kernel must be predicted so many times as fast as the best dense one: less is noise, and dense weights stay writable."""
 CLOSE = 1.1
 """Sparse candidates predicted within this of the fastest are as fast, as far as the cost model can tell: the smallest is taken."""
-BLOCKS = ((32, 32), (16, 16), (8, 8), (16, 1))
+BLOCKS = {"cpu": ((32, 32), (16, 16), (8, 8), (16, 1)), "cuda": ((128, 128), (64, 64), (32, 32), (16, 16))}
+"""By type of device, those that its kernels are good at."""
 FULL = 0.6
 """Blocks are worth a look where those that keep any weight are at least this full: an unstructured mask has no such blocks."""
 WIDE = 1 << 16  # columns that 16 bits reach
@@ -50,6 +51,7 @@ class Setting:
     rows: int = 1  # of x
     calibration: Calibration | None = None  # None: nothing is measured, so bytes decide
     working_set: int | None = None  # bytes that are read in turn; None: more than a cache holds
+    device: str = "cpu"  # its type
     fused: bool = False  # a part of a fused product, whose call all parts share, whatever their formats
 
 
@@ -68,7 +70,7 @@ def choose(matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels:
     F.linear.
     """
     dense = list(dense_candidates(matrix, setting, dense_kernels))
-    sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, matrix.device.type, setting))
+    sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, setting))
     work = Work.dense(matrix.shape[0], matrix.shape[1], matrix.dtype)
     base = _predict(setting, TORCH, "dense", matrix.dtype, work)
     if base is None or setting.objective == "bytes":
@@ -84,11 +86,11 @@ def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -
         yield Candidate("dense", "dense", kernel, {}, work.nbytes, prediction)
 
 
-def sparse_candidates(mask: Tensor, dtype: torch.dtype, device: str, setting: Setting) -> Iterator[Candidate]:
+def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Iterator[Candidate]:
     """Every format that can hold the mask and has a kernel for it; with an option that decides, each of its values."""
     out_features, in_features = mask.shape
-    for name, label, options in _packings(mask, device):
-        problem = Problem(name, out_features, in_features, setting.rows, dtype, device, layout=label)
+    for name, label, options in _packings(mask, setting.device):
+        problem = Problem(name, out_features, in_features, setting.rows, dtype, setting.device, layout=label)
         try:
             kernel = select(problem).name
             nbytes: int = FORMATS[name].planned_nbytes(mask, dtype, **options)  # type: ignore[attr-defined]
@@ -105,7 +107,7 @@ def _packings(mask: Tensor, device: str) -> Iterator[tuple[str, str, dict[str, A
         yield lists, f"{lists}{bits}", {"index_bits": bits}
     yield "bitmap", "bitmap", {}
     yield "nm", "nm", {}
-    for r, c in BLOCKS:
+    for r, c in BLOCKS.get(device, BLOCKS["cpu"]):
         if mask.numel() and mask.shape[0] % r == 0 and mask.shape[1] % c == 0 and _fullness(mask, r, c) >= FULL:
             yield "bsr", f"bsr{r}x{c}", {"block": (r, c)}
 
@@ -147,7 +149,7 @@ def _predict(setting: Setting, kernel: str, label: str, dtype: torch.dtype, work
     if known is None or cost is None:
         return None
     found = cost.predict(work, setting.rows, known.reach(setting.working_set))
-    if setting.fused and kernel != TORCH:
+    if setting.fused and kernel != TORCH and known.member is not None:
         found = replace(found, call=found.call - cost.call + known.member)
     return found
 

@@ -6,11 +6,21 @@ Elsewhere (in tests) they are called one by one and timed by the clock.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from sparsec.latency import Spread
+from sparsec.formats.base import Packed
+from sparsec.kernels import gpu, operator, operator_args
+
+ROTATE_BYTES = 1 << 29
+"""Of copies of a weight that a contender walks through, so that each is cold in L2: eight times that of the largest GPUs."""
+MAX_COPIES = 64
+
+Call = Callable[[], Tensor]
 
 
 class Replay:
@@ -70,6 +80,31 @@ def take_turns(replays: Sequence[Replay], rounds: int) -> list[list[float]]:
     return found
 
 
-def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
-    """How many times as fast as `base`, by round."""
-    return Spread.of([b / t for b, t in zip(base, other, strict=True)])
+def copies(nbytes: int, rotate_bytes: int) -> int:
+    """Of a weight of so many bytes, for `rotate_bytes` in all."""
+    return min(MAX_COPIES, max(1, -(-rotate_bytes // max(1, nbytes))))
+
+
+def dense_calls(weight: Tensor, x: Tensor, rotate_bytes: int) -> list[Call]:
+    """`F.linear` by cold copies of a weight [out, in]."""
+    return [partial(F.linear, x, weight.clone()) for _ in range(copies(weight.nbytes, rotate_bytes))]
+
+
+def packed_calls(packed: Packed, x: Tensor, rotate_bytes: int) -> list[Call]:
+    """The product by cold copies of a packed weight."""
+    calls: list[Call] = []
+    for _ in range(copies(packed.nbytes, rotate_bytes)):
+        tensors = {name: t.clone() for name, t in packed.tensors().items()}
+        twin = type(packed).from_parts(tensors, packed.scalars())
+        if x.is_cuda:  # as a model calls it
+            calls.append(partial(operator(twin), x, *operator_args(twin, None)))
+        else:
+            calls.append(partial(gpu.product, x, twin, None))
+    return calls
+
+
+def read_seconds(device: torch.device, nbytes: int) -> float:
+    """Of plain reading, the best of some sums over so many bytes, again and again."""
+    memory = torch.ones(nbytes // 4, device=device)
+    replay = Replay([memory.sum], device)
+    return min(replay.seconds() for _ in range(5))

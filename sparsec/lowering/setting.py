@@ -8,7 +8,7 @@ from sparsec.cost.calibration import Calibration, calibrate
 from sparsec.cost.choice import OWN, TORCH
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.kernels import status
+from sparsec.kernels import gpu, status
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.dense_linear import DTYPES
@@ -21,21 +21,17 @@ def calibrated(
 ) -> tuple[Calibration | None, list[str]]:
     """The calibration for the dtypes of these weights, measured first where nobody has, and what has to be said about it.
 
-    None where times cannot be predicted: the model knows the native kernels on a CPU. Raises CalibrationError for a file
-    that SPARSEC_CALIBRATION names and that cannot be used.
+    None where times cannot be predicted: the model knows the native kernels on a CPU and the Triton kernels on a GPU. Raises
+    CalibrationError for a file that SPARSEC_CALIBRATION names and that cannot be used.
     """
     if not weights:
         return None, []
-    native = status()
-    devices = sorted({graph.tensor(w.name).device.type for w in weights} - {"cpu"})
-    if native.reason is not None:
-        return None, [f"formats are chosen by bytes, since only native kernels are worth timing: {native.reason}"]
-    if devices:
-        return None, [
-            f"formats are chosen by bytes: the cost model knows the CPU, and weights are on {', '.join(devices)}"
-        ]
+    devices = sorted({graph.tensor(w.name).device.type for w in weights})
+    reason = unpredicted(devices)
+    if reason:
+        return None, [f"formats are chosen by bytes: {reason}"]
     dtypes = list(dict.fromkeys(w.dtype for w in weights))
-    found = calibrate(dtypes, progress=progress)
+    found = calibrate(dtypes, device=devices[0], progress=progress)
     assert found is not None
     names = {str(d).removeprefix("torch.") for d in dtypes} - found.calibration.dtypes
     notes = list(found.notices)
@@ -44,6 +40,18 @@ def calibrated(
             f"{found.source} says nothing of {', '.join(sorted(names))}: formats for those are chosen by bytes"
         )
     return found.calibration, notes
+
+
+def unpredicted(devices: Sequence[str]) -> str:
+    """Why the cost model has nothing to say of products on these types of devices; "" where it has."""
+    if len(devices) > 1:
+        return f"weights are on {' and '.join(devices)}, and the cost model knows one device at a time"
+    if devices[0] not in ("cpu", "cuda"):
+        return f"the cost model knows the CPU and CUDA devices, and weights are on {devices[0]}"
+    if devices[0] == "cuda":
+        return "; ".join(gpu.missing())
+    reason = status().reason
+    return "" if reason is None else f"only native kernels are worth timing: {reason}"
 
 
 def dense_kernels(graph: Graph, weight: Weight, unswappable: Mapping[str, str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from sparsec.cost.choice import TORCH
 from sparsec.cost.model import Roof, Work
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph
-from sparsec.kernels import status
+from sparsec.lowering.setting import unpredicted
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ class Predicted:
 def known_calibration(graph: Graph) -> Calibration | None:
     """What is known of this machine without measuring; None where nothing is, or the cost model has nothing to say."""
     weights = [w for w in graph.weights.values() if graph.is_linear(w.name)]
-    if not weights or not status().built:
+    devices = sorted({_device(graph, w) for w in weights})
+    if not weights or unpredicted(devices):
         return None
-    found = calibrate(list(dict.fromkeys(w.dtype for w in weights)), measuring=False)
+    dtypes = list(dict.fromkeys(w.dtype for w in weights))
+    found = calibrate(dtypes, device=devices[0], measuring=False)
     return None if found is None else found.calibration
 
 
@@ -62,13 +64,13 @@ def _product(graph: Graph, op: Op, known: Calibration, working_set: int) -> Pred
         cost = known.cost(kernel, weight.format, weight.dtype)
         before = known.predict(TORCH, "dense", weight.dtype, Work.dense(*weight.matrix_shape, weight.dtype))
         now = known.predict(kernel, weight.format, weight.dtype, work, working_set=working_set)
-        if cost is None or before is None or now is None or not _on_cpu(graph, weight):
+        if cost is None or before is None or now is None or _device(graph, weight) != known.key.device:
             return None
         dense, seconds = dense + before.seconds, seconds + now.seconds
         calls.append(cost.call)
         binds.append(now.binds)
     # One call serves all; each of the others is still a module that is called and a matrix that is looked at.
-    shared = sum(calls) - max(calls) - known.member * (len(calls) - 1)
+    shared = 0.0 if known.member is None else sum(calls) - max(calls) - known.member * (len(calls) - 1)
     return Predicted(op.matrices, dense, seconds - shared, tuple(binds))
 
 
@@ -76,6 +78,6 @@ def _work(weight: Weight) -> Work:
     return Work.dense(*weight.matrix_shape, weight.dtype) if weight.packed is None else Work.of(weight.packed)
 
 
-def _on_cpu(graph: Graph, weight: Weight) -> bool:
+def _device(graph: Graph, weight: Weight) -> str:
     held = graph.tensor(weight.name) if weight.packed is None else weight.packed.values
-    return held.device.type == "cpu"
+    return held.device.type

@@ -1,0 +1,131 @@
+"""The constants of the kernels on a GPU: products by cold and by warm weights, recorded in CUDA graphs and timed by events.
+
+Launches from Python take longer than most products of decoding. They are left out here: whoever wants the speed of the kernels
+records the decoding of a token, or compiles it, and then pays for a launch what a graph pays for it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.cost.fit import Sample, fit
+from sparsec.cost.model import KernelCost, Read, Work
+from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds, take_turns
+from sparsec.formats import FORMATS
+from sparsec.formats.base import Packed
+from sparsec.kernels import KERNELS, Kernel, Problem
+from sparsec.patterns import Pattern
+from sparsec.progress import Progress
+
+Layouts = tuple[tuple[str, dict[str, Any], Pattern], ...]
+LAYOUTS: Layouts = (
+    ("wcsr", {"index_bits": 8}, Pattern()),
+    ("wcsr", {"index_bits": 16}, Pattern()),
+    ("csr", {"index_bits": 32}, Pattern()),
+    ("bitmap", {}, Pattern()),
+    ("bsr", {"block": (16, 16)}, Pattern(block=(16, 16))),
+    ("bsr", {"block": (64, 64)}, Pattern(block=(64, 64))),
+    ("nm", {}, Pattern(nm=(2, 4))),
+)
+"""(format, options of pack, pattern of the mask)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed; the defaults are for a GPU, tests take smaller ones."""
+
+    layouts: Layouts = LAYOUTS
+    cold: tuple[tuple[int, int], ...] = (
+        *((1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096)),
+        *((11008, 4096), (4096, 11008)),
+    )
+    warm: tuple[tuple[int, int], ...] = ((1024, 1024), (2048, 1024), (2048, 2048))  # an L2 cache holds them
+    many: tuple[tuple[int, int], ...] = ((4096, 4096), (11008, 4096), (4096, 11008))
+    densities: tuple[float, ...] = (0.5, 0.3, 0.1)  # of `many`, one for each shape
+    rows: tuple[int, ...] = (2, 4, 8, 16, 64, 512)
+    reads: tuple[int, ...] = tuple(1 << n for n in range(20, 31, 2))  # bytes
+    rotate_bytes: int = ROTATE_BYTES
+    again: int = 32  # calls by a warm weight
+    rounds: int = 5
+
+
+def measure_reads(device: torch.device, sizes: Sizes, progress: Progress | None = None) -> tuple[Read, ...]:
+    """The roof of every level of memory; the last one is the memory itself."""
+    found = []
+    for i, nbytes in enumerate(sizes.reads):
+        _say(progress, "reading", i, len(sizes.reads))
+        found.append(Read(nbytes, read_seconds(device, nbytes) / nbytes))
+    return tuple(found)
+
+
+@torch.no_grad()
+def measure_kernels(
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    read_per_byte: float,
+    sizes: Sizes,
+    progress: Progress | None = None,
+) -> list[KernelCost]:
+    """The constants of every kernel that serves one of the dtypes on the device, and of cuBLAS."""
+    todo = [
+        *((shape, d, 1, False) for shape in sizes.cold for d in sizes.densities),
+        *((shape, d, 1, True) for shape in sizes.warm for d in sizes.densities),
+        *((shape, d, n, False) for shape, d in zip(sizes.many, sizes.densities, strict=True) for n in sizes.rows),
+    ]
+    generator = torch.Generator(device).manual_seed(0)
+    found = []
+    for i, dtype in enumerate(dtypes):
+        samples: dict[tuple[str, str], list[Sample]] = {}
+        for j, (shape, density, rows, warm) in enumerate(todo):
+            _say(progress, "timing kernels", i * len(todo) + j, len(dtypes) * len(todo))
+            x = torch.ones(rows, shape[1], dtype=dtype, device=device)
+            named = list(_contenders(shape, density, x, warm, sizes, generator))
+            times = take_turns([replay for *_, replay in named], sizes.rounds)
+            for (kernel, layout, work, _), own in zip(named, times, strict=True):
+                sample = Sample(work, rows, statistics.median(own), warm)
+                samples.setdefault((kernel, layout), []).append(sample)
+        name = str(dtype).removeprefix("torch.")
+        found += [fit(kernel, layout, name, own, read_per_byte) for (kernel, layout), own in samples.items()]
+    _say(progress, "timing kernels", len(dtypes) * len(todo), len(dtypes) * len(todo))
+    return found
+
+
+def _contenders(
+    shape: tuple[int, int], density: float, x: Tensor, warm: bool, sizes: Sizes, generator: torch.Generator
+) -> Iterator[tuple[str, str, Work, Replay]]:
+    """(kernel, format as it describes itself, work, calls) of all that multiply by a weight of that shape."""
+    weight = torch.randn(shape, generator=generator, device=x.device).to(x.dtype)
+    dense = dense_calls(weight, x, 0 if warm else sizes.rotate_bytes)
+    yield "dense_torch", "dense", Work.dense(*shape, x.dtype), Replay(dense * (sizes.again if warm else 1), x.device)
+    for kernel, packed in _packed(weight, density, sizes.layouts, generator):
+        calls = packed_calls(packed, x, 0 if warm else sizes.rotate_bytes)
+        # All N:M patterns share their constants: what differs is how many values they hold.
+        label = packed.format if packed.format == "nm" else packed.describe()
+        yield kernel.name, label, Work.of(packed), Replay(calls * (sizes.again if warm else 1), x.device)
+
+
+def _packed(
+    weight: Tensor, density: float, layouts: Layouts, generator: torch.Generator
+) -> Iterator[tuple[Kernel, Packed]]:
+    """In every format that has a kernel on a GPU; 2:4 only where half of the weights are kept."""
+    for name, options, pattern in layouts:
+        if pattern.nm is not None and density != 0.5:
+            continue
+        scores = torch.rand(weight.shape, generator=generator, device=weight.device)
+        mask = scores < density if pattern == Pattern() else pattern.mask(scores, 1 - density)
+        packed = FORMATS[name].pack(weight, mask, **options)  # type: ignore[attr-defined]
+        problem = replace(Problem.of(packed), device="cuda")
+        kernel = next((k for k in KERNELS if k.name == f"{name}_triton" and not k.unsupported(problem)), None)
+        if kernel is not None:
+            yield kernel, packed
+
+
+def _say(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(f"calibrating the GPU: {what}", done, total)
