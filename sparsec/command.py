@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from sparsec import memory
 from sparsec.calibrate import LENGTH, SEQUENCES, windows
 from sparsec.data import LoadedModel
 from sparsec.errors import DataError, SparsecError
@@ -31,6 +33,27 @@ def guarded(run: Callable[[], None], traceback: bool = False) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    """`--device`, for `check_device` and `on_device`."""
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to run on; default: %(default)s")
+
+
+def check_device(device: str) -> None:
+    """DataError for a device that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: torch sees no CUDA device; leave it out to run on the CPU")
+
+
+def on_device(loaded: LoadedModel, device: str) -> LoadedModel:
+    """The same model, moved."""
+    if device == "cpu":
+        return loaded
+    before = memory.resident(device)
+    model = loaded.model.to(device)
+    after = memory.resident(device)
+    return replace(loaded, model=model, resident_bytes=None if before is None or after is None else after - before)
 
 
 def positive(text: str) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 _STATM = Path(
@@ -55,11 +56,14 @@ def _fresh_bytes(tensor: Tensor, seen: set[tuple[str, int]]) -> int:
     return storage.nbytes()
 
 
-def resident() -> int | None:
-    """Bytes of resident memory after garbage collection, or None where the system does not tell.
+def resident(device: str = "cpu") -> int | None:
+    """Bytes of resident memory after garbage collection, or None where the system does not tell; of "cuda" what tensors take there.
 
     With glibc, freed memory is first handed back to the system; other allocators keep some, see `resident_notice`.
     """
+    if device == "cuda":
+        gc.collect()
+        return torch.cuda.memory_allocated()
     if not _STATM.exists():
         return None
     gc.collect()

@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-from sparsec.command import DTYPES, add_calibration, calibration, guarded, positive, writable, write
+from sparsec.command import (
+    DTYPES,
+    add_calibration,
+    add_device,
+    calibration,
+    check_device,
+    guarded,
+    on_device,
+    positive,
+    writable,
+    write,
+)
 from sparsec.compiler import compile, extend
 from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.errors import DataError
@@ -61,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "--length", type=positive, metavar="L", help=f"tokens of a window; default: {LENGTH}, or what the models take"
     )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
+    add_device(p)
     p.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument("--seed", type=int, default=0, help="of what is drawn to calibrate on; default: %(default)s")
     p.add_argument("--resume", metavar="FILE", help="kept up to date window by window; goes on from there if it exists")
@@ -80,6 +92,7 @@ def _run(args: argparse.Namespace) -> None:
     pipelines = [Pipeline.parse(spec) for spec in args.passes]
     for pipeline in pipelines:
         pipeline.validate()
+    check_device(args.device)
     if args.json:
         writable(args.json)
     if args.resume:
@@ -88,7 +101,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress:
-        loaded = [load_model(spec, DTYPES[args.dtype], progress) for spec in args.models or [None]]
+        loaded = [
+            on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
+        ]
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded))
         needs = any(p.needs_calibration for pipeline in pipelines for p in pipeline.passes)
         drawn = calibration(loaded[0], args) if needs else None
@@ -155,6 +170,7 @@ def _identity(
         "text_tokens": windows.tokens_in_text,
         "window_length": windows.length,
         "dtype": args.dtype,
+        "device": args.device,
         "models": [f"{each.name} {fingerprint(each.model)}" for each in loaded],
         "passes": [str(pipeline) for pipeline in pipelines],
         "calibration": None if drawn is None else drawn[1],

@@ -10,7 +10,19 @@ from dataclasses import replace
 
 import torch
 
-from sparsec.command import DTYPES, add_calibration, calibration, guarded, positive, writable, writable_folder, write
+from sparsec.command import (
+    DTYPES,
+    add_calibration,
+    add_device,
+    calibration,
+    check_device,
+    guarded,
+    on_device,
+    positive,
+    writable,
+    writable_folder,
+    write,
+)
 from sparsec.compiler import DEFAULT_PASSES
 from sparsec.data import load_model, load_text
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
@@ -25,6 +37,7 @@ examples:
   python -m sparsec.report facebook/opt-125m --passes "magnitude(0.3),freeze,sparsity,flops,lower(csr, index_bits=32)"
   python -m sparsec.report my-model.gguf --print-ir changed --no-measure
   python -m sparsec.report --passes "sparsegpt(0.5),freeze,sparsity,flops,fuse,lower(auto)" --calibration my.txt
+  python -m sparsec.report my-folder --device cuda --dtype bf16 --passes "wanda(0.7),freeze,sparsity,flops,lower(auto)"
   python -m sparsec.report my-folder --text my.txt --eval-length 1024 --json report.json --csv layers.csv
 
 `python -m sparsec` lists passes, formats and kernels.
@@ -48,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
+    add_device(p)
     p.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument(
         "--seed",
@@ -99,6 +113,7 @@ def _run(args: argparse.Namespace) -> None:
     # What can be wrong is looked at before anything slow runs.
     pipeline = Pipeline.parse(args.passes)
     pipeline.validate()
+    check_device(args.device)
     outputs = [writable(path) for path in (args.json, args.csv) if path]
     if args.dump_ir:
         writable_folder(args.dump_ir)
@@ -110,7 +125,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.dump_ir:
         instruments.append(DumpIR(args.dump_ir))
     with shown_progress(sys.stderr) as progress:
-        loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed)
+        loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
         planned = None if text is None else plan(loaded, text, effort(args))
         drawn = calibration(loaded, args) if any(p.needs_calibration for p in pipeline.passes) else None
         report = measured_report(loaded, pipeline, planned, instruments, progress, drawn)

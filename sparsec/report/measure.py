@@ -22,8 +22,8 @@ from sparsec.evaluate import Evaluation, Windows, cut
 from sparsec.evaluate import compare as compare_outputs
 from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import MATRIX_KINDS
-from sparsec.kernels import status
 from sparsec.latency import WARM_UP, Comparison, compare, layer_speedups
+from sparsec.lowering.setting import unpredicted
 from sparsec.machine import machine
 from sparsec.pipeline import Instrument, Pipeline
 from sparsec.progress import Progress
@@ -107,6 +107,7 @@ def measured_report(
     before = pipeline.before("lower")
     lowers = before != pipeline
     dense = loaded.model
+    device = next(dense.parameters()).device.type
     models: dict[str, Any] = {"dense": dense}
     resident = {"dense": loaded.resident_bytes if measuring else None}
     watched: dict[str, Any] = {"instruments": instruments, "progress": progress}
@@ -117,7 +118,7 @@ def measured_report(
         rest = Pipeline(pipeline.passes[len(before.passes) :])
         builds["lowered"] = lambda: extend(models["masked"], rest, **watched)
     for name, build in builds.items():
-        models[name], resident[name] = _resident(build) if measuring else (build(), None)
+        models[name], resident[name] = _resident(build, device) if measuring else (build(), None)
     reports = {name: models[name].sparsec.report() for name in models if name != "dense"}
     report: Report = reports["lowered" if lowers else "masked"]
     summary = {name: _counted(model, reports.get(name), report, resident[name]) for name, model in models.items()}
@@ -128,7 +129,7 @@ def measured_report(
         loaded.source_precision,
         str(next(dense.parameters()).dtype).removeprefix("torch."),
     )
-    remarks = _on_resident_memory() if measuring else ["no model was run: nothing is measured"]
+    remarks = _on_resident_memory(device) if measuring else ["no model was run: nothing is measured"]
     remarks += doubts
     last = models["lowered" if lowers else "masked"].sparsec
     remarks.append(f"tracing took {last.trace_seconds:.1f} s, emission {last.emit_seconds:.2f} s")
@@ -153,7 +154,7 @@ def _measured(
     times = compare(models, planned.timed, effort.repeats, decode_repeats, progress)
     expected = report.linears_dense_ms
     summary = {n: _with_measurements(v, n, evaluations, times, expected) for n, v in report.summary.items()}
-    remarks = list(report.remarks)
+    remarks = [*report.remarks, *times.notes]
     layers = report.layers
     if "lowered" in models:
         products = _products(models["lowered"])
@@ -167,9 +168,12 @@ def _measured(
         times_of = layer_speedups(pairs, effort.repeats, progress)
         speed = {name: times_of[weights[0]] for weights in products for name in weights}
         layers = tuple(replace(row, speedup_measured=speed.get(row.name)) for row in layers)
+        how = f"each through all {len(speed)} lowered layers as decoding does"
+        if next(models["dense"].parameters()).is_cuda:
+            how = "replayed CUDA graphs of many cold copies"
         remarks.append(
             f"measured speedup of a layer: one row through its module against the dense module, median of {effort.repeats} "
-            f"rounds, each through all {len(speed)} lowered layers as decoding does; layers of one fused product go together"
+            f"rounds, {how}; layers of one fused product go together"
         )
     if effort.repeats < MIN_REPEATS:
         remarks.append(
@@ -252,22 +256,24 @@ def _predicted(dense_ms: float, dense_linears_ms: float | None, linears_ms: floa
 
 def _calibrate(model: nn.Module, progress: Progress | None) -> tuple[str, ...]:
     """Makes the cost model known before anything is timed; what there is to say about it."""
-    dtypes = {p.dtype for p in model.parameters() if p.device.type == "cpu" and p.dtype in VALUE_DTYPES}
-    if not status().built or not dtypes:
+    dtypes = {p.dtype for p in model.parameters() if p.dtype in VALUE_DTYPES}
+    devices = sorted({p.device.type for p in model.parameters()})
+    if not dtypes or unpredicted(devices):
         return ()
-    found = calibrate(sorted(dtypes, key=str), progress=progress)
+    found = calibrate(sorted(dtypes, key=str), device=devices[0], progress=progress)
     assert found is not None
     return found.notices
 
 
-def _on_resident_memory() -> list[str]:
-    notice = memory.resident_notice()
-    what = "resident memory: what loading (dense) or building as a copy (masked, lowered) added to the process, masks included"
+def _on_resident_memory(device: str) -> list[str]:
+    notice = memory.resident_notice() if device == "cpu" else None
+    where = "the process" if device == "cpu" else "what tensors take on the GPU"
+    what = f"resident memory: what loading (dense) or building as a copy (masked, lowered) added to {where}, masks included"
     return [what, notice] if notice else [what]
 
 
-def _resident(build: Callable[[], T]) -> tuple[T, int | None]:
-    before = memory.resident()
+def _resident(build: Callable[[], T], device: str) -> tuple[T, int | None]:
+    before = memory.resident(device)
     built = build()
-    after = memory.resident()
+    after = memory.resident(device)
     return built, None if before is None or after is None else after - before
