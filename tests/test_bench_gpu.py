@@ -16,10 +16,15 @@ from sparsec.bench import gpu_run
 from sparsec.bench.__main__ import main
 from sparsec.bench.cases import Format, cases
 from sparsec.bench.gpu_models import decode
+from sparsec.cost.calibration import Found, load_file
+from sparsec.cost.model import KernelCost, Rate
+from sparsec.errors import KernelError
 from sparsec.kernels import gpu, gpu_launch
 from sparsec.machine import machine
 from sparsec.recorded import Decoder
 
+FIXTURE = Path(__file__).parent / "calibration.json"
+COST = (1e-4, 0.0, 1e-9, Rate(0.0, 0.0), (), 0.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
@@ -114,7 +119,9 @@ def test_decoding_takes_the_tokens_that_the_model_takes() -> None:
     assert int(decoder._position) == ids.shape[1] + 4
 
 
-def test_models_are_timed_dense_and_sparse_and_everything_is_written(tmp_path: Path) -> None:
+def test_models_are_timed_dense_and_sparse_and_everything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
     found = decode("tiny", "fp32", [0.5], DEVICE, 2, 1, None, None, tiny, tokens=2, passes=spec)
     assert [m.variant for m in found] == ["dense", "50% zero"]
@@ -125,6 +132,9 @@ def test_models_are_timed_dense_and_sparse_and_everything_is_written(tmp_path: P
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
     report.checked = list(bench.check(["wcsr8"], ["bf16"], [1], DEVICE, size=16))
     report.lines, report.left_out = bench.measure(case, DEVICE, 2, rotate_bytes=2000, tune=False)
+    known = replace(load_file(FIXTURE), kernels=(KernelCost("wcsr_triton", "wcsr8", "bfloat16", *COST),))
+    monkeypatch.setattr(gpu_run, "calibrate", lambda dtypes, **options: Found(known, "a test", ("it was busy",)))
+    report.calibrate("bf16", None)
     report.models = [*found, replace(found[1], mode="compiled graph", seconds=None, speedup=None, note="it failed")]
     report.write()
     content = json.loads((tmp_path / "bench.json").read_text())
@@ -135,11 +145,27 @@ def test_models_are_timed_dense_and_sparse_and_everything_is_written(tmp_path: P
     assert content["models"][2]["seconds"] is None
     text = (tmp_path / "bench.md").read_text()
     assert "1 products, 0 wrong" in text
+    assert content["table"][0]["predicted"] == pytest.approx(1e-4 + 1e-9 * content["table"][0]["nbytes"])
+    assert f"| {1e6 * content['table'][0]['predicted']:.1f} |" in text
+    assert "The cost model is within 15% of" in text
+    assert "- left out: it was busy" in text
+    assert load_file(tmp_path / "cost.json") == known
     assert "| 16x32 | unstructured |" in text
     assert "| compiled graph | - | - | - |" in text
     report.checked = [replace(report.checked[0], error=2.0)]
     assert report.wrong()
     assert "- WRONG: wcsr8 bf16, 1 rows" in report.markdown()
+
+
+def test_a_cost_model_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(dtypes: list[torch.dtype], **options: object) -> Found:
+        raise KernelError("no kernel serves it\nand more")
+
+    monkeypatch.setattr(gpu_run, "calibrate", fails)
+    report = gpu_run.Report(tmp_path, machine(), DEVICE)
+    report.calibrate("bf16", None)
+    assert report.calibration is None
+    assert report.left_out == ["the cost model: no kernel serves it"]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

@@ -13,6 +13,7 @@ from torch import nn
 
 import sparsec
 from sparsec.errors import FormatError, MaskError, SelectionError, WeightError
+from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
 from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.patterns import prune_count
@@ -164,14 +165,24 @@ def test_flops_are_told_for_every_op_of_attention_and_experts(name: str) -> None
         assert experts == 2 * matrices * config.num_experts_per_tok * config.num_hidden_layers
 
 
+@pytest.fixture(scope="module")
+def traced_llama() -> Graph:
+    """To be copied: tracing is the longest part of a test on a model."""
+    return trace(tiny_model("llama")[0])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("scope", ["global", "layer", "row"])
-def test_magnitude_refuses_what_has_no_magnitude_and_names_the_layer(bad: float, scope: str) -> None:
-    model, _ = tiny_model("llama")
-    model.model.layers[1].mlp.up_proj.weight.data[3, 2] = bad
+def test_magnitude_refuses_what_has_no_magnitude_and_names_the_layer(
+    bad: float, scope: str, traced_llama: Graph
+) -> None:
+    graph = traced_llama.copy()
+    graph.tensor("model.layers.1.mlp.up_proj.weight").data[3, 2] = bad
     with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds 1 NaN or inf .*ignore=\("):
-        sparsec.compile(model, [Magnitude(0.5, scope=scope)])
-    sparsec.compile(model, [Magnitude(0.5, scope=scope, ignore=("model.layers.1.mlp.up_proj",))])
+        Pipeline((Magnitude(0.5, scope=scope),)).run(graph)
+    assert not list(graph.masked()), "refused before anything was masked"
+    Pipeline((Magnitude(0.5, scope=scope, ignore=("model.layers.1.mlp.up_proj",)),)).run(graph)
+    assert len(list(graph.masked())) == 13
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsec.bench.cases import Case, Format, random_mask
 from sparsec.command import DTYPES
+from sparsec.cost import Calibration, Work
 from sparsec.cost.replay import ROTATE_BYTES, Replay, copies, dense_calls, packed_calls, take_turns
 from sparsec.errors import FormatError, KernelError, SpecError
 from sparsec.formats import FORMATS
@@ -51,11 +52,13 @@ class Line:
     layout: str
     kernel: str
     nbytes: int
+    work: Work
     dense: Spread
     sparse: Spread
     speedup: Spread
     bytes_per_second: float
     config: int  # which of the kernel's configurations was the fastest; 0 for one that has none
+    predicted: float | None = None  # seconds by the cost model, where it knows the kernel
 
 
 class Deadline:
@@ -108,7 +111,7 @@ def measure(
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[case.dtype]
     x = torch.randn(case.rows, case.in_features, device=device, generator=generator).to(dtype)
-    named: list[tuple[str, str, int, int, Replay]] = []
+    named: list[tuple[str, str, Work, int, Replay]] = []
     left_out: list[str] = []
     dense: Replay | None = None
     for wanted in case.formats:
@@ -126,26 +129,37 @@ def measure(
                 except (RuntimeError, NotImplementedError, ValueError) as error:
                     left_out.append(f"torch's semi-structured tensors, {case.rows} rows: {error}")
         config, replay = _fastest(packed_calls(packed, x, rotate_bytes), device, tune)
-        named.append((packed.describe(), kernel, packed.nbytes, config, replay))
+        named.append((packed.describe(), kernel, Work.of(packed), config, replay))
     if dense is None:
         return [], left_out
     base, *times = take_turns([dense, *(replay for *_, replay in named)], rounds)
     lines = []
-    for (layout, kernel, nbytes, config, _), own in zip(named, times, strict=True):
+    for (layout, kernel, work, config, _), own in zip(named, times, strict=True):
         spread = Spread.of(own)
-        rate = nbytes / spread.median
-        lines.append(Line(case, layout, kernel, nbytes, Spread.of(base), spread, ratio(base, own), rate, config))
+        rate = work.nbytes / spread.median
+        nbytes, faster = work.nbytes, ratio(base, own)
+        lines.append(Line(case, layout, kernel, nbytes, work, Spread.of(base), spread, faster, rate, config))
     return lines, left_out
 
 
 def _semi_structured(
     weight: Tensor, x: Tensor, rotate_bytes: int, device: torch.device
-) -> tuple[str, str, int, int, Replay]:
+) -> tuple[str, str, Work, int, Replay]:
     # Half of the values and 2 bits for each of them.
     nbytes = weight.nbytes // 2 + weight.numel() // 8
     twins = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(copies(nbytes, rotate_bytes))]
     replay = Replay([functools.partial(F.linear, x, twin) for twin in twins], device)
-    return "2:4", "torch semi-structured", nbytes, 0, replay
+    work = Work(*weight.shape, weight.numel() // 2, nbytes)
+    return "2:4", "torch semi-structured", work, 0, replay
+
+
+def predicted(lines: Sequence[Line], known: Calibration) -> list[Line]:
+    """The same lines, with what the cost model says of each."""
+    found = []
+    for line in lines:
+        said = known.predict(line.kernel, line.layout, DTYPES[line.case.dtype], line.work, line.case.rows)
+        found.append(replace(line, predicted=None if said is None else said.seconds))
+    return found
 
 
 def _fastest(calls: Sequence[Callable[[], Tensor]], device: torch.device, tune: bool) -> tuple[int, Replay]:

@@ -24,10 +24,13 @@ from sparsec.bench.gpu import (
     Line,
     check,
     keep_tuned,
+    predicted,
     table_all,
 )
-from sparsec.bench.gpu_models import Decoded, decode
+from sparsec.bench.gpu_models import PASSES, Decoded, decode
 from sparsec.command import DTYPES as TYPES
+from sparsec.cost import Calibration, calibrate
+from sparsec.cost.calibration import save
 from sparsec.cost.replay import read_seconds
 from sparsec.errors import KernelError, SparsecError
 from sparsec.kernels import gpu
@@ -47,6 +50,8 @@ BUDGET, FOR_MODELS = 450, 0.4
 FOR_COMPILING = 90
 """Seconds that have to be left where torch.compile is to begin."""
 ROUNDS, MODEL_ROUNDS = 20, 10
+NEAR = 0.15
+"""A prediction within this share of what is measured is a good one."""
 
 
 def run(options: argparse.Namespace, progress: Progress | None) -> None:
@@ -74,13 +79,16 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
     report.lines, report.left_out = table_all(todo, device, options.repeats or ROUNDS, table, progress)
     report.tuned = keep_tuned()
     report.write()
+    if not whole.over:
+        report.calibrate(options.dtypes or DTYPES, progress)
     for model in MODELS:
         if whole.over:
             report.left_out.append(f"no time was left for {model}; give more with --budget")
             continue
         try:
             report.models += decode(
-                model, "bf16", MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, compiling, progress
+                *(model, "bf16", MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, compiling, progress),
+                passes=PASSES.replace("lower(wcsr)", "lower(auto)") if report.calibration else PASSES,
             )
         except (RuntimeError, SparsecError) as error:
             report.left_out.append(f"{model}: {error}")
@@ -106,6 +114,25 @@ class Report:
         self.models: list[Decoded] = []
         self.left_out: list[str] = []
         self.tuned = ""
+        self.calibration: Calibration | None = None
+
+    def calibrate(self, dtypes: str, progress: Progress | None) -> None:
+        """Measures the cost model's constants anew, with the configurations that are the fastest, and holds it to the table.
+
+        They are kept for `lower(auto)`, and written to cost.json. What fails is said, and nothing else depends on it.
+        """
+        wanted = [TYPES[name] for name in dtypes.split(",")]
+        try:
+            found = calibrate(wanted, device=self._device.type, force=True, progress=progress)
+        except (RuntimeError, SparsecError) as error:
+            self.left_out.append(f"the cost model: {str(error).partition(chr(10))[0]}")
+            return
+        assert found is not None
+        self.calibration = found.calibration
+        self.left_out += found.notices
+        self.lines = predicted(self.lines, found.calibration)
+        save(found.calibration, self._folder / "cost.json")
+        self.write()
 
     def wrong(self) -> list[Checked]:
         """Products beyond what rounding allows."""
@@ -146,6 +173,10 @@ class Report:
         lines += [f"- WRONG: {c.layout} {c.dtype}, {c.rows} rows: {c.error:.3g}" for c in self.wrong()]
         if self.lines:
             lines += ["", *_table(_HEADER, [_cells(line, self.bandwidth) for line in self.lines])]
+        off = [abs(p.predicted / p.sparse.median - 1) for p in self.lines if p.predicted is not None]
+        if off:
+            near = sum(o <= NEAR for o in off) / len(off)
+            lines += ["", f"The cost model is within {NEAR:.0%} of {near:.0%} of {len(off)} times that it predicts."]
         if self.models:
             header = ("model", "layers", "type", "weights", "mode", "ms/token", "speedup", "quartiles", "GB", "note")
             lines += ["", *_table(header, [_model_cells(m) for m in self.models])]
@@ -168,7 +199,7 @@ _HEADER = (
         "quartiles",
         "bytes",
     ),
-    *("GB/s", "of read", "config"),
+    *("GB/s", "of read", "predicted us", "config"),
 )
 
 
@@ -190,6 +221,7 @@ def _cells(line: Line, bandwidth: float) -> Sequence[str]:
         f"{dense / line.nbytes:.2f}x",
         f"{line.bytes_per_second / 1e9:.0f}",
         f"{line.bytes_per_second / bandwidth:.0%}",
+        "-" if line.predicted is None else f"{1e6 * line.predicted:.1f}",
         str(line.config),
     )
 
