@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
+import torch.fx.config as fx_config
 from architectures import tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -315,3 +317,26 @@ def test_an_emitted_model_traces_to_sparse_ops_at_the_same_owners(sparse_operato
     assert list(after.ops) == list(before.ops)
     with torch.no_grad():
         assert torch.equal(after.run(**example(3, 5, 1)).logits, model(**example(3, 5, 1)).logits)
+
+
+class Undecided(nn.Module):
+    """Has no graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_settings_of_the_process_are_what_they_were_after_a_trace_and_after_a_failed_one(collects: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    before = dict(vars(fx_config))
+    try:
+        trace(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4))
+        assert gc.isenabled() == collects
+        with pytest.raises(TraceError):
+            trace(Undecided(), torch.ones(2, 4))
+        assert gc.isenabled() == collects
+        assert dict(vars(fx_config)) == before
+    finally:
+        (gc.enable if was else gc.disable)()
