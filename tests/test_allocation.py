@@ -17,7 +17,7 @@ from sparsec.errors import PipelineError, SelectionError, SpecError, WeightError
 from sparsec.metrics import kl_rows
 from sparsec.passes import Magnitude, Wanda
 from sparsec.pipeline import Pipeline
-from sparsec.pipeline.allocation import _around, _scaled, tail_exponent
+from sparsec.pipeline.allocation import _around, _balanced, _scaled, tail_exponent
 
 IDS = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
 
@@ -155,12 +155,39 @@ def test_sensitivity_is_the_loss_of_pruning_one_layer_alone() -> None:
     found = {w.name: w.pruned for w in model.sparsec.graph.masked()}
     assert found.keys() == losses.keys()
     np.testing.assert_allclose([found[n].measure for n in losses], list(losses.values()), rtol=1e-3)
-    sizes = {n: Blocks().get_parameter(n).numel() for n in losses}
-    logs = {n: np.log(losses[n] / sizes[n]) for n in losses}
-    low, high = min(logs.values()), max(logs.values())
-    shares = {n: -0.16 * (logs[n] - low) / (high - low) for n in losses}
-    mean = sum(shares[n] * sizes[n] for n in losses) / sum(sizes.values())
-    np.testing.assert_allclose([found[n].target for n in losses], [0.5 + shares[n] - mean for n in losses], atol=1e-3)
+    # All six layers have one size; far from the bounds, twice the loss is a tenth less.
+    logs = np.log2(list(losses.values()))
+    targets = np.array([found[n].target for n in losses])
+    inside = (targets > 0.36) & (targets < 0.64)
+    assert inside.sum() >= 2
+    np.testing.assert_allclose(np.ptp((targets + 0.1 * logs)[inside]), 0, atol=1e-3)
+    assert np.mean(targets) == pytest.approx(0.5, abs=1e-6)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-9, 10), st.integers(1, 10**6)), min_size=1, max_size=30),
+    st.floats(0.02, 0.98),
+    st.floats(0.01, 0.6),
+)
+def test_balanced_shares_reach_the_total_stay_near_it_and_cost_the_same_for_each_weight(
+    layers: list[tuple[float, int]], sparsity: float, spread: float
+) -> None:
+    losses, sizes = [m for m, _ in layers], [n for _, n in layers]
+    found = _balanced(losses, sizes, sparsity, spread)
+    low, high = max(0, sparsity - spread), min(sparsity + spread, (1 + sparsity) / 2)
+    assert all(low <= s <= high < 1 for s in found)
+    assert sum(s * n for s, n in zip(found, sizes, strict=True)) == pytest.approx(sparsity * sum(sizes), rel=1e-6)
+    # The loss for each weight at the new sparsity: equal for all that no bound holds, less above and more below.
+    costs = [m / n * 2 ** ((s - sparsity) / 0.1) for s, (m, n) in zip(found, layers, strict=True)]
+    free = [c for c, s in zip(costs, found, strict=True) if low + 1e-9 < s < high - 1e-9]
+    for cost, s in zip(costs, found, strict=True):
+        for equal in free:
+            if s >= high - 1e-9:
+                assert cost <= equal * (1 + 1e-6)
+            elif s <= low + 1e-9:
+                assert cost >= equal * (1 - 1e-6)
+            else:
+                assert cost == pytest.approx(equal, rel=1e-6)
 
 
 def test_sensitivity_of_a_language_model_is_a_divergence_and_leaves_no_mask_behind() -> None:

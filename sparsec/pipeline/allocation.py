@@ -32,9 +32,13 @@ from sparsec.pipeline.options import check_choice, check_sparsity
 from sparsec.pipeline.selection import matches
 
 Table = tuple[tuple[str, float], ...]
-SPREADS = {"owl": 0.08, "alphapruning": 0.3, "sensitivity": 0.08}
-"""Default of `spread`. owl, sensitivity: the sparsest block is 2 * spread above the densest (the paper's lambda is 0.08).
-alphapruning: before they are scaled to the total, sparsities are between 1 - spread and 1 + spread (the paper's tau is 0.3)."""
+SPREADS = {"owl": 0.08, "alphapruning": 0.3, "sensitivity": 0.15}
+"""Default of `spread`. owl: the sparsest block is 2 * spread above the densest (the paper's lambda is 0.08). alphapruning: before
+they are scaled to the total, sparsities are between 1 - spread and 1 + spread (the paper's tau is 0.3). sensitivity: no layer is
+further than spread from the sparsity of all."""
+DOUBLES = 0.1
+"""So much more sparsity doubles what pruning one layer costs the model: on SmolLM2-135M, from 40 to 70 % zeros, the median over
+32 layers is a factor of 2.1 to 1.8 for each tenth, and from 1.6 to 4.9 on single layers."""
 CALIBRATED = frozenset({"owl", "sensitivity"})
 KINDS = ("uniform", "global", *SPREADS)
 OUTLIER = 5.0
@@ -106,10 +110,7 @@ def allocate(
         found = _scaled(measured, sizes, sparsity, spread)
     else:
         measured = _sensitivities(graph, chosen, sparsity, context)
-        # If losses grow exponentially with the sparsity, those at which one more weight costs all layers the same are at equal
-        # distances in the logarithm of the loss for each weight.
-        per_weight = [max(m, 1e-12) / n for m, n in zip(measured, sizes, strict=True)]
-        found = _around([-math.log(m) for m in per_weight], sizes, sparsity, spread)
+        found = _balanced(measured, sizes, sparsity, spread)
     by_block = dict(zip(members, map(Share, found, measured), strict=True))
     _checked(by_block, allocation, spread)
     return {w.name: by_block[block] for block, group in members.items() for w in group}
@@ -172,6 +173,27 @@ def _around(measured: Sequence[float], sizes: Sequence[int], sparsity: float, sp
     raw = [2 * spread * (m - low) / (high - low) if high > low else 0.0 for m in measured]
     mean = sum(r * n for r, n in zip(raw, sizes, strict=True)) / sum(sizes)
     return [sparsity + r - mean for r in raw]
+
+
+def _balanced(measured: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
+    """Sparsities at which one more weight costs all layers the same, none further than `spread` from `sparsity`.
+
+    measured: losses of the layers, each pruned alone to `sparsity`. They are taken to double with every DOUBLES of sparsity, so
+    they and their slopes are equal for each weight where sparsities differ by the logarithm of loss / size. No layer loses more
+    than half of what `sparsity` would leave to it.
+    """
+    ahead = [-DOUBLES * math.log2(max(m, 1e-12) / n) for m, n in zip(measured, sizes, strict=True)]
+    low, high = max(0.0, sparsity - spread), min(sparsity + spread, (1 + sparsity) / 2)
+
+    def cut(offset: float) -> list[float]:
+        return [min(high, max(low, a + offset)) for a in ahead]
+
+    below, above = low - max(ahead), high - min(ahead)  # all at low, all at high
+    for _ in range(100):
+        middle = (below + above) / 2
+        total = sum(s * n for s, n in zip(cut(middle), sizes, strict=True))
+        below, above = (middle, above) if total < sparsity * sum(sizes) else (below, middle)
+    return cut(above)
 
 
 def _scaled(measured: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
