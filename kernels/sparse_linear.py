@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -31,8 +32,9 @@ class SparseLinear(Grouped, nn.Module):
     out_features: int
     format: str
     bias: nn.Parameter | None
-    follow: Callable[[Packed, str], Packed] | None = None
-    """Told of a new packed matrix, for a type of device; gives the one to hold. Copies of the module tell nobody."""
+    follow: partial[Packed] | None = None
+    """Told of a new packed matrix, for a type of device; gives the one to hold. A copy of the module alone tells nobody, a copy of
+    a compiled model its own graph."""
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         """Raises KernelError when the format has no operator, or the bias does not fit the matrix."""

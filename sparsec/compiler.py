@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsec.calibrate import SEQUENCES, CalibrationData, samples, strings, windows
 from sparsec.data import Text
-from sparsec.emitter import emit, unpackable, unswappable
+from sparsec.emitter import emit, follower, unpackable, unswappable
 from sparsec.errors import CompileError, DataError, MaskError, PipelineError
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
@@ -71,6 +71,9 @@ class Compiled:
         model = self.model()
         copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "model"}
         twin = None if model is None else memo.get(id(model), model)
+        for module in () if model is None else model.modules():
+            if isinstance(module, SparseLinear) and module.follow is not None and id(module) in memo:
+                memo[id(module)].follow = follower(copied["graph"], module.follow.args[1])
         return Compiled(**copied, model=self.model if twin is None else weakref.ref(twin))
 
     def __reduce__(self) -> NoReturn:

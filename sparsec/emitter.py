@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsec.errors import EmitError
+from sparsec.formats.base import Packed
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import SparseLinear
@@ -121,13 +122,18 @@ def _reason(model: nn.Module, owner: str) -> str:
     return ""
 
 
+def follower(graph: Graph, weight: str) -> partial[Packed]:
+    """What tells a graph of a packed matrix that was packed again in the model."""
+    return partial(repack, graph, weight)
+
+
 def _swap_packed(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> None:
     old = _owner(model, owner, weight.name)
     if not isinstance(old, nn.Linear | Conv1D):
         raise EmitError(f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseLinear")
     assert weight.packed is not None
     new = SparseLinear(weight.packed, old.bias)
-    new.follow = partial(repack, graph, weight.name)
+    new.follow = follower(graph, weight.name)
     _swap(model, old, new)
 
 

@@ -76,9 +76,13 @@ def test_a_copy_is_laid_out_without_touching_the_original() -> None:
     compiled = sparsec.compile(Model().eval(), passes="magnitude(0.5),freeze,lower(csr)", example_inputs=(x,))
     expected, before = compiled(x), formats(compiled)
     twin = copy.deepcopy(compiled)
-    assert twin.a.follow is None
+    assert copy.deepcopy(compiled.a).follow is None
     lay_out(twin, "cuda")
     torch.testing.assert_close(twin(x), expected)
+    torch.testing.assert_close(twin.sparsec.graph.run(x), expected)
+    assert all(f.startswith("wcsr") for f in formats(twin))
+    assert problems(twin.sparsec.graph) == []
+    assert twin.sparsec.graph.weights["a.weight"].packed.values is twin.a.values
     assert formats(compiled) == before
     assert torch.equal(compiled(x), expected)
 

@@ -32,7 +32,7 @@ from sparsec.pipeline.options import check_choice, check_sparsity
 from sparsec.pipeline.selection import matches
 
 Table = tuple[tuple[str, float], ...]
-SPREADS = {"owl": 0.08, "alphapruning": 0.3, "sensitivity": 0.15}
+SPREADS = {"owl": 0.08, "alphapruning": 0.3, "sensitivity": 0.25}
 """Default of `spread`. owl: the sparsest block is 2 * spread above the densest (the paper's lambda is 0.08). alphapruning: before
 they are scaled to the total, sparsities are between 1 - spread and 1 + spread (the paper's tau is 0.3). sensitivity: no layer is
 further than spread from the sparsity of all."""
