@@ -6,11 +6,11 @@ anything is lowered (`unswappable`), and its weight stays dense with the reason.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
 from sparsec.errors import EmitError
 from sparsec.formats.base import Packed
@@ -105,8 +105,8 @@ def _reason(model: nn.Module, owner: str) -> str:
     kind = type(module)
     if isinstance(module, nn.Linear):
         plain = kind.forward is nn.Linear.forward
-    elif isinstance(module, Conv1D):
-        plain = kind.forward is Conv1D.forward
+    elif isinstance(module, conv1d_type()):
+        plain = any(kind.forward is c.forward for c in conv1d_type())
     else:
         return f"its product is written inside {kind.__name__} ({owner or 'the root module'}), which is no nn.Linear"
     if not plain or "forward" in module.__dict__:  # such as accelerate's patched instances
@@ -122,6 +122,12 @@ def _reason(model: nn.Module, owner: str) -> str:
     return ""
 
 
+def conv1d_type() -> tuple[type[nn.Module], ...]:
+    """transformers' Conv1D; nothing where transformers is not imported, since then no model has one."""
+    found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return () if found is None else (found,)
+
+
 def follower(graph: Graph, weight: str) -> partial[Packed]:
     """What tells a graph of a packed matrix that was packed again in the model."""
     return partial(repack, graph, weight)
@@ -129,10 +135,12 @@ def follower(graph: Graph, weight: str) -> partial[Packed]:
 
 def _swap_packed(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> None:
     old = _owner(model, owner, weight.name)
-    if not isinstance(old, nn.Linear | Conv1D):
+    if not isinstance(old, (nn.Linear, *conv1d_type())):
         raise EmitError(f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseLinear")
     assert weight.packed is not None
-    new = SparseLinear(weight.packed, old.bias)
+    bias = old.bias
+    assert bias is None or isinstance(bias, Tensor)
+    new = SparseLinear(weight.packed, bias)
     new.follow = follower(graph, weight.name)
     _swap(model, old, new)
 

@@ -41,7 +41,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             asked.append(url)
             raise ConnectionError("name or service not known")
 
-    monkeypatch.setattr(models, "get_session", Session)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
     return asked
 
 

@@ -262,14 +262,16 @@ def test_a_model_on_the_cpu_is_not_lowered_to_warp_csr() -> None:
         sparsec.compile(model, passes="magnitude(0.5),freeze,lower(wcsr)", example_inputs=(torch.randn(2, 8),))
 
 
-def test_triton_is_imported_by_a_gpu_alone_and_missed_by_nothing_else() -> None:
+def test_triton_is_imported_by_a_gpu_alone_and_transformers_by_models() -> None:
     code = """
 import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] == "triton" else find(name, *rest)
 sys.modules["triton"] = None
 import torch, sparsec
+import sparsec.bench.__main__, sparsec.cost.__main__, sparsec.evaluate.__main__, sparsec.report.__main__
 from torch import nn
+assert "transformers" not in sys.modules, "its import takes longer than all the others together"
 assert not [name for name in sys.modules if name.startswith("sparsec.kernels.gpu_") and not name.endswith("_launch")]
 model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 x = torch.randn(2, 8)

@@ -149,7 +149,8 @@ def _semi_structured(
     nbytes = weight.nbytes // 2 + weight.numel() // 8
     twins = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(copies(nbytes, rotate_bytes))]
     replay = Replay([functools.partial(F.linear, x, twin) for twin in twins], device)
-    work = Work(*weight.shape, weight.numel() // 2, nbytes)
+    out_features, in_features = weight.shape
+    work = Work(out_features, in_features, weight.numel() // 2, nbytes)
     return "2:4", "torch semi-structured", work, 0, replay
 
 

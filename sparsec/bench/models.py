@@ -6,13 +6,10 @@ Sizes from the models' published configurations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers.initialization import no_init_weights
 
 from sparsec.data.quiet import quiet
 from sparsec.errors import SpecError
@@ -51,12 +48,13 @@ LLAMA = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
 }
-CONFIGS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "smollm2-135m": (transformers.LlamaConfig, SMOLLM2),
-    "opt-125m": (transformers.OPTConfig, OPT),
-    "pythia-410m": (transformers.GPTNeoXConfig, PYTHIA),
-    "llama-7b": (transformers.LlamaConfig, LLAMA),
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm2-135m": ("LlamaConfig", SMOLLM2),
+    "opt-125m": ("OPTConfig", OPT),
+    "pythia-410m": ("GPTNeoXConfig", PYTHIA),
+    "llama-7b": ("LlamaConfig", LLAMA),
 }
+"""By name: a class of transformers, and its sizes."""
 STD = 0.02
 
 
@@ -64,12 +62,16 @@ def config(name: str, layers: int | None = None) -> Any:
     """A configuration of transformers; `layers` in place of the model's own number. SpecError for a name not known."""
     if name not in CONFIGS:
         raise SpecError(f"there is no model {name!r} built in; known are {', '.join(CONFIGS)}")
+    import transformers
+
     kind, sizes = CONFIGS[name]
-    return kind(**sizes if layers is None else {**sizes, "num_hidden_layers": layers})
+    return getattr(transformers, kind)(**sizes if layers is None else {**sizes, "num_hidden_layers": layers})
 
 
 def on_meta(name: str, layers: int | None = None) -> nn.Module:
     """The model without values."""
+    import transformers
+
     with torch.device("meta"), quiet():
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config(name, layers))
     return model
@@ -85,6 +87,9 @@ def random_model(
     name: str, dtype: torch.dtype, layers: int | None = None, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Any:
     """In eval mode, matrices normal with a deviation of 0.02, which times do not depend on."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
     with quiet(), no_init_weights(), torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype)
         model.tie_weights()  # which is left out together with the initial values

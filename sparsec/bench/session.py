@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 
 class Session:
@@ -74,6 +73,8 @@ class Session:
         return inputs
 
     def _new_cache(self) -> Any:
+        from transformers import DynamicCache, StaticCache
+
         if self._static:
             return StaticCache(config=self._config, max_cache_len=self._max_tokens)
         return DynamicCache(config=self._config)

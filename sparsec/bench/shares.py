@@ -13,8 +13,8 @@ from time import perf_counter
 from typing import Any, Literal
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from sparsec.emitter import conv1d_type
 from sparsec.kernels import SparseLinear
 
 Part = Literal["linears", "lm_head", "attention", "rest"]
@@ -75,6 +75,6 @@ def _part(model: Any, module: nn.Module) -> Part | None:
         return "rest"
     if module is model.get_output_embeddings():
         return "lm_head"
-    if isinstance(module, nn.Linear | SparseLinear | Conv1D):
+    if isinstance(module, (nn.Linear, SparseLinear, *conv1d_type())):
         return "linears"
     return "attention" if "Attention" in type(module).__name__ else None

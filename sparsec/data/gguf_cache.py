@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from sparsec.data.quiet import quiet
 from sparsec.errors import DataError, MissingExtraError
@@ -102,6 +101,8 @@ def _precision(file: Path) -> str:
 
 
 def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    import transformers
+
     folder, name = str(file.parent), file.name
     try:
         # The progress bar of de-quantising heeds no setting: it writes to whatever sys.stderr is.

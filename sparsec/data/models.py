@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-import transformers
-from huggingface_hub import get_session
 from torch import nn
 
 from sparsec import memory
@@ -118,16 +115,20 @@ def _from_hub(hub_id: str, dtype: torch.dtype) -> LoadedModel:
 
 
 def _hub_reachable() -> bool:
+    import huggingface_hub
+
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS)
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS)
     except Exception:  # whichever HTTP client the hub's library uses, in its version, has its own errors
         return False
     return True
 
 
 def _from_folder(where: str, name: str, source: str, dtype: torch.dtype, local_files_only: bool = True) -> LoadedModel:
+    import transformers
+
     common = {"trust_remote_code": False, "local_files_only": local_files_only}
     with quiet():
         config = _reading(where, lambda: transformers.AutoConfig.from_pretrained(where, **common))
@@ -164,11 +165,13 @@ def _reading(where: str, read: Callable[[], Any]) -> Any:
 
 
 def _require_causal(where: str, config: Any) -> None:
+    from transformers.models.auto import modeling_auto
+
     if config.is_encoder_decoder:
         raise DataError(
             f"{where}: {config.model_type} is an encoder-decoder model; sparsec traces decoders and encoders"
         )
-    causal = set(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     names = config.architectures or []
     if names and not causal.intersection(names):
         raise DataError(
@@ -178,6 +181,8 @@ def _require_causal(where: str, config: Any) -> None:
 
 
 def _tokenizer(where: str, common: dict[str, Any]) -> Any | None:
+    import transformers
+
     try:
         return transformers.AutoTokenizer.from_pretrained(where, **common)
     except Exception:  # a model without one can still be compiled; what needs a tokenizer says that it is missing

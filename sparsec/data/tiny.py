@@ -6,15 +6,20 @@ nothing.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # which takes longer to import than all else together, so what can be done without it does
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|end|>"
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """Two layers, 64 wide, tied head. The global random state stays as it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=64,
@@ -35,6 +40,9 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte of UTF-8, and `<|end|>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {END: len(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

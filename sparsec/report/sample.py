@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from sparsec.errors import DataError
 from sparsec.report.records import Sample
@@ -51,6 +50,8 @@ def sample(models: Mapping[str, Any], tokenizer: Any, prompt: Prompt, new_tokens
 
 @torch.inference_mode()
 def _continue(model: Any, tokenizer: Any, tokens: torch.Tensor, new_tokens: int) -> str:
+    from transformers import GenerationConfig
+
     ids = tokens.to(model.device)
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
