@@ -17,7 +17,7 @@ from sparsec.bench.__main__ import main
 from sparsec.bench.cases import Format, cases
 from sparsec.bench.gpu_models import decode
 from sparsec.cost.calibration import Found, load_file
-from sparsec.cost.model import KernelCost, Rate
+from sparsec.cost.model import KernelCost, Rate, RowsRate
 from sparsec.errors import KernelError
 from sparsec.kernels import gpu, gpu_launch
 from sparsec.machine import machine
@@ -135,6 +135,10 @@ def test_models_are_timed_dense_and_sparse_and_everything_is_written(
     known = replace(load_file(FIXTURE), kernels=(KernelCost("wcsr_triton", "wcsr8", "bfloat16", *COST),))
     monkeypatch.setattr(gpu_run, "calibrate", lambda dtypes, **options: Found(known, "a test", ("it was busy",)))
     report.calibrate("bf16", None)
+    many = replace(report.lines[0], case=replace(case, rows=8))
+    eight = replace(known, kernels=(replace(known.kernels[0], rows=(RowsRate(8, Rate(1e-3, 0.0)),)),))
+    (line,) = bench.predicted([many], eight)
+    assert line.predicted == pytest.approx(1e-4 + 1e-3 * many.work.stored)
     report.models = [*found, replace(found[1], mode="compiled graph", seconds=None, speedup=None, note="it failed")]
     report.write()
     content = json.loads((tmp_path / "bench.json").read_text())

@@ -98,6 +98,18 @@ def test_every_kernel_is_measured_by_cold_and_warm_and_many_rows(served: tuple[K
     assert from_json(to_json(known)) == known
 
 
+@pytest.mark.parametrize("density", [0.5, 0.25, 0.1])
+def test_matrices_of_a_calibration_keep_the_share_that_they_are_named_for(
+    density: float, served: tuple[Kernel, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 256, generator=generator)
+    found = [packed for _, packed in measure_gpu._packed(weight, density, SMALL.layouts, generator)]
+    assert len(found) == (len(SMALL.layouts) if density == 0.5 else len(SMALL.layouts) - 1)
+    for packed in found:
+        assert 1 - packed.sparsity == pytest.approx(density, abs=0.02), packed.describe()
+
+
 @given(density=st.sampled_from([0.5, 0.3, 0.1]), rows=st.sampled_from([1, 4]))
 def test_a_gpu_is_predicted_by_bytes_and_instructions(density: float, rows: int) -> None:
     here = tuple(replace(k, missing=list) if k.name.endswith("_triton") else k for k in KERNELS)

@@ -87,6 +87,33 @@ def test_a_graph_that_writes_in_place_is_run_whole() -> None:
             torch.testing.assert_close(standing.finish(), expected, rtol=0, atol=0)
 
 
+class Turned(nn.Module):
+    """Looks at a weight long before it is multiplied by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = self.second.weight.flip(0)
+        return torch.relu(self.first(x)) @ turned
+
+
+@torch.no_grad()
+def test_a_view_of_a_weight_that_was_made_before_its_mask_is_made_anew() -> None:
+    x = torch.randn(3, 8)
+    graph = trace(Turned(), x)
+    nodes = list(graph.module.graph.nodes)
+    view = next(node for node in nodes if node.op == "call_function" and node.all_input_nodes[0].op == "get_attr")
+    last = next(node for node in reversed(nodes) if node.op == "call_function")
+    assert nodes.index(view) < nodes.index(last) - 1, "the view stands before other work"
+    standing = Standing(graph, (x,))
+    standing.go(last.name)
+    graph.update("second.weight", mask=torch.rand(8, 8) < 0.5, frozen=False)
+    torch.testing.assert_close(standing.finish(), graph.run(x), rtol=0, atol=0)
+
+
 def test_what_is_dead_is_not_held() -> None:
     graph, call = graph_and_call("llama")
     standing = Standing(graph, call)
@@ -101,3 +128,9 @@ def test_a_node_that_is_not_there_is_named() -> None:
     graph, call = graph_and_call("llama")
     with torch.no_grad(), pytest.raises(KeyError, match="nowhere"):
         Standing(graph, call).go("nowhere")
+    ops = [op.node for op in graph.ops.values() if op.weights]
+    standing = Standing(graph, call)
+    with torch.no_grad():
+        standing.go(ops[-1])
+    with pytest.raises(KeyError, match="no node that is still ahead"):
+        standing.go(ops[0])
