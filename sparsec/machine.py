@@ -56,6 +56,18 @@ def machine() -> Machine:
     )
 
 
+def gpu_clock() -> str:
+    """Of the GPU's multiprocessors, as the driver says at this moment."""
+    try:
+        return f"SM {torch.cuda.clock_rate()} MHz"
+    except (
+        RuntimeError,
+        AssertionError,
+        ModuleNotFoundError,
+    ) as error:  # it asks the driver through a package of its own
+        return f"unknown ({str(error).partition(chr(10))[0]})"
+
+
 def _native() -> str:
     found = status()
     if found.reason is not None:

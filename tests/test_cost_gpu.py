@@ -20,10 +20,11 @@ from sparsec.cost import choice, measure_gpu
 from sparsec.cost.calibration import Calibration, Key, from_json, load_file, save, to_json
 from sparsec.cost.choice import TORCH, Setting, choose, sparse_candidates
 from sparsec.cost.model import KernelCost, Rate, Read, RowsRate
-from sparsec.errors import CalibrationError
+from sparsec.errors import CalibrationError, KernelError
 from sparsec.kernels import KERNELS, Kernel, Problem, gpu
 from sparsec.latency import layer_speedups, replayed_speedup
 from sparsec.lowering.setting import unpredicted
+from sparsec.machine import gpu_clock
 from sparsec.report.__main__ import main as report
 
 FIXTURE = Path(__file__).parent / "calibration.json"
@@ -197,6 +198,13 @@ def test_where_times_cannot_be_predicted_it_is_said_why() -> None:
     assert unpredicted(["cpu", "cuda"]) == "weights are on cpu and cuda, and the cost model knows one device at a time"
     assert unpredicted(["xpu"]) == "the cost model knows the CPU and CUDA devices, and weights are on xpu"
     assert unpredicted(["cuda"]) == "; ".join(gpu.missing())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_is_not_there_is_not_measured() -> None:
+    with pytest.raises(KernelError, match="no kernel can be measured on a GPU: "):
+        cal.measure(Key.here("cuda"), [torch.bfloat16])
+    assert gpu_clock().startswith("unknown (")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

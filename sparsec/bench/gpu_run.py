@@ -35,7 +35,7 @@ from sparsec.cost.replay import read_seconds
 from sparsec.errors import KernelError, SparsecError
 from sparsec.kernels import gpu
 from sparsec.latency import Spread
-from sparsec.machine import Machine, machine
+from sparsec.machine import Machine, gpu_clock, machine
 from sparsec.progress import Progress
 
 SCHEMA = "sparsec.bench.cuda/1"
@@ -260,14 +260,10 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"name": "Triton's interpreter", "triton": version("triton"), "clocks": "none"}
     properties = torch.cuda.get_device_properties(device)
-    try:
-        clocks = f"SM {torch.cuda.clock_rate(device)} MHz"
-    except (RuntimeError, ModuleNotFoundError) as error:  # it asks the driver through a package of its own
-        clocks = f"unknown ({error})"
     return {
         "name": properties.name,
         "triton": version("triton"),
-        "clocks": clocks,
+        "clocks": gpu_clock(),
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,

@@ -23,7 +23,7 @@ import torch
 from sparsec.cost import measure_gpu
 from sparsec.cost.measure import measure_kernels, measure_member, measure_reads
 from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
-from sparsec.errors import CalibrationError
+from sparsec.errors import CalibrationError, KernelError
 from sparsec.kernels import gpu, status
 from sparsec.kernels.loader import cache_folder
 from sparsec.machine import cores, cpu_name, load
@@ -47,7 +47,7 @@ class Key:
 
     @classmethod
     def here(cls, device: str = "cpu") -> Key:
-        """Of this process, now. May build the native library. KernelError for a GPU that no kernel runs on."""
+        """Of this process, now. May build the native library."""
         if device == "cuda":
             return cls(device, *gpu.identity(), 1, torch.__version__, gpu.digest())
         native = status()
@@ -66,9 +66,7 @@ class Calibration:
     key: Key
     load: float  # processes that ran or waited when it was measured; 0 where the system does not tell
     reads: tuple[Read, ...]  # ascending in bytes
-    member: (
-        float | None
-    )  # seconds that a further member of a fused product costs beside its work; None: each is a call of its own
+    member: float | None  # seconds of a fused product's further member beside its work; None: each is a call of its own
     kernels: tuple[KernelCost, ...]
 
     @property
@@ -125,7 +123,7 @@ def calibrate(
 
     device: the type, "cpu" or "cuda". force: measure anew. measuring: False measures nothing, and gives None where not all of
     it is known. A file that is named is taken as it is, whatever machine it is from; CalibrationError where it cannot be used,
-    as for another type of device. KernelError for a GPU that no kernel runs on.
+    as for another type of device. KernelError where a GPU has to be measured that no kernel runs on.
     """
     named = os.environ.get(VARIABLE)
     if named and not force:
@@ -158,6 +156,8 @@ def calibrate(
 def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None = None) -> Calibration:
     """Measures every kernel that serves one of the dtypes on the key's device."""
     if key.device == "cuda":
+        if reasons := gpu.missing():
+            raise KernelError(f"no kernel can be measured on a GPU: {'; '.join(reasons)}")
         there, sizes = torch.device("cuda"), measure_gpu.Sizes()
         roofs = measure_gpu.measure_reads(there, sizes, progress)
         found = measure_gpu.measure_kernels(dtypes, there, roofs[-1].per_byte, sizes, progress)

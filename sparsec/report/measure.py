@@ -24,7 +24,7 @@ from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import MATRIX_KINDS
 from sparsec.latency import WARM_UP, Comparison, compare, layer_speedups
 from sparsec.lowering.setting import unpredicted
-from sparsec.machine import machine
+from sparsec.machine import gpu_clock, machine
 from sparsec.pipeline import Instrument, Pipeline
 from sparsec.progress import Progress
 from sparsec.report.collect import Report
@@ -136,6 +136,8 @@ def measured_report(
     if not lowers:
         remarks.append("the passes hold no `lower`, so there is no lowered model")
     here = machine()
+    if measuring and device == "cuda":
+        remarks.append(f"on {here.gpu}, its clock before the timing: {gpu_clock()}")
     if measuring and here.load is not None and here.load > here.cores:
         remarks.append(
             f"the machine was busy before the timing ({here.load:.1f} processes on {here.cores} cores): "
