@@ -141,7 +141,7 @@ def test_alphapruning_needs_no_text_and_prunes_light_tails_most() -> None:
 
 def test_sensitivity_is_the_loss_of_pruning_one_layer_alone() -> None:
     calls = [(torch.randn(12, 16, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
-    model = pruned("wanda(0.5, allocation=sensitivity)", calls)
+    model = pruned("wanda(0.5, allocation=sensitivity, spread=0.45)", calls)
     seen, losses = inputs(Blocks(), calls), {}
     for i, j in product(range(3), range(2)):
         alone, name = Blocks(), f"layers.{i}.{j}.weight"
@@ -158,7 +158,7 @@ def test_sensitivity_is_the_loss_of_pruning_one_layer_alone() -> None:
     # All six layers have one size; far from the bounds, twice the loss is a tenth less.
     logs = np.log2(list(losses.values()))
     targets = np.array([found[n].target for n in losses])
-    inside = (targets > 0.36) & (targets < 0.64)
+    inside = (targets > 0.06) & (targets < 0.74)
     assert inside.sum() >= 2
     np.testing.assert_allclose(np.ptp((targets + 0.1 * logs)[inside]), 0, atol=1e-3)
     assert np.mean(targets) == pytest.approx(0.5, abs=1e-6)
