@@ -26,7 +26,7 @@ from sparsec.ir.example_inputs import Call
 
 RUNGS: dict[str, tuple[str, ...]] = {"dynamic": ("batch", "length"), "dynamic batch": ("batch",), "static": ()}
 """Names of the sizes that a rung leaves open, by the dimension they stand at."""
-_NO_STACKS = "do_not_emit_stack_traces"  # a setting of torch.fx, from 2.13 on
+_NO_STACKS = "do_not_emit_stack_traces"  # a setting of torch.fx that not every release has
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     before = [(module, dict(vars(module))) for module in model.modules()]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    # Nothing reads where a node came from in somebody's source, and little of what a trace makes is garbage: together a seventh.
+    # Nothing reads where a node came from in the source, and little of what a trace makes is garbage: a seventh or more in all.
     traces, collects = getattr(fx_config, _NO_STACKS, None), gc.isenabled()
     try:
         if traces is not None:
