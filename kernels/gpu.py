@@ -140,10 +140,14 @@ def kernel_of(packed: Packed) -> Callable[[Tensor, Any, Tensor | None], Tensor]:
     """The function (x [tokens, in], packed, bias) -> [tokens, out] that launches the kernels of a format."""
     # Here and not above: importing them imports triton.
     match packed:
-        case CSR() | WarpCSR():
+        case CSR():
             from sparsec.kernels.gpu_csr import csr
 
             return csr
+        case WarpCSR():
+            from sparsec.kernels.gpu_wcsr import wcsr
+
+            return wcsr
         case Bitmap():
             from sparsec.kernels.gpu_bitmap import bitmap
 

@@ -1,13 +1,10 @@
-"""CSR and warp CSR on a GPU: few rows of x by gathers, many through an expanded matrix and torch's dense product.
+"""CSR on a GPU: few rows of x by gathers, many through an expanded matrix and torch's dense product.
 
-A program takes one row of W, its warps side by side. Tiles have one dimension, so that loads and gathers get one layout whatever
-the release of Triton: with rows as a second one, some releases move every tile through shared memory. Columns are added up in 16
-bits: in 32, the compiler extends base and distance to 64 bits one by one, 3 instructions more a weight.
+For what warp CSR does not hold: more than 65536 columns. Rows begin anywhere, so that nothing is read in wider words. A program
+takes one row of W, its warps side by side.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch.nn.functional as F
 import triton
@@ -15,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats.csr import CSR
-from sparsec.formats.wcsr import STEPS, WarpCSR
 from sparsec.kernels.gpu_launch import FEW, Config, Launch, pick, rows_at_once, splits
 from sparsec.kernels.gpu_sums import Partial
 
@@ -27,36 +23,32 @@ SEVERAL = (
     Config({"TILE": 1024}),
     Config({"TILE": 512}),
 )
-EXPAND = Config({"TILE": 1024}, warps=2)
+EXPAND = Config({"TILE": 512}, warps=2)
 
 
 @triton.jit
-def columns_at(col_idx, base, row, begin, at, live, WIDTH: tl.constexpr):
-    """Columns of a row's stored weights at [TILE], as uint32. begin: where the row starts."""
-    c = tl.load(col_idx + begin + at, mask=live, other=0)
-    if WIDTH == 8:
-        group = (begin // 256 + row + at // 256) * 8 + at % 8
-        c = c.to(tl.uint16) + tl.load(base + group, mask=live, other=0).to(tl.uint16, bitcast=True)
-    elif WIDTH == 16:
+def columns_at(col_idx, at, live, WIDTH: tl.constexpr):
+    """Columns of a row's stored weights at [TILE], as uint32. col_idx: from where the row starts."""
+    c = tl.load(col_idx + at, mask=live, other=0)
+    if WIDTH == 16:
         c = c.to(tl.uint16, bitcast=True)
     return c.to(tl.uint32)
 
 
 @triton.jit
 def csr_kernel(
-    x, values, col_idx, base, row_ptr, bias, out, out_features, in_features, tokens,
-    WIDTH: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
-    TILE: tl.constexpr,
+    x, values, col_idx, row_ptr, bias, out, out_features, in_features, tokens,
+    WIDTH: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row, token = tl.program_id(0), tl.program_id(2) * M
-    begin = tl.multiple_of(tl.load(row_ptr + row), ALIGN)
-    count = tl.multiple_of(tl.load(row_ptr + row + 1) - begin, ALIGN)
+    begin = tl.load(row_ptr + row)
+    count = tl.load(row_ptr + row + 1) - begin
     sums = (tl.zeros([TILE], tl.float32),) * M
     for start in range(tl.program_id(1) * TILE, count, SPLITS * TILE):
         at = start + tl.arange(0, TILE)
         live = at < count
         v = tl.load(values + begin + at, mask=live, other=0.0).to(tl.float32)
-        c = columns_at(col_idx, base, row, begin, at, live, WIDTH)
+        c = columns_at(col_idx + begin, at, live, WIDTH)
         added = ()
         for m in tl.static_range(M):
             # Past the last row of x the last one is read again, and nothing is stored.
@@ -72,22 +64,19 @@ def csr_kernel(
 
 
 @triton.jit
-def csr_expand_kernel(
-    values, col_idx, base, row_ptr, dense, in_features, WIDTH: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr
-):
+def csr_expand_kernel(values, col_idx, row_ptr, dense, in_features, WIDTH: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0)
-    begin = tl.multiple_of(tl.load(row_ptr + row), ALIGN)
-    count = tl.multiple_of(tl.load(row_ptr + row + 1) - begin, ALIGN)
+    begin = tl.load(row_ptr + row)
+    count = tl.load(row_ptr + row + 1) - begin
     for start in range(0, count, TILE):
         at = start + tl.arange(0, TILE)
         live = at < count
         v = tl.load(values + begin + at, mask=live, other=0.0)
-        c = columns_at(col_idx, base, row, begin, at, live, WIDTH)
-        # Zeros are there already; and padding, which is zero, has no column of its own.
-        tl.store(dense + row.to(tl.int64) * in_features + c, v, mask=live & (v != 0))
+        c = columns_at(col_idx + begin, at, live, WIDTH)
+        tl.store(dense + row.to(tl.int64) * in_features + c, v, mask=live)
 
 
-def csr(x: Tensor, packed: CSR | WarpCSR, bias: Tensor | None) -> Tensor:
+def csr(x: Tensor, packed: CSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
         return F.linear(x, expand(packed), bias)
@@ -99,32 +88,23 @@ def csr(x: Tensor, packed: CSR | WarpCSR, bias: Tensor | None) -> Tensor:
     Launch(
         csr_kernel,
         (out_features, partial.splits, triton.cdiv(tokens, m)),
-        {**_stored(packed), **partial.arguments()},
-        {**_constants(packed), **partial.constants(), "M": m},
+        {**packed.tensors(), **partial.arguments()},
+        {"WIDTH": packed.index_bits, **partial.constants(), "M": m},
         config,
         elements=config.constants["TILE"],
     ).run()
     return partial.result()
 
 
-def expand(packed: CSR | WarpCSR) -> Tensor:
-    """The dense matrix [out, in]; a kept zero comes back as +0.0."""
+def expand(packed: CSR) -> Tensor:
+    """The dense matrix [out, in]."""
     dense = packed.values.new_zeros(packed.shape)
     Launch(
         csr_expand_kernel,
         (packed.shape[0],),
-        {**_stored(packed), "dense": dense, "in_features": packed.in_features},
-        _constants(packed),
+        {**packed.tensors(), "dense": dense, "in_features": packed.in_features},
+        {"WIDTH": packed.index_bits},
         EXPAND,
         elements=EXPAND.constants["TILE"],
     ).run()
     return dense
-
-
-def _stored(packed: CSR | WarpCSR) -> dict[str, Tensor]:
-    base = packed.base if isinstance(packed, WarpCSR) else packed.col_idx
-    return {"values": packed.values, "col_idx": packed.col_idx, "base": base, "row_ptr": packed.row_ptr}
-
-
-def _constants(packed: CSR | WarpCSR) -> dict[str, Any]:
-    return {"WIDTH": packed.index_bits, "ALIGN": STEPS if isinstance(packed, WarpCSR) else 1}

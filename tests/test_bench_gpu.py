@@ -68,8 +68,8 @@ def test_a_case_is_timed_with_the_fastest_of_its_configurations_which_is_kept(mo
         assert line.dense.median > 0
         assert line.sparse.repeats == 2
         assert line.bytes_per_second == pytest.approx(line.nbytes / line.sparse.median)
-    assert set(gpu_launch.preferred()) == {"csr16 1", "bitmap 1"}
-    assert [line.config for line in lines] == [gpu_launch.preferred()[b] for b in ("csr16 1", "bitmap 1")]
+    assert set(gpu_launch.preferred()) == {"wcsr16 1", "bitmap 1"}
+    assert [line.config for line in lines] == [gpu_launch.preferred()[b] for b in ("wcsr16 1", "bitmap 1")]
     # In another process they are found again.
     path = Path(bench.keep_tuned())
     assert path == gpu.tuned_file()

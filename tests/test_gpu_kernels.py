@@ -115,6 +115,37 @@ def test_products_split_over_programs_add_up(name: str, size: tuple[int, int], m
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["wcsr8", "wcsr16"])
+@given(
+    counts=st.lists(st.integers(0, 300), min_size=1, max_size=3),
+    far=st.booleans(),
+    splits=st.sampled_from([1, 2, 4]),
+    tokens=st.sampled_from([1, 2, 3, 17]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_rows_of_any_number_of_turns_are_right(
+    name: str, counts: list[int], far: bool, splits: int, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    from sparsec.kernels import gpu_wcsr
+
+    generator = torch.Generator().manual_seed(seed)
+    columns = 5000 if far else 300
+    weight = torch.randn(len(counts), columns, generator=generator).to(dtype)
+    mask = torch.zeros(weight.shape, dtype=torch.bool)
+    for row, count in zip(mask, counts, strict=True):
+        row[torch.randperm(columns, generator=generator)[:count]] = True
+    bias = torch.randn(len(counts), generator=generator).to(dtype) if seed % 2 else None
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    with pytest.MonkeyPatch.context() as patched:
+        # A turn of 64 weights in the place of 1024.
+        for table in ("ONE", "SEVERAL"):
+            patched.setattr(gpu_wcsr, table, (gpu_launch.Config({"TILE": 64}, warps=1),))
+        patched.setattr(gpu_wcsr, "splits", lambda *_: splits)
+        assert_right(x, LAYOUTS[name].pack(weight, mask), torch.where(mask, weight, 0), bias)
+
+
+@needs_triton
 @pytest.mark.parametrize("name", ["csr16", "csr32", "wcsr8", "wcsr16"])
 def test_columns_beyond_32767_and_far_apart_are_found(name: str) -> None:
     torch.manual_seed(0)

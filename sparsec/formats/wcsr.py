@@ -29,7 +29,7 @@ REACH = 255
 """The longest distance from its base that 8 bits hold."""
 WIDEST = 2**16
 SAVES = 0.9
-"""8 bits cost a third more instructions a weight than 16, so the bytes must be worth it."""
+"""8 bits cost an eighth more instructions a weight than 16, so the bytes must be worth it."""
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
