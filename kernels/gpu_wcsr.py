@@ -6,8 +6,6 @@ that are full need no masks, so that only a row's last one has them. Tiles have 
 releases of Triton move every tile through shared memory.
 """
 
-# ruff: noqa: RET505 - what Triton compiles needs the `else`
-
 from __future__ import annotations
 
 from typing import Any
