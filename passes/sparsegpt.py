@@ -19,6 +19,8 @@ from sparsec.patterns import Pattern, prune_count
 from sparsec.pipeline.options import check_positive
 from sparsec.pipeline.pruning import CalibratedPruning
 
+BLOCK_SIZE = 128
+"""The paper's."""
 _MOST_DAMPING = 10.0
 
 
@@ -26,26 +28,37 @@ _MOST_DAMPING = 10.0
 class SparseGPT(CalibratedPruning):
     """Masks by the error that losing a weight makes once the others have made up for it, and writes those updates.
 
-    block_size: columns whose masks are chosen together. damping: share of the mean of H's diagonal that is added to it; raised
-    tenfold, and said so, while H cannot be factored.
+    block_size: columns whose masks are chosen together; None: 128, or the next multiple of what the pattern groups. damping: share
+    of the mean of H's diagonal that is added to it; raised tenfold, and said so, while H cannot be factored.
     """
 
     name: ClassVar[str] = "sparsegpt"
     gram: ClassVar[bool] = True
 
-    block_size: int = field(default=128, kw_only=True)
+    block_size: int | None = field(default=None, kw_only=True)
     damping: float = field(default=0.01, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.block_size, "block_size")
-        wide = (Pattern.parse(self.pattern).nm or Pattern.parse(self.pattern).block or (1, 1))[1]
-        if self.block_size % wide:
+        if self.block_size is not None:
+            check_positive(self.block_size, "block_size")
+        if self._columns % self._wide:
             raise SpecError(
-                f"block_size must be a multiple of {wide} for pattern {self.pattern!r}, got {self.block_size}"
+                f"block_size must be a multiple of {self._wide} for pattern {self.pattern!r}, got {self.block_size}"
             )
         if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
             raise SpecError(f"damping must be in (0, 1], got {self.damping!r}; the paper's is 0.01")
+
+    @property
+    def _wide(self) -> int:
+        """Columns that the pattern groups."""
+        pattern = Pattern.parse(self.pattern)
+        return (pattern.nm or pattern.block or (1, 1))[1]
+
+    @property
+    def _columns(self) -> int:
+        """Whose masks are chosen together."""
+        return -(-BLOCK_SIZE // self._wide) * self._wide if self.block_size is None else self.block_size
 
     def prune(
         self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], shares: Sequence[float], statistics: Statistics
@@ -60,7 +73,7 @@ class SparseGPT(CalibratedPruning):
             pairs = zip(matrices, old, strict=True)
             before = torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in pairs])
         pattern, upper = Pattern.parse(self.pattern), factor.to(weights.dtype)
-        mask = solve(weights, upper, shares, pattern, self.block_size, rows, before)
+        mask = solve(weights, upper, shares, pattern, self._columns, rows, before)
         return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes
 
     def enough(self, in_features: int) -> int:

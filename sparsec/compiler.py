@@ -112,9 +112,9 @@ def compile(
     masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
     `mask,freeze,sparsity,flops,fuse,lower(auto)`, and a pass `mask` is put first where `passes` has none.
     calibration: for passes that need it, such as `wanda`: token ids [sequences, length]; strings, with `tokenizer`; a text file's
-    path or `dataset:NAME[,...]`, with `tokenizer`, of which `calibration_sequences` sequences of `calibration_length` tokens (1024,
-    or what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows` gives; or calls, each a tuple of tensors, for a
-    plain module.
+    path or `dataset:NAME[,...]`, with `tokenizer`, or `tokenizer` alone for the embedded text, of which `calibration_sequences`
+    sequences of `calibration_length` tokens (1024, or what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows`
+    gives; or calls, each a tuple of tensors, for a plain module.
     copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
@@ -126,6 +126,9 @@ def compile(
     _refuse(model)
     pipeline = _pipeline(passes, masks)
     pipeline.validate()
+    if calibration is None and tokenizer is not None and any(p.needs_calibration for p in pipeline.passes):
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        calibration = windows(None, tokenizer, calibration_sequences, calibration_length, seed, limit)
     _require_calibration(pipeline, calibration)
     drawn = _draw(model, calibration, tokenizer, calibration_sequences, calibration_length, seed)
     if copy:
@@ -165,7 +168,11 @@ def extend(
         )
     more = Pipeline.of(passes)
     more.validate(before.graph.facts)
-    _require_calibration(more, None)
+    needing = [p.name for p in more.passes if p.needs_calibration]
+    if needing:
+        raise PipelineError(
+            f"extend gives no calibration data, which the pass {needing[0]!r} needs; name it in the passes of compile"
+        )
     model = copying.deepcopy(compiled)
     own: Compiled = model.sparsec  # type: ignore[assignment]
     graph = own.graph
@@ -224,6 +231,10 @@ def _draw(
         return given[0], given[1]
     if isinstance(given, str | Path | Text):
         return windows(given if isinstance(given, Text) else str(given), tokenizer, sequences, length, seed, limit)
+    if isinstance(given, Mapping):
+        raise DataError(
+            "calibration must be the token ids themselves, not what a tokenizer returns; give its ['input_ids']"
+        )
     listed = list(given) if isinstance(given, Iterable) else []
     if listed and all(isinstance(text, str) for text in listed):
         return strings(listed, tokenizer, length, limit), f"{len(listed)} strings"

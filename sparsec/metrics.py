@@ -28,7 +28,8 @@ def divergence(dense: Any, other: Any) -> float:
     """Of what two models return for the same call: mean KL divergence where there are `logits`, else relative squared error."""
     if hasattr(dense, "logits"):
         a, b = dense.logits, other.logits
-        return max(0.0, float(kl_rows(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).double().mean()))
+        mean = float(kl_rows(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).double().mean())
+        return max(mean, 0.0)  # in this order, for which NaN stays NaN
     a, b = first_tensor(dense).double(), first_tensor(other).double()
     scale = float(a.square().sum())
     return float((a - b).square().sum()) / scale if scale else 0.0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsec
-from sparsec.errors import PipelineError, SelectionError, SpecError, WeightError
+from sparsec.errors import ActivationError, PipelineError, SelectionError, SpecError, WeightError
 from sparsec.metrics import kl_rows
 from sparsec.passes import Magnitude, Wanda
 from sparsec.pipeline import Pipeline
@@ -280,3 +280,13 @@ def test_the_report_shows_the_table() -> None:
     assert table[1].split() == ["block", "weights", "target", "outliers"]
     assert [line.split()[:2] for line in table[3:6]] == [["layers.0", "2"], ["layers.1", "2"], ["layers.2", "2"]]
     assert "Allocation" not in str(pruned("wanda(0.5)").sparsec.report())
+
+
+def test_a_model_that_gives_nan_has_no_sensitivities() -> None:
+    model = tiny_model("llama")[0]
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(
+        ActivationError, match="the model gives NaN or inf, or it did before, so no loss can be measured"
+    ):
+        sparsec.compile(model, "magnitude(0.5, allocation=sensitivity)", calibration=IDS)

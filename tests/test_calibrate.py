@@ -357,8 +357,41 @@ def test_strings_become_sequences_and_empty_ones_are_refused() -> None:
     ],
 )
 def test_compile_says_which_calibration_it_takes(given, error, message: str) -> None:
+    tokenizer = None if given is None else byte_tokenizer()
     with pytest.raises(error, match=message):
-        sparsec.compile(tiny_model("llama")[0], "wanda(0.5)", calibration=given, tokenizer=byte_tokenizer())
+        sparsec.compile(tiny_model("llama")[0], "wanda(0.5)", calibration=given, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_alone_draws_from_the_embedded_text() -> None:
+    loaded = load_model("tiny")
+    drawn = {"tokenizer": loaded.tokenizer, "calibration_sequences": 4, "calibration_length": 40}
+    pruned = sparsec.compile(loaded.model, "wanda(0.5)", **drawn)
+    assert "on 4 sequences of 40 tokens of pydoc_data.topics, second half" in pruned.sparsec.records[0].summary
+    # A pass that needs none draws none.
+    assert "pydoc" not in sparsec.compile(loaded.model, "magnitude(0.5)", **drawn).sparsec.records[0].summary
+
+
+def test_sequences_longer_than_the_model_takes_are_named() -> None:
+    model = tiny_model("gpt2")[0]
+    positions = model.config.max_position_embeddings
+    with pytest.raises(
+        ActivationError, match=rf"cannot run on calibration data of \[1, {positions + 3}\].*index out of range"
+    ):
+        sparsec.compile(model, "wanda(0.5)", calibration=torch.ones(1, positions + 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("length", [0, -3, 1, "64"])
+def test_lengths_that_are_none_are_refused(length) -> None:
+    with pytest.raises(DataError, match=f"at least 2 tokens, got .*{length!r}; take more"):
+        windows(None, byte_tokenizer(), 2, length)
+    with pytest.raises(DataError, match=f"at least 2 tokens, got a length of {length!r}; take more"):
+        strings(["abc"], byte_tokenizer(), length)
+
+
+def test_what_a_tokenizer_returns_is_not_taken_for_strings() -> None:
+    given = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
+    with pytest.raises(DataError, match=r"give its \['input_ids'\]"):
+        sparsec.compile(tiny_model("llama")[0], "wanda(0.5)", calibration=given)
 
 
 def test_compile_takes_strings_and_files(tmp_path) -> None:

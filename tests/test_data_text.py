@@ -84,12 +84,20 @@ def library(monkeypatch: pytest.MonkeyPatch, asked: list[tuple[object, ...]]) ->
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 
+def test_a_text_in_the_place_of_its_path_is_refused() -> None:
+    with pytest.raises(DataError, match=r"the text must be a file's path .File name too long"):
+        load_text("words " * 1000)
+
+
 def test_a_dataset_is_joined_with_blank_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
     library(monkeypatch, asked)
     assert load_text("dataset:some/set").content == "one\n\n\n\ntwo\nthree"
     assert load_text("dataset:some/set,small,validation,other").content == "four"
     assert asked == [("some/set", None, "test"), ("some/set", "small", "validation")]
+    # What is calibrated on is not what is evaluated on.
+    assert load_text("dataset:some/set").name == "some/set test"
+    assert load_text("dataset:some/set", split="train").name == "some/set train"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,6 +233,13 @@ def test_a_real_model_agrees_with_itself_and_with_the_definition() -> None:
 
 
 ARGUMENTS = ["--length", "64", "--windows", "2", "--calibration-length", "64", "--calibration-sequences", "2"]
+
+
+def test_the_command_says_what_the_passes_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", "--passes", "sparsegpt(0.5),freeze", "--passes", "magnitude(0.5)", *ARGUMENTS]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("sparsegpt(0.5),freeze: ") == 1
+    assert re.search(r"sparsegpt\(0\.5\),freeze: \d+ layers were shown no more than 128 tokens", said)
 
 
 def test_the_command_compares_what_passes_make_of_a_model_and_goes_on_where_it_was(

@@ -189,7 +189,7 @@ def test_a_dead_layer_is_named_and_keeps_its_largest_weights(algorithm) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     with torch.no_grad():
         model[0].bias.fill_(-100.0)  # so that the second layer reads zeros
-    x = torch.randn(16, 8)
+    x = torch.randn(128, 8)
     out = sparsec.compile(model, [algorithm(0.5)], example_inputs=x, calibration=[(x,)])
     (note,) = out.sparsec.records[0].notes
     assert note == "2.weight: all that is read is zero in all of the text; masks are by magnitude alone"
@@ -198,6 +198,46 @@ def test_a_dead_layer_is_named_and_keeps_its_largest_weights(algorithm) -> None:
     assert torch.equal(weight.mask, rows if algorithm is Wanda else Pattern().mask(before, 0.5))
     assert torch.equal(out[2].weight, before * weight.mask)
     assert "MB of activations and 0.0 MB of statistics" in out.sparsec.records[0].summary
+
+
+def test_too_few_tokens_are_said_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    for spec, tokens, said in (
+        ("wanda(0.5)", 127, ["2 layers were shown no more than 127 tokens, and wanda needs 128 of them"]),
+        ("wanda(0.5)", 128, []),
+        ("sparsegpt(0.5)", 7, ["1 layers were shown no more than 7 tokens, and sparsegpt needs 8 of them"]),
+        ("sparsegpt(0.5)", 8, []),
+    ):
+        x = torch.randn(tokens, 8)
+        notes = sparsec.compile(model, spec, example_inputs=x, calibration=[(x,)]).sparsec.records[0].notes
+        assert [note.partition(" to be trusted")[0] for note in notes] == said
+
+
+def test_layers_of_which_nothing_is_left_and_dead_ones_are_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-9)
+        model[2].weight.zero_()
+    x = torch.randn(2, 8)
+    notes = sparsec.compile(model, "magnitude(0.7)", example_inputs=x).sparsec.records[0].notes
+    assert notes == ("1.weight, 2.weight: not one weight is left; spare them with ignore=(...), or scope='layer'",)
+    notes = sparsec.compile(model, "magnitude(0.5, scope='layer')", example_inputs=x).sparsec.records[0].notes
+    assert notes == ("2.weight: every weight is zero, with and without the mask",)
+
+
+@pytest.mark.parametrize("pattern", ["1:3", "2:6", "5:7", "block:2x3"])
+def test_sparsegpt_takes_patterns_that_128_is_no_multiple_of(pattern: str) -> None:
+    model = nn.Linear(42, 6)
+    x = torch.randn(64, 42)
+    mask = sparsec.compile(
+        model, [SparseGPT(None if ":" in pattern[:2] else 0.5, pattern=pattern)], example_inputs=x, calibration=[(x,)]
+    )
+    kept = mask.sparsec.graph.weights["weight"].mask
+    if pattern.startswith("block"):
+        assert torch.equal(kept, kept[::2, ::3].repeat_interleave(2, 0).repeat_interleave(3, 1))
+    else:
+        n, m = map(int, pattern.split(":"))
+        assert (kept.view(6, -1, m).sum(2) == n).all()
 
 
 def test_a_gram_matrix_that_cannot_be_factored_raises_the_damping_and_says_so() -> None:
@@ -319,5 +359,5 @@ def test_extend_refuses_what_it_cannot_go_on_with() -> None:
     lowered = sparsec.compile(model, "magnitude(0.5),freeze,lower(csr)")
     with pytest.raises(sparsec.SparsecError, match="is lowered already"):
         sparsec.extend(lowered, "sparsity")
-    with pytest.raises(PipelineError, match="needs calibration data"):
+    with pytest.raises(PipelineError, match="extend gives no calibration data, which the pass 'wanda' needs"):
         sparsec.extend(sparsec.compile(model, "magnitude(0.2)"), "wanda(0.5)")

@@ -51,20 +51,21 @@ def windows(
 ) -> tuple[Tensor, str]:
     """Token ids [sequences, length] out of a text, and in words where they come from.
 
-    text: a file, `dataset:NAME[,...]`, a Text, or None for the second half of the embedded text (its first half is what
-    evaluation starts with). It is tokenised as one string; windows do not overlap and are drawn at random by the seed.
+    text: a file, `dataset:NAME[,...]` (of its split train, if none is named), a Text, or None for the second half of the embedded
+    text (its first half is what evaluation starts with). It is tokenised as one string; windows do not overlap and are drawn at
+    random by the seed.
     length: None takes 1024, or what the model takes (`limit`) if that is less. Raises DataError when the text is too short.
     """
     if tokenizer is None:
         raise DataError("calibration on a text needs a tokenizer: give tokenizer=..., or token ids [sequences, length]")
     if limit is not None and length is not None and length > limit:
         raise DataError(f"calibration length {length} is more than the model's {limit} positions; take {limit} or less")
-    length = length or min(LENGTH, limit or LENGTH)
-    if sequences < 1 or length < 2:
+    length = min(LENGTH, limit or LENGTH) if length is None else length
+    if not isinstance(length, int) or not isinstance(sequences, int) or sequences < 1 or length < 2:
         raise DataError(
-            f"calibration needs at least 1 sequence of at least 2 tokens, got {sequences} of {length}; take more"
+            f"calibration needs at least 1 sequence of at least 2 tokens, got {sequences!r} of {length!r}; take more"
         )
-    read = text if isinstance(text, Text) else load_text(text)
+    read = text if isinstance(text, Text) else load_text(text, split="train")
     content = read.content[len(read.content) // 2 :] if text is None else read.content
     name = f"{read.name}, second half" if text is None else read.name
     tokens = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)
@@ -85,6 +86,8 @@ def strings(texts: Sequence[str], tokenizer: Any, length: int | None = None, lim
         raise DataError(
             "calibration on strings needs a tokenizer: give tokenizer=..., or token ids [sequences, length]"
         )
+    if length is not None and (not isinstance(length, int) or length < 2):
+        raise DataError(f"calibration strings are cut to at least 2 tokens, got a length of {length!r}; take more")
     length = min(length or LENGTH, limit or LENGTH)
     found = []
     for i, text in enumerate(texts):

@@ -208,7 +208,14 @@ class _Walker:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                     if node.target is _ATTENTION:
                         args, kwargs = self._causal(args, kwargs)
-                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+                    try:
+                        result = node.target(*args, **kwargs)  # type: ignore[operator]
+                    except (IndexError, RuntimeError) as error:
+                        sizes = ", ".join(str(list(t.shape)) for t in call)
+                        raise ActivationError(
+                            f"the model cannot run on calibration data of {sizes}: {node.name}: {error}; are its sequences "
+                            "longer than the model takes?"
+                        ) from error
             (values if node in self.varying else shared)[node] = result
             self._watch(due, node, values)
             for used in node.all_input_nodes:

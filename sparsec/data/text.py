@@ -1,4 +1,4 @@
-"""Texts to evaluate on: a file, a named dataset, or the prose that every Python carries.
+"""Texts to evaluate and to calibrate on: a file, a named dataset, or the prose that every Python carries.
 
 A perplexity means nothing without its text, so a text knows its hash. Newlines are normalised before hashing and
 tokenising: the same text from Windows and from Linux must give the same number.
@@ -29,17 +29,17 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def load_text(spec: str | None = None) -> Text:
-    """Reads a text: a path, `dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]` (default split test, column text), or None.
+def load_text(spec: str | None = None, split: str = "test") -> Text:
+    """Reads a text: a path, `dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]` (default: `split`, the column text), or None.
 
     None is the embedded text: the language reference in the standard library's `pydoc_data.topics`, 465 kB of English.
     Raises DataError (missing, empty, not UTF-8) and MissingExtraError (datasets is not installed).
     """
     if spec is None:
         return _embedded()
-    text = _dataset(spec) if spec.startswith(DATASET_PREFIX) else _file(Path(spec).expanduser())
+    text = _dataset(spec, split) if spec.startswith(DATASET_PREFIX) else _file(Path(spec).expanduser())
     if not text.content.strip():
-        raise DataError(f"{text.name}: a text to evaluate on needs words, this one is empty; {WAY_OUT}")
+        raise DataError(f"{text.name}: a text needs words, this one is empty; {WAY_OUT}")
     return text
 
 
@@ -48,7 +48,11 @@ def _normalise(text: str) -> str:
 
 
 def _file(path: Path) -> Text:
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a whole text in the place of its path, for one
+        raise DataError(f"{str(path)[:60]!r}: the text must be a file's path ({error.strerror}); {WAY_OUT}") from error
+    if not found:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path}: the text must be a file, this {what}; {WAY_OUT}")
     try:
@@ -62,12 +66,12 @@ def _file(path: Path) -> Text:
         raise DataError(f"{path}: the text cannot be read ({error.strerror}); {WAY_OUT}") from error
 
 
-def _dataset(spec: str) -> Text:
+def _dataset(spec: str, usual: str) -> Text:
     parts = [part.strip() for part in spec.removeprefix(DATASET_PREFIX).split(",")]
     if not 1 <= len(parts) <= 4 or not parts[0]:
         raise DataError(f"{spec!r}: a dataset is written dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; {WAY_OUT}")
     name, config, split, column = (*parts, *[""] * (4 - len(parts)))
-    split, column = split or "test", column or "text"
+    split, column = split or usual, column or "text"
     try:
         import datasets
     except ImportError as error:

@@ -114,7 +114,9 @@ def _run(args: argparse.Namespace) -> None:
         names = _names(loaded, pipelines)
         models: Mapping[str, Any] = dict(zip(names, [each.model for each in loaded], strict=False))
         if saved is None or saved.done < windows.count:
-            models = {**models, **_built(loaded[0], pipelines, names[len(loaded) :], drawn, progress)}
+            built = _built(loaded[0], pipelines, names[len(loaded) :], drawn, progress)
+            models = {**models, **built}
+            notes += _told(built)
         else:
             models = dict.fromkeys(names)  # nothing is left to run
         found = compare(models, windows, progress, "evaluating windows", saved)
@@ -175,6 +177,15 @@ def _identity(
         "passes": [str(pipeline) for pipeline in pipelines],
         "calibration": None if drawn is None else drawn[1],
     }
+
+
+def _told(built: Mapping[str, Any]) -> list[str]:
+    """What the passes noted, each thing once."""
+    found: dict[str, list[str]] = {}
+    for name, model in built.items():
+        for note in (note for record in model.sparsec.records for note in record.notes):
+            found.setdefault(note, []).append(name)
+    return [f"{'; '.join(names)}: {note}" for note, names in found.items()]
 
 
 def _built(

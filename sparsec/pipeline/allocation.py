@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate import Site, Standing, Statistics, calibrate
-from sparsec.errors import PipelineError, SelectionError, SpecError, WeightError
+from sparsec.errors import ActivationError, PipelineError, SelectionError, SpecError, WeightError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.metrics import divergence
@@ -297,7 +297,13 @@ def _sensitivities(graph: Graph, chosen: Sequence[Weight], sparsity: float, cont
                 context.step("sensitivity", c * len(ordered) + i, len(calls) * len(ordered))
                 standing.go(graph.ops_of(weight.name)[0].node)
                 with _masked(graph, weight, _smallest(graph, weight, norms, sparsity)):
-                    found[weight.name] += divergence(dense, standing.finish()) / len(calls)
+                    loss = divergence(dense, standing.finish())
+                if not math.isfinite(loss):
+                    raise ActivationError(
+                        f"with {weight.name} pruned the model gives NaN or inf, or it did before, so no loss can be measured; "
+                        "repair the checkpoint, or take another allocation"
+                    )
+                found[weight.name] += loss / len(calls)
     context.step("sensitivity", len(calls) * len(ordered), len(calls) * len(ordered))
     return list(found.values())
 

@@ -106,8 +106,21 @@ class PruningPass(Pass):
         total = sum(w.numel for w in chosen)
         zeros = total - sum(graph.weights[w.name].kept for w in chosen)
         share = zeros / total if total else 0.0
+        notes = (*notes, *self._emptied(graph, chosen))
         summary = f"{zeros:,} of {total:,} weights in {len(chosen)} matrices masked ({100 * share:.2f} %, {how})"
         return PassResult(changed=bool(chosen), summary=summary, notes=tuple(notes))
+
+    def _emptied(self, graph: Graph, chosen: Sequence[Weight]) -> list[str]:
+        """Which layers have nothing left that was not asked to go, and which were zero before."""
+        now = [graph.weights[w.name] for w in chosen]
+        gone = [w.name for w in now if w.numel and not w.kept and w.pruned and w.pruned.target < 1]
+        dead = [w.name for w in now if w.numel and w.kept and not graph.tensor(w.name).any()]
+        said = []
+        if gone:
+            said.append(f"{', '.join(gone)}: not one weight is left; spare them with ignore=(...), or scope='layer'")
+        if dead:
+            said.append(f"{', '.join(dead)}: every weight is zero, with and without the mask")
+        return said
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class CalibratedPruning(PruningPass):
         """
 
     def enough(self, in_features: int) -> int:
-        """Of how many tokens an expert must have seen for its statistics to be trusted."""
+        """How many tokens a layer must have seen for its statistics to be trusted."""
         return 128
 
     def run(self, graph: Graph, context: Context) -> PassResult:
@@ -156,6 +169,7 @@ class CalibratedPruning(PruningPass):
         chosen = self.selected(graph)
         shares = self.shares(graph, chosen, context)
         notes: list[str] = []
+        short: list[tuple[int, int]] = []  # of each layer that saw too few: tokens, and how many are needed
 
         def prune(site: Site, statistics: Sequence[Statistics]) -> None:
             settled = [_Settled(graph, name, shares[name].sparsity) for name in site.weights]
@@ -168,6 +182,9 @@ class CalibratedPruning(PruningPass):
                 for i, s in enumerate(settled):
                     s.add(before[i], masks[i], None if updated is None else updated[i], each.sample)
             notes.extend(self._unseen(site, statistics))
+            needed = self.enough(len(statistics[0].squares))
+            if len(statistics) == 1 and not statistics[0].blind and statistics[0].tokens < needed:
+                short.extend([(statistics[0].tokens, needed)] * len(site.weights))
             for s in settled:
                 if s.updated:
                     graph.write_matrices(s.weight.name, s.updated, in_place=context.owns_weights)
@@ -183,6 +200,12 @@ class CalibratedPruning(PruningPass):
             order=self.order,
             step=lambda done, total: context.step(self.name, done, total),
         )
+        if short:
+            seen, needed = min(n for n, _ in short), max(n for _, n in short)
+            notes.append(
+                f"{len(short)} layers were shown no more than {seen} tokens, and {self.name} needs {needed} of them to be trusted; "
+                "calibrate on more text"
+            )
         how = f"on {data.source}; {profile}"
         return self.result(graph, chosen, how, notes)
 
@@ -232,8 +255,8 @@ class _Settled:
 
 
 NO_CALIBRATION = (
-    "in Python give calibration= token ids [sequences, length], a list of strings, or a text file's path with tokenizer=...; "
-    "on the command line --calibration FILE"
+    "in Python give calibration= token ids [sequences, length], a list of strings, or a text file's path with tokenizer=..., or "
+    "tokenizer=... alone for the embedded text; on the command line --calibration FILE"
 )
 
 
