@@ -70,7 +70,11 @@ def positive(text: str) -> int:
 def add_calibration(p: argparse.ArgumentParser) -> None:
     """The options of `calibration`."""
     learn = p.add_argument_group("calibration, for passes such as wanda and sparsegpt")
-    learn.add_argument("--calibration", metavar="FILE", help="as --text; default: the second half of the embedded text")
+    learn.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="as --text, of a dataset its split train; default: the second half of the embedded text",
+    )
     learn.add_argument(
         "--calibration-sequences", type=positive, default=SEQUENCES, metavar="N", help="default: %(default)s"
     )

@@ -220,7 +220,7 @@ def test_layers_of_which_nothing_is_left_and_dead_ones_are_named() -> None:
         model[2].weight.zero_()
     x = torch.randn(2, 8)
     notes = sparsec.compile(model, "magnitude(0.7)", example_inputs=x).sparsec.records[0].notes
-    assert notes == ("1.weight, 2.weight: not one weight is left; spare them with ignore=(...), or scope='layer'",)
+    assert notes == ("1.weight, 2.weight: not one weight is left; spare them with ignore=(...), or prune less",)
     notes = sparsec.compile(model, "magnitude(0.5, scope='layer')", example_inputs=x).sparsec.records[0].notes
     assert notes == ("2.weight: every weight is zero, with and without the mask",)
 

@@ -114,10 +114,10 @@ class PruningPass(Pass):
         """Which layers have nothing left that was not asked to go, and which were zero before."""
         now = [graph.weights[w.name] for w in chosen]
         gone = [w.name for w in now if w.numel and not w.kept and w.pruned and w.pruned.target < 1]
-        dead = [w.name for w in now if w.numel and w.kept and not graph.tensor(w.name).any()]
+        dead = [w.name for w in now if w.numel and w.kept and _all_zero(graph.tensor(w.name))]
         said = []
         if gone:
-            said.append(f"{', '.join(gone)}: not one weight is left; spare them with ignore=(...), or scope='layer'")
+            said.append(f"{', '.join(gone)}: not one weight is left; spare them with ignore=(...), or prune less")
         if dead:
             said.append(f"{', '.join(dead)}: every weight is zero, with and without the mask")
         return said
@@ -201,7 +201,7 @@ class CalibratedPruning(PruningPass):
             step=lambda done, total: context.step(self.name, done, total),
         )
         if short:
-            seen, needed = min(n for n, _ in short), max(n for _, n in short)
+            seen, needed = max(n for n, _ in short), max(n for _, n in short)
             notes.append(
                 f"{len(short)} layers were shown no more than {seen} tokens, and {self.name} needs {needed} of them to be trusted; "
                 "calibrate on more text"
@@ -270,6 +270,11 @@ def check_finite(tensor: Tensor, weight: Weight) -> None:
             f"{weight.name}: holds {bad} NaN or inf among {tensor.numel()} values, which have no magnitude to compare; "
             f"repair the checkpoint, or leave it out with ignore=({_owner(weight)!r},)"
         )
+
+
+def _all_zero(tensor: Tensor) -> bool:
+    """Looked at a piece at a time, up to the first that is not: `any` of a whole weight would copy it as bool."""
+    return not any(bool(part.any()) for part in torch.split(tensor.detach().reshape(-1), CHUNK))
 
 
 def _owner(weight: Weight) -> str:
