@@ -54,7 +54,7 @@ def words_at(pointer, at, live, ASM: tl.constexpr):
 @triton.jit
 def bytes_of(word, ASM: tl.constexpr):
     """The four bytes of an uint32 in 16 bits each: the lower two in one uint32, the upper two in another."""
-    if ASM:  # or else it would be four instructions
+    if ASM:  # or else a weight takes one instruction more
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
             "=&r,=r,r",
@@ -145,23 +145,8 @@ def wcsr_kernel(
         )
     if full < count and full // TILE % SPLITS == tl.program_id(1):
         sums = turn(
-            sums,
-            x,
-            values,
-            col_idx,
-            base,
-            row,
-            begin,
-            full,
-            count // 4,
-            token,
-            tokens,
-            in_features,
-            WIDTH,
-            M,
-            ASM,
-            TILE,
-        )
+            sums, x, values, col_idx, base, row, begin, full, count // 4, token, tokens, in_features, WIDTH, M, ASM, TILE
+        )  # fmt: skip
     for m in tl.static_range(M):
         total = tl.sum(sums[m], 0)
         if HAS_BIAS:
