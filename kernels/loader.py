@@ -2,7 +2,7 @@
 
 Looked for in this order: the library named in SPARSEC_NATIVE_LIBRARY; one put into the package by
 `python -m sparsec.kernels.build`; one in the cache folder; a new one, built into the cache folder under a lock.
-SPARSEC_NATIVE=0 turns them off; SPARSEC_ISA=avx512|avx2|portable|reference forces an instruction set.
+SPARSEC_NATIVE=0 turns them off; SPARSEC_ISA=amx|vbmi2|avx512|avx2|portable|reference forces an instruction set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparsec.kernels import toolchain
 
 REFERENCE = "reference"
 SYMBOLS = ("sparsec_isa", "sparsec_cpu_has", "sparsec_chosen", "sparsec_choose", "sparsec_force_half_product")
-ISAS = ("avx512", "avx2", "portable", REFERENCE)
+ISAS = ("amx", "vbmi2", "avx512", "avx2", "portable", REFERENCE)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from sparsec.kernels import force_isa, operator, operator_args, status, toleranc
 from sparsec.kernels.loader import library
 from sparsec.kernels.reference import reference_linear
 
-NATIVE = ("avx512", "avx2", "portable")
+NATIVE = ("amx", "vbmi2", "avx512", "avx2", "portable")
 HALF = (torch.bfloat16, torch.float16)
-# Rows of x on both sides of every switch: 1; CSR's lanes 4, 8, 16, 32; 33 and more go through panels, 6 or more tiles of them.
+# Rows of x on both sides of every switch: 1; CSR's lanes 4, 8, 16, 32; 33 and more go through panels, 6 or more tiles of them;
+# one, two, three or five matrix tiles of 16 rows.
 TOKENS = (0, 1, 2, 3, 5, 8, 9, 17, 33, 70)
 # The last two are split over threads; 7, 31, 100, 333 leave tails after every vector width.
 SHAPES = ((1, 1), (5, 7), (3, 31), (40, 100), (200, 333), (300, 400))
@@ -34,7 +35,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         if not status().built:
             pytest.skip(f"no native kernels: {status().reason}")
         if request.param not in library().usable:
-            pytest.skip(f"this CPU has no {request.param}; avx512 is run through SIMDe by test_native_build.py")
+            pytest.skip(
+                f"this CPU has no {request.param}; those of avx512 and above are run through SIMDe by test_native_build.py"
+            )
         force_isa(request.param)
     yield request.param
     if status().built:
@@ -103,12 +106,13 @@ def test_product_is_right_for_every_number_of_threads(isa: str, name: str) -> No
     mask[[0, 3, 250, 251, 252]] = True
     mask[100:140] = torch.rand(40, shape[1]) < 0.9
     mask = layout.legal(mask)
-    packed, kept = layout.pack(weight, mask), torch.where(mask, weight, 0)
     x, bias = torch.randn(64, shape[1]), torch.randn(shape[0])
     try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert_right(isa, x, (1, 3, 20, 64), packed, kept, bias)
+        for dtype in (torch.float32, torch.bfloat16):
+            packed, kept = layout.pack(weight.to(dtype), mask), torch.where(mask, weight, 0).to(dtype)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert_right(isa, x.to(dtype), (1, 3, 20, 64), packed, kept, bias.to(dtype))
     finally:
         torch.set_num_threads(before)
 
@@ -208,11 +212,32 @@ def test_half_values_are_converted_exactly(isa: str, name: str, dtype: torch.dty
     weight, mask = values.expand(shape), torch.zeros(shape, dtype=torch.bool)
     mask[:, 0] = True
     packed = layout.pack(weight, mask)
-    for tokens in (1, 2, 33):
-        out = product(isa, torch.ones(tokens, shape[1], dtype=dtype), packed, None)
-        expected = values.t().expand(tokens, -1)
-        assert torch.equal(out.isnan(), expected.isnan())
-        assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+    if isa != "reference":
+        library().force_half_product(False)  # torch's own may take subnormal numbers for 0
+    try:
+        for tokens in (1, 2, 33):
+            out = product(isa, torch.ones(tokens, shape[1], dtype=dtype), packed, None)
+            expected = values.t().expand(tokens, -1)
+            if isa == "amx" and dtype == torch.bfloat16 and tokens > 1:  # and so do tiles
+                small = expected.abs() < torch.finfo(dtype).tiny
+                assert ((out == expected) | (out == 0))[small].all()
+                out = out.where(~small, expected)
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+    finally:
+        if isa != "reference":
+            library().force_half_product(None)
+
+
+@pytest.mark.parametrize("isa", ["amx"], indirect=True)
+@every_layout
+def test_tiles_are_right_beyond_what_goes_through_them_at_once(isa: str, name: str) -> None:
+    """More than 32 tiles of tokens, more than two runs of columns, more than one group of panels; and few of each."""
+    generator = torch.Generator().manual_seed(2)
+    for out_features, in_features, tokens in ((272, 1100, 530), (40, 1100, 16), (272, 40, 530)):
+        packed, kept = some(LAYOUTS[name], out_features, in_features, 0.4, torch.bfloat16)
+        x = torch.randn(tokens, kept.shape[1], generator=generator).bfloat16()
+        assert_right(isa, x, [tokens], packed, kept, torch.randn(len(kept), generator=generator).bfloat16())
 
 
 @half_types

@@ -4,9 +4,31 @@
 
 #include "kernels.h"
 
+#if defined(SPARSEC_X86) && defined(__linux__) && !defined(SPARSEC_SIMDE)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 using sparsec::InstructionSet;
+
+#if defined(SPARSEC_X86) && !defined(SPARSEC_SIMDE)
+// Whether this process may use matrix tiles of bf16: the CPU has them, and Linux grants their registers to who asks.
+bool has_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kTiles = 1u << 24, kBFloat16Tiles = 1u << 22;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  static const bool granted = (d & kTiles) && (d & kBFloat16Tiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool cpu_has(const InstructionSet& isa) {
 #if defined(SPARSEC_X86)
@@ -18,6 +40,13 @@ bool cpu_has(const InstructionSet& isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   if (&isa == &sparsec::kAvx512) return avx512;
+#if defined(SPARSEC_SIMDE)
+  if (&isa == &sparsec::kVbmi2 || &isa == &sparsec::kAmx) return avx512;
+#else
+  const bool vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
+  if (&isa == &sparsec::kVbmi2) return vbmi2;
+  if (&isa == &sparsec::kAmx) return vbmi2 && isa.amx && has_tiles();
+#endif
   if (&isa == &sparsec::kAvx2) return avx2;
 #endif
   return &isa == &sparsec::kPortable;
@@ -26,7 +55,7 @@ bool cpu_has(const InstructionSet& isa) {
 // Best first.
 const InstructionSet* const kAll[] = {
 #if defined(SPARSEC_X86)
-    &sparsec::kAvx512, &sparsec::kAvx2,
+    &sparsec::kAmx, &sparsec::kVbmi2, &sparsec::kAvx512, &sparsec::kAvx2,
 #endif
     &sparsec::kPortable};
 

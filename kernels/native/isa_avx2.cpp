@@ -179,5 +179,5 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 #include "table.h"
 
 namespace sparsec {
-extern const InstructionSet kAvx2 = SPARSEC_TABLE("avx2");
+extern const InstructionSet kAvx2 = SPARSEC_TABLE("avx2", bitmap_one<BFloat16>, nullptr);
 }

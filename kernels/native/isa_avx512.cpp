@@ -26,10 +26,20 @@ inline __m256 load8(const T* v) {
 
 inline __m512 join(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
 
+#if defined(SPARSEC_SIMDE)  // which has no 512-bit form of these
 template <class T>
 inline __m512 values16(const T* v) {
   return join(load8(v), load8(v + 8));
 }
+#else
+inline __m512 values16(const float* v) { return _mm512_loadu_ps(v); }
+inline __m512 values16(const BFloat16* v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v))), 16));
+}
+inline __m512 values16(const Float16* v) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v)));
+}
+#endif
 
 inline Vec as_vec(__m512 v) {
   Vec lanes;
@@ -165,8 +175,11 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 
 }  // namespace
 
+#include "amx.h"
 #include "table.h"
 
 namespace sparsec {
-extern const InstructionSet kAvx512 = SPARSEC_TABLE("avx512");
+extern const InstructionSet kAvx512 = SPARSEC_TABLE("avx512", bitmap_one<BFloat16>, nullptr);
+extern const InstructionSet kVbmi2 = SPARSEC_TABLE("vbmi2", bitmap_one_pairs, nullptr);
+extern const InstructionSet kAmx = SPARSEC_TABLE("amx", bitmap_one_pairs, kAmxProduct);
 }

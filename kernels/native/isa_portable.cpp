@@ -70,5 +70,5 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 #include "table.h"
 
 namespace sparsec {
-extern const InstructionSet kPortable = SPARSEC_TABLE("portable");
+extern const InstructionSet kPortable = SPARSEC_TABLE("portable", bitmap_one<BFloat16>, nullptr);
 }

@@ -69,6 +69,19 @@ struct ExpandTask {
   float* scratch;
 };
 
+// Panels [first, last) of a bf16 W times many rows of x, by matrix tiles of 16 rows.
+struct AmxTask {
+  const Matrix* matrix;
+  const uint16_t* x;  // [token_tiles][ceil(in / 32)][16][32], absent ones 0
+  int64_t token_tiles;
+  void* out;
+  int64_t out_stride;
+  int64_t tokens;
+  int64_t first;
+  int64_t last;
+  void* scratch;      // amx_scratch() bytes, at a multiple of 64
+};
+
 using Kernel = void (*)(const Task&);
 
 constexpr int kLaneCounts = 4;
@@ -81,6 +94,13 @@ constexpr int64_t panel_scratch(int64_t block_columns, int64_t rows_of_x) {
   return kPanel * (kDecodedColumns + block_columns) + (kDecodedColumns + 2) + kPanelGroup * kPanel * rows_of_x;
 }
 
+constexpr int64_t kAmxColumns = 512;  // of two panels at a time: 32 KB, most of a first-level cache
+constexpr int64_t kAmxPairs = 8;      // pairs of panels that go through the columns together
+
+constexpr int64_t amx_scratch(int64_t block_columns, int64_t token_tiles) {
+  return 64 * kAmxColumns + 4096 * kAmxPairs * ((token_tiles + 1) / 2) + 4 * panel_scratch(block_columns, 0);
+}
+
 // Products of one row skip pruned weights in CSR and multiply them as zeros elsewhere: finite x is assumed.
 struct InstructionSet {
   const char* name;
@@ -90,12 +110,15 @@ struct InstructionSet {
   Kernel lanes[kLaneCounts][kValueTypes];     // CSR, up to kLanes[i] rows of x: each index is read once for all of them
   void (*panels)(const PanelTask&);           // many rows of x; fp32, bf16, fp16
   void (*expand)(const ExpandTask&);
+  void (*amx)(const AmxTask&);                // bf16, two rows of x and more; null: there are no tiles
 };
 
 extern const InstructionSet kPortable;
 #if defined(SPARSEC_X86)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
+extern const InstructionSet kVbmi2;  // AVX-512 with lanes of 16 bits that expand
+extern const InstructionSet kAmx;    // that and matrix tiles
 #endif
 
 }  // namespace sparsec

@@ -6,7 +6,11 @@
 // writes columns [begin, end), 16 lanes each, to `to` and returns 1; BSR writes the columns of the blocks that begin there, tells
 // in `starts` which those are, and returns the number of blocks; where the values can be read as they are it sets `in_place`.
 #pragma once
-#include "lanes.h"
+#include "bitmap.h"
+#include "bsr.h"
+#include "csr.h"
+#include "dense.h"
+#include "nm.h"
 
 namespace {
 

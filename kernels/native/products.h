@@ -17,6 +17,7 @@
 
 namespace {
 
+using sparsec::AmxTask;
 using sparsec::ExpandTask;
 using sparsec::kPanel;
 using sparsec::Matrix;
@@ -38,15 +39,19 @@ bool one_by_one(const Matrix& w, int64_t tokens) {
   return tokens <= 32 || (sparse && w.in_features <= 4096 && !has_half_product(w.type));
 }
 
-Way way(const Matrix& w, int64_t tokens) {
+// Blocks must not reach from one run of columns into the next.
+bool fits_tiles(const Matrix& w) { return w.type == sparsec::kBFloat16 && (w.format != sparsec::kBsr || sparsec::kAmxColumns % w.c == 0); }
+
+Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
   if (w.type == sparsec::kFloat64) return w.format == sparsec::kDense ? Way::stock : Way::one;
   if (tokens == 1) return Way::one;
   if (w.format == sparsec::kDense) {
     if (tokens <= kFewRows) return Way::rows;
     return w.type == sparsec::kFloat32 || has_half_product(w.type) ? Way::stock : Way::panels;
   }
-  if (w.format == sparsec::kNm && tokens <= kFewRows) return Way::rows;
   if (w.format == sparsec::kCsr && one_by_one(w, tokens)) return Way::lanes;
+  if (isa.amx && fits_tiles(w)) return Way::amx;
+  if (w.format == sparsec::kNm && tokens <= kFewRows) return Way::rows;
   return has_half_product(w.type) && tokens > 32 ? Way::half : Way::panels;
 }
 
@@ -118,7 +123,7 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
   for (const Part& part : parts) {
     if (!is_shared(part)) continue;
     const Matrix& w = part.matrix;
-    const bool panels = part.way == Way::panels;  // the unit is then a panel of 16 rows, whatever rows_per_unit is
+    const bool panels = part.way == Way::panels || part.way == Way::amx;  // the unit is then a panel of 16 rows, whatever rows_per_unit is
     const int64_t units = panels ? (w.out_features + kPanel - 1) / kPanel : w.units;
     const Bytes bytes(w);
     const int64_t scale = std::max<int64_t>(1, tokens / 4);
@@ -155,6 +160,8 @@ float* scratch(int64_t floats) {
 
 constexpr int64_t kTokensAtOnce = 240;  // of the panels' way: their part of x and their sums stay in a second-level cache
 
+constexpr int64_t kTilesAtOnce = 32;    // of 16 tokens: W is decoded anew for each of these
+
 void run(const Piece& piece, const Rows& x, const InstructionSet& isa) {
   const Part& part = *piece.part;
   const Matrix& w = part.matrix;
@@ -178,6 +185,18 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa) {
                              static_cast<char*>(part.out) + value_bytes(w) * done * w.out_features, w.out_features,
                              std::min(count * rows, x.tokens - done), piece.first, piece.last,
                              scratch(sparsec::panel_scratch(blocks, count * rows))});
+      }
+      return;
+    }
+    case Way::amx: {
+      const int64_t across = (x.in + 31) / 32, blocks = w.format == sparsec::kBsr ? w.c : 0;
+      for (int64_t tile = 0; tile < x.tiled.tiles; tile += kTilesAtOnce) {
+        const int64_t count = std::min(kTilesAtOnce, x.tiled.tiles - tile), done = 16 * tile;
+        char* const memory = reinterpret_cast<char*>(scratch(sparsec::amx_scratch(blocks, count) / 4 + 16));
+        isa.amx(AmxTask{&w, x.tiled.data + tile * across * 512, count,
+                        static_cast<char*>(part.out) + value_bytes(w) * done * w.out_features, w.out_features,
+                        std::min(16 * count, x.tokens - done), piece.first, piece.last,
+                        memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64});
       }
       return;
     }
@@ -262,7 +281,7 @@ void multiply(std::vector<Part>& parts, const Tensor& x, int64_t tokens) {
   int64_t work = 0;
   for (Part& part : parts) {
     const Matrix& w = part.matrix;
-    part.way = way(w, tokens);
+    part.way = way(w, tokens, isa);
     if (part.way == Way::half) {
       by_type(w.type, [&](auto zero) { half_rows<decltype(zero)>(part, x, isa); });
     } else if (part.way == Way::stock) {

@@ -1,10 +1,5 @@
 // The kernels of one instruction set, included last by the file that defines its primitives.
 #pragma once
-#include "bitmap.h"
-#include "bsr.h"
-#include "csr.h"
-#include "dense.h"
-#include "nm.h"
 #include "panels.h"
 
 // By value type; fp64 has CSR alone.
@@ -12,14 +7,15 @@
   { kernel<float>, kernel<BFloat16>, kernel<Float16>, nullptr }
 #define SPARSEC_LANES(lanes) \
   { csr_lanes_any<lanes, float>, csr_lanes_any<lanes, BFloat16>, csr_lanes_any<lanes, Float16>, csr_double_any }
-#define SPARSEC_TABLE(name)                                                                                      \
+// bitmap: one row of x, bf16. amx: see InstructionSet.
+#define SPARSEC_TABLE(name, bitmap, amx)                                                                              \
   {                                                                                                              \
     name, kRowsPerTile,                                                                                          \
         {SPARSEC_TYPES(dense_one),                                                                               \
          {csr_one_any<float>, csr_one_any<BFloat16>, csr_one_any<Float16>, csr_double_any},                      \
-         SPARSEC_TYPES(bitmap_one),                                                                              \
+         {bitmap_one<float>, bitmap, bitmap_one<Float16>, nullptr},                                              \
          SPARSEC_TYPES(bsr_one),                                                                                 \
          SPARSEC_TYPES(nm_rows)},                                                                                 \
         {SPARSEC_TYPES(dense_rows), SPARSEC_TYPES(nm_rows)}, {SPARSEC_LANES(4), SPARSEC_LANES(8), SPARSEC_LANES(16), SPARSEC_LANES(32)},  \
-        panels, expand                                                                                           \
+        panels, expand, amx                                                                                      \
   }
