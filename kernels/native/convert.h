@@ -63,11 +63,9 @@ inline void narrow(float v, float* out) { *out = v; }
 inline void narrow(double v, double* out) { *out = v; }
 inline void narrow(float v, BFloat16* out) {
   const uint32_t bits = to_bits(v);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    out->bits = static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN, made quiet so that truncation leaves no inf
-  } else {
-    out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  }
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40u;  // NaN, so that truncation leaves no inf
+  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 inline void narrow(float v, Float16* out) {
 #if defined(__F16C__) && !defined(SPARSEC_NO_X86)

@@ -61,9 +61,19 @@ inline Lanes add(const Lanes& a, const Lanes& b) {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The sums of output rows [row, row + 16) of which `count` exist: bias, rounding, storing.
+// All 16 of them: bias (which may be null), rounding, storing.
+inline void store_all(const Lanes& sum, const float* bias, float* out) { store_lanes(out, bias ? add(sum, load_lanes(bias)) : sum); }
+template <class T>
+inline void store_all(const Lanes& sum, const T* bias, T* out) {
+  float s[16];
+  store_lanes(s, sum);
+  for (int l = 0; l < 16; ++l) narrow(bias ? s[l] + widen(bias[l]) : s[l], out + l);
+}
+
+// The sums of output rows [row, row + 16) of which `count` exist.
 template <class T>
 inline void finish(const Lanes& sum, const T* bias, int64_t row, int64_t count, T* out) {
+  if (count == 16) return store_all(sum, bias ? bias + row : nullptr, out + row);
   float s[16];
   store_lanes(s, sum);
   for (int64_t l = 0; l < count; ++l) narrow(bias ? s[l] + widen(bias[row + l]) : s[l], out + row + l);

@@ -35,6 +35,39 @@ void tile(const float* w, const float* x, const int32_t* starts, int64_t runs, i
   for (int m = 0; m < M; ++m) store_lanes(acc + 16 * m, sums[m]);
 }
 
+#if defined(__AVX512F__) || defined(SPARSEC_SIMDE)
+#define SPARSEC_PANEL_PAIRS
+// Two panels at once, of `run` columns: with one alone, loading x takes as long as multiplying.
+template <int M>
+void tile_pair(const float* w, const float* w2, const float* x, int64_t run, float* acc, float* acc2) {
+  Lanes sums[M], sums2[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    sums[m] = load_lanes(acc + 16 * m);
+    sums2[m] = load_lanes(acc2 + 16 * m);
+  }
+  for (int64_t k = 0; k < run; ++k, w += 16, w2 += 16, x += M) {
+    const Lanes column = load_lanes(w), column2 = load_lanes(w2);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      add_product(sums[m], column, x[m]);
+      add_product(sums2[m], column2, x[m]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    store_lanes(acc + 16 * m, sums[m]);
+    store_lanes(acc2 + 16 * m, sums2[m]);
+  }
+}
+using TilePair = void (*)(const float* w, const float* w2, const float* x, int64_t run, float* acc, float* acc2);
+const TilePair kTilePairs[] = {tile_pair<1>, tile_pair<2>, tile_pair<3>, tile_pair<4>,  tile_pair<5>,  tile_pair<6>,
+                               tile_pair<7>, tile_pair<8>, tile_pair<9>, tile_pair<10>, tile_pair<11>, tile_pair<12>};
+constexpr int64_t kPanelsAtOnce = 2;
+#else
+constexpr int64_t kPanelsAtOnce = 1;
+#endif
+
 // One panel that is being decoded, of whatever format and type. Decoding is called once for hundreds of columns, so that it can go through a
 // pointer, and the loops around it need not be compiled for every format, type and number of rows.
 struct AnyDecoder {
@@ -108,12 +141,16 @@ const Tile kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,
 #endif
 };
 
+// Panels [first, first + panels), token by token: what is written then lies side by side.
 template <class T>
-void finish_panel(const sparsec::PanelTask& t, const float* sums, int64_t row) {
-  const int64_t count = least(16, t.matrix->out_features - row);
-  for (int64_t token = 0; token < t.tokens; ++token)
-    finish(load_lanes(sums + 16 * token), static_cast<const T*>(t.matrix->bias), row, count,
-           static_cast<T*>(t.out) + token * t.out_stride);
+void finish_panels(const sparsec::PanelTask& t, const float* sums, int64_t per_panel, int64_t first, int64_t panels) {
+  for (int64_t token = 0; token < t.tokens; ++token) {
+    T* const out = static_cast<T*>(t.out) + token * t.out_stride;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t row = 16 * (first + p);
+      finish(load_lanes(sums + p * per_panel + 16 * token), static_cast<const T*>(t.matrix->bias), row, least(16, t.matrix->out_features - row), out);
+    }
+  }
 }
 
 constexpr int64_t kCachedFloats = 1 << 16;  // 256 KB
@@ -126,12 +163,13 @@ void panels(const sparsec::PanelTask& t) {
   const Tile times = kTiles[rows - 1];
   float* const decoded = t.scratch;
   int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + widest));
-  float* const sums = decoded + 16 * (kDecodedColumns + widest) + kDecodedColumns + 2;
+  float* const decoded2 = decoded + 16 * (kDecodedColumns + widest) + kDecodedColumns + 2;
+  float* const sums = decoded2 + 16 * kDecodedColumns;
   const int64_t per_panel = 16 * rows * t.tiles;
   const bool direct = kind.direct && t.tiles <= kDirectTiles;
   const int64_t step = !direct ? kDecodedColumns : t.tiles == 1 ? in : kDirectColumns;
   // Where all of x stays in a second-level cache, panels go one by one: one stream of reads instead of several.
-  const int64_t group = in * rows * t.tiles <= kCachedFloats ? 1 : kPanelGroup;
+  const int64_t group = in * rows * t.tiles <= kCachedFloats ? kPanelsAtOnce : kPanelGroup;
   AnyDecoder decoders[kPanelGroup];
   for (int64_t first = t.first; first < t.last; first += group) {
     const int64_t panels = least(group, t.last - first);
@@ -151,19 +189,27 @@ void panels(const sparsec::PanelTask& t) {
         }
         const float* columns = decoded;
         starts[0] = static_cast<int32_t>(begin);
+#if defined(SPARSEC_PANEL_PAIRS)
+        if (!blocks && p + 1 < panels) {
+          const float* columns2 = decoded2;
+          kind.decode(decoders[p], w, begin, end, decoded, starts, &columns);
+          kind.decode(decoders[++p], w, begin, end, decoded2, starts, &columns2);
+          for (int64_t i = 0; i < t.tiles; ++i)
+            kTilePairs[rows - 1](columns, columns2, t.x + (i * in + begin) * rows, end - begin, own + i * 16 * rows,
+                                 own + per_panel + i * 16 * rows);
+          continue;
+        }
+#endif
         const int64_t runs = kind.decode(decoders[p], w, begin, end, decoded, starts, &columns);
         const int64_t run = blocks ? w.c : end - begin;
         for (int64_t i = 0; i < t.tiles && runs > 0; ++i)
           times(columns, t.x + i * in * rows, starts, runs, run, own + i * 16 * rows);
       }
     }
-    for (int64_t p = 0; p < panels; ++p) {
-      const float* const from = sums + p * per_panel;
-      switch (w.type) {
-        case sparsec::kFloat32: finish_panel<float>(t, from, 16 * (first + p)); break;
-        case sparsec::kBFloat16: finish_panel<BFloat16>(t, from, 16 * (first + p)); break;
-        default: finish_panel<Float16>(t, from, 16 * (first + p));
-      }
+    switch (w.type) {
+      case sparsec::kFloat32: finish_panels<float>(t, sums, per_panel, first, panels); break;
+      case sparsec::kBFloat16: finish_panels<BFloat16>(t, sums, per_panel, first, panels); break;
+      default: finish_panels<Float16>(t, sums, per_panel, first, panels);
     }
   }
 }

@@ -158,7 +158,7 @@ float* scratch(int64_t floats) {
   return memory.data();
 }
 
-constexpr int64_t kTokensAtOnce = 240;  // of the panels' way: their part of x and their sums stay in a second-level cache
+constexpr int64_t kTokensAtOnce = 516;  // of the panels' way: their part of x and their sums stay in a second-level cache
 
 constexpr int64_t kTilesAtOnce = 32;    // of 16 tokens: W is decoded anew for each of these
 
