@@ -40,7 +40,7 @@ class Magnitude(PruningPass):
         super().__post_init__()
         if self.scope is not None:
             check_choice(self.scope, "scope", SCOPES)
-        if self.scope == "global" and self.allocation not in ("uniform", "global"):
+        if self.scope == "global" and self.sharing not in ("uniform", "global"):
             raise SpecError(
                 f"scope='global' compares all layers with each other, so nothing is left to allocate by {self.allocation!r}; "
                 "leave one out"
@@ -62,7 +62,7 @@ class Magnitude(PruningPass):
     @property
     def _scope(self) -> str:
         """As given, or what the allocation leaves."""
-        return self.scope or ("global" if self.allocation == "uniform" else "layer")
+        return self.scope or ("global" if self.allocation is None else "layer")
 
     def _masks(self, graph: Graph, chosen: list[Weight], shares: dict[str, Share], context: Context) -> list[Tensor]:
         """Of each matrix [out, in] of each weight."""

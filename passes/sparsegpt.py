@@ -76,6 +76,10 @@ class SparseGPT(CalibratedPruning):
         mask = solve(weights, upper, shares, pattern, self._columns, rows, before)
         return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes
 
+    def scratch(self, rows: int, in_features: int) -> int:
+        """The matrix to factor and its factor in fp64, the factor and the weights in fp32."""
+        return (8 + 8 + 4) * in_features**2 + 8 * rows * in_features
+
     def enough(self, in_features: int) -> int:
         """Fewer tokens than columns leave the Gram matrix singular."""
         return in_features

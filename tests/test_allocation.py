@@ -219,6 +219,13 @@ def test_global_allocation_is_that_of_one_threshold(pattern: str) -> None:
         assert weight.pruned.target == pytest.approx(whole.weights[weight.name].mask.logical_not().float().mean())
 
 
+def test_uniform_allocation_makes_every_layer_equally_sparse_where_it_is_asked_for() -> None:
+    for weight in pruned("magnitude(0.6, allocation='uniform')").sparsec.graph.masked():
+        assert weight.mask.logical_not().sum() == round(0.6 * weight.numel)
+    shares = {w.mask.float().mean() for w in pruned("magnitude(0.6)").sparsec.graph.masked()}
+    assert len(shares) > 1  # one threshold over all, unless another is asked for
+
+
 def test_a_table_says_it_layer_by_layer_and_the_last_word_counts() -> None:
     model, _ = tiny_model("llama")
     table = {"mlp": 0.6, "layers.0.*": 0.2, "layers.0.mlp.down_proj": 0.0}

@@ -261,6 +261,7 @@ def test_a_tied_head_that_is_named_is_pruned_but_stays_dense_because_it_is_the_e
     (weight,) = compiled.sparsec.graph.masked()
     assert "transformer.wte holds the same tensor" in weight.reason
     assert weight.packed is None
+    assert compiled.sparsec.records[0].notes[0].startswith(f"{weight.name}: is the table of an embedding too")
     assert "stays dense" in compiled.sparsec.records[-1].notes[0]
 
 

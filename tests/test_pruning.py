@@ -250,6 +250,20 @@ def test_a_gram_matrix_that_cannot_be_factored_raises_the_damping_and_says_so() 
         inverse_factor(gram, 0.01)
 
 
+def test_a_layer_whose_gram_matrix_cannot_be_factored_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ActivationError("the Gram matrix cannot be factored")
+
+    monkeypatch.setattr("sparsec.passes.sparsegpt.inverse_factor", fails)
+    with pytest.raises(ActivationError, match=r"^0\.weight: the Gram matrix cannot"):
+        sparsec.compile(
+            nn.Sequential(nn.Linear(8, 8)),
+            "sparsegpt(0.5)",
+            calibration=[(torch.randn(9, 8),)],
+            example_inputs=torch.ones(2, 8),
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "spec"),
     [

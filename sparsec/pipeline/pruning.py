@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate import FEEDS, ORDERS, Site, Statistics, calibrate
-from sparsec.errors import PipelineError, SpecError, WeightError
+from sparsec.errors import ActivationError, PipelineError, SpecError, WeightError
 from sparsec.ir.facts import Pruned, Weight
 from sparsec.ir.graph import Graph
 from sparsec.patterns import CHUNK, Pattern
@@ -32,8 +32,8 @@ class PruningPass(Pass):
 
     sparsity: share of zeros; an N:M pattern says it by itself. pattern: `unstructured`, `N:M` (`2:4` keeps two of every four
     neighbours in a row) or `block:RxC`. allocation: how the zeros are shared out among layers: `uniform`, `global`, `owl`,
-    `alphapruning`, `sensitivity`, or pairs of a pattern and a sparsity; spread: how far apart layers then are. targets and ignore
-    select weights; by default all of attention, MLP and experts.
+    `alphapruning`, `sensitivity`, or pairs of a pattern and a sparsity (default: uniform, unless the pass says otherwise); spread:
+    how far apart layers then are. targets and ignore select weights; by default all of attention, MLP and experts.
     """
 
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -43,7 +43,7 @@ class PruningPass(Pass):
 
     sparsity: float | None = None
     pattern: str = field(default="unstructured", kw_only=True)
-    allocation: str | Table = field(default="uniform", kw_only=True)
+    allocation: str | Table | None = field(default=None, kw_only=True)
     spread: float | None = field(default=None, kw_only=True)
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
@@ -56,9 +56,10 @@ class PruningPass(Pass):
         if fixed is not None and abs(sparsity - fixed) > _SLACK:
             raise SpecError(f"pattern {self.pattern!r} makes a sparsity of {fixed:g}, got {sparsity:g}; leave one out")
         object.__setattr__(self, "sparsity", sparsity)
-        object.__setattr__(self, "allocation", check_allocation(self.allocation))
-        check_spread(self.spread, self.allocation)
-        if fixed is not None and self.allocation != "uniform":
+        if self.allocation is not None:
+            object.__setattr__(self, "allocation", check_allocation(self.allocation))
+        check_spread(self.spread, self.sharing)
+        if fixed is not None and self.sharing != "uniform":
             raise SpecError(f"pattern {self.pattern!r} makes every layer equally sparse; leave allocation out")
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
@@ -67,6 +68,11 @@ class PruningPass(Pass):
     def needs_calibration(self) -> bool:
         """Whether the allocation has to see what layers are given."""
         return self.allocation in CALIBRATED
+
+    @property
+    def sharing(self) -> str | Table:
+        """The allocation, as given or by default."""
+        return "uniform" if self.allocation is None else self.allocation
 
     @property
     def share(self) -> float:
@@ -89,11 +95,11 @@ class PruningPass(Pass):
         if self.needs_calibration and context.calibration is None:
             raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
         pattern = Pattern.parse(self.pattern)
-        return allocate(graph, chosen, self.share, pattern, self.allocation, self.spread, context)
+        return allocate(graph, chosen, self.share, pattern, self.sharing, self.spread, context)
 
     def pruned(self, share: Share, error_masked: float | None = None, error: float | None = None) -> Pruned:
         """The record of a weight that got this share."""
-        allocation = self.allocation if isinstance(self.allocation, str) else "table"
+        allocation = self.sharing if isinstance(self.sharing, str) else "table"
         return Pruned(self.name, share.sparsity, allocation, share.measure, error_masked, error)
 
     def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
@@ -106,6 +112,12 @@ class PruningPass(Pass):
         total = sum(w.numel for w in chosen)
         zeros = total - sum(graph.weights[w.name].kept for w in chosen)
         share = zeros / total if total else 0.0
+        tied = [w.name for w in chosen if w.kind == "embedding"]
+        if tied:
+            notes = (
+                *notes,
+                f"{', '.join(tied)}: is the table of an embedding too, so that the zeros are in what tokens become as well",
+            )
         notes = (*notes, *self._emptied(graph, chosen))
         summary = f"{zeros:,} of {total:,} weights in {len(chosen)} matrices masked ({100 * share:.2f} %, {how})"
         return PassResult(changed=bool(chosen), summary=summary, notes=tuple(notes))
@@ -157,6 +169,10 @@ class CalibratedPruning(PruningPass):
         old: earlier masks; what they removed is zero in the matrices. shares: how sparse each of them shall be.
         """
 
+    def scratch(self, rows: int, in_features: int) -> int:
+        """Bytes that `prune` takes beside what it is given and gives back, for matrices of so many rows in all."""
+        return 8 * rows * in_features
+
     def enough(self, in_features: int) -> int:
         """How many tokens a layer must have seen for its statistics to be trusted."""
         return 128
@@ -170,14 +186,20 @@ class CalibratedPruning(PruningPass):
         shares = self.shares(graph, chosen, context)
         notes: list[str] = []
         short: list[tuple[int, int]] = []  # of each layer that saw too few: tokens, and how many are needed
+        scratch = 0
 
         def prune(site: Site, statistics: Sequence[Statistics]) -> None:
+            nonlocal scratch
             settled = [_Settled(graph, name, shares[name].sparsity) for name in site.weights]
             for e, each in enumerate(statistics):
                 old = [s.old[e] for s in settled]
                 before = [_masked(s.matrices[e], mask) for s, mask in zip(settled, old, strict=True)]
-                masks, updated, said = self.prune(before, old, [s.share for s in settled], each)
+                scratch = max(scratch, self.scratch(sum(len(m) for m in before), len(each.squares)))
                 which = ", ".join(site.weights) + (f", expert {e}" if len(statistics) > 1 else "")
+                try:
+                    masks, updated, said = self.prune(before, old, [s.share for s in settled], each)
+                except ActivationError as error:
+                    raise ActivationError(f"{which}: {error}") from error
                 notes.extend(f"{which}: {text}" for text in said)
                 for i, s in enumerate(settled):
                     s.add(before[i], masks[i], None if updated is None else updated[i], each.sample)
@@ -206,7 +228,7 @@ class CalibratedPruning(PruningPass):
                 f"{len(short)} layers were shown no more than {seen} tokens, and {self.name} needs {needed} of them to be trusted; "
                 "calibrate on more text"
             )
-        how = f"on {data.source}; {profile}"
+        how = f"on {data.source}; {profile}; pruning a layer takes about {scratch / 1e6:.1f} MB more"
         return self.result(graph, chosen, how, notes)
 
     def _unseen(self, site: Site, statistics: Sequence[Statistics]) -> list[str]:
