@@ -87,7 +87,7 @@ using Kernel = void (*)(const Task&);
 constexpr int kLaneCounts = 4;
 constexpr int kLanes[kLaneCounts] = {4, 8, 16, 32};
 
-constexpr int64_t kDecodedColumns = 192;  // of a panel at a time: 12 KB, two of them half of a first-level cache
+constexpr int64_t kDecodedColumns = 256;  // of a panel at a time: 16 KB, half of a first-level cache
 constexpr int64_t kPanelGroup = 8;        // panels that go through the columns together, while that part of x is in a cache
 
 constexpr int64_t panel_scratch(int64_t block_columns, int64_t rows_of_x) {

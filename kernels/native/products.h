@@ -158,7 +158,8 @@ float* scratch(int64_t floats) {
   return memory.data();
 }
 
-constexpr int64_t kTokensAtOnce = 516;  // of the panels' way: their part of x and their sums stay in a second-level cache
+// Of the panels' way: their part of x and their sums stay in a second-level cache, which CPUs with AVX-512 have of 1 MB and more.
+int64_t tokens_at_once(const InstructionSet& isa) { return isa.rows_per_tile >= 12 ? 516 : 240; }
 
 constexpr int64_t kTilesAtOnce = 32;    // of 16 tokens: W is decoded anew for each of these
 
@@ -177,7 +178,7 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa) {
       }
       return;
     case Way::panels: {
-      const int64_t rows = x.tiles.lanes, tiles = std::max<int64_t>(1, kTokensAtOnce / rows);
+      const int64_t rows = x.tiles.lanes, tiles = std::max<int64_t>(1, tokens_at_once(isa) / rows);
       const int64_t blocks = w.format == sparsec::kBsr ? w.c : 0;
       for (int64_t tile = 0; tile < x.tiles.groups; tile += tiles) {
         const int64_t count = std::min(tiles, x.tiles.groups - tile), done = tile * rows;
