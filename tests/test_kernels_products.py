@@ -240,6 +240,17 @@ def test_tiles_are_right_beyond_what_goes_through_them_at_once(isa: str, name: s
         assert_right(isa, x, [tokens], packed, kept, torch.randn(len(kept), generator=generator).bfloat16())
 
 
+@pytest.mark.parametrize("isa", ["amx"], indirect=True)
+def test_tiles_and_the_dense_product_of_torch_take_turns(isa: str) -> None:
+    """Both set up the tile registers of the threads that they share."""
+    packed, kept = some(LAYOUTS["bitmap"], 272, 300, 0.5, torch.bfloat16)
+    x = torch.randn(100, 300, generator=torch.Generator().manual_seed(3)).bfloat16()
+    dense = torch.nn.functional.linear(x, kept)
+    for _ in range(3):
+        assert_right(isa, x, (100, 9), packed, kept)
+        assert torch.equal(torch.nn.functional.linear(x, kept), dense)
+
+
 @half_types
 @every_layout
 def test_sums_are_rounded_to_the_half_type_as_torch_rounds(isa: str, name: str, dtype: torch.dtype) -> None:
