@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from sparsec import memory
 from sparsec.calibrate import LENGTH, SEQUENCES, windows
 from sparsec.data import LoadedModel
 from sparsec.errors import DataError, SparsecError
+from sparsec.pipeline import Pipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,8 +87,14 @@ def add_calibration(p: argparse.ArgumentParser) -> None:
     )
 
 
-def calibration(loaded: LoadedModel, args: argparse.Namespace) -> tuple[torch.Tensor, str]:
-    """Tokens to calibrate on, drawn by `args.seed`, and where they come from."""
+def calibration(
+    loaded: LoadedModel, args: argparse.Namespace, pipelines: Sequence[Pipeline]
+) -> tuple[torch.Tensor, str] | None:
+    """Tokens to calibrate on, drawn by `args.seed`, and where they come from; None where no pass learns from them."""
+    if not any(p.needs_calibration for pipeline in pipelines for p in pipeline.passes):
+        if args.calibration:
+            print(f"notice: no pass learns from data, so --calibration {args.calibration} is not read", file=sys.stderr)
+        return None
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     sequences, length = args.calibration_sequences, args.calibration_length
     return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit)

@@ -140,6 +140,8 @@ def compile(
     traced = perf_counter() - start
     if not any(graph.prunable(name) for name in graph.weights):
         raise CompileError(_nothing_to_prune(graph))
+    if calibration is not None and not any(p.needs_calibration for p in pipeline.passes):
+        graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
     data = _calls(graph, drawn)
     context = _context(model, graph, masks=masks or {}, calibration=data, progress=progress)
     records = pipeline.run(graph, context, verify, instruments)

@@ -11,6 +11,7 @@ from sparsec.calibrate import strings, windows
 from sparsec.data import load_model
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import ActivationError, DataError, PipelineError
+from sparsec.report.__main__ import main
 
 
 def test_strings_become_sequences_and_empty_ones_are_refused() -> None:
@@ -69,6 +70,16 @@ def test_what_a_tokenizer_returns_is_not_taken_for_strings() -> None:
     given = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
     with pytest.raises(DataError, match=r"give its \['input_ids'\]"):
         sparsec.compile(tiny_model("llama")[0], "wanda(0.5)", calibration=given)
+
+
+def test_data_that_no_pass_learns_from_is_noted(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    model, _ = tiny_model("llama")
+    out = sparsec.compile(model, "magnitude(0.5),freeze", calibration=torch.zeros(2, 8, dtype=torch.int64))
+    assert "calibration data was given, and none of magnitude(0.5),freeze learns from it" in out.sparsec.notes
+    text = tmp_path / "own.txt"
+    text.write_text("words " * 100)
+    assert main(["tiny", "--passes", "magnitude(0.5)", "--no-measure", "--calibration", str(text)]) == 0
+    assert f"no pass learns from data, so --calibration {text} is not read" in capsys.readouterr().err
 
 
 def test_compile_takes_strings_and_files(tmp_path) -> None:

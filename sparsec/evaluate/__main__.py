@@ -105,8 +105,7 @@ def _run(args: argparse.Namespace) -> None:
             on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
         ]
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded))
-        needs = any(p.needs_calibration for pipeline in pipelines for p in pipeline.passes)
-        drawn = calibration(loaded[0], args) if needs else None
+        drawn = calibration(loaded[0], args, pipelines)
         notes = [f"calibrated on {drawn[1]}"] if drawn is not None else []
         saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None
         if saved is not None and saved.done:

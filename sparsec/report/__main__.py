@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress:
         loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
         planned = None if text is None else plan(loaded, text, effort(args))
-        drawn = calibration(loaded, args) if any(p.needs_calibration for p in pipeline.passes) else None
+        drawn = calibration(loaded, args, [pipeline])
         report = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
     print(report)
     if args.json:
