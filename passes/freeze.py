@@ -32,7 +32,7 @@ class Freeze(Pass):
             assert weight.mask is not None
             zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
             if context.owns_weights:
-                with torch.no_grad():  # six times as fast as masked_fill_, which branches
+                with torch.no_grad():  # masked_fill_ would take an inverted copy of the mask
                     torch.where(weight.mask, tensor, zero, out=tensor)
             else:
                 graph.replace_tensor(weight.name, torch.where(weight.mask, tensor.detach(), zero))
