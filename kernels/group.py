@@ -53,62 +53,55 @@ class Grouped:
 
 
 class _Plan:
-    """What a group multiplies by: valid while every member still holds the very same tensors."""
+    """What a group multiplies by. Each member asks for itself whether that still is what it holds."""
 
-    __slots__ = ("layout", "members", "places", "tensors", "written")
+    __slots__ = ("layout", "members", "tensors")
 
     def __init__(self, members: Sequence[Grouped]) -> None:
         parts = [member.part() for member in members]
-        # By index of the member: where it holds each of its tensors, and the tensor. A bias may also be None.
-        self.members = [_places(member) for member in members]
-        self.places = [place for places in self.members for place in places]
-        # What is written to in training and loading: values (or weight), and bias. Whoever loads indices loads values too.
-        self.written = [(own[0], member._parameters["bias"]) for member, (own, _) in zip(members, parts, strict=True)]
+        self.members = [_Holding(member, own[0]) for member, (own, _) in zip(members, parts, strict=True)]
         self.tensors = [t for own, _ in parts for t in own]
         self.layout = [word for _, words in parts for word in words]
 
-    @property
-    def versions(self) -> list[tuple[int, int]]:
-        """Of what is written to, by index of the member."""
-        return [(values._version, 0 if bias is None else bias._version) for values, bias in self.written]
 
-    def version(self, index: int) -> tuple[int, int]:
-        """Of what is written to in one member."""
-        values, bias = self.written[index]
-        return values._version, 0 if bias is None else bias._version
+class _Holding:
+    """One member's tensors, and the versions of those that are written to in training and loading."""
 
-    def holds(self, index: int) -> bool:
-        """Whether a member still has the tensors that it had."""
-        return _same(self.members[index])
+    __slots__ = ("bias", "bias_version", "places", "values", "values_version")
 
-    def holds_all(self) -> bool:
-        """Whether every member still has the tensors that it had."""
-        return _same(self.places)
+    def __init__(self, member: Grouped, values: Tensor) -> None:
+        self.places: list[_Place] = [
+            (place, key, tensor) for place in (member._parameters, member._buffers) for key, tensor in place.items()
+        ]
+        # Whoever loads indices loads values too.
+        self.values, self.bias = values, member._parameters["bias"]
+        self.values_version = values._version
+        self.bias_version = 0 if self.bias is None else self.bias._version
+
+    def held(self) -> bool:
+        """Whether the member still has the tensors that it had."""
+        for place, key, tensor in self.places:  # noqa: SIM110 - the generator of all() takes as long again
+            if place.get(key) is not tensor:
+                return False
+        return True
+
+    def unwritten(self) -> bool:
+        """Whether nobody has written to them since."""
+        return self.values._version == self.values_version and (
+            self.bias is None or self.bias._version == self.bias_version
+        )
 
 
 _Place = tuple[dict[str, Tensor | None], str, Tensor | None]
 
 
-def _places(member: Grouped) -> list[_Place]:
-    return [(place, key, tensor) for place in (member._parameters, member._buffers) for key, tensor in place.items()]
-
-
-def _same(places: list[_Place]) -> bool:
-    for place, key, tensor in places:  # noqa: SIM110 - the generator of all() takes as long again
-        if place.get(key) is not tensor:
-            return False
-    return True
-
-
 class _Held:
     """Results of one call that wait for their modules."""
 
-    __slots__ = ("plan", "results", "version", "versions", "waiting", "x")
+    __slots__ = ("plan", "results", "version", "waiting", "x")
 
-    def __init__(
-        self, x: Tensor, version: int, plan: _Plan, versions: list[tuple[int, int]], results: list[Any]
-    ) -> None:
-        self.version, self.plan, self.versions = version, plan, versions
+    def __init__(self, x: Tensor, version: int, plan: _Plan, results: list[Any]) -> None:
+        self.version, self.plan = version, plan
         self.results = results  # by index of the member; None once taken
         self.waiting = len(results) - 1
         # Nobody can ask for them once x is gone, as after an exception between the calls.
@@ -161,7 +154,6 @@ class Group:
         if plan is None:
             return None
         version = x._version
-        versions = plan.versions
         try:
             with torch._C._AutoDispatchBelowAutograd():
                 results: list[Any] = fused_linear(x, plan.tensors, plan.layout)
@@ -170,15 +162,18 @@ class Group:
             return None
         mine: Tensor = results[0]
         results[0] = None
-        self._slot.held = _Held(x, version, plan, versions, results)
+        self._slot.held = _Held(x, version, plan, results)
         return mine
 
     def _plan(self, leader: Grouped) -> _Plan | None:
-        """The plan of the last call where it is still valid, else a new one; None where a member is missing."""
+        """The plan of the last call where it is still the leader's, else a new one; None where a member is missing.
+
+        What the others hold is asked when they come for their results: one that finds something else ends the plan.
+        """
         if self._plans:
             plan = self._plans[0]
             first = self._members[0]
-            if plan.holds_all() and first is not None and first() is leader:
+            if first is not None and first() is leader and plan.members[0].held():
                 return plan
         self._plans.clear()
         members = [member for known in self._members if known is not None and (member := known()) is not None]
@@ -203,9 +198,11 @@ class Group:
         if not held.waiting:
             self._slot.held = None
         known = self._members[index]
-        mine = known is not None and known() is member
-        same = mine and held.plan.holds(index) and held.plan.version(index) == held.versions[index]
-        return result if same else None
+        own = held.plan.members[index]
+        if known is not None and known() is member and own.held() and own.unwritten():
+            return result
+        self._plans.clear()
+        return None
 
     def __getstate__(self) -> dict[str, int]:
         return {"size": self.size}
