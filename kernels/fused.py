@@ -4,7 +4,8 @@ Why: on a small layer the call and the waking of the threads are the cost, and o
 reference calls each part's own operator, and so do the gradients: fusing changes who computes, never what.
 
 `inference_linear` is the same without gradients, whatever is asked for: for compiled graphs, where autograd is done by then, and
-where the way through an autograd function in Python would cost 10 us a call.
+where the way through an autograd function in Python would cost 10 us a call. `inference_single` is that of one part; its result
+is no list, since torch 2.13's C++ wrapper for compiled graphs crashes on lists of one tensor.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from sparsec.kernels.ops import LIBRARY, OPERATORS, loads_native
 
 NAME = "fused_linear"
 INFERENCE = "inference_linear"
+SINGLE = "inference_single"
 
-for _name in (NAME, INFERENCE):
+for _name, _result in ((NAME, "Tensor[]"), (INFERENCE, "Tensor[]"), (SINGLE, "Tensor")):
     LIBRARY.define(  # type: ignore[no-untyped-call]
-        f"{_name}(Tensor x, Tensor[] tensors, int[] layout) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{_name}(Tensor x, Tensor[] tensors, int[] layout) -> {_result}", tags=(torch.Tag.pt2_compliant_tag,)
     )
 fused_linear: OpOverload = torch.ops.sparsec.fused_linear.default
 inference_linear: OpOverload = torch.ops.sparsec.inference_linear.default
+inference_single: OpOverload = torch.ops.sparsec.inference_single.default
 
 
 def part_operator(part: Part[Tensor]) -> OpOverload:
@@ -47,6 +50,14 @@ def _implementation(op: OpOverload, x: Tensor, tensors: Sequence[Tensor], layout
     return _separately(x, tensors, layout)
 
 
+def _single(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
+    if loads_native(x, SINGLE):
+        out: Tensor = inference_single(x, tensors, layout)
+        return out
+    (out,) = _separately(x, tensors, layout)
+    return out
+
+
 def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
     """Each part's own gradients: x and bias of a packed part, the weight too of a dense one."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
@@ -59,5 +70,8 @@ def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int])
 for _op in (fused_linear, inference_linear):
     torch.library.impl(LIBRARY, _op._opname, "CompositeExplicitAutograd")(partial(_implementation, _op))
     torch.library.register_fake(f"sparsec::{_op._opname}", _separately, lib=LIBRARY)
+torch.library.impl(LIBRARY, SINGLE, "CompositeExplicitAutograd")(_single)
+torch.library.register_fake(f"sparsec::{SINGLE}", _single, lib=LIBRARY)
 torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)
-LIBRARY.impl(INFERENCE, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+for _name in (INFERENCE, SINGLE):
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from sparsec.errors import CompileError
 from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.kernels.dense import dense_linear
-from sparsec.kernels.fused import inference_linear
+from sparsec.kernels.fused import inference_linear, inference_single
 from sparsec.kernels.ops import OPERATORS
 
 SLOT = "post_grad_custom_pre_pass"
@@ -78,11 +78,15 @@ def _fuse(graph: fx.Graph, x: fx.Node, members: Sequence[fx.Node]) -> None:
         if node.op == "get_attr":
             members[0].prepend(node)
     with graph.inserting_before(members[0]):
-        fused = graph.call_function(inference_linear, (x, tensors, layout))
-        fused.meta["val"] = [node.meta["val"] for node in members]
-        results = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(members))]
+        if len(members) == 1:
+            results = [graph.call_function(inference_single, (x, tensors, layout))]
+        else:
+            fused = graph.call_function(inference_linear, (x, tensors, layout))
+            fused.meta["val"] = [node.meta["val"] for node in members]
+            results = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(members))]
     for node, result in zip(members, results, strict=True):
-        result.meta.update(node.meta)
+        # Not the rest of what is known of the node, such as the strides of its own arguments.
+        result.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(result)
         graph.erase_node(node)
 

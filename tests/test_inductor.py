@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from sparsec.inductor import SLOT, FuseProducts
 from sparsec.inductor import sparsec as backend
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.dense_linear import DenseLinear
-from sparsec.kernels.fused import inference_linear
+from sparsec.kernels.fused import inference_linear, inference_single
 
 KINDS = [*(layout for name, layout in LAYOUTS.items() if not name.startswith("wcsr")), None]
 """Every way to pack a matrix, and dense."""
@@ -79,8 +81,9 @@ def test_calls_of_one_value_become_one_and_the_results_stay(readers, rows: int, 
         traced.recompile()
         found = traced(x, y)
     if before == len(readers):
-        values = {other for _, _, other in readers}
-        assert [n.target for n in products(traced.graph)] == [inference_linear] * len(values)
+        reading = Counter(other for _, _, other in readers)
+        wanted = [inference_single if count == 1 else inference_linear for count in reading.values()]
+        assert [n.target for n in products(traced.graph)] == wanted
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
@@ -108,8 +111,12 @@ def test_a_weight_that_is_computed_later_stays_a_call_of_its_own() -> None:
         torch.testing.assert_close(got, factor * a @ b.T)
 
 
-@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
-def test_a_model_computes_what_it_did_in_one_call_for_each_value(mode: str | None) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"mode": "max-autotune-no-cudagraphs"}, {"options": {"cpp_wrapper": True}}],
+    ids=["plain", "mode", "c++"],
+)
+def test_a_model_computes_what_it_did_in_one_call_for_each_value(how: dict[str, Any]) -> None:
     model, call = tiny_model("llama")
     compiled = sparsec.compile(model, "magnitude(0.5),freeze,fuse,lower(bitmap)")
     groups = [op for op in compiled.sparsec.graph.ops.values() if op.members]
@@ -117,14 +124,16 @@ def test_a_model_computes_what_it_did_in_one_call_for_each_value(mode: str | Non
     torch.compiler.reset()
     with torch.no_grad():
         expected = compiled(**inputs)[0]
-        faster = torch.compile(compiled, backend="sparsec", mode=mode)
+        faster = torch.compile(compiled, backend="sparsec", **how)
         result, code = run_and_get_code(lambda: faster(**inputs)[0])
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     text = "".join(code)
     linears = sum(isinstance(m, SparseLinear) for m in compiled.modules())
     fused = linears - sum(len(op.members) - 1 for op in groups)
     assert groups
-    assert text.count("torch.ops.sparsec.inference_linear.default(") == fused
+    calls = [text.count(f"torch.ops.sparsec.{name}.default(") for name in ("inference_linear", "inference_single")]
+    if "options" not in how:  # in C++ the calls are written otherwise
+        assert calls == [len(groups), fused - len(groups)]
     assert "bitmap_linear" not in text
 
 

@@ -71,8 +71,7 @@ Tensor nm_linear(Tensor x, Tensor values, Tensor index, std::optional<Tensor> bi
 
 // Several matrices, one parallel region. layout: for each part its format, whether it has a bias, and its scalars; tensors: for each
 // part those of its format, then the bias.
-std::vector<Tensor> fused_linear(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> layout) {
-  const char* op = "fused_linear";
+std::vector<Tensor> several(const char* op, Tensor x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& layout) {
   constexpr size_t kTensors[] = {1, 3, 3, 3, 2}, kScalars[] = {0, 2, 2, 2, 4};
   std::vector<Part> parts;
   std::vector<ScalarType> types;
@@ -103,6 +102,15 @@ std::vector<Tensor> fused_linear(Tensor x, std::vector<Tensor> tensors, std::vec
   return product(op, std::move(x), parts, types);
 }
 
+std::vector<Tensor> fused_linear(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> layout) {
+  return several("fused_linear", std::move(x), tensors, layout);
+}
+Tensor inference_single(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> layout) {
+  const std::vector<Tensor> out = several("inference_single", std::move(x), tensors, layout);
+  STD_TORCH_CHECK(out.size() == 1, "inference_single: the layout must be that of one part, got ", out.size());
+  return out[0];
+}
+
 }  // namespace
 
 // ---- for kernels/loader.py, through ctypes -------------------------------------------------------------------------------------
@@ -124,4 +132,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("nm_linear", TORCH_BOX(&nm_linear));
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
   m.impl("inference_linear", TORCH_BOX(&fused_linear));
+  m.impl("inference_single", TORCH_BOX(&inference_single));
 }
