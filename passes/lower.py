@@ -77,7 +77,9 @@ class Lower(Pass):
         if self.format == AUTO:
             plans, said = self._choices(graph, context, packable)
             notes += said
-            reasons |= {name: plan.reason for name, plan in plans.items() if plan.best.format == "dense"}
+            for name, plan in plans.items():
+                if plan.best.format == "dense":
+                    reasons[name] = "; ".join(filter(None, (reasons.get(name), plan.reason)))
         else:
             for weight in packable:  # what will be refused is refused before any dense weight is gone
                 self._check(graph, weight)

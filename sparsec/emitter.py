@@ -104,7 +104,7 @@ def _reason(model: nn.Module, owner: str) -> str:
         return f"the model has no module {owner!r}"
     kind = type(module)
     if isinstance(module, nn.Linear):
-        plain = kind.forward is nn.Linear.forward
+        plain = kind.forward in (nn.Linear.forward, DenseLinear.forward)
     elif isinstance(module, conv1d_type()):
         plain = any(kind.forward is c.forward for c in conv1d_type())
     else:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -214,3 +215,25 @@ def test_a_part_that_does_not_fit_x_is_refused_by_name() -> None:
         RuntimeError, match=r"_linear: x must be \[..., in_features=6\]"
     ):  # the library cannot raise KernelError
         fused_linear(torch.randn(3, 7), [torch.randn(5, 6)], [0, 0])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    at=st.integers(1, 5),
+    architecture=st.sampled_from(["llama", "gpt2", "opt"]),
+    last=st.sampled_from(["lower(bitmap)", "lower(auto, objective='bytes')", "lower(auto)"]),
+)
+def test_extend_ends_where_one_compile_does(at: int, architecture: str, last: str) -> None:
+    """Wherever the passes are cut, after fuse too, whose dense parts are modules of sparsec by then."""
+    model, call = tiny_model(architecture)
+    whole = Pipeline.parse(f"magnitude(0.9),freeze,sparsity,flops,fuse,{last}")
+    once = sparsec.compile(model, whole)
+    twice = sparsec.extend(sparsec.compile(model, Pipeline(whole.passes[:at])), Pipeline(whole.passes[at:]))
+
+    def state(compiled: sparsec.Compiled) -> dict[str, object]:
+        return {w.name: (w.format, w.reason, w.nbytes) for w in compiled.graph.weights.values()}
+
+    assert state(twice.sparsec) == state(once.sparsec)
+    assert [type(m) for m in twice.modules()] == [type(m) for m in once.modules()]
+    with torch.no_grad():
+        torch.testing.assert_close(twice(**call(1, 5))[0], once(**call(1, 5))[0], rtol=0, atol=0)
