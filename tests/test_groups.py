@@ -111,6 +111,23 @@ def test_one_call_serves_all_and_nothing_stays_behind(calls) -> None:
     assert held(module) is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["write", "replace"])
+def test_after_a_change_a_member_computes_once_by_itself_and_then_shares_again(calls, monkeypatch, change: str) -> None:
+    module, x = Siblings(), torch.randn(2, 6)
+    module(x)
+    if change == "write":
+        module.b.values.mul_(2)
+    else:
+        module.b.values = module.b.values * 2
+    own = []
+    monkeypatch.setattr(module.b, "_op", lambda *args, op=module.b._op: own.append(1) or op(*args))
+    for _ in range(3):
+        torch.testing.assert_close(module(x), right(module, x))
+    assert own == [1]
+    assert calls == [3] * 4
+
+
 CHANGES = ["nothing", "write x", "write weight", "replace weight", "replace bias"]
 episodes = st.tuples(
     st.sampled_from(CHANGES), st.sampled_from(CHANGES), st.permutations("abc"), st.integers(0, 1), st.integers(0, 1)
