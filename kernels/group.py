@@ -159,6 +159,7 @@ class Group:
                 results: list[Any] = fused_linear(x, plan.tensors, plan.layout)
         except RuntimeError:
             # A member on another device or of another dtype, say. Whose fault it is shows where that one is called.
+            self._plans.clear()
             return None
         mine: Tensor = results[0]
         results[0] = None
