@@ -171,8 +171,7 @@ class Group:
 
         What the others hold is asked when they come for their results: one that finds something else ends the plan.
         """
-        if self._plans:
-            plan = self._plans[0]
+        for plan in self._plans:  # a loop, since another thread may end it meanwhile
             first = self._members[0]
             if first is not None and first() is leader and plan.members[0].held():
                 return plan
