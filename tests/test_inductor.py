@@ -120,7 +120,7 @@ def test_a_model_computes_what_it_did_in_one_call_for_each_value(how: dict[str, 
     model, call = tiny_model("llama")
     compiled = sparsec.compile(model, "magnitude(0.5),freeze,fuse,lower(bitmap)")
     groups = [op for op in compiled.sparsec.graph.ops.values() if op.members]
-    inputs = call(1, 5)
+    inputs = call(1, 12)  # more rows than a chain takes
     torch.compiler.reset()
     with torch.no_grad():
         expected = compiled(**inputs)[0]

@@ -2,9 +2,12 @@
 //
 // Python says the same in better words (kernels/ops.py, explain): these messages name the operator and the rule.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -14,6 +17,7 @@
 namespace {
 
 using sparsec::Matrix;
+using sparsec::ValueType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -160,6 +164,51 @@ void check_x(const char* op, const Tensor& x, const Matrix& w, ScalarType type) 
   STD_TORCH_CHECK(x.scalar_type() == type, op,
                   ": x must have the dtype of the weights; convert x, or the model before compiling it, and leave "
                   "torch.autocast off, which changes x and not packed weights");
+}
+
+// For each part its format, whether it has a bias, and its scalars; and of `tensors`, from `used` on, those of its format, then the bias.
+void read_parts(const char* op, const std::vector<Tensor>& tensors, size_t& used, const int64_t* layout, size_t length,
+                std::vector<Matrix>& matrices, std::vector<ScalarType>& types) {
+  constexpr size_t kTensors[] = {1, 3, 3, 3, 2}, kScalars[] = {0, 2, 2, 2, 4};
+  for (size_t s = 0; s < length;) {
+    STD_TORCH_CHECK(s + 2 <= length && layout[s] >= 0 && layout[s] < sparsec::kFormats && s + 2 + kScalars[layout[s]] <= length, op,
+                    ": the layout names no format, or ends early, at entry ", s);
+    const int64_t format = layout[s];
+    const bool has_bias = layout[s + 1] != 0;
+    const int64_t* scalar = layout + s + 2;
+    STD_TORCH_CHECK(used + kTensors[format] + has_bias <= tensors.size(), op, ": the layout names more tensors than the ",
+                    tensors.size(), " given");
+    const Tensor* part = tensors.data() + used;
+    std::optional<Tensor> bias;
+    if (has_bias) bias = part[kTensors[format]];
+    switch (format) {
+      case sparsec::kDense: matrices.push_back(read_dense(part[0], bias)); break;
+      case sparsec::kCsr: matrices.push_back(read_csr(part[0], part[1], part[2], bias, scalar[0])); break;
+      case sparsec::kBitmap: matrices.push_back(read_bitmap(part[0], part[1], part[2], bias, scalar[0], scalar[1])); break;
+      case sparsec::kBsr: matrices.push_back(read_bsr(part[0], part[1], part[2], bias, scalar[0])); break;
+      default: matrices.push_back(read_nm(part[0], part[1], bias, scalar[0], scalar[1], scalar[2]));
+    }
+    types.push_back(part[0].scalar_type());
+    used += kTensors[format] + has_bias;
+    s += 2 + kScalars[format];
+  }
+}
+
+// torch's number of a tensor's dtype.
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// A new tensor, by the shortest way that the stable ABI has.
+Tensor empty(int32_t dtype, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace

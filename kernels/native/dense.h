@@ -8,15 +8,6 @@ namespace {
 
 constexpr int64_t kDenseAhead = 1024;  // bytes
 
-inline float sum_of(Vec v) {
-  float s[kRegister], sum = 0.0f;
-  store_vec(s, v);
-  for (int width = kRegister / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) s[l] += s[l + width];
-  sum = s[0];
-  return sum;
-}
-
 // R rows of W times M rows of x: every loaded value is used R or M times.
 template <int R, int M, class T>
 inline void dense_block(const sparsec::Matrix& w, const float* x, int64_t row, T* out, int64_t out_stride) {

@@ -78,7 +78,7 @@ struct Rows {
   const void* data;
   int64_t tokens;
   int64_t in;
-  const void* plain = nullptr;  // [tokens][in] in fp32 (fp64 as it is)
+  const void* plain;  // [tokens][in] in fp32 (fp64 as it is), or null as long as nobody has asked
   std::unique_ptr<float[]> widened;
   Grouped lanes, tiles;
   Tiled tiled;

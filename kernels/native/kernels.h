@@ -82,6 +82,50 @@ struct AmxTask {
   void* scratch;      // amx_scratch() bytes, at a multiple of 64
 };
 
+// As numbered by kernels/chain.py.
+enum ElementOp {
+  kAdd = 1, kSubtract, kMultiply, kDivide, kMaximum, kMinimum,
+  kCopy, kNegate, kExp, kSigmoid, kTanh, kErf, kSqrt, kRsqrt, kRelu,  // of a alone
+  kMean, kVariance,                                                   // of a's rows, to one number each
+  kElementOps
+};
+
+struct Operand {
+  const float* from;
+  int64_t width;       // numbers per row
+  int64_t row_stride;  // 0: the same for every row
+  bool one;            // number, for all of a row
+};
+
+// out [rows][width], with room for a register behind it, from operands that may be read as far.
+struct ElementTask {
+  ElementOp op;
+  ValueType type;  // that results are rounded to
+  Operand a, b;    // b of those that need no second is a
+  float* out;
+  int64_t rows, width;
+};
+constexpr int64_t kSpare = 16;  // floats
+
+constexpr int64_t kPositions = 64;  // of a cache, at a time
+
+// Queries that share keys and values [.., stride]: of positions [first, last) the highest score, the sum of e**(score - highest), and
+// the sum of the values times these.
+struct AttendTask {
+  const float* q;     // [queries][padded]
+  const void* k;
+  const void* v;
+  const float* mask;  // by position, added to the scores; or null
+  int64_t k_stride, v_stride;
+  int64_t queries, width, value_width, padded;
+  int64_t first, last;
+  float scale;
+  float* scores;      // [queries][kPositions]
+  float* out;         // [queries][padded]
+  float* highest;     // [queries]
+  float* sum;         // [queries]
+};
+
 using Kernel = void (*)(const Task&);
 
 constexpr int kLaneCounts = 4;
@@ -111,6 +155,10 @@ struct InstructionSet {
   void (*panels)(const PanelTask&);           // many rows of x; fp32, bf16, fp16
   void (*expand)(const ExpandTask&);
   void (*amx)(const AmxTask&);                // bf16, two rows of x and more; null: there are no tiles
+  void (*elementwise)(const ElementTask&);
+  void (*widen[kFloat64])(const void*, float*, int64_t);
+  void (*narrow[kFloat64])(const float*, void*, int64_t);
+  void (*attend[kFloat64])(const AttendTask&);
 };
 
 extern const InstructionSet kPortable;

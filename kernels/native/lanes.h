@@ -28,6 +28,14 @@ inline Vec load_vec(const float* from) {
 }
 inline void store_vec(float* to, Vec v) { memcpy(to, &v, sizeof(v)); }
 
+inline float sum_of(Vec v) {
+  float s[kRegister];
+  store_vec(s, v);
+  for (int width = kRegister / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) s[l] += s[l + width];
+  return s[0];
+}
+
 constexpr int kRegisters = 16 / kRegister;
 struct Lanes {
   Vec v[kRegisters];

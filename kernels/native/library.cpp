@@ -2,6 +2,8 @@
 //
 // Uses torch's stable ABI only, so that one library serves torch 2.10 and later. Schemas live in Python (kernels/ops.py).
 #include "arguments.h"
+#include "chain.h"
+#include "decode_attention.h"
 #include "products.h"
 
 #if defined(_WIN32)
@@ -11,42 +13,26 @@
 
 namespace {
 
-// A new tensor like x with these sizes, by the shortest way that the stable ABI has.
-Tensor empty_like(const Tensor& x, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-std::vector<Tensor> product(const char* op, Tensor x, std::vector<Part>& parts, const std::vector<ScalarType>& types) {
-  for (size_t i = 0; i < parts.size(); ++i) check_x(op, x, parts[i].matrix, types[i]);
+std::vector<Tensor> product(const char* op, Tensor x, const std::vector<Matrix>& matrices, const std::vector<ScalarType>& types) {
+  for (size_t i = 0; i < matrices.size(); ++i) check_x(op, x, matrices[i], types[i]);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const auto x_sizes = x.sizes();
   std::vector<int64_t> sizes(x_sizes.begin(), x_sizes.end());
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < sizes.size(); ++i) tokens *= sizes[i];
+  const int32_t dtype = dtype_of(x);
   std::vector<Tensor> outs;
   std::vector<Part> busy;
-  for (const Part& part : parts) {
-    sizes.back() = part.matrix.out_features;
-    outs.push_back(empty_like(x, sizes));
-    if (tokens == 0 || part.matrix.out_features == 0) continue;
-    busy.push_back(part);
-    busy.back().out = outs.back().mutable_data_ptr();
+  for (const Matrix& matrix : matrices) {
+    sizes.back() = matrix.out_features;
+    outs.push_back(empty(dtype, sizes));
+    if (tokens && matrix.out_features) busy.push_back(Part{matrix, outs.back().mutable_data_ptr()});
   }
-  if (!busy.empty()) multiply(busy, x, tokens);
+  if (!busy.empty()) multiply(busy, Input{x.const_data_ptr(), nullptr, tokens, dtype});
   return outs;
 }
 
-Tensor single(const char* op, Tensor x, const Matrix& w, ScalarType type) {
-  std::vector<Part> parts{Part{w}};
-  return product(op, std::move(x), parts, {type})[0];
-}
+Tensor single(const char* op, Tensor x, const Matrix& w, ScalarType type) { return product(op, std::move(x), {w}, {type})[0]; }
 
 Tensor dense_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   return single("dense_linear", x, read_dense(weight, bias), weight.scalar_type());
@@ -69,37 +55,14 @@ Tensor nm_linear(Tensor x, Tensor values, Tensor index, std::optional<Tensor> bi
   return single("nm_linear", x, read_nm(values, index, bias, out_features, in_features, m), values.scalar_type());
 }
 
-// Several matrices, one parallel region. layout: for each part its format, whether it has a bias, and its scalars; tensors: for each
-// part those of its format, then the bias.
+// Several matrices, one parallel region.
 std::vector<Tensor> several(const char* op, Tensor x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& layout) {
-  constexpr size_t kTensors[] = {1, 3, 3, 3, 2}, kScalars[] = {0, 2, 2, 2, 4};
-  std::vector<Part> parts;
+  std::vector<Matrix> matrices;
   std::vector<ScalarType> types;
-  size_t t = 0;
-  for (size_t s = 0; s < layout.size();) {
-    STD_TORCH_CHECK(layout[s] >= 0 && layout[s] < sparsec::kFormats && s + 2 + kScalars[layout[s]] <= layout.size(), op,
-                    ": the layout names no format, or ends early, at entry ", s);
-    const int64_t format = layout[s];
-    const bool has_bias = layout[s + 1] != 0;
-    const int64_t* scalar = layout.data() + s + 2;
-    STD_TORCH_CHECK(t + kTensors[format] + has_bias <= tensors.size(), op, ": the layout names more tensors than the ", tensors.size(),
-                    " given");
-    const Tensor* part = tensors.data() + t;
-    std::optional<Tensor> bias;
-    if (has_bias) bias = part[kTensors[format]];
-    switch (format) {
-      case sparsec::kDense: parts.push_back(Part{read_dense(part[0], bias)}); break;
-      case sparsec::kCsr: parts.push_back(Part{read_csr(part[0], part[1], part[2], bias, scalar[0])}); break;
-      case sparsec::kBitmap: parts.push_back(Part{read_bitmap(part[0], part[1], part[2], bias, scalar[0], scalar[1])}); break;
-      case sparsec::kBsr: parts.push_back(Part{read_bsr(part[0], part[1], part[2], bias, scalar[0])}); break;
-      default: parts.push_back(Part{read_nm(part[0], part[1], bias, scalar[0], scalar[1], scalar[2])});
-    }
-    types.push_back(part[0].scalar_type());
-    t += kTensors[format] + has_bias;
-    s += 2 + kScalars[format];
-  }
-  STD_TORCH_CHECK(t == tensors.size() && !parts.empty(), op, ": the layout names ", t, " tensors, got ", tensors.size());
-  return product(op, std::move(x), parts, types);
+  size_t used = 0;
+  read_parts(op, tensors, used, layout.data(), layout.size(), matrices, types);
+  STD_TORCH_CHECK(used == tensors.size() && !matrices.empty(), op, ": the layout names ", used, " tensors, got ", tensors.size());
+  return product(op, std::move(x), matrices, types);
 }
 
 std::vector<Tensor> fused_linear(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> layout) {
@@ -108,6 +71,13 @@ std::vector<Tensor> fused_linear(Tensor x, std::vector<Tensor> tensors, std::vec
 Tensor inference_single(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> layout) {
   const std::vector<Tensor> out = several("inference_single", std::move(x), tensors, layout);
   STD_TORCH_CHECK(out.size() == 1, "inference_single: the layout must be that of one part, got ", out.size());
+  return out[0];
+}
+Tensor single_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, int64_t rows, std::vector<int64_t> program,
+                    std::vector<double> constants, std::vector<int64_t> results) {
+  const std::vector<Tensor> out = chain(std::move(inputs), std::move(tensors), rows, std::move(program), std::move(constants),
+                                        std::move(results));
+  STD_TORCH_CHECK(out.size() == 1, "single_chain: there must be one result, got ", out.size());
   return out[0];
 }
 
@@ -133,4 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
   m.impl("inference_linear", TORCH_BOX(&fused_linear));
   m.impl("inference_single", TORCH_BOX(&inference_single));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("chain", TORCH_BOX(&chain));
+  m.impl("single_chain", TORCH_BOX(&single_chain));
 }

@@ -61,6 +61,14 @@ struct Part {
   Way way = Way::one;
 };
 
+// x of a product.
+struct Input {
+  const void* data;   // [tokens][in] of the matrices' type
+  const float* wide;  // the same in fp32, or null
+  int64_t tokens;
+  int32_t dtype;      // torch's number of the type
+};
+
 // ---- pieces of work ------------------------------------------------------------------------------------------------------
 
 int64_t value_bytes(const Matrix& w) {
@@ -240,13 +248,11 @@ constexpr int64_t kHalfPanelRows = 256;
 
 // Panels of W expanded into the half type, then the dense product of that type.
 template <class T>
-void half_rows(const Part& part, const Tensor& x, const InstructionSet& isa) {
+void half_rows(const Part& part, const Input& x, const InstructionSet& isa) {
   const Matrix& w = part.matrix;
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  const int64_t in = w.in_features, tokens = in ? x.numel() / in : 0;
+  const int64_t in = w.in_features, tokens = x.tokens;
   std::unique_ptr<T[]> expanded(new T[kHalfPanelRows * std::max<int64_t>(1, in)]);
-  const Tensor rows = view(const_cast<void*>(x.const_data_ptr()), tokens, in, in, 1, dtype);
+  const Tensor rows = view(const_cast<void*>(x.data), tokens, in, in, 1, x.dtype);
   T* const out = static_cast<T*>(part.out);
   for (int64_t first = 0; first < w.out_features; first += kHalfPanelRows) {
     const int64_t count = std::min(kHalfPanelRows, w.out_features - first);
@@ -256,29 +262,29 @@ void half_rows(const Part& part, const Tensor& x, const InstructionSet& isa) {
       isa.expand(ExpandTask{&w, expanded.get() + begin * kPanel * in, panel + begin, panel + end,
                             scratch(sparsec::panel_scratch(blocks, 0))});
     });
-    Tensor target = view(out + first, tokens, count, w.out_features, 1, dtype);
-    dense_product(rows, view(expanded.get(), in, count, 1, in, dtype), target);
+    Tensor target = view(out + first, tokens, count, w.out_features, 1, x.dtype);
+    dense_product(rows, view(expanded.get(), in, count, 1, in, x.dtype), target);
     add_bias(out + first, w.bias ? static_cast<const T*>(w.bias) + first : nullptr, tokens, count, w.out_features);
   }
 }
 
 template <class T>
-void stock_rows(const Part& part, const Tensor& x, int32_t dtype) {
+void stock_rows(const Part& part, const Input& x) {
   const Matrix& w = part.matrix;
-  const int64_t in = w.in_features, tokens = in ? x.numel() / in : 0;
-  Tensor target = view(part.out, tokens, w.out_features, w.out_features, 1, dtype);
-  dense_product(view(const_cast<void*>(x.const_data_ptr()), tokens, in, in, 1, dtype),
-                view(const_cast<void*>(w.values), in, w.out_features, 1, in, dtype), target);
+  const int64_t in = w.in_features, tokens = x.tokens;
+  Tensor target = view(part.out, tokens, w.out_features, w.out_features, 1, x.dtype);
+  dense_product(view(const_cast<void*>(x.data), tokens, in, in, 1, x.dtype),
+                view(const_cast<void*>(w.values), in, w.out_features, 1, in, x.dtype), target);
   add_bias(static_cast<T*>(part.out), static_cast<const T*>(w.bias), tokens, w.out_features, w.out_features);
 }
 
 // ---- all parts -------------------------------------------------------------------------------------------------------------
 
-// x contiguous [..., in], of the matrices' type; every part's `out` is there and not empty.
-void multiply(std::vector<Part>& parts, const Tensor& x, int64_t tokens) {
+// Every part's `out` is there and not empty.
+void multiply(std::vector<Part>& parts, const Input& x) {
   const InstructionSet& isa = *chosen.load(std::memory_order_relaxed);
-  const int64_t in = parts[0].matrix.in_features;
-  Rows rows{parts[0].matrix.type, x.const_data_ptr(), tokens, in, nullptr, nullptr, {}, {}};
+  const int64_t in = parts[0].matrix.in_features, tokens = x.tokens;
+  Rows rows{parts[0].matrix.type, x.data, tokens, in, x.wide, nullptr, {}, {}};
   int64_t work = 0;
   for (Part& part : parts) {
     const Matrix& w = part.matrix;
@@ -286,9 +292,7 @@ void multiply(std::vector<Part>& parts, const Tensor& x, int64_t tokens) {
     if (part.way == Way::half) {
       by_type(w.type, [&](auto zero) { half_rows<decltype(zero)>(part, x, isa); });
     } else if (part.way == Way::stock) {
-      int32_t dtype = 0;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-      by_type(w.type, [&](auto zero) { stock_rows<decltype(zero)>(part, x, dtype); });
+      by_type(w.type, [&](auto zero) { stock_rows<decltype(zero)>(part, x); });
     } else {
       rows.prepare(part.way, isa);
       work += work_of(part, tokens);

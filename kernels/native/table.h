@@ -1,5 +1,6 @@
 // The kernels of one instruction set, included last by the file that defines its primitives.
 #pragma once
+#include "attend.h"
 #include "panels.h"
 
 // By value type; fp64 has CSR alone.
@@ -17,5 +18,7 @@
          SPARSEC_TYPES(bsr_one),                                                                                 \
          SPARSEC_TYPES(nm_rows)},                                                                                 \
         {SPARSEC_TYPES(dense_rows), SPARSEC_TYPES(nm_rows)}, {SPARSEC_LANES(4), SPARSEC_LANES(8), SPARSEC_LANES(16), SPARSEC_LANES(32)},  \
-        panels, expand, amx                                                                                      \
+        panels, expand, amx, elementwise, {widen_many<float>, widen_many<BFloat16>, widen_many<Float16>},        \
+        {narrow_many<float>, narrow_many<BFloat16>, narrow_many<Float16>},                                       \
+        {attend<float>, attend<BFloat16>, attend<Float16>}                                                       \
   }

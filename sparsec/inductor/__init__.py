@@ -1,14 +1,18 @@
-"""The backend "sparsec" of torch.compile: inductor, with the products that read the same value in one call, past autograd.
+"""The backend "sparsec" of torch.compile: inductor, with as few calls as there can be around products, past autograd.
 
-`torch.compile(model, backend="sparsec")` takes what inductor takes (mode=, options=, dynamic=). In the compiled graph nothing is
-written in place, so that products of the same node are products of the same value, whatever modules or hooks they came from.
-Autograd is done with such a graph, and its operators need not ask again whether gradients are wanted.
-Under inductor itself every product stays a call of its own: as right, and slower where layers are small.
+`torch.compile(model, backend="sparsec")` takes what inductor takes (mode=, options=, dynamic=). Products that read the same value
+become one call; where there are few rows, so do all products between two attentions with the norms and activations between them
+(chains.py), and attention of one query per head reads its cache once (attention.py).
+
+In the compiled graph nothing is written in place, so that products of the same node are products of the same value, whatever
+modules or hooks they came from. Autograd is done with such a graph, and its operators need not ask again whether gradients are
+wanted. Under inductor itself every product stays a call of its own: as right, and slower where layers are small.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,12 +22,16 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._ops import OpOverload
 
+from sparsec import kernels
 from sparsec.errors import CompileError
 from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
 from sparsec.formats.wcsr import WarpCSR
+from sparsec.inductor import attention, chains
+from sparsec.kernels.attention import NAME as ATTENTION
+from sparsec.kernels.chain import NAME as CHAIN
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.fused import inference_linear, inference_single
-from sparsec.kernels.ops import OPERATORS
+from sparsec.kernels.ops import OPERATORS, has_native
 
 SLOT = "post_grad_custom_pre_pass"
 _FORMATS: dict[Any, str] = {
@@ -46,13 +54,22 @@ def sparsec(
             f'torch.compile(backend="sparsec"): the option {SLOT} is taken by sparsec itself; leave it out, or use '
             'backend="inductor"'
         )
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {}), SLOT: FuseProducts()}
+    # Sizes are known by torch.compile's guards and the operators' own checks: asking again takes half a millisecond a token.
+    patches = {
+        "size_asserts": False,
+        **(list_mode_options(mode) if mode else {}),
+        **(options or {}),
+        SLOT: FuseProducts(),
+    }
     compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=patches)
     return compiled
 
 
 class FuseProducts(CustomGraphPass):  # type: ignore[misc]
-    """Makes one `inference_linear` of all calls of products with the same x, and weights that are there by the first."""
+    """Makes one `inference_linear` of all calls of products with the same x, and weights that are there by the first.
+
+    Then attention and chains, where the native kernels have been loaded: without them inductor's own are faster.
+    """
 
     def __call__(self, graph: fx.Graph) -> None:
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -60,19 +77,27 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
         for node in graph.nodes:
             if node.op == "call_function" and node.target in _FORMATS and not node.kwargs:
                 readers.setdefault(node.args[0], []).append(node)
-        for x, nodes in readers.items():
+        for nodes in readers.values():
             first = order[nodes[0]]
             # A stored tensor, as inductor's freezing leaves them, can be got anywhere.
             early = [n for n in nodes if all(a.op == "get_attr" or order[a] < first for a in n.all_input_nodes)]
             for members in (early, *[[n] for n in nodes if n not in early]):
-                _fuse(graph, x, members)
+                place = order[members[0]]
+                order |= dict.fromkeys(_fuse(graph, members), place)
+        if has_native(ATTENTION):
+            attention.read_cache_once(graph)
+        if has_native(CHAIN):
+            chains.make_chains(graph)
 
     def uuid(self) -> Any:
         """For inductor's cache of compiled graphs."""
-        return get_hash_for_files((__file__,))
+        files = [module.__file__ for module in (sys.modules[__name__], attention, chains, kernels.chain)]
+        return get_hash_for_files(tuple(files)), has_native(ATTENTION), has_native(CHAIN)
 
 
-def _fuse(graph: fx.Graph, x: fx.Node, members: Sequence[fx.Node]) -> None:
+def _fuse(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:
+    """The members' results, each in its member's place."""
+    x = members[0].args[0]
     tensors, layout = flatten([_part(node) for node in members])
     for node in tensors:
         if node.op == "get_attr":
@@ -89,6 +114,7 @@ def _fuse(graph: fx.Graph, x: fx.Node, members: Sequence[fx.Node]) -> None:
         result.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+    return results
 
 
 def _part(node: fx.Node) -> Part[fx.Node]:
