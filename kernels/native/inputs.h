@@ -27,6 +27,30 @@ void by_type(sparsec::ValueType type, F f) {
   }
 }
 
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Choice __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SPARSEC_PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SPARSEC_PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, Choice{i, j, k, l})
+#endif
+
+// Columns [from, until) of four rows, each column in one piece: out[k * stride + row].
+inline void turn_rows(const float* rows, int64_t in, int64_t from, int64_t until, float* out, int64_t stride) {
+  int64_t k = from;
+  for (; k + 4 <= until; k += 4) {
+    Four v[4];
+    for (int i = 0; i < 4; ++i) memcpy(&v[i], rows + i * in + k, 16);
+    const Four low01 = SPARSEC_PICK(v[0], v[1], 0, 4, 1, 5), high01 = SPARSEC_PICK(v[0], v[1], 2, 6, 3, 7);
+    const Four low23 = SPARSEC_PICK(v[2], v[3], 0, 4, 1, 5), high23 = SPARSEC_PICK(v[2], v[3], 2, 6, 3, 7);
+    const Four columns[] = {SPARSEC_PICK(low01, low23, 0, 1, 4, 5), SPARSEC_PICK(low01, low23, 2, 3, 6, 7),
+                            SPARSEC_PICK(high01, high23, 0, 1, 4, 5), SPARSEC_PICK(high01, high23, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) memcpy(out + (k + i) * stride, &columns[i], 16);
+  }
+  for (; k < until; ++k)
+    for (int i = 0; i < 4; ++i) out[k * stride + i] = rows[i * in + k];
+}
+
 // x [tokens][in] in groups of `lanes` rows, fp32 [groups][in][lanes], absent rows 0.
 struct Grouped {
   std::unique_ptr<float[]> memory;
@@ -39,10 +63,17 @@ struct Grouped {
     groups = (tokens + lanes - 1) / lanes;
     memory.reset(new float[std::max<int64_t>(1, groups * in * lanes)]);
     float* const to = memory.get();
-    torch::stable::parallel_for(0, groups * in, std::max<int64_t>(1, 65536 / lanes), [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t first = at / in * lanes, k = at % in;
-        for (int64_t l = 0; l < lanes; ++l) to[at * lanes + l] = first + l < tokens ? widen(x[(first + l) * in + k]) : 0.0f;
+    const int64_t fours = (in + 3) / 4;  // columns
+    torch::stable::parallel_for(0, groups * fours, std::max<int64_t>(1, 16384 / lanes), [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin / fours; group * fours < end; ++group) {
+        const int64_t first = group * lanes, present = std::min(lanes, tokens - first);
+        const int64_t from = 4 * std::max<int64_t>(0, begin - group * fours), until = std::min(in, 4 * (end - group * fours));
+        float* const out = to + first * in;
+        int64_t l = 0;
+        if constexpr (std::is_same_v<T, float>)
+          for (; l + 4 <= present; l += 4) turn_rows(x + (first + l) * in, in, from, until, out + l, lanes);
+        for (; l < lanes; ++l)
+          for (int64_t k = from; k < until; ++k) out[k * lanes + l] = l < present ? widen(x[(first + l) * in + k]) : 0.0f;
       }
     });
   }
@@ -62,11 +93,16 @@ struct Tiled {
     torch::stable::parallel_for(0, tiles * across, 64, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t first = at / across * 16, k = at % across * 32, columns = std::min<int64_t>(32, in - k);
+        const uint16_t* const from = x + first * in + k;
+        uint16_t* const to = data + at * 512;
+        if (columns == 32 && first + 16 <= tokens) {
+          for (int64_t row = 0; row < 16; ++row) memcpy(to + row * 32, from + row * in, 64);
+          continue;
+        }
         for (int64_t row = 0; row < 16; ++row) {
-          uint16_t* const to = data + at * 512 + row * 32;
           const int64_t present = first + row < tokens ? columns : 0;
-          if (present) memcpy(to, x + (first + row) * in + k, 2 * present);
-          memset(to + present, 0, 2 * (32 - present));
+          if (present) memcpy(to + row * 32, from + row * in, 2 * present);
+          memset(to + row * 32 + present, 0, 2 * (32 - present));
         }
       }
     });

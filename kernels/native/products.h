@@ -148,6 +148,7 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
         else
           last = middle;
       }
+      if (panels && last < units) last += (last - first) % 2;  // panels are multiplied in pairs
       pieces.push_back(Piece{&part, first, last});
       const int64_t taken = before(last) - start;
       rest -= taken;
