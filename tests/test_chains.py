@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_inductor import KINDS, WIDTH, member
 from torch import Tensor, fx, nn
@@ -67,6 +67,14 @@ def test_every_instruction_computes_what_torch_does(isa: str, name: str, rows: i
         for got, expected in zip(chain(*arguments), reference_chain(*arguments), strict=True):
             assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
             near(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [1, 2])
+def test_what_stays_in_a_chain_is_rounded_to_its_dtype(isa: str, dtype: int) -> None:
+    x = torch.rand(2, 40, generator=torch.Generator().manual_seed(dtype)) + 1
+    program = [CODES["mul"], dtype, 0, 0, CODES["copy"], 0, 1, 1]
+    (got,) = chain([x], [], 2, program, [], [2, 2, 2, 40])
+    assert torch.equal(got, (x * x).to(DTYPES[dtype]).float())
 
 
 @pytest.mark.parametrize(
@@ -184,6 +192,8 @@ class Soup(nn.Module):
                 values.append(nn.functional.gelu(first, approximate="tanh" if b % 2 else "none"))
             elif step == "add":
                 values.append(first + 0.5 * second)
+            elif step == "middle":
+                values.append(first * second.mean(-2, keepdim=True))  # one row for some of the others
             elif step == "broadcast":
                 values.append(torch.maximum(first, second[..., :1]) - second.flatten(0, -2)[0])
             else:
@@ -191,10 +201,11 @@ class Soup(nn.Module):
         return values[1:]
 
 
-STEPS = ["linear", "linear", "linear", "norm", "rms", "silu", "gelu", "add", "broadcast", "sum", "flip"]
+STEPS = ["linear", "linear", "linear", "norm", "rms", "silu", "gelu", "add", "middle", "broadcast", "sum", "flip"]
 
 
 @settings(max_examples=60, deadline=None)
+@example(steps=[("linear", 0, 0), ("middle", 1, 1), ("linear", 2, 0)], shape=(2, 3), dtype=torch.float32, seed=0)
 @given(
     steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12),
     shape=st.sampled_from([(1,), (1, 1), (2, 3), (3, 1), (9,)]),
