@@ -8,7 +8,7 @@ nobody foresaw included, a module computes its own product: grouping changes the
 - where gradients are recorded, under autocast, on other devices than the CPU, and without the native library;
 - under torch.inference_mode: its tensors have no version, so that nobody could tell whether x was written to meanwhile
   (`generate()` runs under no_grad and is served);
-- under torch.compile, where the backend "sparsec" fuses instead (sparsec/inductor.py); torch.export sees one operator, as the
+- under torch.compile, where the backend "sparsec" fuses instead (sparsec/inductor); torch.export sees one operator, as the
   graph has it.
 
 Writes that torch's version counter does not see (through `x.data`, numpy, another library) are not seen here either.
