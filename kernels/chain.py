@@ -19,6 +19,7 @@ kernels/fused.py. There are no gradients: chains are for compiled graphs, where 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def reference_chain(
     constants: Sequence[float],
     results: Sequence[int],
 ) -> list[Tensor]:
-    """What a chain computes, by torch's operators, on any device. KernelError for a program that is none."""
+    """What a chain computes, by torch's operators. KernelError for a program that is none."""
     registers = [_rows(t, rows) for t in inputs]
     used = at = 0
     try:
@@ -115,29 +116,15 @@ def _rows(t: Tensor, rows: int) -> Tensor:
     return t.reshape(t.numel() // width if width else rows, width)
 
 
-def _implementation(
-    inputs: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    rows: int,
-    program: Sequence[int],
-    constants: Sequence[float],
-    results: Sequence[int],
-) -> list[Tensor]:
+def _implementation(inputs: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     if loads_native(inputs[0], NAME):
-        out: list[Tensor] = chain(inputs, tensors, rows, program, constants, results)
+        out: list[Tensor] = chain(inputs, *rest)
         return out
-    return reference_chain(inputs, tensors, rows, program, constants, results)
+    return reference_chain(inputs, *rest)
 
 
-def _single(
-    inputs: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    rows: int,
-    program: Sequence[int],
-    constants: Sequence[float],
-    results: Sequence[int],
-) -> Tensor:
-    (out,) = _implementation(inputs, tensors, rows, program, constants, results)
+def _single(*args: Any) -> Tensor:
+    (out,) = _implementation(*args)
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import sparsec
 from sparsec.errors import KernelError
@@ -374,3 +374,24 @@ def test_a_model_decodes_as_it_did_in_one_call_between_two_attentions(name: str)
     )  # compiled again for another position
     assert "_scaled_dot_product" not in text.replace("cpp_fused__scaled", "")
     assert "sparsec.inference_" not in text
+
+
+def test_a_cache_that_grows_is_left_to_inductor() -> None:
+    """Its length is no number in the graph that is compiled for the second token."""
+    model, call = tiny_model("llama")
+    compiled = sparsec.compile(model, "magnitude(0.5),freeze,fuse,lower(bitmap)")
+    inputs = call(2, 8, padded=2)
+    torch.compiler.reset()
+
+    def decode(forward: Any) -> list[Tensor]:
+        cache, outs = DynamicCache(config=model.config), []
+        with torch.no_grad():
+            for begin, end in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8)):
+                mask = inputs["attention_mask"][:, :end]
+                step = compiled if begin == 0 else forward
+                outs.append(step(inputs["input_ids"][:, begin:end], attention_mask=mask, past_key_values=cache).logits)
+        return outs
+
+    expected = decode(compiled)
+    for got, wanted in zip(decode(torch.compile(compiled, backend="sparsec")), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
