@@ -110,14 +110,15 @@ class Chain {
         count *= size;
       }
       STD_TORCH_CHECK(!from.one_row && count == rows_ * from.width, op_, ": a result has ", rows_ * from.width, " numbers, not ", count);
-      constexpr int32_t (*dtypes[])() = {aoti_torch_dtype_float32, aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16};
-      found.push_back(empty(dtypes[from.type](), shape));
+      found.push_back(empty(kDtypes[from.type](), shape));
       isa_.narrow[from.type](from.data, found.back().mutable_data_ptr(), count);
     }
     return found;
   }
 
  private:
+  static constexpr int32_t (*kDtypes[])() = {aoti_torch_dtype_float32, aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16};
+
   static Arena& arena() {
     thread_local Arena memory;
     return memory;
@@ -135,7 +136,6 @@ class Chain {
     read_parts(op_, tensors, used, layout, length, matrices_, types_);
     const Register x = find(x_at);
     constexpr ScalarType scalar[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-    constexpr int32_t (*dtypes[])() = {aoti_torch_dtype_float32, aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16};
     std::vector<Part> parts;
     for (size_t i = 0; i < matrices_.size(); ++i) {
       const Matrix& w = matrices_[i];
@@ -155,7 +155,7 @@ class Chain {
       isa_.narrow[x.type](x.data, halves, count);
       data = halves;
     }
-    multiply(parts, Input{data, x.data, rows_, dtypes[x.type]()});
+    multiply(parts, Input{data, x.data, rows_, kDtypes[x.type]()});
     if (x.type == sparsec::kFloat32) return;
     size_t part = 0;
     for (size_t i = registers_.size() - matrices_.size(); i < registers_.size(); ++i)
