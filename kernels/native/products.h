@@ -223,7 +223,7 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa) {
 Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int32_t dtype) {
   const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, dtype,
                                                                    aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -232,7 +232,7 @@ Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t 
 void dense_product(const Tensor& x, const Tensor& weight_t, Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight_t),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
