@@ -12,13 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsec.errors import KernelError, SparsecError
 from sparsec.formats import BSR, CSR, NM, Bitmap, Packed, WarpCSR
@@ -29,15 +28,8 @@ ARCHITECTURES = (80, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = (1, 4, 8, 16, 64, 70)
 """Rows of x on both sides of every switch."""
-SIZE = 256
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int16: "*i16",
-    torch.uint8: "*u8",
-}
+SHAPE = (256, 256)
+"""Of W."""
 
 
 @dataclass(frozen=True)
@@ -64,34 +56,16 @@ class Variant:
     dtype: str
     launch: Launch
 
-    def key(self) -> tuple[Any, ...]:
-        """Two variants with one key give the same machine code."""
-        constants = tuple(sorted(self.constants().items()))
-        config = self.launch.config
-        return (self.launch.kernel.__name__, self.signature_key(), constants, config.warps, config.stages)
 
-    def constants(self) -> dict[str, Any]:
-        return {**self.launch.constants, **self.launch.config.constants}
-
-    def signature_key(self) -> tuple[str, ...]:
-        return tuple(self.types().values())
-
-    def types(self) -> dict[str, str]:
-        arguments = self.launch.arguments
-        return {n: _POINTERS[a.dtype] if isinstance(a, Tensor) else "i32" for n, a in arguments.items()}
-
-
-def variants(names: Sequence[str], dtypes: Sequence[str], every_config: bool) -> Iterator[Variant]:
-    """Every launch that products of these layouts make, once each."""
-    seen = set()
+def variants(
+    names: Sequence[str], dtypes: Sequence[str], every_config: bool, shape: tuple[int, int] = SHAPE
+) -> Iterator[Variant]:
+    """Every launch that products of these layouts make; some are alike."""
     for name in names:
         for dtype in dtypes:
-            for launch in _launches(_sample(name, DTYPES[dtype])):
+            for launch in _launches(_sample(name, DTYPES[dtype], shape)):
                 for config in _configs(launch) if every_config else (launch.config,):
-                    variant = Variant(name, dtype, replace(launch, config=config, elements=_elements(launch, config)))
-                    if variant.key() not in seen:
-                        seen.add(variant.key())
-                        yield variant
+                    yield Variant(name, dtype, replace(launch, config=config, elements=_elements(launch, config)))
 
 
 def _launches(packed: Packed) -> list[Launch]:
@@ -106,16 +80,16 @@ def _launches(packed: Packed) -> list[Launch]:
 LAYOUTS = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
 
 
-def _sample(name: str, dtype: torch.dtype) -> Packed:
+def _sample(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> Packed:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SIZE, SIZE, generator=generator).to(dtype)
-    mask = torch.rand(SIZE, SIZE, generator=generator) < 0.5
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    mask = torch.rand(shape, generator=generator) < 0.5
     if name.startswith("bsr"):
         r, c = map(int, name[3:].split("x"))
         return BSR.pack(weight, torch.ones_like(mask), block=(r, c))
     if name.startswith("nm"):
         n, m = map(int, name[2:].split(":"))
-        return NM.pack(weight, (torch.arange(SIZE) % m < n).expand(SIZE, SIZE).contiguous())
+        return NM.pack(weight, (torch.arange(shape[1]) % m < n).expand(shape).contiguous())
     if name == "bitmap":
         return Bitmap.pack(weight, mask)
     kind = WarpCSR if name.startswith("w") else CSR
@@ -137,30 +111,55 @@ def _elements(launch: Launch, config: Config) -> int:
     return elements
 
 
-def compile_variant(variant: Variant, arch: int) -> Compiled:
-    """Raises KernelError with the compiler's words where it does not compile."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@dataclass(frozen=True)
+class _Pretended:
+    """Stands in for the driver of a GPU: says what to compile for, and has nothing to launch on."""
 
-    types, constants, launch = variant.types(), variant.constants(), variant.launch
-    names = launch.kernel.arg_names
-    signature = {n: types.get(n, "constexpr") for n in names}
-    # What a launch finds out by itself: addresses and sizes are multiples of 16.
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types}
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    config = launch.config
-    # Fusing is set: what it is by default differs between releases.
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    arch: int
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(todo: Iterable[Variant], arch: int) -> Iterator[Compiled]:
+    """One for each machine code that differs.
+
+    Launches are taken apart as on a GPU, so that a size of 1, or one that is a multiple of 16, is compiled in as it is there.
+    Raises KernelError with the compiler's words where one does not compile.
+    """
+    from triton.runtime.driver import driver
+
+    seen = set()
+    driver.set_active(_Pretended(arch))
     try:
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    except Exception as error:  # the compiler has many kinds
-        raise KernelError(
-            f"{launch.kernel.__name__} for sm_{arch}, {variant.layout} {variant.dtype}: {error}"
-        ) from error
+        for variant in todo:
+            launch = variant.launch
+            try:
+                built = launch.kernel.warmup(grid=launch.grid, **launch.keywords())
+            except Exception as error:  # the compiler has many kinds
+                what = f"{launch.kernel.__name__} for sm_{arch}, {variant.layout} {variant.dtype}"
+                raise KernelError(f"{what}: {error}") from error
+            if built.hash not in seen:
+                seen.add(built.hash)
+                yield _compiled(variant, arch, built)
+    finally:
+        driver.set_active(None)
+
+
+def _compiled(variant: Variant, arch: int, built: Any) -> Compiled:
+    launch, config = variant.launch, variant.launch.config
     registers, spilled, loop = _inspect(built.asm["cubin"])
     threads = 32 * config.warps
     per_element = loop * threads / launch.elements if loop and launch.elements else None
+    constants = {**launch.constants, **config.constants}
     told = ", ".join(f"{n}={int(v)}" for n, v in constants.items() if n not in ("HAS_BIAS", "ALIGN", "WIDE"))
     return Compiled(
         launch.kernel.__name__, variant.layout, variant.dtype, arch, told, config.warps, registers, spilled,
@@ -242,11 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if interpreted():
         parser.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
     try:
-        rows = [
-            compile_variant(variant, arch)
-            for arch in options.arch
-            for variant in variants(names, dtypes, options.every_config)
-        ]
+        rows = []
+        for arch in options.arch:
+            rows += compile_all(variants(names, dtypes, options.every_config), arch)
     except SparsecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -77,8 +77,13 @@ class Launch:
             return
         device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
-            self.kernel[self.grid](**self.arguments, **self.constants, **self.config.constants, **options)
+            self.kernel[self.grid](**self.keywords())
+
+    def keywords(self) -> dict[str, Any]:
+        """Everything that the kernel takes."""
+        # Fusing is set: what it is by default differs between releases.
+        options = {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True}
+        return {**self.arguments, **self.constants, **self.config.constants, **options}
 
 
 _recorded: list[Launch] | None = None

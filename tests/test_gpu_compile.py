@@ -41,6 +41,24 @@ def test_the_decode_loop_of_warp_csr_is_short_and_nothing_spills(tmp_path: Path)
     assert all(row["spilled"] == "0" and int(row["registers"]) > 0 for row in table)
 
 
+def test_sizes_of_one_and_odd_sizes_compile_as_a_launch_takes_them(tmp_path: Path) -> None:
+    code = """
+from sparsec.kernels.gpu_compile import compile_all, variants
+names = ["wcsr8", "bitmap", "nm2:4"]
+for shape in ((1, 8), (23, 20)):
+    found = list(compile_all(variants(names, ["bf16"], False, shape), 90))
+    assert {c.layout for c in found} == set(names)
+    # Once for a size of one, which is compiled in, and once for others.
+    assert len({(c.name, c.constants) for c in found}) < len(found)
+    print(len(found))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert all(int(count) > 10 for count in ended.stdout.split())
+
+
 def test_every_layout_and_row_bucket_is_among_what_is_compiled() -> None:
     found = list(variants(LAYOUTS, ["bf16"], every_config=False))
     kernels = {(v.layout, v.launch.kernel.__name__) for v in found}
@@ -49,8 +67,7 @@ def test_every_layout_and_row_bucket_is_among_what_is_compiled() -> None:
         assert (layout, kernel) in kernels
     rows = {v.launch.constants["M"] for v in found if v.layout == "wcsr16" and "M" in v.launch.constants}
     assert rows == {1, 4, 8}
-    # No two give the same code; and all configurations are more than those that are used untuned.
-    assert len({v.key() for v in found}) == len(found)
+    # All configurations are more than those that are used untuned.
     assert len(list(variants(["wcsr16"], ["bf16"], every_config=True))) > len(
         [v for v in found if v.layout == "wcsr16"]
     )
