@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if interpreted():
         parser.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
     try:
-        rows = []
+        rows: list[Compiled] = []
         for arch in options.arch:
             rows += compile_all(variants(names, dtypes, options.every_config), arch)
     except SparsecError as error:

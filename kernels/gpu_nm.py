@@ -1,4 +1,5 @@
-"""N:M on a GPU: few rows of x by gathers within a group, many through an expanded matrix and torch's dense product.
+"""N:M on a GPU: few rows of x by gathers within a group, many through an expanded matrix and torch's dense product, or 2:4 by
+the library for it.
 
 A program takes a panel of 16 rows of W, in tiles of one dimension as the panel lies in memory: slot by slot, 16 rows in each.
 """
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sparsec.formats.nm import INDEX_BITS, NM
 from sparsec.formats.panels import panel_count
+from sparsec.kernels import gpu_semi_structured
 from sparsec.kernels.gpu_launch import FEW, Config, Launch, pick, rows_at_once, splits
 from sparsec.kernels.gpu_sums import Partial
 
@@ -93,6 +95,9 @@ def nm_expand_kernel(
 def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
+        library = gpu_semi_structured.compressed(packed, x.shape[0], expand)
+        if library is not None:
+            return gpu_semi_structured.product(x, library, bias)
         return F.linear(x, expand(packed), bias)
     tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)

@@ -13,9 +13,9 @@ import torch
 from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
-from sparsec.formats import FORMATS, WarpCSR
+from sparsec.formats import FORMATS, NM, WarpCSR
 from sparsec.formats.base import Packed
-from sparsec.kernels import gpu, loader
+from sparsec.kernels import gpu, gpu_semi_structured, loader
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.ops import OPERATORS, has_native
 
@@ -50,7 +50,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None  # None: every device
     missing: Callable[[], list[str]]
-    refuses: Callable[[str, torch.dtype], str] = lambda layout, dtype: ""  # why not, of a layout and the values' type
+    refuses: Callable[[Problem], str] = lambda problem: ""  # why not, where it is not format, type or device
 
     def available(self) -> list[str]:
         """Why it cannot run on this machine; empty when it can. May build the native library."""
@@ -66,7 +66,7 @@ class Kernel:
             reasons.append(f"serves {names}, not {str(problem.dtype).removeprefix('torch.')}")
         if self.devices is not None and problem.device not in self.devices:
             reasons.append(f"runs on {', '.join(self.devices)}, not {problem.device}")
-        if not reasons and (reason := self.refuses(problem.layout, problem.dtype)):
+        if not reasons and (reason := self.refuses(problem)):
             reasons.append(reason)
         # Last, and only where it matters, since asking may start a build.
         return reasons or self.available()
@@ -89,14 +89,31 @@ def native_missing(operator_name: str) -> Callable[[], list[str]]:
 def _of_format(kind: type[Packed]) -> tuple[Kernel, ...]:
     """The kernels of a format and their slow twin."""
     name, op = kind.format, OPERATORS[kind.format]
-    triton = Kernel(f"{name}_triton", name, op, kind.dtypes, ("cuda",), gpu.missing, gpu.unsupported)
+    triton = Kernel(
+        *(f"{name}_triton", name, op, kind.dtypes, ("cuda",), gpu.missing),
+        refuses=lambda problem: gpu.unsupported(problem.layout, problem.dtype),
+    )
     if kind is WarpCSR:  # a layout for warps: elsewhere csr serves
         return (triton, Kernel(f"{name}_reference", name, op, kind.dtypes, ("cuda",), list))
     return (
         Kernel(f"{name}_cpu", name, op, kind.dtypes, ("cpu",), native_missing(f"{name}_linear")),
+        *([_semi_structured(op)] if kind is NM else []),
         triton,
         Kernel(f"{name}_reference", name, op, kind.dtypes, None, list),
     )
+
+
+def _semi_structured(op: OpOverload) -> Kernel:
+    """Of 2:4: what takes many rows of x to the library for it, and is reached through the Triton kernels."""
+
+    def refuses(problem: Problem) -> str:
+        shape = (problem.out_features, problem.in_features)
+        return gpu_semi_structured.unsupported(problem.layout, problem.dtype, shape, problem.tokens)
+
+    def reasons() -> list[str]:
+        return gpu.missing() or gpu_semi_structured.missing()
+
+    return Kernel("nm_cusparselt", "nm", op, gpu_semi_structured.DTYPES, ("cuda",), reasons, refuses)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -12,7 +12,7 @@ from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.kernels import Problem
+from sparsec.kernels import Problem, gpu_semi_structured
 from sparsec.kernels import select as select_kernel
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
 from sparsec.lowering.setting import calibrated, dense_kernels
@@ -197,6 +197,13 @@ def _result(format_name: str, done: list[Weight], own: list[str], notes: list[st
         notes.append(
             f"the packed weights are larger than the dense ones, {packed / 1e6:.1f} MB against {dense / 1e6:.1f} MB: at "
             "this sparsity the column numbers cost more than the zeros save; prune further or keep these layers dense"
+        )
+    second = sum(gpu_semi_structured.held_bytes(w.packed) for w in done if w.packed is not None)
+    if second:
+        notes.append(
+            f"{gpu_semi_structured.MANY} rows of x and more are multiplied by 2:4 weights through cuSPARSELt, whose form of them "
+            f"takes {second / 1e6:.1f} MB beside the packed one from the first such product on; "
+            f"{gpu_semi_structured.SWITCH}=0 keeps it out"
         )
     formats = Counter(w.format for w in done)
     count = f"{len(done)} weights packed" + ("" if format_name == AUTO else f" as {format_name}")

@@ -19,7 +19,8 @@ from sparsec.cost import calibration as cal
 from sparsec.cost import choice, measure_gpu
 from sparsec.cost.calibration import Calibration, Key, from_json, load_file, save, to_json
 from sparsec.cost.choice import TORCH, Setting, choose, sparse_candidates
-from sparsec.cost.model import KernelCost, Rate, Read, RowsRate
+from sparsec.cost.fit import Sample, fit
+from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
 from sparsec.errors import CalibrationError, KernelError
 from sparsec.kernels import KERNELS, Kernel, Problem, gpu
 from sparsec.latency import layer_speedups, replayed_speedup
@@ -136,6 +137,36 @@ def test_dense_is_kept_where_it_wins(density: float, label: str, served: tuple[K
     assert best.best.label == label, best.reason
     assert best.best.kernel == (TORCH if label == "dense" else "wcsr_triton")
     assert "F.linear" in best.reason or best.reason.startswith("dense")
+
+
+def test_a_library_for_many_rows_is_never_taken_for_few(
+    served: tuple[Kernel, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tuple(replace(k, missing=list) if k.name == "nm_cusparselt" else k for k in served)
+    monkeypatch.setattr(choice, "select", lambda problem: sparsec.kernels.select(problem, here))
+    scores = torch.rand(512, 256, 4, generator=torch.Generator().manual_seed(0))
+    mask = (scores.argsort(2).argsort(2) < 2).view(512, 1024)
+    known = invented()
+    fast = replace(known.kernels[0], kernel="nm_cusparselt", format="nm", rows=(RowsRate(64, Rate(1e-13, 0.0)),))
+    known = replace(known, kernels=(*known.kernels, fast))
+    for rows, kernel in ((512, "nm_cusparselt"), (64, "nm_cusparselt"), (32, "nm_triton"), (1, "nm_triton")):
+        setting = Setting("latency", rows, known, device="cuda")
+        (found,) = (c for c in sparse_candidates(mask, torch.bfloat16, setting) if c.format == "nm")
+        assert (found.label, found.kernel) == ("nm2:4", kernel)
+        assert found.prediction is not None
+    best = choose(mask.bfloat16(), mask, Setting("latency", 512, known, device="cuda"))
+    assert best.best.kernel == "nm_cusparselt", best.reason
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True), st.floats(1e-12, 1e-11))
+def test_a_kernel_for_many_rows_alone_is_what_it_takes_for_those(sizes: list[int], per_value: float) -> None:
+    works = [Work(64 * n, 1024, 32 * n * 1024, 64 * n * 1024) for n in sizes]
+    samples = [Sample(w, rows, rows / 64 * per_value * w.stored) for w in works for rows in (64, 512)]
+    found = fit("nm_cusparselt", "nm", "bfloat16", samples, 1 / BANDWIDTH)
+    for sample in samples:
+        assert found.predict(sample.work, sample.rows).seconds == pytest.approx(sample.seconds)
+    assert found.predict(works[0], 1024).seconds == pytest.approx(16 * per_value * works[0].stored)
+    assert found.error == pytest.approx(0, abs=1e-6)
 
 
 def test_blocks_of_a_gpu_are_those_that_its_kernels_are_good_at(served: tuple[Kernel, ...]) -> None:

@@ -134,7 +134,7 @@ def test_reasons_name_the_choice_what_binds_and_the_next_best() -> None:
     mask[::2] ^= True
     unlike = replace(FIXTURE, kernels=tuple(k for k in FIXTURE.kernels if k.kernel in (TORCH, OWN)))
     said = choose(mask.float(), mask, Setting("bytes")).reason
-    assert said == "nm: 53% of the dense bytes; bitmap 53%; csr8 63%"
+    assert said == "nm2:4: 53% of the dense bytes; bitmap 53%; csr8 63%"
     assert choose(mask.float(), mask, Setting("latency", 1, unlike)).reason == "dense"
     full = torch.ones(64, 64, dtype=torch.bool)
     assert (

@@ -1,25 +1,23 @@
 """The kernel table of a GPU, after a check of every kernel on it: event timing of replayed graphs, weights cold in L2.
 
 Every contender walks through copies of its weight that are together several times as large as the L2 cache. Ratios are taken
-round by round against F.linear (cuBLAS) in the same run; 2:4 is also multiplied by torch's semi-structured tensors.
+round by round against F.linear (cuBLAS) in the same run.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec.bench.cases import Case, Format, random_mask
 from sparsec.command import DTYPES
 from sparsec.cost import Calibration, Work
-from sparsec.cost.replay import ROTATE_BYTES, Replay, copies, dense_calls, packed_calls, take_turns
+from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, take_turns
 from sparsec.errors import FormatError, KernelError, SpecError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
@@ -27,8 +25,6 @@ from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
 from sparsec.latency import Spread, ratio
 from sparsec.progress import Progress
 
-SEMI_ROWS = 64
-"""Rows of x from which on torch's semi-structured tensors take part."""
 CHECKED = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
 CHECKED_ROWS = {"bf16": (1, 2, 4, 9, 17, 65, 512), "fp16": (1, 9, 65), "fp32": (1, 9, 65)}
 """By type: rows of x on both sides of every switch; fewer where a type changes no more than conversions, as each is compiled."""
@@ -117,18 +113,15 @@ def measure(
     for wanted in case.formats:
         try:
             packed, weight = _packed(wanted, case.out_features, case.in_features, case.sparsity, dtype, generator)
-            kernel = select(Problem.of(packed, case.rows)).name
+            select(Problem.of(packed, case.rows))
         except (FormatError, KernelError, SpecError) as error:
             left_out.append(f"{case.out_features}x{case.in_features} as {wanted.label}: {error}")
             continue
         if dense is None:
             dense = Replay(dense_calls(weight, x, rotate_bytes), device)
-            if wanted.name == "nm" and case.rows >= SEMI_ROWS and device.type == "cuda":
-                try:
-                    named.append(_semi_structured(weight, x, rotate_bytes, device))
-                except (RuntimeError, NotImplementedError, ValueError) as error:
-                    left_out.append(f"torch's semi-structured tensors, {case.rows} rows: {error}")
         config, replay = _fastest(packed_calls(packed, x, rotate_bytes), device, tune)
+        # Asked once it has run: what a library refuses is known by then.
+        kernel = select(Problem.of(packed, case.rows)).name
         named.append((packed.describe(), kernel, Work.of(packed), config, replay))
     if dense is None:
         return [], left_out
@@ -140,18 +133,6 @@ def measure(
         nbytes, faster = work.nbytes, ratio(base, own)
         lines.append(Line(case, layout, kernel, nbytes, work, Spread.of(base), spread, faster, rate, config))
     return lines, left_out
-
-
-def _semi_structured(
-    weight: Tensor, x: Tensor, rotate_bytes: int, device: torch.device
-) -> tuple[str, str, Work, int, Replay]:
-    # Half of the values and 2 bits for each of them.
-    nbytes = weight.nbytes // 2 + weight.numel() // 8
-    twins = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(copies(nbytes, rotate_bytes))]
-    replay = Replay([functools.partial(F.linear, x, twin) for twin in twins], device)
-    out_features, in_features = weight.shape
-    work = Work(out_features, in_features, weight.numel() // 2, nbytes)
-    return "2:4", "torch semi-structured", work, 0, replay
 
 
 def predicted(lines: Sequence[Line], known: Calibration) -> list[Line]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsec.cost.calibration import Calibration
 from sparsec.cost.model import Prediction, Work
 from sparsec.errors import FormatError, KernelError
-from sparsec.formats import FORMATS
+from sparsec.formats import FORMATS, NM
 from sparsec.kernels import Problem, select
 
 Objective = Literal["latency", "bytes"]
@@ -90,8 +90,10 @@ def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Ite
     """Every format that can hold the mask and has a kernel for it; with an option that decides, each of its values."""
     out_features, in_features = mask.shape
     for name, label, options in _packings(mask, setting.device):
-        problem = Problem(name, out_features, in_features, setting.rows, dtype, setting.device, layout=label)
         try:
+            if name == NM.format:
+                label = NM.planned_layout(mask, dtype)
+            problem = Problem(name, out_features, in_features, setting.rows, dtype, setting.device, layout=label)
             kernel = select(problem).name
             nbytes: int = FORMATS[name].planned_nbytes(mask, dtype, **options)  # type: ignore[attr-defined]
         except (FormatError, KernelError):

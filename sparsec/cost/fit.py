@@ -36,13 +36,14 @@ class Sample:
 def fit(kernel: str, format_name: str, dtype: str, samples: Sequence[Sample], read_per_byte: float) -> KernelCost:
     """A kernel's constants from its samples: warm ones and cold ones at one row, and cold ones at more.
 
-    read_per_byte: seconds of plain reading from memory, from which the search for the binding roofs starts.
+    read_per_byte: seconds of plain reading from memory, from which the search for the binding roofs starts. A kernel for many rows
+    alone has no others: then it is what it takes for those, and nothing is known of fewer.
     """
     warm = [s for s in samples if s.warm]
     cold = [s for s in samples if not s.warm and s.rows == 1]
-    start = KernelCost(kernel, format_name, dtype, 0.0, 0.0, read_per_byte, _decode(warm), (), 0.0)
-    best = start
-    for slower in STARTS:
+    decode = _decode(warm) if warm else Rate(0.0, 0.0)
+    best = start = KernelCost(kernel, format_name, dtype, 0.0, 0.0, read_per_byte, decode, (), 0.0)
+    for slower in STARTS if cold else ():
         found = replace(start, per_byte=slower * read_per_byte)
         for _ in range(ROUNDS):
             before, found = found, _refined(found, cold)

@@ -103,7 +103,7 @@ def _contenders(
     weight = torch.randn(shape, generator=generator, device=x.device).to(x.dtype)
     dense = dense_calls(weight, x, 0 if warm else sizes.rotate_bytes)
     yield "dense_torch", "dense", Work.dense(*shape, x.dtype), Replay(dense * (sizes.again if warm else 1), x.device)
-    for kernel, packed in _packed(weight, density, sizes.layouts, generator):
+    for kernel, packed in _packed(weight, density, sizes.layouts, generator, x.shape[0]):
         calls = packed_calls(packed, x, 0 if warm else sizes.rotate_bytes)
         # All N:M patterns share their constants: what differs is how many values they hold.
         label = packed.format if packed.format == "nm" else packed.describe()
@@ -111,18 +111,18 @@ def _contenders(
 
 
 def _packed(
-    weight: Tensor, density: float, layouts: Layouts, generator: torch.Generator
+    weight: Tensor, density: float, layouts: Layouts, generator: torch.Generator, rows: int = 1
 ) -> Iterator[tuple[Kernel, Packed]]:
-    """In every format that has a kernel on a GPU; 2:4 only where half of the weights are kept."""
+    """In every format that has a kernel on a GPU for so many rows; 2:4 only where half of the weights are kept."""
     for name, options, pattern in layouts:
         if pattern.nm is not None and density != 0.5:
             continue
         scores = torch.rand(weight.shape, generator=generator, device=weight.device)
         mask = scores < density if pattern == Pattern() else pattern.mask(scores, 1 - density)
         packed = FORMATS[name].pack(weight, mask, **options)  # type: ignore[attr-defined]
-        problem = replace(Problem.of(packed), device="cuda")
-        kernel = next((k for k in KERNELS if k.name == f"{name}_triton" and not k.unsupported(problem)), None)
-        if kernel is not None:
+        problem = replace(Problem.of(packed, rows), device="cuda")
+        kernel = next((k for k in KERNELS if k.format == name and not k.unsupported(problem)), None)
+        if kernel is not None and not kernel.name.endswith("_reference"):
             yield kernel, packed
 
 

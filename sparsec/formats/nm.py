@@ -66,6 +66,13 @@ class NM(Packed):
         slots = panel_count(mask.shape[0]) * (mask.shape[1] // m) * n
         return slots * (LANES * dtype.itemsize + 2 * INDEX_BITS[m]) + PADDING
 
+    @classmethod
+    def planned_layout(cls, mask: Tensor, dtype: torch.dtype) -> str:
+        """How what `pack` would return describes itself. FormatError as there."""
+        check_plan(cls.title, cls.dtypes, mask, dtype)
+        n, m = _pattern(mask, dtype.itemsize)
+        return f"nm{n}:{m}"
+
     @property
     def n(self) -> int:
         """Slots of a group."""

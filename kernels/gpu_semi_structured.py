@@ -1,0 +1,128 @@
+"""2:4 with many rows of x: the sparse matrix units of a GPU, through the library that torch carries for them, cuSPARSELt.
+
+Its form of a weight is its own and nothing else reads it, so it is held beside the packed one, by which few rows are multiplied:
+from the first product of many rows on, such a weight takes 9/16 of its dense bytes more. SPARSEC_SEMI_STRUCTURED=0 keeps it
+out. Imports no triton.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sparsec.formats.base import Packed
+from sparsec.formats.nm import NM
+
+MANY = 64
+"""Rows of x from which on it serves; fewer go by gathers or through an expanded matrix."""
+LAYOUTS = ("nm1:4", "nm2:4")
+DTYPES = (torch.float16, torch.bfloat16)
+SIDE, FILLED = 16, 8
+"""What the sizes of a weight are multiples of, and what rows of x are filled up to a multiple of."""
+SWITCH = "SPARSEC_SEMI_STRUCTURED"
+
+Plan = tuple[int, int, int]
+"""The library's algorithm, into how many parts it splits the columns, and how it adds them up."""
+UNTRIED: Plan = (0, 1, -1)
+
+_refused: list[str] = []
+"""What the library said when it did not take a weight: it is not asked again."""
+_twins: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=weakref.ref)
+"""By the memory of packed values: their version, and the library's form of the weight."""
+_plans: dict[tuple[object, ...], Plan] = {}
+"""The fastest by weight size, type and rows."""
+
+
+def missing() -> list[str]:
+    """Why the library does not serve on this machine; empty when it does."""
+    if os.environ.get(SWITCH) == "0":
+        return [f"{SWITCH}=0 turns it off"]
+    if not torch.backends.cusparselt.is_available():
+        return ["this torch was built without cuSPARSELt"]
+    return _refused[:1]
+
+
+def unsupported(layout: str, dtype: torch.dtype, shape: tuple[int, int], tokens: int) -> str:
+    """Why it is not for such a product, "" where it is. layout: as the packed weight [out, in] describes itself."""
+    if tokens < MANY:
+        return f"serves {MANY} rows of x and more, not {tokens}"
+    if layout not in LAYOUTS:
+        return f"serves {' and '.join(LAYOUTS)}, not {layout or 'an unknown pattern'}"
+    if dtype not in DTYPES:
+        return f"serves float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if any(n % SIDE for n in shape):
+        return f"takes sizes that are multiples of {SIDE}, not {shape[0]}x{shape[1]}"
+    return ""
+
+
+def held_bytes(packed: Packed) -> int:
+    """What many rows of x make a weight take beside the packed one; 0 where the library does not serve it."""
+    if _type_of(packed) != "cuda" or unsupported(packed.describe(), packed.dtype, packed.shape, MANY) or missing():
+        return 0
+    return packed.shape[0] * packed.shape[1] * packed.dtype.itemsize * 9 // 16
+
+
+def _type_of(packed: Packed) -> str:
+    return next(iter(packed.tensors().values())).device.type
+
+
+def compressed(packed: NM, tokens: int, expand: Callable[[NM], Tensor]) -> Tensor | None:
+    """The library's form of a weight, made by the first product of many rows; None where the product is not for it.
+
+    expand: gives the dense matrix. None too where a CUDA graph is being recorded, which would record the making as well: what is
+    recorded is run once before. The first weight that is refused is named in a warning.
+    """
+    if unsupported(packed.describe(), packed.dtype, packed.shape, tokens) or missing():
+        return None
+    memory = packed.values.untyped_storage()
+    # Memory that was written to again holds another weight.
+    version = 0 if packed.values.is_inference() else packed.values._version
+    known: tuple[int, Tensor] | None = _twins.get(memory)  # type: ignore[no-untyped-call]
+    if known is not None and known[0] == version:
+        return known[1]
+    if _recording():
+        return None
+    dense = expand(packed)
+    try:
+        with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
+            found = torch._cslt_compress(dense)
+        product(dense.new_zeros(MANY, dense.shape[1]), found, None)
+    except RuntimeError as error:
+        _refused.append(f"cuSPARSELt refused {packed.describe()} of {dense.shape[0]}x{dense.shape[1]}: {error}")
+        warnings.warn(
+            f"2:4 products of many rows go through expanded weights: {_refused[0]}", RuntimeWarning, stacklevel=2
+        )
+        return None
+    _twins[memory] = (version, found)
+    return found
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] @ W.T + bias -> [tokens, out]. weight: from `compressed`."""
+    tokens = x.shape[0]
+    turned = (F.pad(x, (0, 0, 0, -tokens % FILLED)) if tokens % FILLED else x).t()
+    key = (*weight.shape, x.shape[1], x.dtype, (tokens - 1).bit_length(), x.device)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        if key not in _plans and not _recording():
+            _plans[key] = _search(weight, turned, bias)
+        algorithm, splits, mode = _plans.get(key, UNTRIED)
+        out = torch._cslt_sparse_mm(
+            weight, turned, bias=bias, transpose_result=True, alg_id=algorithm, split_k=splits, split_k_mode=mode
+        )
+    return out[:tokens]
+
+
+def _search(weight: Tensor, turned: Tensor, bias: Tensor | None) -> Plan:
+    algorithm, splits, mode, _ = torch._C._cusparselt.mm_search(weight, turned, bias, None, None, True)  # type: ignore[attr-defined]
+    return algorithm, splits, mode
+
+
+def _recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
