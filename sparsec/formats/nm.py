@@ -21,6 +21,7 @@ from sparsec.formats.positions import flat_positions
 
 INDEX_BITS: dict[int, int] = {4: 2, 8: 3}
 """By m."""
+FEW_ROWS = 64
 PADDING = 4  # bytes at the end of index, so that a load of 4 never leaves the memory
 
 
@@ -148,7 +149,7 @@ def _pattern(mask: Tensor, value_bytes: int) -> tuple[int, int]:
     fits: list[tuple[float, int, int]] = []
     for m, b in INDEX_BITS.items():
         if in_features % m == 0:
-            n = max(int(_group_counts(mask, m).max()), 1) if mask.numel() else 1
+            n = max(_fullest(mask, m)[0], 1)
             if n < m:
                 fits.append((n / m * (8 * value_bytes + b), m, n))
     if fits:
@@ -159,11 +160,22 @@ def _pattern(mask: Tensor, value_bytes: int) -> tuple[int, int]:
             f"N:M needs in_features divisible by 4 or 8, got {in_features}; use lower(bitmap), which takes any size"
         )
     m = 4 if in_features % 8 else 8
-    row, group = (_group_counts(mask, m) == m).nonzero()[0].tolist()
+    _, row, group = _fullest(mask, m)
     raise FormatError(
         f"N:M holds at most {m - 1} of {m} columns of a row, but row {row} keeps all {m} of group {group} "
         f"(columns {m * group} to {m * group + m - 1}); prune with an N:M pattern such as 2:4, or use lower(bitmap)"
     )
+
+
+def _fullest(mask: Tensor, m: int) -> tuple[int, int, int]:
+    """Kept columns of the fullest group, its row and its number. A look at some rows finds a full one in most unstructured masks."""
+    most = row = group = 0
+    for part in (mask[:FEW_ROWS], mask):
+        if part.numel() and most < m:
+            counts = _group_counts(part, m)
+            row, group = divmod(int(counts.argmax()), counts.shape[1])
+            most = int(counts[row, group])
+    return most, row, group
 
 
 def _words(mask: Tensor, m: int) -> Tensor:
