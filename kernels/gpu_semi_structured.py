@@ -79,7 +79,7 @@ def compressed(packed: NM, tokens: int, expand: Callable[[NM], Tensor]) -> Tenso
     expand: gives the dense matrix. None too where a CUDA graph is being recorded, which would record the making as well: what is
     recorded is run once before. The first weight that is refused is named in a warning.
     """
-    if unsupported(packed.describe(), packed.dtype, packed.shape, tokens) or missing():
+    if _type_of(packed) != "cuda" or unsupported(packed.describe(), packed.dtype, packed.shape, tokens) or missing():
         return None
     memory = packed.values.untyped_storage()
     # Memory that was written to again holds another weight.
@@ -95,7 +95,8 @@ def compressed(packed: NM, tokens: int, expand: Callable[[NM], Tensor]) -> Tenso
             found = torch._cslt_compress(dense)
         product(dense.new_zeros(MANY, dense.shape[1]), found, None)
     except RuntimeError as error:
-        _refused.append(f"cuSPARSELt refused {packed.describe()} of {dense.shape[0]}x{dense.shape[1]}: {error}")
+        said = str(error).partition("\n")[0]
+        _refused.append(f"cuSPARSELt refused {packed.describe()} of {dense.shape[0]}x{dense.shape[1]}: {said}")
         warnings.warn(
             f"2:4 products of many rows go through expanded weights: {_refused[0]}", RuntimeWarning, stacklevel=2
         )

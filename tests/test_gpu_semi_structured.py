@@ -76,6 +76,7 @@ def library() -> Iterator[Library]:
 def installed(patch: pytest.MonkeyPatch) -> Library:
     found = Library()
     patch.delenv(semi.SWITCH, raising=False)
+    patch.setattr(semi, "_type_of", lambda packed: "cuda")
     patch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     patch.setattr(torch, "_cslt_compress", found.compress)
     patch.setattr(torch, "_cslt_sparse_mm", found.multiply)
@@ -162,7 +163,7 @@ def test_the_switch_and_a_torch_without_it_are_named(library: Library, monkeypat
 
 
 def test_a_weight_that_is_refused_is_named_once_and_expanded(library: Library) -> None:
-    library.refusal = "architecture mismatch"
+    library.refusal = "architecture mismatch\nand more"
     packed, x = weight(), torch.randn(64, 48).bfloat16()
     said = "go through expanded weights: cuSPARSELt refused nm2:4 of 32x48: architecture mismatch"
     with pytest.warns(RuntimeWarning, match=said):
@@ -231,8 +232,10 @@ def test_the_registry_names_it_from_64_rows_on(library: Library, monkeypatch: py
 
 def test_lowering_says_what_the_second_form_takes(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = weight(64, 64)
-    assert semi.held_bytes(packed) == 0, "on the CPU nothing is held twice"
-    monkeypatch.setattr(semi, "_type_of", lambda packed: "cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(semi, "_type_of", lambda packed: "cpu")
+        assert semi.held_bytes(packed) == 0, "on the CPU nothing is held twice"
+        assert semi.compressed(packed, 64, NM.unpack) is None
     assert semi.held_bytes(packed) == 64 * 64 * 2 * 9 // 16
     assert semi.held_bytes(weight(dtype=torch.float32)) == 0
     model = torch.nn.Sequential(torch.nn.Linear(256, 512)).bfloat16()
