@@ -5,6 +5,7 @@ Why: at one token a small product costs little more than its call and the waking
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,8 +45,12 @@ class Fuse(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises SelectionError for patterns that match nothing."""
-        notes, fused, count = [], 0, 0
-        for products in self._candidates(graph).values():
+        places = {name: graph.tensor(name).device.type for name in self._chosen(graph)}
+        chosen = [name for name, device in places.items() if device == "cpu"]
+        elsewhere = sorted(set(places.values()) - {"cpu"})
+        notes = [f"nothing on {device} is fused: every product is a kernel of its own there" for device in elsewhere]
+        fused = count = 0
+        for products in self._candidates(graph, chosen).values():
             if len(products) < 2:
                 continue
             reasons = {op.node: _reason(graph, op, context) for op in products}
@@ -68,9 +73,8 @@ class Fuse(Pass):
             notes=tuple(notes),
         )
 
-    def _candidates(self, graph: Graph) -> dict[_Key, list[Op]]:
+    def _candidates(self, graph: Graph, chosen: Collection[str]) -> dict[_Key, list[Op]]:
         """Linears by what they must share, in order of execution."""
-        chosen = self._chosen(graph)
         nodes = {node.name: node for node in graph.module.graph.nodes}
         writes = _writes_before(graph.module.graph)
         found: dict[_Key, list[Op]] = {}

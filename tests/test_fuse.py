@@ -147,6 +147,14 @@ def test_targets_and_ignore_choose_the_members() -> None:
         Pipeline((Fuse(targets=("reader",)),)).run(trace(Block([True]), x))
 
 
+def test_on_another_device_nothing_is_fused_and_that_is_said() -> None:
+    graph = trace(Block([True, True]), torch.randn(3, 6))
+    graph.module.to("meta")
+    (record,) = Pipeline((Fuse(),)).run(graph)
+    assert not record.changed
+    assert record.notes == ("nothing on meta is fused: every product is a kernel of its own there",)
+
+
 def test_the_verifier_sees_a_part_that_is_not_what_the_table_says() -> None:
     graph = trace(Block([True, True]), torch.randn(3, 6))
     Pipeline((Fuse(),)).run(graph)

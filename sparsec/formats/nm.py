@@ -168,7 +168,7 @@ def _pattern(mask: Tensor, value_bytes: int) -> tuple[int, int]:
 
 
 def _fullest(mask: Tensor, m: int) -> tuple[int, int, int]:
-    """Kept columns of the fullest group, its row and its number. A look at some rows finds a full one in most unstructured masks."""
+    """Kept columns of the fullest group, its row, its number. A look at some rows finds a full one in most unstructured masks."""
     most = row = group = 0
     for part in (mask[:FEW_ROWS], mask):
         if part.numel() and most < m:
