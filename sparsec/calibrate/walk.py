@@ -237,9 +237,12 @@ class _Walker:
     def _stored(self, call: int, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
         """What is alive after a span, in the memory of what was alive before it where that fits.
 
-        New tensors, one by one between the temporaries of a forward pass, leave the heap in pieces.
+        New tensors, one by one between the temporaries of a forward pass, leave the heap in pieces. That of a GPU is another.
         """
-        if self.written:  # what is written to may be seen through another value: both must stay where they are
+        elsewhere = any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values.values())
+        if (
+            self.written or elsewhere
+        ):  # what is written to may be seen through another value: both must stay where they are
             return values
         old = self.states[call]
         used = {v.untyped_storage().data_ptr() for v in values.values() if isinstance(v, Tensor)}
