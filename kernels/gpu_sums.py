@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsec.kernels.gpu_launch import Config, Launch
+from sparsec.formats import Packed
+from sparsec.kernels.gpu_launch import Config, Launch, pick, rows_at_once, splits
 
 CONFIG = Config({"BLOCK": 256})
 
@@ -83,3 +85,27 @@ class Partial:
         if self.splits > 1:
             add_up(self.sums, self.bias, self.out)
         return self.out
+
+
+def row_by_row(
+    kernel: Any,
+    configs: tuple[Sequence[Config], Sequence[Config]],
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    constants: Mapping[str, Any],
+) -> Tensor:
+    """x [tokens, in] @ W.T + bias -> [tokens, out] by a kernel of which a program takes a row of W, TILE weights a turn.
+
+    configs: for one or two rows of x, and for more.
+    """
+    tokens, out_features = x.shape[0], packed.shape[0]
+    m = rows_at_once(tokens)
+    config = pick(f"{packed.describe()} {m}", configs[m > 2])
+    tile = config.constants["TILE"]
+    turns = triton.cdiv(packed.tensors()["values"].numel(), out_features * tile)
+    partial = Partial.of(x, out_features, bias, splits(x.device, out_features, turns))
+    grid = (out_features, partial.splits, triton.cdiv(tokens, m))
+    arguments = {**packed.tensors(), **partial.arguments()}
+    Launch(kernel, grid, arguments, {**constants, **partial.constants(), "M": m}, config, elements=tile).run()
+    return partial.result()

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats.wcsr import WarpCSR
-from sparsec.kernels.gpu_launch import FEW, Config, Launch, interpreted, pick, rows_at_once, splits
-from sparsec.kernels.gpu_sums import Partial
+from sparsec.kernels.gpu_launch import FEW, Config, Launch, interpreted
+from sparsec.kernels.gpu_sums import row_by_row
 
 ONE = (Config({"TILE": 1024}, warps=2), Config({"TILE": 512}, warps=1), Config({"TILE": 2048}), Config({"TILE": 1024}))
 """For one or two rows of x."""
@@ -179,20 +179,7 @@ def wcsr(x: Tensor, packed: WarpCSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
         return F.linear(x, expand(packed), bias)
-    tokens, out_features = x.shape[0], packed.shape[0]
-    m = rows_at_once(tokens)
-    config = pick(f"wcsr{packed.index_bits} {m}", ONE if m <= 2 else SEVERAL)
-    turns = triton.cdiv(packed.values.numel(), out_features * config.constants["TILE"])
-    partial = Partial.of(x, out_features, bias, splits(x.device, out_features, turns))
-    Launch(
-        wcsr_kernel,
-        (out_features, partial.splits, triton.cdiv(tokens, m)),
-        {**packed.tensors(), **partial.arguments()},
-        {**_constants(packed), **partial.constants(), "M": m},
-        config,
-        elements=config.constants["TILE"],
-    ).run()
-    return partial.result()
+    return row_by_row(wcsr_kernel, (ONE, SEVERAL), x, packed, bias, _constants(packed))
 
 
 def expand(packed: WarpCSR) -> Tensor:
