@@ -14,8 +14,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def missing() -> list[str]:
     if capability < OLDEST:
         name = torch.cuda.get_device_name()
         return [
-            f"{name} has compute capability {capability[0]}.{capability[1]}, below the {OLDEST[0]}.{OLDEST[1]} served"
+            f"{name} has compute capability {capability[0]}.{capability[1]}, below the {OLDEST[0]}.{OLDEST[1]} served; "
+            "move the model to the CPU, which has kernels for it"
         ]
     return []
 
@@ -75,17 +75,27 @@ def identity() -> tuple[str, str]:
     return torch.cuda.get_device_name(), "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
+def triton_version() -> str:
+    """Of the installed triton; "none" without, "unknown" where it is distributed under another name."""
+    if importlib.util.find_spec("triton") is None:
+        return "none"
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def digest() -> str:
     """Of what the kernels are made from: their sources and the version of triton."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("gpu*.py"))]
-    found = version("triton") if importlib.util.find_spec("triton") is not None else "none"
+    found = triton_version()
     return hashlib.sha256(b"".join([*sources, found.encode()])).hexdigest()[:16]
 
 
 def tuned_file() -> Path:
     """Where the configurations lie that were found to be the fastest on this machine's GPU: JSON, bucket -> number."""
     name = re.sub(r"\W+", "-", identity()[0]).lower()
-    return loader.cache_folder() / f"gpu-{name}-triton-{version('triton')}.json"
+    return loader.cache_folder() / f"gpu-{name}-{digest()}.json"
 
 
 @functools.cache
@@ -126,8 +136,12 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         if count > MAX_OFFSET:
             raise KernelError(
                 f"{packed.format}_linear: {name} has {count} elements, and the GPU kernels count to {MAX_OFFSET}; "
-                "give fewer rows at a time"
+                + ("leave this layer dense" if "weight" in name else "give fewer rows at a time")
             )
+    strided = [name for name, tensor in packed.tensors().items() if not tensor.is_contiguous()]
+    if strided:
+        raise KernelError(f"{packed.format}_linear: {strided[0]} has gaps in memory; call .contiguous() on it")
+    bias = None if bias is None else bias.contiguous()
     return kernel_of(packed)(x.reshape(tokens, in_features).contiguous(), packed, bias).view(shape)
 
 
@@ -173,8 +187,12 @@ def for_device(packed: Packed, device: str) -> Packed:
     if kind is None or packed.dtype not in kind.dtypes or (kind is WarpCSR and packed.shape[1] > WIDEST):
         return packed
     dense = packed.unpack()
-    # What is zero is zero without being kept; the number of kept weights stays what it was.
-    return replace(kind.pack(dense, dense != 0), kept=packed.nnz)
+    kept = dense != 0
+    # Which zeros were kept cannot be told from padding; so many are again, and the number of kept weights stays what it was.
+    zeros = packed.nnz - int(kept.count_nonzero())
+    if zeros:
+        kept.view(-1)[(~kept).view(-1).nonzero()[:zeros, 0]] = True
+    return kind.pack(dense, kept)
 
 
 _warned: set[str] = set()

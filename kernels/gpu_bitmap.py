@@ -23,6 +23,8 @@ PRODUCT = (
     Config({"TILE": 512}),
     Config({"TILE": 512}, warps=8),
 )
+"""For one or two rows of x."""
+SEVERAL = (*PRODUCT[:2], Config({"TILE": 128}), PRODUCT[3])
 MATRIX = (
     Config({"TILE": 64}, stages=1),
     Config({"TILE": 128}, stages=1),
@@ -137,7 +139,8 @@ def bitmap(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
     (tokens, in_features), out_features = x.shape, packed.shape[0]
     units = tokens >= UNITS
     m = max(LEAST, triton.next_power_of_2(tokens)) if units else rows_at_once(tokens)
-    config = pick(f"bitmap {m}", MATRIX if units else PRODUCT)
+    choices = MATRIX if units else PRODUCT if m <= 2 else SEVERAL
+    config = pick(f"bitmap {m}", choices)
     tile = config.constants["TILE"]
     panels, turns = triton.cdiv(out_features, LANES), triton.cdiv(in_features, tile)
     partial = Partial.of(x, out_features, bias, splits(x.device, panels, turns))
@@ -147,7 +150,8 @@ def bitmap(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
         {**packed.tensors(), **partial.arguments(), "span": triton.cdiv(turns, partial.splits) * tile},
         {**partial.constants(), "M": m, "UNITS": units, "WIDE": interpreted()},
         config,
-        elements=LANES * tile,
+        LANES * tile,
+        choices,
     ).run()
     return partial.result()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats.bsr import BSR
-from sparsec.kernels.gpu_launch import Config, Launch, interpreted, pick, splits
+from sparsec.kernels.gpu_launch import Config, Launch, fitting, interpreted, pick, splits
 from sparsec.kernels.gpu_sums import Partial, multiply
 
 PRODUCT = (Config({}), Config({}, warps=2), Config({}, warps=8), Config({}, stages=3))
@@ -18,7 +20,8 @@ TOKENS = 64
 """Rows of x that a program takes at most."""
 LARGE = 1 << 14
 """Bytes of a block from which on fewer rows of x and more warps are taken, so that registers suffice."""
-LARGE_PRODUCT = (Config({}, warps=8), Config({}, warps=16))
+LARGE_PRODUCT = (Config({}, warps=8),)
+LARGE_MATRIX = MATRIX[:3]
 
 
 @triton.jit
@@ -66,8 +69,11 @@ def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
     large = r * c * x.element_size() >= LARGE
     most = LEAST if large and x.element_size() == 4 else TOKENS
     m = min(most, max(LEAST, triton.next_power_of_2(tokens))) if units else 1
-    config = pick(f"bsr{r}x{c} {m}", MATRIX if units else LARGE_PRODUCT if large else PRODUCT)
-    sides = (max(triton.next_power_of_2(n), LEAST if units else 1) for n in (r, c))
+    side_r, side_c = (max(triton.next_power_of_2(n), LEAST if units else 1) for n in (r, c))
+    choices: Sequence[Config] = LARGE_PRODUCT if large else PRODUCT
+    if units:
+        choices = fitting(LARGE_MATRIX if large else MATRIX, (m + side_r) * side_c * x.element_size(), x.device)
+    config = pick(f"bsr{r}x{c} {m}{' large' if large else ''}", choices)
     programs, turns = out_features // r, triton.cdiv(packed.col_idx.numel(), out_features // r)
     tiles = triton.cdiv(tokens, m)
     partial = Partial.of(x, out_features, bias, splits(x.device, programs * tiles, turns))
@@ -78,13 +84,15 @@ def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
         {
             "R": r,
             "C": c,
-            **dict(zip(("SIDE_R", "SIDE_C"), sides, strict=True)),
+            "SIDE_R": side_r,
+            "SIDE_C": side_c,
             "SHORT": packed.col_idx.element_size() == 2,
             **partial.constants(),
             "M": m,
             "WIDE": interpreted(),
         },
         config,
-        elements=r * c,
+        r * c,
+        choices,
     ).run()
     return partial.result()

@@ -64,7 +64,7 @@ def variants(
     for name in names:
         for dtype in dtypes:
             for launch in _launches(_sample(name, DTYPES[dtype], shape)):
-                for config in _configs(launch) if every_config else (launch.config,):
+                for config in launch.choices if every_config and launch.choices else (launch.config,):
                     yield Variant(name, dtype, replace(launch, config=config, elements=_elements(launch, config)))
 
 
@@ -94,13 +94,6 @@ def _sample(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> Packed:
         return Bitmap.pack(weight, mask)
     kind = WarpCSR if name.startswith("w") else CSR
     return kind.pack(weight, mask, index_bits=int(name.lstrip("wcsr")))
-
-
-def _configs(launch: Launch) -> Sequence[Config]:
-    """All configurations among which that of a launch is chosen."""
-    module = sys.modules[launch.kernel.fn.__module__]
-    tables = [t for t in vars(module).values() if isinstance(t, tuple) and launch.config in t]
-    return tables[0] if tables else (launch.config,)
 
 
 def _elements(launch: Launch, config: Config) -> int:

@@ -15,11 +15,16 @@ from sparsec.formats.csr import CSR
 from sparsec.kernels.gpu_launch import FEW, Config, Launch
 from sparsec.kernels.gpu_sums import row_by_row
 
-ONE = (Config({"TILE": 1024}, warps=2), Config({"TILE": 512}, warps=1), Config({"TILE": 2048}), Config({"TILE": 1024}))
-"""For one or two rows of x."""
-SEVERAL = (
-    Config({"TILE": 512}, warps=2),
+ONE = (
+    Config({"TILE": 512}, warps=1),
+    Config({"TILE": 1024}, warps=2),
     Config({"TILE": 256}, warps=1),
+    Config({"TILE": 2048}),
+)
+"""For one or two rows of x. A tile that is longer than a row is mostly masked."""
+SEVERAL = (
+    Config({"TILE": 256}, warps=1),
+    Config({"TILE": 512}, warps=2),
     Config({"TILE": 1024}),
     Config({"TILE": 512}),
 )

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Launch:
     constants: Mapping[str, Any]
     config: Config
     elements: int = 0  # stored weights, or positions of a bitmap, that a program takes in one turn of its loop
+    choices: Sequence[Config] = ()  # among which the configuration was picked; empty where there is but one
 
     def run(self) -> None:
         """Starts it on the device of its first tensor; waits for nothing. Under `recording` it is only written down."""
@@ -109,6 +110,21 @@ def interpreted() -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; elsewhere a number that makes tests take the same ways."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have on a CUDA device; elsewhere those of the smallest that kernels are compiled for, sm_80."""
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)
+        return int(properties.shared_memory_per_block_optin)
+    return 163 << 10
+
+
+def fitting(configs: Sequence[Config], stage_bytes: int, device: torch.device) -> tuple[Config, ...]:
+    """The same configurations with as many stages as the device has room for: all but one keep their tiles in shared memory."""
+    most = 1 + shared_memory(device) // stage_bytes
+    return tuple(replace(config, stages=min(config.stages, most)) for config in configs)
 
 
 def splits(device: torch.device, programs: int, turns: int) -> int:

@@ -101,7 +101,8 @@ def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
         return F.linear(x, expand(packed), bias)
     tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
-    config = pick(f"nm {m}", ONE if m <= 2 else SEVERAL)
+    choices = ONE if m <= 2 else SEVERAL
+    config = pick(f"nm {m}", choices)
     tile, panels = config.constants["TILE"], panel_count(out_features)
     turns = triton.cdiv(packed.values[0].numel(), tile)
     partial = Partial.of(x, out_features, bias, splits(x.device, panels, turns))
@@ -111,7 +112,8 @@ def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
         {**packed.tensors(), **partial.arguments()},
         {**_constants(packed), **partial.constants(), "M": m},
         config,
-        elements=tile,
+        tile,
+        choices,
     ).run()
     return partial.result()
 

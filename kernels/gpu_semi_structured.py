@@ -11,6 +11,8 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,20 +91,46 @@ def compressed(packed: NM, tokens: int, expand: Callable[[NM], Tensor]) -> Tenso
         return known[1]
     if _recording():
         return None
-    dense = expand(packed)
     try:
-        with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
-            found = torch._cslt_compress(dense)
-        product(dense.new_zeros(MANY, dense.shape[1]), found, None)
+        found = _kept(partial(_compress, packed, expand), packed.values)
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
-        _refused.append(f"cuSPARSELt refused {packed.describe()} of {dense.shape[0]}x{dense.shape[1]}: {said}")
+        _refused.append(f"cuSPARSELt refused {packed.describe()} of {packed.shape[0]}x{packed.shape[1]}: {said}")
         warnings.warn(
             f"2:4 products of many rows go through expanded weights: {_refused[0]}", RuntimeWarning, stacklevel=2
         )
         return None
     _twins[memory] = (version, found)
     return found
+
+
+def _compress(packed: NM, expand: Callable[[NM], Tensor]) -> Tensor:
+    dense = expand(packed)
+    with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
+        found = torch._cslt_compress(dense)
+        product(dense.new_zeros(MANY, dense.shape[1]), found, None)
+    return found
+
+
+def _kept(make: Callable[[], Tensor], near: Tensor) -> Tensor:
+    """What a function makes, in memory of its own.
+
+    Where torch.compile warms up a graph to be recorded (mode="reduce-overhead"), what its thread takes is from a pool that nothing
+    may outlive. So another thread makes it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        if not near.is_cuda:
+            return thread.submit(make).result()
+        torch.cuda.synchronize(near.device)
+        found = thread.submit(make).result()
+        torch.cuda.synchronize(near.device)
+        return found
+
+
+def beside(memory: torch.UntypedStorage) -> int:
+    """Bytes of the library's form of the weight whose packed values lie in this memory; 0 where none was made."""
+    known: tuple[int, Tensor] | None = _twins.get(memory)  # type: ignore[no-untyped-call]
+    return 0 if known is None else known[1].nbytes
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -101,11 +101,15 @@ def row_by_row(
     """
     tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
-    config = pick(f"{packed.describe()} {m}", configs[m > 2])
+    stored = packed.tensors()["values"].numel()
+    # What is the fastest depends on how long rows are: 256 to 4096 stored weights.
+    length = 1 << min(max((stored // out_features).bit_length() - 1, 8), 12)
+    config = pick(f"{packed.describe()} {m} {length}", configs[m > 2])
     tile = config.constants["TILE"]
-    turns = triton.cdiv(packed.tensors()["values"].numel(), out_features * tile)
+    turns = triton.cdiv(stored, out_features * tile)
     partial = Partial.of(x, out_features, bias, splits(x.device, out_features, turns))
     grid = (out_features, partial.splits, triton.cdiv(tokens, m))
     arguments = {**packed.tensors(), **partial.arguments()}
-    Launch(kernel, grid, arguments, {**constants, **partial.constants(), "M": m}, config, elements=tile).run()
+    all_constants = {**constants, **partial.constants(), "M": m}
+    Launch(kernel, grid, arguments, all_constants, config, tile, choices=configs[m > 2]).run()
     return partial.result()

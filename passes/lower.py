@@ -14,6 +14,7 @@ from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem, gpu_semi_structured
 from sparsec.kernels import select as select_kernel
+from sparsec.kernels.gpu import for_device
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
 from sparsec.lowering.setting import calibrated, dense_kernels
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
@@ -34,7 +35,8 @@ class Lower(Pass):
     format: `auto` lets the cost model choose for every weight among all formats and dense, for `tokens` rows at a time, by
     predicted time (objective="latency") or by bytes, and lets what stays dense run on an own kernel where that is predicted
     to be faster; the reason stands in the weight's record. A format by name packs everything in it: `csr`, with index_bits 8,
-    16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`; on a GPU `wcsr`, with index_bits 8 or 16.
+    16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`; on a GPU `wcsr`, with index_bits 8 or 16, which `csr` becomes
+    there too.
     """
 
     name: ClassVar[str] = "lower"
@@ -137,6 +139,7 @@ class Lower(Pass):
         name, options = (self.format, self._options()) if plan is None else (plan.best.format, plan.best.options)
         matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
         packed: Packed = FORMATS[name].pack(matrix, mask, **options)  # type: ignore[attr-defined]
+        packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
         kernel = select_kernel(Problem.of(packed, self.tokens))
         if plan is not None:
             graph.update(weight.name, reason=plan.reason)
@@ -206,8 +209,9 @@ def _result(format_name: str, done: list[Weight], own: list[str], notes: list[st
             f"{gpu_semi_structured.SWITCH}=0 keeps it out"
         )
     formats = Counter(w.format for w in done)
-    count = f"{len(done)} weights packed" + ("" if format_name == AUTO else f" as {format_name}")
     chosen = ", ".join(f"{n} {name}" for name, n in formats.most_common()) if format_name == AUTO else ""
+    (only, *_) = (*formats, format_name)  # lists are laid out for the device that they are on
+    count = f"{len(done)} weights packed" + ("" if format_name == AUTO else f" as {only}")
     summary = f"{count}{f' ({chosen})' if chosen else ''}: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB"
     summary += f", {packed / dense:.2f}x of dense" if dense else ""
     if own:

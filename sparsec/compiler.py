@@ -178,6 +178,9 @@ def extend(
     model = copying.deepcopy(compiled)
     own: Compiled = model.sparsec  # type: ignore[assignment]
     graph = own.graph
+    for weight in graph.masked():  # the model may have been moved since; its masks are the graph's
+        assert weight.mask is not None
+        graph.update(weight.name, mask=weight.mask.to(graph.tensor(weight.name).device))
     context = _context(model, graph, progress=progress)
     records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
     whole = Pipeline((*own.pipeline.passes, *more.passes))
@@ -291,13 +294,17 @@ def _copied(model: Model) -> Model:
 def _refresh(graph: Graph) -> None:
     """Takes dtypes and kernels anew from the tensors."""
     for weight in list(graph.weights.values()):
-        if weight.packed is None:
-            graph.update(weight.name, dtype=graph.tensor(weight.name).dtype)
-            continue
-        graph.update(weight.name, dtype=weight.packed.dtype)
-        kernel = select(Problem.of(weight.packed)).name
+        held = graph.tensor(weight.name) if weight.packed is None else next(iter(weight.packed.tensors().values()))
+        dtype = held.dtype if weight.packed is None else weight.packed.dtype
+        graph.update(weight.name, dtype=dtype)
         for op in graph.products_of(weight.name):
-            graph.ops[op.node] = op.with_kernel(weight.name, kernel)
+            if op.kernel_of(weight.name) is None:  # torch's own, whatever becomes of the weight
+                continue
+            if weight.packed is None:
+                problem = Problem("dense", *weight.matrix_shape, 1, dtype, held.device.type)
+            else:
+                problem = Problem.of(weight.packed)
+            graph.ops[op.node] = op.with_kernel(weight.name, select(problem).name)
 
 
 def _refuse(model: nn.Module) -> None:

@@ -34,7 +34,18 @@ class Machine:
     load: float | None  # runnable processes over the last minute
 
 
-PACKAGES = ("sparsec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "accelerate", "datasets")
+PACKAGES = (
+    "sparsec",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "accelerate",
+    "datasets",
+)
 
 
 def machine() -> Machine:
@@ -60,11 +71,7 @@ def gpu_clock() -> str:
     """Of the GPU's multiprocessors, as the driver says at this moment."""
     try:
         return f"SM {torch.cuda.clock_rate()} MHz"
-    except (
-        RuntimeError,
-        AssertionError,
-        ModuleNotFoundError,
-    ) as error:  # it asks the driver through a package of its own
+    except Exception as error:  # it asks the driver through a package with errors of its own
         return f"unknown ({str(error).partition(chr(10))[0]})"
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sparsec.kernels.gpu_semi_structured import beside
+
 _STATM = Path(
     "/proc/self/statm"
 )  # Linux; elsewhere the standard library knows only the peak, which says nothing of a difference
@@ -38,7 +40,7 @@ class Held:
 def held(module: nn.Module) -> Held:
     """Walks parameters and buffers (those left out of the state dict too); tied and shared storage counts once.
 
-    A view holds its whole storage, so the storage is what counts.
+    A view holds its whole storage, so the storage is what counts; and what a library holds beside a packed weight counts too.
     """
     seen: set[tuple[str, int]] = set()
     parameters = sum(_fresh_bytes(p, seen) for p in module.parameters())
@@ -53,7 +55,7 @@ def _fresh_bytes(tensor: Tensor, seen: set[tuple[str, int]]) -> int:
     if key in seen:
         return 0
     seen.add(key)
-    return storage.nbytes()
+    return storage.nbytes() + beside(storage)
 
 
 def resident(device: str = "cpu") -> int | None:

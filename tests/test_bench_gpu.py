@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from sparsec.bench import gpu as bench
 from sparsec.bench import gpu_run
 from sparsec.bench.__main__ import main
 from sparsec.bench.cases import Format, cases
-from sparsec.bench.gpu_models import decode
+from sparsec.bench.gpu_models import NO_TIME, Decoded, decode, headlines
+from sparsec.cost import replay
 from sparsec.cost.calibration import Found, load_file
 from sparsec.cost.model import KernelCost, Rate, RowsRate
 from sparsec.errors import KernelError
+from sparsec.formats import Packed
 from sparsec.kernels import gpu, gpu_launch
+from sparsec.latency import Spread
 from sparsec.machine import machine
 from sparsec.recorded import Decoder
 
@@ -34,6 +38,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(gpu, "tuned_file", lambda: tmp_path / "cache" / "gpu.json")
     monkeypatch.setattr(bench, "select", lambda problem: next(k for k in gpu_kernels() if k.format == problem.format))
+    monkeypatch.setattr(replay, "MAX_COPIES", 8)  # the interpreter takes milliseconds for one
     gpu_launch.prefer({})
     gpu_launch.asked()
     yield
@@ -47,19 +52,22 @@ def gpu_kernels():  # type: ignore[no-untyped-def]
 
 
 def test_every_kernel_is_checked_and_a_wrong_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = list(bench.check(["wcsr16", "nm2:4"], ["bf16"], [1, 9], DEVICE, size=16))
+    found = list(bench.check(["wcsr16", "nm2:4"], ["bf16"], [1, 9], DEVICE, shape=(16, 32)))
     assert [(c.layout, c.rows) for c in found] == [("wcsr16", 1), ("wcsr16", 9), ("nm2:4", 1), ("nm2:4", 9)]
-    assert all(0 < c.error <= 1 for c in found)
+    assert all(c.error is not None and 0 < c.error <= 1 for c in found)
     right = gpu.product
     for spoil in (lambda out: out * 1.1, lambda out: out.fill_(float("nan"))):
         monkeypatch.setattr(gpu, "product", lambda *args, spoil=spoil: spoil(right(*args)))
-        assert all(c.error > 1 for c in bench.check(["wcsr16"], ["fp32"], [2], DEVICE, size=16))
+        assert all(c.wrong for c in bench.check(["wcsr16"], ["fp32"], [2], DEVICE, shape=(16, 32)))
 
 
 def test_a_case_is_timed_with_the_fastest_of_its_configurations_which_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = cases({(16, 64): None}, [Format.parse(f) for f in ("wcsr16", "bitmap")], [0.5], ["bf16"], [1])
-    lines, left_out = bench.measure(case, DEVICE, rounds=2, rotate_bytes=2000)
-    assert left_out == []
+    found = bench.measure(case, DEVICE, rounds=2, rotate_bytes=2000)
+    lines = found.lines
+    assert found.left_out == []
+    assert [c.layout.partition(",")[0] for c in found.checked] == ["wcsr16"] * 4 + ["bitmap"] * 4
+    assert not any(c.wrong for c in found.checked)
     assert [(line.layout, line.kernel) for line in lines] == [
         ("wcsr16", "wcsr_triton"),
         ("bitmap", "bitmap_triton"),
@@ -68,8 +76,9 @@ def test_a_case_is_timed_with_the_fastest_of_its_configurations_which_is_kept(mo
         assert line.dense.median > 0
         assert line.sparse.repeats == 2
         assert line.bytes_per_second == pytest.approx(line.nbytes / line.sparse.median)
-    assert set(gpu_launch.preferred()) == {"wcsr16 1", "bitmap 1"}
-    assert [line.config for line in lines] == [gpu_launch.preferred()[b] for b in ("wcsr16 1", "bitmap 1")]
+    buckets = ("wcsr16 1 256", "bitmap 1")
+    assert set(gpu_launch.preferred()) == set(buckets)
+    assert [line.config for line in lines] == [gpu_launch.preferred()[b] for b in buckets]
     # In another process they are found again.
     path = Path(bench.keep_tuned())
     assert path == gpu.tuned_file()
@@ -84,12 +93,12 @@ def test_a_case_is_timed_with_the_fastest_of_its_configurations_which_is_kept(mo
 
 def test_what_cannot_be_measured_is_named() -> None:
     todo = cases({(24, 20): None}, [Format.parse("bsr64x64")], [0.5], ["bf16"], [1])
-    lines, left_out = bench.measure(todo[0], DEVICE, rounds=1)
-    assert not lines
-    assert "24x20 as bsr64x64" in left_out[0]
-    lines, left_out = bench.table_all(todo * 3, DEVICE, 1, bench.Deadline(0), None)
-    assert not lines
-    assert left_out == ["no time was left for 3 of 3 cases; give more with --budget"]
+    found = bench.measure(todo[0], DEVICE, rounds=1)
+    assert not found.lines
+    assert "24x20 as bsr64x64, 1 rows: " in found.left_out[0]
+    (found,) = bench.table_all(todo * 3, DEVICE, 1, bench.Deadline(0), None)
+    assert not found.lines
+    assert found.left_out == ["no time was left for 3 of 3 cases; give more with --budget"]
 
 
 def tiny(name: str, dtype: torch.dtype, layers: int | None, device: torch.device | str = DEVICE) -> LlamaForCausalLM:
@@ -123,18 +132,18 @@ def test_models_are_timed_dense_and_sparse_and_everything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
-    found = decode("tiny", "fp32", [0.5], DEVICE, 2, 1, None, None, tiny, tokens=2, passes=spec)
+    found = decode("tiny", "fp32", [0.5], DEVICE, 2, 1, model=tiny, tokens=2, passes=spec)
     assert [m.variant for m in found] == ["dense", "50% zero"]
     assert all(m.seconds is not None and m.seconds.median > 0 and m.nbytes > 0 for m in found)
     assert found[0].speedup is not None
     assert found[0].speedup.median == 1
     (case,) = cases({(16, 32): None}, [Format.parse("wcsr8")], [0.5], ["bf16"], [1])
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.checked = list(bench.check(["wcsr8"], ["bf16"], [1], DEVICE, size=16))
-    report.lines, report.left_out = bench.measure(case, DEVICE, 2, rotate_bytes=2000, tune=False)
+    report.checked = list(bench.check(["wcsr8"], ["bf16"], [1], DEVICE, shape=(16, 32)))
+    report.add(bench.measure(case, DEVICE, 2, rotate_bytes=2000, tune=False))
     known = replace(load_file(FIXTURE), kernels=(KernelCost("wcsr_triton", "wcsr8", "bfloat16", *COST),))
     monkeypatch.setattr(gpu_run, "calibrate", lambda dtypes, **options: Found(known, "a test", ("it was busy",)))
-    report.calibrate("bf16", None)
+    report.calibrate("bf16", bench.Deadline(99), None)
     many = replace(report.lines[0], case=replace(case, rows=8))
     eight = replace(known, kernels=(replace(known.kernels[0], rows=(RowsRate(8, Rate(1e-3, 0.0)),)),))
     (line,) = bench.predicted([many], eight)
@@ -167,9 +176,94 @@ def test_a_cost_model_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(gpu_run, "calibrate", fails)
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.calibrate("bf16", None)
+    report.calibrate("bf16", bench.Deadline(99), None)
     assert report.calibration is None
-    assert report.left_out == ["the cost model: no kernel serves it"]
+    assert report.left_out == ["the cost model: KernelError: no kernel serves it"]
+
+
+def test_what_a_run_has_no_time_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(dtypes: list[torch.dtype], *, progress: Callable[[str, int, int], None], **options: object) -> None:
+        progress("timing kernels", 0, 9)
+        raise AssertionError("nothing more is begun")
+
+    monkeypatch.setattr(gpu_run, "calibrate", slow)
+    report = gpu_run.Report(tmp_path, machine(), DEVICE)
+    report.calibrate("bf16", bench.Deadline(0), None)
+    assert report.left_out == ["the cost model: TimeoutError: no time was left for it; give more with --budget"]
+    found = decode("tiny", "fp32", [0.5, 0.9], DEVICE, 1, 1, bench.Deadline(0), bench.Deadline(0), model=tiny, tokens=1)
+    said = [(m.variant, m.mode, m.note) for m in found if m.seconds is None]
+    assert said == [
+        ("50% zero", "graph", NO_TIME),
+        ("90% zero", "graph", NO_TIME),
+        ("dense", "compiled graph", NO_TIME),
+    ]
+    report.models = found
+    assert f"| 50% zero | graph | - | - | - | 0.00 | {NO_TIME} |" in report.markdown()
+
+
+def test_a_kernel_that_fails_or_gives_nan_is_wrong_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gpu.product
+
+    def spoiled(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        if packed.format == "bitmap":
+            raise MemoryError("out of shared memory\nand more")
+        out = right(x, packed, bias)
+        return out.fill_(float("nan")) if packed.format == "nm" else out
+
+    monkeypatch.setattr(gpu, "product", spoiled)
+    report = gpu_run.Report(tmp_path, machine(), DEVICE)
+    report.checked += bench.check(["bitmap", "nm2:4", "wcsr16"], ["bf16"], [1], DEVICE, (16, 32))
+    assert [(c.error is None, c.note, c.wrong) for c in report.checked] == [
+        (True, "MemoryError: out of shared memory", True),
+        (True, "", True),
+        (False, "", False),
+    ]
+    todo = cases({(16, 32): None}, [Format.parse(f) for f in ("bitmap", "nm2:4", "wcsr16")], [0.5], ["bf16"], [1])
+    for found in bench.table_all(todo, DEVICE, 1, bench.Deadline(99), None):
+        report.add(found)
+    assert {line.layout for line in report.lines} == {"wcsr16", "nm2:4"}
+    assert "16x32 as bitmap, 1 rows: MemoryError: out of shared memory" in report.left_out
+    report.write()
+    text = (tmp_path / "bench.md").read_text()
+    assert "- WRONG: bitmap bf16, 1 rows: MemoryError: out of shared memory" in text
+    assert "- WRONG: nm2:4 bf16, 1 rows: NaN or infinite" in text
+    assert json.loads((tmp_path / "bench.json").read_text())["checked"][1]["error"] is None
+
+
+def test_a_configuration_that_fails_or_computes_something_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = cases({(16, 32): None}, [Format.parse("wcsr16")], [0.5], ["bf16"], [1])
+    right = gpu.product
+
+    def spoiled(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        number = gpu_launch.preferred().get("wcsr16 1 256")
+        if number == 1:
+            raise MemoryError("out of registers")
+        out = right(x, packed, bias)
+        return out if number == 3 else out * 1.5
+
+    monkeypatch.setattr(gpu, "product", spoiled)
+    found = bench.measure(case, DEVICE, 1, rotate_bytes=1)
+    assert found.left_out == ["configuration 1 of 'wcsr16 1 256': MemoryError: out of registers"]
+    assert [c.wrong for c in found.checked] == [True, True, False]
+    assert gpu_launch.preferred() == {"wcsr16 1 256": 3}
+    assert [line.config for line in found.lines] == [3]
+
+
+def test_the_headline_is_the_best_sparse_mode_over_the_best_dense_one() -> None:
+    times = {("dense", "graph"): 2.0, ("dense", "compiled graph"): 1.6, ("70% zero", "graph"): 1.0}
+    times |= {("70% zero", "compiled graph"): 0.8, ("90% zero", "graph"): 0.5}
+    found = [
+        Decoded("m", 2, "bf16", variant, mode, "", Spread.of([1e-3 * t]), None, 1)
+        for (variant, mode), t in times.items()
+    ]
+    found.append(Decoded("m", 2, "bf16", "90% zero", "compiled graph", NO_TIME, None, None, 0))
+    found.append(Decoded("other", 2, "bf16", "90% zero", "graph", "", Spread.of([1.0]), None, 1))
+    assert headlines(found) == [
+        "- m, 70% zero: 2.00x, 0.800 ms a token (compiled graph) against 1.600 dense (compiled graph)",
+        "- m, 90% zero: 3.20x, 0.500 ms a token (graph) against 1.600 dense (compiled graph)",
+    ]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

@@ -231,7 +231,9 @@ def test_an_old_device_and_a_missing_triton_are_named(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Turing")
     if importlib.util.find_spec("triton") is not None:
-        assert gpu.missing.__wrapped__() == ["Turing has compute capability 7.5, below the 8.0 served"]
+        assert gpu.missing.__wrapped__() == [
+            "Turing has compute capability 7.5, below the 8.0 served; move the model to the CPU, which has kernels for it"
+        ]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert gpu.missing.__wrapped__() == ['triton is not installed; run `pip install "sparsec[triton]"`']
 
@@ -312,3 +314,43 @@ compiled(x)
 assert sparsec.kernels.gpu.missing() == ['triton is not installed; run `pip install "sparsec[triton]"`']
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_triton
+def test_strided_arguments_are_taken_or_refused() -> None:
+    """Regression: every second entry of a bias was read as if they lay side by side."""
+    torch.manual_seed(0)
+    for name in ("wcsr16", "bitmap", "bsr16x16", "nm2:4"):
+        packed, kept = some(LAYOUTS[name], 32, 32, 0.5, torch.float32)
+        bias = torch.randn(64)[::2]
+        for tokens in (1, 17):
+            assert_right(torch.randn(32, tokens).t(), packed, kept, bias)
+    values = packed.values.repeat_interleave(2, -1)[..., ::2]
+    strided = type(packed).from_parts({**packed.tensors(), "values": values}, packed.scalars())
+    with pytest.raises(KernelError, match=r"nm_linear: values has gaps in memory; call .contiguous\(\) on it"):
+        gpu.product(torch.randn(1, 32), strided, None)
+
+
+def test_no_more_stages_than_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_launch, "shared_memory", lambda device: 99 << 10)
+    wanted = [gpu_launch.Config({}, stages=n) for n in (1, 2, 3, 4)]
+    for stage_bytes, stages in ((72 << 10, [1, 2, 2, 2]), (33 << 10, [1, 2, 3, 4]), (100 << 10, [1, 1, 1, 1])):
+        found = gpu_launch.fitting(wanted, stage_bytes, torch.device("cpu"))
+        assert [c.stages for c in found] == stages
+
+
+@given(st.integers(1, 6), st.integers(1, 300), st.sampled_from([0.0, 0.1, 0.6]), st.integers(0, 99))
+def test_a_matrix_that_keeps_zeros_is_whole_on_every_device(
+    out_features: int, in_features: int, share: float, seed: int
+) -> None:
+    """Regression: the zeros were dropped, and still counted."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+    mask = torch.rand(weight.shape, generator=generator) >= share
+    packed = CSR.pack(weight, mask)
+    for device in ("cuda", "cpu", "cuda"):
+        packed = gpu.for_device(packed, device)
+        packed.check()
+        assert packed.nnz == int(mask.count_nonzero())
+        assert torch.equal(packed.unpack(), torch.where(mask, weight, 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import threading
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ from torch import Tensor
 
 import sparsec
 from sparsec.formats import NM
-from sparsec.kernels import KERNELS, Problem, gpu, select, tolerance
+from sparsec.kernels import KERNELS, Problem, SparseLinear, gpu, select, tolerance
 from sparsec.kernels import gpu_semi_structured as semi
+from sparsec.memory import held
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton"),
@@ -247,3 +249,23 @@ def test_lowering_says_what_the_second_form_takes(library: Library, monkeypatch:
     assert any(said in note for note in notes), notes
     monkeypatch.setenv(semi.SWITCH, "0")
     assert semi.held_bytes(packed) == 0
+
+
+def test_the_second_form_counts_as_memory_once_it_is_there(library: Library) -> None:
+    module = SparseLinear(weight(64, 64))
+    before = held(module).total
+    gpu.product(torch.randn(63, 64).bfloat16(), module.packed, None)
+    assert held(module).total == before
+    gpu.product(torch.randn(64, 64).bfloat16(), module.packed, None)
+    assert held(module).total == before + semi.held_bytes(module.packed)
+
+
+def test_it_is_made_where_no_pool_of_this_thread_is_in_use(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    compress = library.compress
+    monkeypatch.setattr(
+        torch, "_cslt_compress", lambda dense: (threads.append(threading.get_ident()), compress(dense))[1]
+    )
+    gpu.product(torch.randn(64, 48).bfloat16(), weight(), None)
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()

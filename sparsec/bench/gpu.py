@@ -7,8 +7,9 @@ round by round against F.linear (cuBLAS) in the same run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 import torch
@@ -18,7 +19,7 @@ from sparsec.bench.cases import Case, Format, random_mask
 from sparsec.command import DTYPES
 from sparsec.cost import Calibration, Work
 from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, take_turns
-from sparsec.errors import FormatError, KernelError, SpecError
+from sparsec.errors import SparsecError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
@@ -30,6 +31,11 @@ CHECKED_ROWS = {"bf16": (1, 2, 4, 9, 17, 65, 512), "fp16": (1, 9, 65), "fp32": (
 """By type: rows of x on both sides of every switch; fewer where a type changes no more than conversions, as each is compiled."""
 
 
+LONG_ROWS = (96, 16384)
+"""A shape with so few rows that each is split over programs."""
+SPLIT = ("csr16", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "nm2:4")
+
+
 @dataclass(frozen=True)
 class Checked:
     """One kernel against float64."""
@@ -37,7 +43,15 @@ class Checked:
     layout: str
     dtype: str
     rows: int
-    error: float  # the largest, over what rounding allows: right up to 1
+    error: (
+        float | None
+    )  # the largest, over what rounding allows: right up to 1; None for NaN, or where the kernel failed
+    note: str = ""  # why it failed
+
+    @property
+    def wrong(self) -> bool:
+        """Beyond what rounding allows, or no result at all."""
+        return self.error is None or self.error > 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,21 @@ class Line:
     predicted: float | None = None  # seconds by the cost model, where it knows the kernel
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one case, or many, gave."""
+
+    lines: list[Line] = field(default_factory=list)
+    checked: list[Checked] = field(default_factory=list)  # every configuration that was tried
+    left_out: list[str] = field(default_factory=list)  # with the reason
+
+    def add(self, other: Measured) -> None:
+        """Takes in what another case gave."""
+        self.lines.extend(other.lines)
+        self.checked.extend(other.checked)
+        self.left_out.extend(other.left_out)
+
+
 class Deadline:
     """Says when the time is over that a run may take."""
 
@@ -70,23 +99,39 @@ class Deadline:
 
 
 def check(
-    layouts: Sequence[str], dtypes: Sequence[str], rows: Sequence[int], device: torch.device, size: int = 1024
+    layouts: Sequence[str],
+    dtypes: Sequence[str],
+    rows: Sequence[int],
+    device: torch.device,
+    shape: tuple[int, int] = (1024, 2048),
 ) -> Iterator[Checked]:
-    """Every kernel on [size, 2 * size] with a bias, at every number of rows."""
+    """Every kernel on a weight of a shape with a bias, at every number of rows; one that fails is wrong, and the others go on."""
     generator = torch.Generator(device).manual_seed(0)
     for label in layouts:
         wanted = Format.parse(label)
         assert wanted.pattern is not None
         for dtype in dtypes:
-            packed, weight = _packed(wanted, size, 2 * size, 0.6, DTYPES[dtype], generator)
-            bias = torch.randn(size, device=device, generator=generator).to(DTYPES[dtype])
+            packed, weight = _packed(wanted, *shape, 0.6, DTYPES[dtype], generator)
+            bias = torch.randn(shape[0], device=device, generator=generator).to(DTYPES[dtype])
             for count in rows:
-                x = torch.randn(count, 2 * size, device=device, generator=generator).to(DTYPES[dtype])
-                found = gpu.product(x, packed, bias).double()
-                exact = x.double() @ weight.double().t() + bias.double()
-                over = (found - exact).abs() / tolerance(x, weight, bias)
-                # NaN is no error that a maximum would show.
-                yield Checked(label, dtype, count, float(over.nan_to_num(nan=float("inf")).max()))
+                x = torch.randn(count, shape[1], device=device, generator=generator).to(DTYPES[dtype])
+                try:
+                    found = gpu.product(x, packed, bias)
+                    yield Checked(label, dtype, count, _error(found, x, weight, bias))
+                except Exception as error:  # of triton, of the driver, of torch
+                    yield Checked(label, dtype, count, None, said(error))
+
+
+def _error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float | None:
+    """The largest over what rounding allows; None where there is NaN, or an infinite one."""
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    worst = float(((found.double() - exact).abs() / tolerance(x, weight, bias)).nan_to_num(nan=math.inf).max())
+    return worst if math.isfinite(worst) else None
+
+
+def said(error: Exception) -> str:
+    """The first line of an error."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _packed(
@@ -102,37 +147,37 @@ def _packed(
 @torch.no_grad()
 def measure(
     case: Case, device: torch.device, rounds: int, rotate_bytes: int = ROTATE_BYTES, tune: bool = True
-) -> tuple[list[Line], list[str]]:
-    """Lines of one case, and what was left out with the reason. The fastest configurations are preferred from then on."""
+) -> Measured:
+    """One case; a format that fails is left out. The fastest configurations are preferred from then on."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[case.dtype]
     x = torch.randn(case.rows, case.in_features, device=device, generator=generator).to(dtype)
     named: list[tuple[str, str, Work, int, Replay]] = []
-    left_out: list[str] = []
+    found = Measured()
     dense: Replay | None = None
     for wanted in case.formats:
         try:
             packed, weight = _packed(wanted, case.out_features, case.in_features, case.sparsity, dtype, generator)
             select(Problem.of(packed, case.rows))
-        except (FormatError, KernelError, SpecError) as error:
-            left_out.append(f"{case.out_features}x{case.in_features} as {wanted.label}: {error}")
+            dense = dense or Replay(dense_calls(weight, x, rotate_bytes), device)
+            config, replay, tried = _fastest(packed, weight, x, rotate_bytes, tune)
+        except Exception as error:  # of the formats, of triton, of the driver, of torch
+            why = str(error) if isinstance(error, SparsecError) else said(error)
+            found.left_out.append(f"{case.out_features}x{case.in_features} as {wanted.label}, {case.rows} rows: {why}")
             continue
-        if dense is None:
-            dense = Replay(dense_calls(weight, x, rotate_bytes), device)
-        config, replay = _fastest(packed_calls(packed, x, rotate_bytes), device, tune)
+        found.add(tried)
         # Asked once it has run: what a library refuses is known by then.
         kernel = select(Problem.of(packed, case.rows)).name
         named.append((packed.describe(), kernel, Work.of(packed), config, replay))
     if dense is None:
-        return [], left_out
+        return found
     base, *times = take_turns([dense, *(replay for *_, replay in named)], rounds)
-    lines = []
     for (layout, kernel, work, config, _), own in zip(named, times, strict=True):
         spread = Spread.of(own)
         rate = work.nbytes / spread.median
-        nbytes, faster = work.nbytes, ratio(base, own)
-        lines.append(Line(case, layout, kernel, nbytes, work, Spread.of(base), spread, faster, rate, config))
-    return lines, left_out
+        faster = ratio(base, own)
+        found.lines.append(Line(case, layout, kernel, work.nbytes, work, Spread.of(base), spread, faster, rate, config))
+    return found
 
 
 def predicted(lines: Sequence[Line], known: Calibration) -> list[Line]:
@@ -144,25 +189,41 @@ def predicted(lines: Sequence[Line], known: Calibration) -> list[Line]:
     return found
 
 
-def _fastest(calls: Sequence[Callable[[], Tensor]], device: torch.device, tune: bool) -> tuple[int, Replay]:
-    """The number of the fastest configuration, preferred from now on, and the calls with it."""
+def _fastest(packed: Packed, weight: Tensor, x: Tensor, rotate_bytes: int, tune: bool) -> tuple[int, Replay, Measured]:
+    """The number of the fastest configuration, preferred from now on, the calls with it, and what was found of all on the way.
+
+    A configuration that fails, or computes something wrong, is none of the choice. Raises what the first one raises.
+    """
+    calls, found = packed_calls(packed, x, rotate_bytes), Measured()
     gpu_launch.asked()
-    found = Replay(calls, device)
+    first = Replay(calls, x.device)
     buckets = gpu_launch.asked()
     if len(buckets) != 1:
-        return 0, found
+        return 0, first, found
     ((bucket, count),) = buckets.items()
     before = gpu_launch.preferred()
     if not tune or bucket in before:
-        return before.get(bucket, 0), found
-    tried = [(min(found.seconds() for _ in range(3)), 0, found)]
-    for number in range(1, count):
+        return before.get(bucket, 0), first, found
+    tried: list[tuple[float, int, Replay]] = []
+    dtype = next(name for name, known in DTYPES.items() if known == x.dtype)
+    for number in range(count):
         gpu_launch.prefer({**before, bucket: number})
-        other = Replay(calls, device)
-        tried.append((min(other.seconds() for _ in range(3)), number, other))
+        try:
+            error = _error(calls[0](), x, weight, None)
+            found.checked.append(
+                Checked(f"{packed.describe()}, configuration {number} of {bucket!r}", dtype, x.shape[0], error)
+            )
+            if not found.checked[-1].wrong:
+                replay = Replay(calls, x.device) if number else first
+                tried.append((min(replay.seconds() for _ in range(3)), number, replay))
+        except Exception as failed:  # of triton, of the driver, of torch
+            found.left_out.append(f"configuration {number} of {bucket!r}: {said(failed)}")
+    gpu_launch.prefer(before)
+    if not tried:
+        return 0, first, found
     _, best, replay = min(tried, key=lambda t: t[:2])
     gpu_launch.prefer({**before, bucket: best})
-    return best, replay
+    return best, replay, found
 
 
 def keep_tuned() -> str:
@@ -175,17 +236,14 @@ def keep_tuned() -> str:
 
 def table_all(
     todo: Sequence[Case], device: torch.device, rounds: int, deadline: Deadline, progress: Progress | None
-) -> tuple[list[Line], list[str]]:
-    """All lines, as far as the time reaches; what was not begun is named."""
-    lines: list[Line] = []
-    left_out: list[str] = []
+) -> Iterator[Measured]:
+    """Case by case, as far as the time reaches; what was not begun is named."""
     for i, case in enumerate(todo):
         if progress is not None:
             progress(f"{case.out_features}x{case.in_features}, {case.rows} rows", i, len(todo))
         if deadline.over:
-            left_out.append(f"no time was left for {len(todo) - i} of {len(todo)} cases; give more with --budget")
-            break
-        own, said = measure(case, device, rounds)
-        lines += own
-        left_out += said
-    return lines, left_out
+            yield Measured(
+                left_out=[f"no time was left for {len(todo) - i} of {len(todo)} cases; give more with --budget"]
+            )
+            return
+        yield measure(case, device, rounds)

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from sparsec.bench.gpu import Deadline
+from sparsec.bench.gpu import Deadline, said
 from sparsec.bench.models import random_model
 from sparsec.command import DTYPES
 from sparsec.compiler import compile
-from sparsec.errors import SparsecError
 from sparsec.latency import Spread, ratio
 from sparsec.progress import Progress
 from sparsec.recorded import Decoder
@@ -25,6 +24,7 @@ PROMPT_TOKENS = 64
 TOKENS = 16
 """Decoded in each round."""
 WARM_UP = 2
+NO_TIME = "no time was left; give more with --budget"
 PASSES = "magnitude({sparsity}, scope='layer'),freeze,sparsity,lower(wcsr)"
 
 
@@ -39,7 +39,7 @@ class Decoded:
     mode: str  # "graph", "compiled graph", or "eager" where no graph could be recorded
     note: str  # why not, or why it did not run
     seconds: Spread | None  # per token; None where it did not run
-    speedup: Spread | None  # over dense in the same mode, by round
+    speedup: Spread | None  # over dense in the same mode, by round; None where dense did not run in it
     nbytes: int  # of all parameters and buffers
 
 
@@ -52,6 +52,7 @@ def decode(
     rounds: int,
     layers: int | None = None,
     deadline: Deadline | None = None,
+    compiling: Deadline | None = None,
     progress: Progress | None = None,
     model: Callable[..., Any] = random_model,
     tokens: int = TOKENS,
@@ -59,26 +60,33 @@ def decode(
 ) -> list[Decoded]:
     """Times a model with random weights, dense and at every sparsity. The dense one comes first in each mode.
 
-    deadline: after it, and without one, nothing is run under torch.compile, which takes minutes.
+    deadline: after it nothing more is begun. compiling: after it, and without one, nothing is run under torch.compile, which takes
+    minutes. What was not begun is a line with its reason.
     """
     dense = model(name, DTYPES[dtype], layers, device=device)
     prompt = torch.arange(PROMPT_TOKENS)[None] % dense.config.vocab_size
     variants = {"dense": dense}
-    for sparsity in sparsities:
-        spec = passes.replace("{sparsity}", repr(sparsity))
-        variants[f"{sparsity:.0%} zero"] = compile(dense, spec, progress=progress)
     found = []
+    for sparsity in sparsities:
+        variant = f"{sparsity:.0%} zero"
+        if deadline is not None and deadline.over:
+            found.append(_without(name, dense, dtype, variant, False, NO_TIME))
+            continue
+        variants[variant] = compile(dense, passes.replace("{sparsity}", repr(sparsity)), progress=progress)
     for way in (False, True):
-        if way and (deadline is None or deadline.over):
+        if way and compiling is None:
             break
         decoders: dict[str, Decoder] = {}
         for variant, candidate in variants.items():
+            if way and compiling is not None and compiling.over:
+                found.append(_without(name, dense, dtype, variant, way, NO_TIME))
+                continue
             try:
                 decoders[variant] = Decoder(candidate, prompt, tokens * (WARM_UP + rounds), way)
-            except (RuntimeError, SparsecError) as error:
+            except Exception as error:  # of triton, of the driver, of torch
                 if variant == "dense" and not way:
                     raise
-                found.append(_failed(name, dense, dtype, variant, way, error))
+                found.append(_without(name, dense, dtype, variant, way, said(error)))
         times: dict[str, list[float]] = {variant: [] for variant in decoders}
         for turn in range(WARM_UP + rounds):
             for variant, decoder in decoders.items():
@@ -97,18 +105,34 @@ def decode(
                     decoder.mode,
                     decoder.note,
                     Spread.of(own),
-                    ratio(base if base is not None else own, own),
+                    None if base is None else ratio(base, own),
                     _nbytes(variants[variant]),
                 )
             )
     return found
 
 
-def _failed(name: str, dense: Any, dtype: str, variant: str, compiled: bool, error: Exception) -> Decoded:
-    """A mode that could not run: no time, and the reason."""
+def headlines(found: Sequence[Decoded]) -> list[str]:
+    """For every model and sparsity, the best sparse mode over the best dense one."""
+    times = [(m, m.seconds.median) for m in found if m.seconds is not None]
+    lines = []
+    for model, variant in dict.fromkeys((m.model, m.variant) for m in found):
+        own, base = (
+            min(((s, m.mode) for m, s in times if (m.model, m.variant) == (model, wanted)), default=None)
+            for wanted in (variant, "dense")
+        )
+        if own is not None and base is not None and variant != "dense":
+            lines.append(
+                f"- {model}, {variant}: {base[0] / own[0]:.2f}x, {1e3 * own[0]:.3f} ms a token ({own[1]}) against "
+                f"{1e3 * base[0]:.3f} dense ({base[1]})"
+            )
+    return lines
+
+
+def _without(name: str, dense: Any, dtype: str, variant: str, compiled: bool, why: str) -> Decoded:
+    """A mode that did not run: no time, and the reason."""
     mode = "compiled graph" if compiled else "graph"
-    said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return Decoded(name, dense.config.num_hidden_layers, dtype, variant, mode, said, None, None, 0)
+    return Decoded(name, dense.config.num_hidden_layers, dtype, variant, mode, why, None, None, 0)
 
 
 def _nbytes(model: Any) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,22 +20,25 @@ from sparsec.bench.cases import cases
 from sparsec.bench.gpu import (
     CHECKED,
     CHECKED_ROWS,
+    LONG_ROWS,
+    SPLIT,
     Checked,
     Deadline,
     Line,
+    Measured,
     check,
     keep_tuned,
     predicted,
+    said,
     table_all,
 )
-from sparsec.bench.gpu_models import PASSES, Decoded, decode
+from sparsec.bench.gpu_models import PASSES, Decoded, decode, headlines
 from sparsec.command import DTYPES as TYPES
 from sparsec.cost import Calibration, calibrate
 from sparsec.cost.calibration import save
 from sparsec.cost.replay import read_seconds
-from sparsec.errors import KernelError, SparsecError
-from sparsec.kernels import gpu
-from sparsec.latency import Spread
+from sparsec.errors import KernelError, SpecError
+from sparsec.kernels import gpu, gpu_launch
 from sparsec.machine import Machine, gpu_clock, machine
 from sparsec.progress import Progress
 
@@ -45,10 +49,12 @@ DTYPES = "bf16,fp16"
 ROWS = "1,4,16,64,512"
 MODELS = ("pythia-410m", "llama-7b")
 MODEL_SPARSITIES = (0.7, 0.9)
-BUDGET, FOR_MODELS = 450, 0.4
-"""Seconds that a run may take, and the share of them that is kept for whole models."""
-FOR_COMPILING = 90
-"""Seconds that have to be left where torch.compile is to begin."""
+BUDGET, FOR_TABLE, FOR_CALIBRATION = 450, 0.55, 0.7
+"""Seconds that a run may take, and after which share of them the table and the calibration begin nothing more."""
+FOR_COMPILING = 60
+"""Seconds that have to be left where torch.compile is to begin on a model."""
+WRITE_EVERY = 10
+"""Cases of the table."""
 ROUNDS, MODEL_ROUNDS = 20, 10
 NEAR = 0.15
 """A prediction within this share of what is measured is a good one."""
@@ -59,39 +65,59 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
     reasons = gpu.missing()
     if reasons:
         raise KernelError(f"--device cuda: {'; '.join(reasons)}; without --device the CPU's kernels are measured")
+    formats = arguments.read_formats(options.formats or FORMATS)
+    if unfit := [f.label for f in formats if f.pattern is None]:
+        raise SpecError(
+            f"--formats: with --device cuda leave out {', '.join(unfit)}: F.linear stands in every line, and lower(auto) chooses "
+            f"for the whole models; the default is {FORMATS}"
+        )
+    # Nothing of the CPU is measured here, and its library takes half a minute to build.
+    os.environ.setdefault("SPARSEC_NATIVE", "0")
     device = torch.device("cuda")
     folder: Path = options.out or Path("sparsec-bench-cuda")
     folder.mkdir(parents=True, exist_ok=True)
     budget = options.budget or BUDGET
-    whole, table = Deadline(budget), Deadline(budget * (1 - FOR_MODELS))
+    whole, table, calibrating = (Deadline(budget * share) for share in (1, FOR_TABLE, FOR_CALIBRATION))
     compiling = Deadline(budget - FOR_COMPILING)
+    gpu.take_tuned()  # so that nothing takes it later on: here all is tuned anew
+    gpu_launch.prefer({})
     report = Report(folder, machine(), device)
     for dtype, rows in CHECKED_ROWS.items():
+        if table.over:
+            report.left_out.append(f"no time was left to check {dtype}; give more with --budget")
+            continue
         report.checked += check(CHECKED, [dtype], rows, device)
+        report.checked += check(SPLIT, [dtype], (1,), device, LONG_ROWS)
         report.write()
     todo = cases(
         arguments.read_shapes(options.shapes or SHAPES),
-        arguments.read_formats(options.formats or FORMATS),
+        formats,
         arguments.read_sparsities(options.sparsity),
         arguments.read_dtypes(options.dtypes or DTYPES),
         arguments.read_rows(options.rows or ROWS),
     )
-    report.lines, report.left_out = table_all(todo, device, options.repeats or ROUNDS, table, progress)
-    report.tuned = keep_tuned()
+    for i, found in enumerate(table_all(todo, device, options.repeats or ROUNDS, table, progress)):
+        report.add(found)
+        if i % WRITE_EVERY == 0:
+            report.write()
+    try:
+        report.tuned = keep_tuned()
+    except OSError as error:
+        report.left_out.append(f"the fastest configurations could not be kept: {error}")
     report.write()
-    if not whole.over:
-        report.calibrate(options.dtypes or DTYPES, progress)
+    # Models are of the first dtype.
+    report.calibrate((options.dtypes or DTYPES).partition(",")[0], calibrating, progress)
     for model in MODELS:
         if whole.over:
             report.left_out.append(f"no time was left for {model}; give more with --budget")
             continue
         try:
             report.models += decode(
-                *(model, "bf16", MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, compiling, progress),
+                *(model, "bf16", MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, whole, compiling, progress),
                 passes=PASSES.replace("lower(wcsr)", "lower(auto)") if report.calibration else PASSES,
             )
-        except (RuntimeError, SparsecError) as error:
-            report.left_out.append(f"{model}: {error}")
+        except Exception as error:  # of triton, of the driver, of torch
+            report.left_out.append(f"{model}: {said(error)}")
         report.write()
     print(report.markdown())
     print(f"written to {folder}")
@@ -115,17 +141,32 @@ class Report:
         self.left_out: list[str] = []
         self.tuned = ""
         self.calibration: Calibration | None = None
+        self._clocks = gpu_clock() if device.type == "cuda" else "none"
 
-    def calibrate(self, dtypes: str, progress: Progress | None) -> None:
-        """Measures the cost model's constants anew, with the configurations that are the fastest, and holds it to the table.
+    def add(self, found: Measured) -> None:
+        """Takes in what a case gave."""
+        self.lines += found.lines
+        self.checked += found.checked
+        self.left_out += found.left_out
 
-        They are kept for `lower(auto)`, and written to cost.json. What fails is said, and nothing else depends on it.
+    def calibrate(self, dtype: str, deadline: Deadline, progress: Progress | None) -> None:
+        """Measures the cost model's constants of a dtype anew, with the configurations that are the fastest, and holds it to the
+        table.
+
+        They are kept for `lower(auto)`, and written to cost.json. What fails, or takes longer than there is time, is said, and
+        nothing else depends on it.
         """
-        wanted = [TYPES[name] for name in dtypes.split(",")]
+
+        def watched(what: str, done: int, total: int) -> None:
+            if deadline.over:
+                raise TimeoutError("no time was left for it; give more with --budget")
+            if progress is not None:
+                progress(what, done, total)
+
         try:
-            found = calibrate(wanted, device=self._device.type, force=True, progress=progress)
-        except (RuntimeError, SparsecError) as error:
-            self.left_out.append(f"the cost model: {str(error).partition(chr(10))[0]}")
+            found = calibrate([TYPES[dtype]], device=self._device.type, force=True, progress=watched)
+        except Exception as error:  # of triton, of the driver, of torch
+            self.left_out.append(f"the cost model: {said(error)}")
             return
         assert found is not None
         self.calibration = found.calibration
@@ -136,14 +177,14 @@ class Report:
 
     def wrong(self) -> list[Checked]:
         """Products beyond what rounding allows."""
-        return [c for c in self.checked if c.error > 1]
+        return [c for c in self.checked if c.wrong]
 
     def write(self) -> None:
         """bench.json and bench.md, anew."""
         content = {
             "schema": SCHEMA,
             "machine": asdict(self._machine),
-            "gpu": _gpu(self._device),
+            "gpu": _gpu(self._device, self._clocks),
             "read_bytes_per_second": self.bandwidth,
             "checked": [asdict(c) for c in self.checked],
             "table": [_record(line) for line in self.lines],
@@ -158,7 +199,7 @@ class Report:
 
     def markdown(self) -> str:
         """All tables."""
-        facts = _gpu(self._device)
+        facts = _gpu(self._device, self._clocks)
         lines = [
             f"# sparsec on {facts['name']}",
             "",
@@ -168,9 +209,11 @@ class Report:
             "L2; speedups over F.linear (cuBLAS), by round.",
             "",
             f"Checked against float64: {len(self.checked)} products, {len(self.wrong())} wrong, the largest error "
-            f"{max((c.error for c in self.checked), default=0):.2f} of what rounding allows.",
+            f"{max((c.error for c in self.checked if c.error is not None), default=0):.2f} of what rounding allows.",
         ]
-        lines += [f"- WRONG: {c.layout} {c.dtype}, {c.rows} rows: {c.error:.3g}" for c in self.wrong()]
+        for c in self.wrong():
+            how = c.note or ("NaN or infinite" if c.error is None else f"{c.error:.3g} of what rounding allows")
+            lines.append(f"- WRONG: {c.layout} {c.dtype}, {c.rows} rows: {how}")
         if self.lines:
             lines += ["", *_table(_HEADER, [_cells(line, self.bandwidth) for line in self.lines])]
         off = [abs(p.predicted / p.sparse.median - 1) for p in self.lines if p.predicted is not None]
@@ -179,7 +222,7 @@ class Report:
             lines += ["", f"The cost model is within {NEAR:.0%} of {near:.0%} of {len(off)} times that it predicts."]
         if self.models:
             header = ("model", "layers", "type", "weights", "mode", "ms/token", "speedup", "quartiles", "GB", "note")
-            lines += ["", *_table(header, [_model_cells(m) for m in self.models])]
+            lines += ["", *_table(header, [_model_cells(m) for m in self.models]), "", *headlines(self.models)]
         lines += ["", *(f"- left out: {said}" for said in dict.fromkeys(self.left_out))]
         return "\n".join(lines)
 
@@ -233,14 +276,11 @@ def _model_cells(m: Decoded) -> Sequence[str]:
         m.dtype,
         m.variant,
         m.mode,
-        *("-" * 3 if m.seconds is None or m.speedup is None else _times(m.seconds, m.speedup)),
+        "-" if m.seconds is None else f"{1e3 * m.seconds.median:.3f}",
+        *("--" if m.speedup is None else (f"{m.speedup.median:.2f}x", f"{m.speedup.lower:.2f}-{m.speedup.upper:.2f}")),
         f"{m.nbytes / 1e9:.2f}",
         m.note,
     )
-
-
-def _times(seconds: Spread, speedup: Spread) -> Sequence[str]:
-    return f"{1e3 * seconds.median:.3f}", f"{speedup.median:.2f}x", f"{speedup.lower:.2f}-{speedup.upper:.2f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -254,16 +294,16 @@ def _record(line: Line) -> dict[str, Any]:
     return {**case, **{name: value for name, value in asdict(line).items() if name != "case"}}
 
 
-def _gpu(device: torch.device) -> dict[str, Any]:
-    from importlib.metadata import version
-
+def _gpu(device: torch.device, clocks: str) -> dict[str, Any]:
+    """clocks: before anything was measured."""
     if device.type != "cuda":
-        return {"name": "Triton's interpreter", "triton": version("triton"), "clocks": "none"}
+        return {"name": "Triton's interpreter", "triton": gpu.triton_version(), "clocks": clocks}
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
-        "triton": version("triton"),
-        "clocks": gpu_clock(),
+        "triton": gpu.triton_version(),
+        "clocks": clocks,
+        "clocks_after": gpu_clock(),
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,

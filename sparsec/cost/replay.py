@@ -18,7 +18,8 @@ from sparsec.kernels import gpu, operator, operator_args
 
 ROTATE_BYTES = 1 << 29
 """Of copies of a weight that a contender walks through, so that each is cold in L2: eight times that of the largest GPUs."""
-MAX_COPIES = 64
+MAX_COPIES = 1024
+"""Recorded one by one: of weights so small that these do not fill `ROTATE_BYTES`, they are still more than an L2 cache."""
 
 Call = Callable[[], Tensor]
 
@@ -35,10 +36,15 @@ class Replay:
             call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                for call in calls:
-                    call()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+            try:
+                with torch.cuda.graph(graph):
+                    for call in calls:
+                        call()
+            except BaseException:
+                torch.cuda.set_stream(stream)  # where a recording fails, torch leaves its own
+                raise
+            self._graph = graph
 
     def run(self) -> None:
         """All calls, once; does not wait for a GPU."""
