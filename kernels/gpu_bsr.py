@@ -13,7 +13,8 @@ from sparsec.kernels.gpu_launch import Config, Launch, fitting, interpreted, pic
 from sparsec.kernels.gpu_sums import Partial, multiply
 
 PRODUCT = (Config({}), Config({}, warps=2), Config({}, warps=8), Config({}, stages=3))
-MATRIX = (Config({}, stages=3), Config({}, warps=8, stages=3), Config({}, stages=4), Config({}, warps=2))
+MATRIX = (Config({}, stages=3), Config({}, stages=4), Config({}, warps=8, stages=3), Config({}, warps=2))
+"""Of these the last one spills registers with large blocks, and the last two in fp32."""
 LEAST = 16
 """Sides of what the matrix units multiply."""
 TOKENS = 64
@@ -21,7 +22,6 @@ TOKENS = 64
 LARGE = 1 << 14
 """Bytes of a block from which on fewer rows of x and more warps are taken, so that registers suffice."""
 LARGE_PRODUCT = (Config({}, warps=8),)
-LARGE_MATRIX = MATRIX[:3]
 
 
 @triton.jit
@@ -67,12 +67,13 @@ def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
     tokens, out_features, (r, c) = x.shape[0], packed.shape[0], packed.block
     units = tokens > 1
     large = r * c * x.element_size() >= LARGE
-    most = LEAST if large and x.element_size() == 4 else TOKENS
-    m = min(most, max(LEAST, triton.next_power_of_2(tokens))) if units else 1
+    limit = LEAST if large and x.element_size() == 4 else TOKENS
+    m = min(limit, max(LEAST, triton.next_power_of_2(tokens))) if units else 1
     side_r, side_c = (max(triton.next_power_of_2(n), LEAST if units else 1) for n in (r, c))
     choices: Sequence[Config] = LARGE_PRODUCT if large else PRODUCT
     if units:
-        choices = fitting(LARGE_MATRIX if large else MATRIX, (m + side_r) * side_c * x.element_size(), x.device)
+        most = 2 if x.element_size() == 4 else 3 if large else 4
+        choices = fitting(MATRIX[:most], (m + side_r) * side_c * x.element_size(), x.device)
     config = pick(f"bsr{r}x{c} {m}{' large' if large else ''}", choices)
     programs, turns = out_features // r, triton.cdiv(packed.col_idx.numel(), out_features // r)
     tiles = triton.cdiv(tokens, m)

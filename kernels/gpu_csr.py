@@ -23,8 +23,8 @@ ONE = (
 )
 """For one or two rows of x. A tile that is longer than a row is mostly masked."""
 SEVERAL = (
-    Config({"TILE": 256}, warps=1),
     Config({"TILE": 512}, warps=2),
+    Config({"TILE": 256}, warps=2),
     Config({"TILE": 1024}),
     Config({"TILE": 512}),
 )

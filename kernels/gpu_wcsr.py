@@ -27,8 +27,8 @@ ONE = (
 )
 """For one or two rows of x. A tile that is longer than a row is mostly masked."""
 SEVERAL = (
-    Config({"TILE": 256}, warps=1),
     Config({"TILE": 512}, warps=2),
+    Config({"TILE": 256}, warps=2),
     Config({"TILE": 1024}),
     Config({"TILE": 512}),
 )
@@ -73,10 +73,19 @@ def bytes_of(word, ASM: tl.constexpr):
 
 
 @triton.jit
-def halves(word, TYPE: tl.constexpr):
+def halves(word, TYPE: tl.constexpr, ASM: tl.constexpr):
     """The two 16-bit floating-point numbers of an uint32, the lower one first, as fp32."""
     if tl.bfloat16 == TYPE:
         return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    elif ASM:  # or else the upper one is shifted down first
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
+            "=&f,=f,r",
+            [word],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         low = word.to(tl.uint16).to(TYPE, bitcast=True)
         return low.to(tl.float32), (word >> 16).to(tl.uint16).to(TYPE, bitcast=True).to(tl.float32)
@@ -92,8 +101,8 @@ def weights_at(values, quad, live, ASM: tl.constexpr):
         return a, b, c.to(tl.float32, bitcast=True), d.to(tl.float32, bitcast=True)
     else:
         low, high = words_at(values, quad, live, ASM)
-        a, b = halves(low, values.dtype.element_ty)
-        c, d = halves(high, values.dtype.element_ty)
+        a, b = halves(low, values.dtype.element_ty, ASM)
+        c, d = halves(high, values.dtype.element_ty, ASM)
         return a, b, c, d
 
 

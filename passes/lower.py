@@ -210,8 +210,9 @@ def _result(format_name: str, done: list[Weight], own: list[str], notes: list[st
         )
     formats = Counter(w.format for w in done)
     chosen = ", ".join(f"{n} {name}" for name, n in formats.most_common()) if format_name == AUTO else ""
-    (only, *_) = (*formats, format_name)  # lists are laid out for the device that they are on
-    count = f"{len(done)} weights packed" + ("" if format_name == AUTO else f" as {only}")
+    # Not always what was asked for: lists are laid out for the device that they are on.
+    names = sorted({w.packed.format for w in done if w.packed is not None}) or [format_name]
+    count = f"{len(done)} weights packed" + ("" if format_name == AUTO else f" as {', '.join(names)}")
     summary = f"{count}{f' ({chosen})' if chosen else ''}: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB"
     summary += f", {packed / dense:.2f}x of dense" if dense else ""
     if own:

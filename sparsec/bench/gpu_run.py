@@ -6,6 +6,7 @@ What is found is written after every stage, so that a run that is cut off leaves
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -118,6 +119,7 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
             )
         except Exception as error:  # of triton, of the driver, of torch
             report.left_out.append(f"{model}: {said(error)}")
+        gc.collect()  # what recorded a graph of it still names the model
         report.write()
     print(report.markdown())
     print(f"written to {folder}")
