@@ -39,6 +39,10 @@ class Problem:
         device = next(iter(packed.tensors().values())).device.type
         return cls(packed.format, *packed.shape, tokens, packed.dtype, device, 1.0 - packed.sparsity, packed.describe())
 
+    def __str__(self) -> str:
+        dtype, rows = str(self.dtype).removeprefix("torch."), f"{self.tokens} row{'s' * (self.tokens != 1)} of x"
+        return f"{self.layout or self.format} of {self.out_features}x{self.in_features} in {dtype} on {self.device}, for {rows}"
+
 
 @dataclass(frozen=True)
 class Kernel:
