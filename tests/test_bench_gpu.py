@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsec.bench import gpu as bench
 from sparsec.bench import gpu_run
 from sparsec.bench.__main__ import main
-from sparsec.bench.cases import Format, cases
+from sparsec.bench.cases import Case, Format, cases
 from sparsec.bench.gpu_models import NO_TIME, Decoded, decode, headlines
 from sparsec.cost import replay
 from sparsec.cost.calibration import Found, load_file
@@ -230,6 +230,16 @@ def test_a_kernel_that_fails_or_gives_nan_is_wrong_and_the_rest_goes_on(
     assert "- WRONG: bitmap bf16, 1 rows: MemoryError: out of shared memory" in text
     assert "- WRONG: nm2:4 bf16, 1 rows: NaN or infinite" in text
     assert json.loads((tmp_path / "bench.json").read_text())["checked"][1]["error"] is None
+
+
+def test_a_case_that_fails_is_named_and_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(case: Case, *rest: object) -> bench.Measured:
+        raise RuntimeError(f"the driver, at {case.rows}")
+
+    monkeypatch.setattr(bench, "measure", fails)
+    todo = cases({(16, 32): None}, [Format.parse("wcsr16")], [0.5], ["bf16"], [1, 4])
+    found = [m.left_out for m in bench.table_all(todo, DEVICE, 1, bench.Deadline(99), None)]
+    assert found == [[f"16x32, {n} rows: RuntimeError: the driver, at {n}"] for n in (1, 4)]
 
 
 def test_a_configuration_that_fails_or_computes_something_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

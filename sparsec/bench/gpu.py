@@ -29,8 +29,6 @@ from sparsec.progress import Progress
 CHECKED = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
 CHECKED_ROWS = {"bf16": (1, 2, 4, 9, 17, 65, 512), "fp16": (1, 9, 65), "fp32": (1, 9, 65)}
 """By type: rows of x on both sides of every switch; fewer where a type changes no more than conversions, as each is compiled."""
-
-
 LONG_ROWS = (96, 16384)
 """A shape with so few rows that each is split over programs."""
 SPLIT = ("csr16", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "nm2:4")
@@ -43,9 +41,7 @@ class Checked:
     layout: str
     dtype: str
     rows: int
-    error: (
-        float | None
-    )  # the largest, over what rounding allows: right up to 1; None for NaN, or where the kernel failed
+    error: float | None  # the largest, over what rounding allows: right up to 1; None for NaN, or without a result
     note: str = ""  # why it failed
 
     @property
@@ -246,4 +242,7 @@ def table_all(
                 left_out=[f"no time was left for {len(todo) - i} of {len(todo)} cases; give more with --budget"]
             )
             return
-        yield measure(case, device, rounds)
+        try:
+            yield measure(case, device, rounds)
+        except Exception as error:  # of the driver, of torch
+            yield Measured(left_out=[f"{case.out_features}x{case.in_features}, {case.rows} rows: {said(error)}"])

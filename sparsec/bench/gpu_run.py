@@ -106,15 +106,15 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
     except OSError as error:
         report.left_out.append(f"the fastest configurations could not be kept: {error}")
     report.write()
-    # Models are of the first dtype.
-    report.calibrate((options.dtypes or DTYPES).partition(",")[0], calibrating, progress)
+    first = (options.dtypes or DTYPES).partition(",")[0]
+    report.calibrate(first, calibrating, progress)
     for model in MODELS:
         if whole.over:
             report.left_out.append(f"no time was left for {model}; give more with --budget")
             continue
         try:
             report.models += decode(
-                *(model, "bf16", MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, whole, compiling, progress),
+                *(model, first, MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, whole, compiling, progress),
                 passes=PASSES.replace("lower(wcsr)", "lower(auto)") if report.calibration else PASSES,
             )
         except Exception as error:  # of triton, of the driver, of torch
