@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,48 @@ def test_the_headline_is_the_best_sparse_mode_over_the_best_dense_one() -> None:
         "- m, 70% zero: 2.00x, 0.800 ms a token (compiled graph) against 1.600 dense (compiled graph)",
         "- m, 90% zero: 3.20x, 0.500 ms a token (graph) against 1.600 dense (compiled graph)",
     ]
+
+
+def test_the_one_command_goes_through_all_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On sizes that the interpreter can do; what it writes is what a GPU's run would."""
+    small = {"DEVICE": DEVICE.type, "CHECKED": ("bitmap",), "CHECKED_ROWS": {"bf16": (1, 9)}, "SPLIT": ("wcsr8",)}
+    small |= {
+        "LONG_ROWS": (2, 64),
+        "MODELS": ("tiny",),
+        "MODEL_SPARSITIES": (0.5,),
+        "MODEL_ROUNDS": 1,
+        "FOR_COMPILING": 10**6,
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(gpu_run, name, value)
+    monkeypatch.setattr(gpu, "missing", list)
+    monkeypatch.setattr(gpu_run, "PASSES", "magnitude({sparsity}, scope='layer'),freeze,lower(csr)")
+    monkeypatch.setattr(gpu_run, "check", lambda *args: bench.check(*args[:4], args[4] if args[4:] else (16, 32)))
+    monkeypatch.setattr(gpu_run, "decode", partial(decode, model=tiny, tokens=1))
+    monkeypatch.setattr(gpu_run, "calibrate", lambda *args, **options: (_ for _ in ()).throw(KernelError("not here")))
+    monkeypatch.setenv("SPARSEC_NATIVE", "0")
+    asked = ["--device", "cuda", "--shapes", "16x32", "--formats", "wcsr16,nm2:4", "--rows", "1,4", "--dtypes", "bf16"]
+    assert main([*asked, "--sparsity", "0.5", "--repeats", "2", "--out", str(tmp_path / "found")]) == 0
+    content = json.loads((tmp_path / "found" / "bench.json").read_text())
+    own = [c for c in content["checked"] if "configuration" not in c["layout"]]
+    assert [(c["layout"], c["rows"]) for c in own] == [("bitmap", 1), ("bitmap", 9), ("wcsr8", 1)]
+    assert len(content["checked"]) > len(own)
+    assert sorted((line["layout"], line["rows"]) for line in content["table"]) == [
+        (layout, rows) for layout in ("nm2:4", "wcsr16") for rows in (1, 4)
+    ]
+    modes = [(m["variant"], m["mode"]) for m in content["models"]]
+    assert modes[:2] == [("dense", modes[0][1]), ("50% zero", modes[0][1])]
+    assert content["left_out"][0] == "the cost model: KernelError: not here"
+    assert json.loads(Path(content["tuned"]).read_text()) == gpu_launch.preferred()
+    shown = capsys.readouterr().out
+    assert shown.startswith((tmp_path / "found" / "bench.md").read_text().strip())
+    assert "- tiny, 50% zero: " in shown
+    assert main([*asked, "--formats", "wcsr16,auto,dense"]) == 2
+    assert (
+        "--formats: with --device cuda leave out auto, dense: F.linear stands in every line" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

@@ -43,6 +43,7 @@ from sparsec.kernels import gpu, gpu_launch
 from sparsec.machine import Machine, gpu_clock, machine
 from sparsec.progress import Progress
 
+DEVICE = "cuda"
 SCHEMA = "sparsec.bench.cuda/1"
 SHAPES = "4096x4096,11008x4096,4096x11008,14336x4096"
 FORMATS = "wcsr16,wcsr8,bitmap,bsr64x64,nm2:4"
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
         )
     # Nothing of the CPU is measured here, and its library takes half a minute to build.
     os.environ.setdefault("SPARSEC_NATIVE", "0")
-    device = torch.device("cuda")
+    device = torch.device(DEVICE)
     folder: Path = options.out or Path("sparsec-bench-cuda")
     folder.mkdir(parents=True, exist_ok=True)
     budget = options.budget or BUDGET
