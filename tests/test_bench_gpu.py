@@ -292,6 +292,7 @@ def test_the_one_command_goes_through_all_its_stages(
     for name, value in small.items():
         monkeypatch.setattr(gpu_run, name, value)
     monkeypatch.setattr(gpu, "missing", list)
+    monkeypatch.setattr(replay, "MAX_COPIES", 1)
     monkeypatch.setattr(gpu_run, "PASSES", "magnitude({sparsity}, scope='layer'),freeze,lower(csr)")
     monkeypatch.setattr(gpu_run, "check", lambda *args: bench.check(*args[:4], args[4] if args[4:] else (16, 32)))
     monkeypatch.setattr(gpu_run, "decode", partial(decode, model=tiny, tokens=1))
