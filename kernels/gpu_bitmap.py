@@ -27,7 +27,7 @@ PRODUCT = (
 SEVERAL = (*PRODUCT[:2], Config({"TILE": 128}), PRODUCT[3])
 MATRIX = (
     Config({"TILE": 64}, stages=1),
-    Config({"TILE": 128}, stages=1),
+    Config({"TILE": 32}, stages=1),
     Config({"TILE": 128}, warps=8, stages=1),
     Config({"TILE": 32}, warps=2, stages=1),
 )
