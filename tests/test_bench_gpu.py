@@ -202,6 +202,28 @@ def test_what_a_run_has_no_time_for_is_said(tmp_path: Path, monkeypatch: pytest.
     assert f"| 50% zero | graph | - | - | - | 0.00 | {NO_TIME} |" in report.markdown()
 
 
+def test_without_a_dense_time_there_is_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: it was 1.00x."""
+    models = []
+
+    class Fails(Decoder):
+        def __init__(self, model: torch.nn.Module, prompt: torch.Tensor, tokens: int, compiled: bool = False) -> None:
+            models.append(model)
+            if compiled and model is models[0]:
+                raise MemoryError("no room\nat all")
+            super().__init__(model, prompt, tokens)
+
+    monkeypatch.setattr("sparsec.bench.gpu_models.Decoder", Fails)
+    spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
+    late = bench.Deadline(99)
+    found = decode("tiny", "fp32", [0.5], DEVICE, 1, 1, late, late, model=tiny, tokens=1, passes=spec)
+    assert [(m.variant, m.note, m.speedup is None) for m in found[2:]] == [
+        ("dense", "MemoryError: no room", True),
+        ("50% zero", "", True),
+    ]
+    assert found[3].seconds is not None
+
+
 def test_a_kernel_that_fails_or_gives_nan_is_wrong_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsec.errors import FormatError
-from sparsec.formats import FORMATS, Packed
+from sparsec.formats import FORMATS, NM, Packed
 
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -206,3 +206,20 @@ def test_more_than_int32_numbers_is_refused(name: str, monkeypatch: pytest.Monke
 def test_every_format_stands_in_the_table_under_its_name() -> None:
     assert {name: kind.format for name, kind in FORMATS.items()} == {name: name for name in FORMATS}
     assert {layout.kind for layout in LAYOUTS.values()} == set(FORMATS.values())
+
+
+@given(st.integers(65, 200), st.sampled_from([4, 8]), st.data())
+def test_the_fullest_group_decides_wherever_it_lies(rows: int, m: int, data: st.DataObject) -> None:
+    """N:M looks at some rows first; n is that of all."""
+    mask = torch.zeros(rows, 2 * m, dtype=torch.bool)
+    mask[:, ::m] = True
+    row, n = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(1, m - 1))
+    mask[row, m : m + n] = True
+    weight = torch.randn(mask.shape)
+    packed = NM.pack(weight, mask)
+    packed.check()
+    assert torch.equal(packed.unpack(), torch.where(mask, weight, 0))
+    assert packed.describe() == NM.planned_layout(mask, torch.float32)
+    mask[row] = True
+    with pytest.raises(FormatError, match=rf"row {row} keeps all \d of group"):
+        NM.pack(torch.randn(mask.shape), mask)
