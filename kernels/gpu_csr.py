@@ -15,19 +15,6 @@ from sparsec.formats.csr import CSR
 from sparsec.kernels.gpu_launch import FEW, Config, Launch
 from sparsec.kernels.gpu_sums import row_by_row
 
-ONE = (
-    Config({"TILE": 512}, warps=1),
-    Config({"TILE": 1024}, warps=2),
-    Config({"TILE": 256}, warps=1),
-    Config({"TILE": 2048}),
-)
-"""For one or two rows of x. A tile that is longer than a row is mostly masked."""
-SEVERAL = (
-    Config({"TILE": 512}, warps=2),
-    Config({"TILE": 256}, warps=2),
-    Config({"TILE": 1024}),
-    Config({"TILE": 512}),
-)
 EXPAND = Config({"TILE": 512}, warps=2)
 
 
@@ -85,7 +72,7 @@ def csr(x: Tensor, packed: CSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
         return F.linear(x, expand(packed), bias)
-    return row_by_row(csr_kernel, (ONE, SEVERAL), x, packed, bias, {"WIDTH": packed.index_bits})
+    return row_by_row(csr_kernel, x, packed, bias, {"WIDTH": packed.index_bits})
 
 
 def expand(packed: CSR) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,19 @@ from sparsec.formats import Packed
 from sparsec.kernels.gpu_launch import Config, Launch, pick, rows_at_once, splits
 
 CONFIG = Config({"BLOCK": 256})
+ONE = (
+    Config({"TILE": 512}, warps=1),
+    Config({"TILE": 1024}, warps=2),
+    Config({"TILE": 256}, warps=1),
+    Config({"TILE": 2048}),
+)
+"""Of lists, row by row, for one or two rows of x; and for more. A tile that is longer than a row is mostly masked."""
+SEVERAL = (
+    Config({"TILE": 512}, warps=2),
+    Config({"TILE": 256}, warps=2),
+    Config({"TILE": 1024}),
+    Config({"TILE": 512}),
+)
 
 
 @triton.jit
@@ -87,29 +100,20 @@ class Partial:
         return self.out
 
 
-def row_by_row(
-    kernel: Any,
-    configs: tuple[Sequence[Config], Sequence[Config]],
-    x: Tensor,
-    packed: Packed,
-    bias: Tensor | None,
-    constants: Mapping[str, Any],
-) -> Tensor:
-    """x [tokens, in] @ W.T + bias -> [tokens, out] by a kernel of which a program takes a row of W, TILE weights a turn.
-
-    configs: for one or two rows of x, and for more.
-    """
+def row_by_row(kernel: Any, x: Tensor, packed: Packed, bias: Tensor | None, constants: Mapping[str, Any]) -> Tensor:
+    """x [tokens, in] @ W.T + bias -> [tokens, out] by a kernel of which a program takes a row of W, TILE weights a turn."""
     tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
     stored = packed.tensors()["values"].numel()
     # What is the fastest depends on how long rows are: 256 to 4096 stored weights.
     length = 1 << min(max((stored // out_features).bit_length() - 1, 8), 12)
-    config = pick(f"{packed.describe()} {m} {length}", configs[m > 2])
+    choices = ONE if m <= 2 else SEVERAL
+    config = pick(f"{packed.describe()} {m} {length}", choices)
     tile = config.constants["TILE"]
     turns = triton.cdiv(stored, out_features * tile)
     partial = Partial.of(x, out_features, bias, splits(x.device, out_features, turns))
     grid = (out_features, partial.splits, triton.cdiv(tokens, m))
     arguments = {**packed.tensors(), **partial.arguments()}
     all_constants = {**constants, **partial.constants(), "M": m}
-    Launch(kernel, grid, arguments, all_constants, config, tile, choices=configs[m > 2]).run()
+    Launch(kernel, grid, arguments, all_constants, config, tile, choices=choices).run()
     return partial.result()

@@ -19,19 +19,6 @@ from sparsec.formats.wcsr import WarpCSR
 from sparsec.kernels.gpu_launch import FEW, Config, Launch, interpreted
 from sparsec.kernels.gpu_sums import row_by_row
 
-ONE = (
-    Config({"TILE": 512}, warps=1),
-    Config({"TILE": 1024}, warps=2),
-    Config({"TILE": 256}, warps=1),
-    Config({"TILE": 2048}),
-)
-"""For one or two rows of x. A tile that is longer than a row is mostly masked."""
-SEVERAL = (
-    Config({"TILE": 512}, warps=2),
-    Config({"TILE": 256}, warps=2),
-    Config({"TILE": 1024}),
-    Config({"TILE": 512}),
-)
 EXPAND = Config({"TILE": 1024}, warps=2)
 
 
@@ -193,7 +180,7 @@ def wcsr(x: Tensor, packed: WarpCSR, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
         return F.linear(x, expand(packed), bias)
-    return row_by_row(wcsr_kernel, (ONE, SEVERAL), x, packed, bias, _constants(packed))
+    return row_by_row(wcsr_kernel, x, packed, bias, _constants(packed))
 
 
 def expand(packed: WarpCSR) -> Tensor:

@@ -127,7 +127,7 @@ def test_products_split_over_programs_add_up(name: str, size: tuple[int, int], m
 def test_rows_of_any_number_of_turns_are_right(
     name: str, counts: list[int], far: bool, splits: int, tokens: int, dtype: torch.dtype, seed: int
 ) -> None:
-    from sparsec.kernels import gpu_sums, gpu_wcsr
+    from sparsec.kernels import gpu_sums
 
     generator = torch.Generator().manual_seed(seed)
     columns = 5000 if far else 300
@@ -140,7 +140,7 @@ def test_rows_of_any_number_of_turns_are_right(
     with pytest.MonkeyPatch.context() as patched:
         # A turn of 64 weights in the place of 1024.
         for table in ("ONE", "SEVERAL"):
-            patched.setattr(gpu_wcsr, table, (gpu_launch.Config({"TILE": 64}, warps=1),))
+            patched.setattr(gpu_sums, table, (gpu_launch.Config({"TILE": 64}, warps=1),))
         patched.setattr(gpu_sums, "splits", lambda *_: splits)
         assert_right(x, LAYOUTS[name].pack(weight, mask), torch.where(mask, weight, 0), bias)
 
