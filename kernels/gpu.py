@@ -28,7 +28,7 @@ from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.nm import NM
 from sparsec.formats.wcsr import WIDEST, WarpCSR
-from sparsec.kernels import gpu_launch, loader
+from sparsec.kernels import gpu_launch, gpu_semi_structured, loader
 
 OLDEST = (8, 0)
 """The compute capability from which on a device is served: Ampere."""
@@ -86,10 +86,11 @@ def triton_version() -> str:
 
 
 def digest() -> str:
-    """Of what the kernels are made from: their sources and the version of triton."""
+    """Of what the kernels are made from: their sources, the version of triton, and whether the library for 2:4 is there."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("gpu*.py"))]
     found = triton_version()
-    return hashlib.sha256(b"".join([*sources, found.encode()])).hexdigest()[:16]
+    library = "" if gpu_semi_structured.absent() else "cuSPARSELt"
+    return hashlib.sha256(b"".join([*sources, found.encode(), library.encode()])).hexdigest()[:16]
 
 
 def tuned_file() -> Path:

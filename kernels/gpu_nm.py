@@ -95,10 +95,8 @@ def nm_expand_kernel(
 def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
-        library = gpu_semi_structured.compressed(packed, x.shape[0], expand)
-        if library is not None:
-            return gpu_semi_structured.product(x, library, bias)
-        return F.linear(x, expand(packed), bias)
+        found = gpu_semi_structured.linear(x, packed, bias, expand)
+        return F.linear(x, expand(packed), bias) if found is None else found
     tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
     choices = ONE if m <= 2 else SEVERAL

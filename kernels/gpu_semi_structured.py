@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +38,33 @@ UNTRIED: Plan = (0, 1, -1)
 _refused: list[str] = []
 """What the library said when it did not take a weight: it is not asked again."""
 _twins: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=weakref.ref)
-"""By the memory of packed values: their version, and the library's form of the weight."""
+"""By memory, and within it by place, the versions of packed tensors and the library's form of their weight."""
 _plans: dict[tuple[object, ...], Plan] = {}
 """The fastest by weight size, type and rows."""
+_off = False
+
+
+def absent() -> list[str]:
+    """Why the library is not there, or not wanted; empty when it is."""
+    if os.environ.get(SWITCH) == "0":
+        return [f"{SWITCH}=0 turns it off"]
+    return [] if torch.backends.cusparselt.is_available() else ["this torch was built without cuSPARSELt"]
 
 
 def missing() -> list[str]:
     """Why the library does not serve on this machine; empty when it does."""
-    if os.environ.get(SWITCH) == "0":
-        return [f"{SWITCH}=0 turns it off"]
-    if not torch.backends.cusparselt.is_available():
-        return ["this torch was built without cuSPARSELt"]
-    return _refused[:1]
+    return ["it is turned off for a measurement"] if _off else absent() or _refused[:1]
+
+
+@contextmanager
+def turned_off() -> Iterator[None]:
+    """Products within go the way that they go without the library."""
+    global _off
+    _off = True
+    try:
+        yield
+    finally:
+        _off = False
 
 
 def unsupported(layout: str, dtype: torch.dtype, shape: tuple[int, int], tokens: int) -> str:
@@ -75,41 +91,77 @@ def _type_of(packed: Packed) -> str:
     return next(iter(packed.tensors().values())).device.type
 
 
-def compressed(packed: NM, tokens: int, expand: Callable[[NM], Tensor]) -> Tensor | None:
-    """The library's form of a weight, made by the first product of many rows; None where the product is not for it.
+def linear(x: Tensor, packed: NM, bias: Tensor | None, expand: Callable[[NM], Tensor]) -> Tensor | None:
+    """x [tokens, in] @ W.T + bias -> [tokens, out] by the library; None where the product is not for it.
 
-    expand: gives the dense matrix. None too where a CUDA graph is being recorded, which would record the making as well: what is
-    recorded is run once before. The first weight that is refused is named in a warning.
+    expand: gives the dense matrix. What the library refuses is named in one warning, and it is not asked again.
     """
-    if _type_of(packed) != "cuda" or unsupported(packed.describe(), packed.dtype, packed.shape, tokens) or missing():
+    if (
+        _type_of(packed) != "cuda"
+        or unsupported(packed.describe(), packed.dtype, packed.shape, x.shape[0])
+        or missing()
+    ):
         return None
-    memory = packed.values.untyped_storage()
-    # Memory that was written to again holds another weight.
-    version = 0 if packed.values.is_inference() else packed.values._version
-    known: tuple[int, Tensor] | None = _twins.get(memory)  # type: ignore[no-untyped-call]
-    if known is not None and known[0] == version:
+    try:
+        weight = _compressed(packed, expand)
+        return None if weight is None else product(x, weight, bias)
+    except torch.OutOfMemoryError:  # which says nothing of the library: the next product may have room again
+        warnings.warn(
+            f"no room for cuSPARSELt's form of a 2:4 weight, which is expanded instead; {SWITCH}=0 never asks for it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    except torch.AcceleratorError:  # after which nothing works
+        raise
+    except RuntimeError as error:
+        if _recording():
+            raise
+        said = str(error).partition("\n")[0]
+        rows, (out_features, in_features) = x.shape[0], packed.shape
+        _refused.append(f"cuSPARSELt refused {packed.describe()} of {out_features}x{in_features}, {rows} rows: {said}")
+        _twins.clear()
+        text = f"2:4 products of many rows go through expanded weights: {_refused[0]}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return None
+
+
+def _compressed(packed: NM, expand: Callable[[NM], Tensor]) -> Tensor | None:
+    """The library's form of a weight, made by the first product of many rows.
+
+    None where a CUDA graph is being recorded, which would record the making as well: what is recorded is run once before. None for
+    tensors of inference mode, too, which do not tell whether they were written to.
+    """
+    values, index = packed.values, packed.index
+    if values.is_inference() or index.is_inference():
+        return None
+    memory, place = values.untyped_storage(), (values.storage_offset(), values.shape, packed.m)
+    held: dict[object, tuple[object, Tensor]] = _twins.setdefault(memory, {})  # type: ignore[no-untyped-call]
+    # A weight that was written to is another one; writes through `.data` are not seen, here as elsewhere in torch.
+    versions = (values._version, index._version)
+    known = held.get(place)
+    if known is not None and known[0] == versions:
         return known[1]
     if _recording():
         return None
-    try:
-        found = _kept(partial(_compress, packed, expand), packed.values)
-    except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        _refused.append(f"cuSPARSELt refused {packed.describe()} of {packed.shape[0]}x{packed.shape[1]}: {said}")
-        warnings.warn(
-            f"2:4 products of many rows go through expanded weights: {_refused[0]}", RuntimeWarning, stacklevel=2
-        )
-        return None
-    _twins[memory] = (version, found)
+    found = _kept(partial(_compress, packed, expand), values)
+    if known is not None and known[1].shape == found.shape:
+        # Recorded graphs read it where it lies.
+        found = known[1].copy_(found)
+    held[place] = (versions, found)
     return found
 
 
 def _compress(packed: NM, expand: Callable[[NM], Tensor]) -> Tensor:
     dense = expand(packed)
     with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
-        found = torch._cslt_compress(dense)
-        product(dense.new_zeros(MANY, dense.shape[1]), found, None)
-    return found
+        return torch._cslt_compress(dense)
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    """One for all: the library keeps a handle for every thread that calls it."""
+    return ThreadPoolExecutor(1)
 
 
 def _kept(make: Callable[[], Tensor], near: Tensor) -> Tensor:
@@ -118,26 +170,25 @@ def _kept(make: Callable[[], Tensor], near: Tensor) -> Tensor:
     Where torch.compile warms up a graph to be recorded (mode="reduce-overhead"), what its thread takes is from a pool that nothing
     may outlive. So another thread makes it.
     """
-    with ThreadPoolExecutor(1) as thread:
-        if not near.is_cuda:
-            return thread.submit(make).result()
-        torch.cuda.synchronize(near.device)
-        found = thread.submit(make).result()
-        torch.cuda.synchronize(near.device)
-        return found
+    if not near.is_cuda:
+        return _thread().submit(make).result()
+    torch.cuda.synchronize(near.device)
+    found = _thread().submit(make).result()
+    torch.cuda.synchronize(near.device)
+    return found
 
 
 def beside(memory: torch.UntypedStorage) -> int:
-    """Bytes of the library's form of the weight whose packed values lie in this memory; 0 where none was made."""
-    known: tuple[int, Tensor] | None = _twins.get(memory)  # type: ignore[no-untyped-call]
-    return 0 if known is None else known[1].nbytes
+    """Bytes of the library's form of all weights whose packed values lie in this memory; 0 where none was made."""
+    held: dict[object, tuple[object, Tensor]] = _twins.get(memory, {})  # type: ignore[no-untyped-call]
+    return sum(found.nbytes for _, found in held.values())
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] @ W.T + bias -> [tokens, out]. weight: from `compressed`."""
+    """x [tokens, in] @ W.T + bias -> [tokens, out]. weight: as the library holds it."""
     tokens = x.shape[0]
     turned = (F.pad(x, (0, 0, 0, -tokens % FILLED)) if tokens % FILLED else x).t()
-    key = (*weight.shape, x.shape[1], x.dtype, (tokens - 1).bit_length(), x.device)
+    key = (*weight.shape, x.shape[1], x.dtype, (tokens - 1).bit_length(), bias is None, x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if key not in _plans and not _recording():
             _plans[key] = _search(weight, turned, bias)

@@ -265,6 +265,46 @@ def test_a_case_that_fails_is_named_and_the_next_one_begins(monkeypatch: pytest.
     assert found == [[f"16x32, {n} rows: RuntimeError: the driver, at {n}"] for n in (1, 4)]
 
 
+def test_after_a_fault_of_the_device_what_was_found_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*rest: object) -> None:
+        raise RuntimeError("illegal access")
+
+    (case,) = cases({(16, 32): None}, [Format.parse("wcsr16")], [0.5], ["bf16"], [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "take_turns", fails)
+        found = bench.measure(case, DEVICE, 1, rotate_bytes=1)
+    assert found.left_out == ["16x32, 1 rows: RuntimeError: illegal access"]
+    assert len(found.checked) == 4
+    monkeypatch.setattr(bench, "_packed", fails)
+    notes = [c.note for c in bench.check(["wcsr16", "bitmap"], ["bf16"], [1, 2], DEVICE, (16, 32))]
+    assert notes == ["RuntimeError: illegal access"] * 4
+
+
+def test_a_sparsity_that_fails_costs_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
+    found = decode("tiny", "fp32", [0.5, 2.0], DEVICE, 1, 1, model=tiny, tokens=1, passes=spec)
+    assert [m.variant for m in found if m.seconds is not None] == ["dense", "50% zero"]
+    (failed,) = (m for m in found if m.seconds is None)
+    assert failed.variant == "200% zero"
+    assert failed.note.startswith("SpecError: magnitude: sparsity")
+    taken = Decoder.seconds
+
+    def tired(decoder: Decoder, tokens: int = 1) -> float:
+        if decoder is not tired.first:  # type: ignore[attr-defined]
+            raise RuntimeError("illegal access")
+        return taken(decoder, tokens)
+
+    def named(decoder: Decoder, *rest: object) -> None:
+        tired.first = getattr(tired, "first", decoder)  # type: ignore[attr-defined]
+        began(decoder, *rest)  # type: ignore[arg-type]
+
+    began = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", named)
+    monkeypatch.setattr(Decoder, "seconds", tired)
+    found = decode("tiny", "fp32", [0.5], DEVICE, 1, 1, model=tiny, tokens=1, passes=spec)
+    assert {m.variant: m.note for m in found} == {"dense": "", "50% zero": "RuntimeError: illegal access"}
+
+
 def test_a_configuration_that_fails_or_computes_something_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = cases({(16, 32): None}, [Format.parse("wcsr16")], [0.5], ["bf16"], [1])
     right = gpu.product

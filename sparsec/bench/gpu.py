@@ -107,14 +107,18 @@ def check(
         wanted = Format.parse(label)
         assert wanted.pattern is not None
         for dtype in dtypes:
-            packed, weight = _packed(wanted, *shape, 0.6, DTYPES[dtype], generator)
-            bias = torch.randn(shape[0], device=device, generator=generator).to(DTYPES[dtype])
+            made = None
             for count in rows:
-                x = torch.randn(count, shape[1], device=device, generator=generator).to(DTYPES[dtype])
                 try:
+                    made = made or _packed(wanted, *shape, 0.6, DTYPES[dtype], generator)
+                    packed, weight = made
+                    bias, x = (
+                        torch.randn(*size, device=device, generator=generator).to(DTYPES[dtype])
+                        for size in (shape[:1], (count, shape[1]))
+                    )
                     found = gpu.product(x, packed, bias)
                     yield Checked(label, dtype, count, _error(found, x, weight, bias))
-                except Exception as error:  # of triton, of the driver, of torch
+                except Exception as error:  # of triton, of the driver, of torch: after some of which nothing works
                     yield Checked(label, dtype, count, None, said(error))
 
 
@@ -167,7 +171,11 @@ def measure(
         named.append((packed.describe(), kernel, Work.of(packed), config, replay))
     if dense is None:
         return found
-    base, *times = take_turns([dense, *(replay for *_, replay in named)], rounds)
+    try:
+        base, *times = take_turns([dense, *(replay for *_, replay in named)], rounds)
+    except Exception as error:  # of the driver, of torch
+        found.left_out.append(f"{case.out_features}x{case.in_features}, {case.rows} rows: {said(error)}")
+        return found
     for (layout, kernel, work, config, _), own in zip(named, times, strict=True):
         spread = Spread.of(own)
         rate = work.nbytes / spread.median

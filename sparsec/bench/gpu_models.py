@@ -60,8 +60,8 @@ def decode(
 ) -> list[Decoded]:
     """Times a model with random weights, dense and at every sparsity. The dense one comes first in each mode.
 
-    deadline: after it nothing more is begun. compiling: after it, and without one, nothing is run under torch.compile, which takes
-    minutes. What was not begun is a line with its reason.
+    deadline: after it no further sparse model is made. compiling: after it, and without one, nothing is run under torch.compile,
+    which takes minutes. What was not begun, or failed, is a line with its reason.
     """
     dense = model(name, DTYPES[dtype], layers, device=device)
     prompt = torch.arange(PROMPT_TOKENS)[None] % dense.config.vocab_size
@@ -72,7 +72,10 @@ def decode(
         if deadline is not None and deadline.over:
             found.append(_without(name, dense, dtype, variant, False, NO_TIME))
             continue
-        variants[variant] = compile(dense, passes.replace("{sparsity}", repr(sparsity)), progress=progress)
+        try:
+            variants[variant] = compile(dense, passes.replace("{sparsity}", repr(sparsity)), progress=progress)
+        except Exception as error:  # of triton, of the driver, of torch
+            found.append(_without(name, dense, dtype, variant, False, said(error)))
     for way in (False, True):
         if way and compiling is None:
             break
@@ -89,8 +92,13 @@ def decode(
                 found.append(_without(name, dense, dtype, variant, way, said(error)))
         times: dict[str, list[float]] = {variant: [] for variant in decoders}
         for turn in range(WARM_UP + rounds):
-            for variant, decoder in decoders.items():
-                seconds = decoder.seconds(tokens)
+            for variant, decoder in list(decoders.items()):
+                try:
+                    seconds = decoder.seconds(tokens)
+                except Exception as error:  # of the driver, of torch
+                    del decoders[variant], times[variant]
+                    found.append(_without(name, dense, dtype, variant, way, said(error)))
+                    continue
                 if turn >= WARM_UP:
                     times[variant].append(seconds)
         base = times.get("dense")

@@ -168,14 +168,14 @@ class Report:
 
         try:
             found = calibrate([TYPES[dtype]], device=self._device.type, force=True, progress=watched)
+            assert found is not None
+            save(found.calibration, self._folder / "cost.json")
         except Exception as error:  # of triton, of the driver, of torch
             self.left_out.append(f"the cost model: {said(error)}")
             return
-        assert found is not None
         self.calibration = found.calibration
         self.left_out += found.notices
         self.lines = predicted(self.lines, found.calibration)
-        save(found.calibration, self._folder / "cost.json")
         self.write()
 
     def wrong(self) -> list[Checked]:

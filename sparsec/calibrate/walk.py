@@ -239,10 +239,9 @@ class _Walker:
 
         New tensors, one by one between the temporaries of a forward pass, leave the heap in pieces. That of a GPU is another.
         """
-        elsewhere = any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values.values())
-        if (
-            self.written or elsewhere
-        ):  # what is written to may be seen through another value: both must stay where they are
+        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values.values()):
+            return values
+        if self.written:  # what is written to may be seen through another value: both must stay where they are
             return values
         old = self.states[call]
         used = {v.untyped_storage().data_ptr() for v in values.values() if isinstance(v, Tensor)}

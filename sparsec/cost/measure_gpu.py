@@ -19,7 +19,7 @@ from sparsec.cost.model import KernelCost, Read, Work
 from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds, take_turns
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.kernels import KERNELS, Kernel, Problem
+from sparsec.kernels import KERNELS, Kernel, Problem, gpu_semi_structured
 from sparsec.patterns import Pattern
 from sparsec.progress import Progress
 
@@ -34,6 +34,7 @@ LAYOUTS: Layouts = (
     ("nm", {}, Pattern(nm=(2, 4))),
 )
 """(format, options of pack, pattern of the mask)."""
+LIBRARY = "nm_cusparselt"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,15 @@ def _contenders(
         calls = packed_calls(packed, x, 0 if warm else sizes.rotate_bytes)
         # All N:M patterns share their constants: what differs is how many values they hold.
         label = packed.format if packed.format == "nm" else packed.describe()
-        yield kernel.name, label, Work.of(packed), Replay(calls * (sizes.again if warm else 1), x.device)
+        calls = calls * (sizes.again if warm else 1)
+        replay = Replay(calls, x.device)
+        # Asked once it has run: what a library refuses is known by then.
+        serving = _kernel(packed, x.shape[0]) or kernel
+        yield serving.name, label, Work.of(packed), replay
+        if serving.name == LIBRARY:  # and what other patterns have in its place
+            with gpu_semi_structured.turned_off():
+                other = _kernel(packed, x.shape[0]) or kernel
+                yield other.name, label, Work.of(packed), Replay(calls, x.device)
 
 
 def _packed(
@@ -120,10 +129,15 @@ def _packed(
         scores = torch.rand(weight.shape, generator=generator, device=weight.device)
         mask = scores < density if pattern == Pattern() else pattern.mask(scores, 1 - density)
         packed = FORMATS[name].pack(weight, mask, **options)  # type: ignore[attr-defined]
-        problem = replace(Problem.of(packed, rows), device="cuda")
-        kernel = next((k for k in KERNELS if k.format == name and not k.unsupported(problem)), None)
+        kernel = _kernel(packed, rows)
         if kernel is not None and not kernel.name.endswith("_reference"):
             yield kernel, packed
+
+
+def _kernel(packed: Packed, rows: int) -> Kernel | None:
+    """The one that serves so many rows on a GPU."""
+    problem = replace(Problem.of(packed, rows), device="cuda")
+    return next((k for k in KERNELS if k.format == packed.format and not k.unsupported(problem)), None)
 
 
 def _say(progress: Progress | None, what: str, done: int, total: int) -> None:
