@@ -115,8 +115,8 @@ def _contenders(
         yield serving.name, label, Work.of(packed), replay
         if serving.name == LIBRARY:  # and what other patterns have in its place
             with gpu_semi_structured.turned_off():
-                other = _kernel(packed, x.shape[0]) or kernel
-                yield other.name, label, Work.of(packed), Replay(calls, x.device)
+                other, replay = _kernel(packed, x.shape[0]) or kernel, Replay(calls, x.device)
+            yield other.name, label, Work.of(packed), replay
 
 
 def _packed(
