@@ -46,7 +46,9 @@ def test_sizes_of_one_and_odd_sizes_compile_as_a_launch_takes_them(tmp_path: Pat
 from sparsec.kernels.gpu_compile import compile_all, variants
 names = ["wcsr8", "bitmap", "nm2:4"]
 for shape in ((1, 8), (23, 20)):
-    found = list(compile_all(variants(names, ["bf16"], False, shape), 90))
+    launches = list(variants(names, ["bf16"], False, shape))
+    found = list(compile_all(launches, 90))
+    assert len(list(compile_all(launches * 2, 90))) == len(found), "no two with the same code"
     assert {c.layout for c in found} == set(names)
     # Once for a size of one, which is compiled in, and once for others.
     assert len({(c.name, c.constants) for c in found}) < len(found)
