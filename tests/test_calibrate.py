@@ -299,7 +299,8 @@ def test_windows_are_drawn_by_the_seed_and_do_not_overlap() -> None:
 def test_the_embedded_text_gives_its_second_half() -> None:
     ids, source = windows(None, byte_tokenizer(), sequences=2, length=64)
     content = load_text().content
-    assert byte_tokenizer().decode(ids[0]) in content[len(content) // 2 :]
+    # A window of bytes may begin or end within a character.
+    assert byte_tokenizer().decode(ids[0]).strip("\N{REPLACEMENT CHARACTER}") in content[len(content) // 2 :]
     assert "second half" in source
 
 
