@@ -122,7 +122,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def fitting(configs: Sequence[Config], stage_bytes: int, device: torch.device) -> tuple[Config, ...]:
-    """The same configurations with as many stages as the device has room for: all but one keep their tiles in shared memory."""
+    """The same configurations with as many stages as the device has room for: of n, n - 1 keep their tiles in shared memory."""
     most = 1 + shared_memory(device) // stage_bytes
     return tuple(replace(config, stages=min(config.stages, most)) for config in configs)
 

@@ -23,6 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsec.formats.base import Packed
 from sparsec.formats.nm import NM
 
+NAME = "nm_cusparselt"
+"""Of the kernel."""
 MANY = 64
 """Rows of x from which on it serves; fewer go by gathers or through an expanded matrix."""
 LAYOUTS = ("nm1:4", "nm2:4")

@@ -117,7 +117,7 @@ def _semi_structured(op: OpOverload) -> Kernel:
     def reasons() -> list[str]:
         return gpu.missing() or gpu_semi_structured.missing()
 
-    return Kernel("nm_cusparselt", "nm", op, gpu_semi_structured.DTYPES, ("cuda",), reasons, refuses)
+    return Kernel(gpu_semi_structured.NAME, NM.format, op, gpu_semi_structured.DTYPES, ("cuda",), reasons, refuses)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

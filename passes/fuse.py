@@ -46,7 +46,7 @@ class Fuse(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises SelectionError for patterns that match nothing."""
         places = {name: graph.tensor(name).device.type for name in self._chosen(graph)}
-        chosen = [name for name, device in places.items() if device == "cpu"]
+        chosen = {name for name, device in places.items() if device == "cpu"}
         elsewhere = sorted(set(places.values()) - {"cpu"})
         notes = [f"nothing on {device} is fused: every product is a kernel of its own there" for device in elsewhere]
         fused = count = 0

@@ -34,7 +34,6 @@ LAYOUTS: Layouts = (
     ("nm", {}, Pattern(nm=(2, 4))),
 )
 """(format, options of pack, pattern of the mask)."""
-LIBRARY = "nm_cusparselt"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _contenders(
         # Asked once it has run: what a library refuses is known by then.
         serving = _kernel(packed, x.shape[0]) or kernel
         yield serving.name, label, Work.of(packed), replay
-        if serving.name == LIBRARY:  # and what other patterns have in its place
+        if serving.name == gpu_semi_structured.NAME:  # and what other patterns have in its place
             with gpu_semi_structured.turned_off():
                 other, replay = _kernel(packed, x.shape[0]) or kernel, Replay(calls, x.device)
             yield other.name, label, Work.of(packed), replay

@@ -19,7 +19,7 @@ from sparsec.kernels import gpu, operator, operator_args
 ROTATE_BYTES = 1 << 29
 """Of copies of a weight that a contender walks through, so that each is cold in L2: eight times that of the largest GPUs."""
 MAX_COPIES = 1024
-"""Recorded one by one: of weights so small that these do not fill `ROTATE_BYTES`, they are still more than an L2 cache."""
+"""As each is recorded. Of weights of less than 64 kB these do not fill the L2 cache of the largest GPUs, which then stay warm."""
 
 Call = Callable[[], Tensor]
 
