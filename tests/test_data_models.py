@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             asked.append(url)
             raise ConnectionError("name or service not known")
 
-    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     return asked
 
 
@@ -149,7 +152,7 @@ def test_paths_that_are_no_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"1")
     (tmp_path / "text.gguf").write_bytes(b"hello")
     for path, words in {
-        "empty": "this is not a model",
+        "empty": "no config.json and is empty",
         "weights.bin": "must be GGUF and end in .gguf",
         "text.gguf": "begins with the bytes GGUF",
         "absent": "there is no such folder or file",
@@ -167,6 +170,96 @@ def test_a_hub_id_without_network_is_asked_for_once_and_refused(no_network: list
     with pytest.raises(DataError, match=r"nobody/no-such-model: not a local folder .* connect to the network"):
         load_model("nobody/no-such-model")
     assert len(no_network) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("GatedRepoError", "this model is gated.*hf auth login"),
+        ("RepositoryNotFoundError", "the hub has no such model, or it is private.*spelling"),
+        ("RevisionNotFoundError", "no branch, tag or commit 'v9' of it"),
+        ("LocalEntryNotFoundError", "hf download nobody/no-such-model"),
+    ],
+)
+def test_what_the_hub_answers_is_said_in_plain_words(kind: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers hands it on: an OSError whose cause is the hub's own error."""
+    from huggingface_hub import errors
+
+    error = getattr(errors, kind)
+
+    def refused(name: str, **options: Any) -> None:
+        assert (name, options["revision"], options["trust_remote_code"]) == ("nobody/no-such-model", "v9", False)
+        raise OSError("something long") from error.__new__(error)
+
+    monkeypatch.setattr("sparsec.data.hub.unreachable", lambda: "")
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refused)
+    with pytest.raises(DataError, match=rf"(?s)^nobody/no-such-model@v9: .*{words}"):
+        load_model("nobody/no-such-model@v9")
+
+
+def test_a_hub_name_needs_nothing_that_others_happened_to_import() -> None:
+    """huggingface_hub shows its parts on demand, and not the same ones in every release."""
+    code = """
+from sparsec.data import load_model
+from sparsec.errors import DataError
+try:
+    load_model("nobody/no-such-model")
+except DataError as error:
+    print(error)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "nobody/no-such-model: not a local folder" in ran.stdout
+    assert "HF_HUB_OFFLINE is set" in ran.stdout
+
+
+def test_a_folder_that_is_no_model_says_what_to_give_instead(folder: Path, tmp_path: Path) -> None:
+    for name, file in {"quantised": "model.gguf", "adapter": "adapter_config.json", "nothing": "notes.txt"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    copy_of(folder, tmp_path / "inner")
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "inner").rename(tmp_path / "outer" / "inner")
+    for spec, words in {
+        "quantised": r"give that file, .*model\.gguf",
+        "adapter": "merge it into its base model",
+        "nothing": "it holds no config.json; a saved model has",
+        "outer": "give .*outer/inner",
+        "outer/inner/model.safetensors": "one file of a model; give its folder, .*outer/inner",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            load_model(tmp_path / spec)
+
+
+def test_a_checkpoint_that_is_stored_quantised_is_named_as_such(folder: Path, tmp_path: Path) -> None:
+    other = copy_of(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(DataError, match=r"stored quantised \(gptq\).*give the model that it was quantised from"):
+        load_model(other)
+
+
+def test_a_relative_path_and_one_of_the_home_folder_are_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for spec in (folder.name, f"./{folder.name}", f"~/{folder.name}", Path(folder.name)):
+        assert load_model(spec).name == folder.name
+
+
+@pytest.mark.parametrize(
+    "spec", ["", " ", "~nobody-of-this-name/model", "a" * 300, "a/b/c", "a\0b", "name@", 7, ["tiny"]]
+)
+def test_what_names_no_model_is_refused_as_data(spec: Any, no_network: list[str]) -> None:
+    with pytest.raises(DataError):
+        load_model(spec)
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

