@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparsec.errors import SparsecError
@@ -16,6 +17,7 @@ from sparsec.kernels.loader import NativeStatus, status
 
 __all__ = ["NativeStatus", "main", "status"]
 
+PROG = "python -m sparsec.kernels.build"
 _EXAMPLES = """examples:
   python -m sparsec.kernels.build                     build into the installed package
   python -m sparsec.kernels.build --output build/     build elsewhere; SPARSEC_NATIVE_LIBRARY=FILE uses it
@@ -25,12 +27,12 @@ _EXAMPLES = """examples:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit status: 0, or 1 with the reason on stderr."""
     parser = argparse.ArgumentParser(
-        prog="python -m sparsec.kernels.build",
+        prog=prog,
         description="Build the native CPU kernels ahead of time.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--compiler", help="C++ compiler; default: $CXX, then c++, g++, clang++")

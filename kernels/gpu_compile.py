@@ -212,12 +212,13 @@ def table(rows: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsec.kernels.gpu_compile") -> int:
     """The command line."""
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sparsec-triton"))
     parser = argparse.ArgumentParser(
-        prog="python -m sparsec.kernels.gpu_compile",
+        prog=prog,
         description=(__doc__ or "").partition("\n\n")[0],
-        epilog="example: python -m sparsec.kernels.gpu_compile --arch 90 --layouts wcsr16,bitmap --dtypes bf16",
+        epilog=f"example: {prog} --arch 90 --layouts wcsr16,bitmap --dtypes bf16",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities; default: 80 90"
@@ -248,5 +249,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sparsec-triton"))
     sys.exit(main())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 from sparsec import __version__
+from sparsec.command import guarded
+from sparsec.commands import COMMANDS, find
 from sparsec.errors import SparsecError
 from sparsec.formats import FORMATS
 from sparsec.kernels import KERNELS
@@ -17,38 +18,58 @@ from sparsec.pipeline.table import known_passes
 from sparsec.report.table import heading, paragraph
 from sparsec.report.text import machine_lines
 
-COMMANDS = {
-    "sparsec": "this overview; --version",
-    "sparsec.report": "compiles a model and reports it per pass, layer and group, dense / masked / lowered compared",
-    "sparsec.evaluate": "perplexity of models, or of what passes make of one, and how far they are from the first",
-    "sparsec.bench": "times kernels against dense and against torch.sparse, and whole models in tokens per second",
-    "sparsec.cost": "calibrates the cost model to this machine, and shows what it knows",
-    "sparsec.kernels.build": "builds the native kernels ahead of time, into the package",
-}
+PROG = "python -m sparsec"
+USAGE = """%(prog)s                          what there is: commands, passes, formats, kernels, this machine
+       %(prog)s COMMAND [...]            runs a command
+       %(prog)s COMMAND --help           its options
+       %(prog)s --version"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 where the environment asks for what there is not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsec", description="Lists commands, passes, formats and kernels."
-    )
-    parser.add_argument("--version", action="version", version=f"sparsec {__version__}")
-    parser.parse_args(argv)
+def script() -> int:
+    """The entry point of the command `sparsec`."""
+    return main(prog="sparsec")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Runs a command, or shows what there is. Returns the exit code: the command's, 0, or 2 for bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        return _command(words, prog)
+    parser(prog).parse_args(words)
+    return guarded(lambda: print(overview()))
+
+
+def _command(words: Sequence[str], prog: str) -> int:
     try:
-        print(overview())
+        command = find(words[0])
     except SparsecError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}; {prog} --help says what they do", file=sys.stderr)
         return 2
-    return 0
+    return command.run(words[1:], f"{prog} {command.name}")
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """Of what stands before a command."""
+    width = max(len(command.name) for command in COMMANDS)
+    commands = [f"  {command.name:<{width}}  {command.text}" for command in COMMANDS]
+    examples = [f"  {prog} {command.name} {command.example}" for command in COMMANDS]
+    p = argparse.ArgumentParser(
+        prog=prog,
+        usage=USAGE,
+        description="Prunes language models and runs them on sparse kernels.",
+        epilog="\n".join(["commands:", *commands, "", "examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--version", action="version", version=f"sparsec {__version__}")
+    return p
 
 
 def overview() -> str:
     """All of it. May build the native kernels, to say whether they can be."""
     here = machine()
     lines = [f"sparsec {__version__}", *heading("Commands (each takes --help)")]
-    for module, text in COMMANDS.items():
-        if find_spec(module) is not None:
-            lines += paragraph(text, f"{'python -m ' + module:<34}")
+    for command in COMMANDS:
+        lines += paragraph(command.text, f"{'sparsec ' + command.name:<30}")
     lines += heading("Passes")
     for cls in known_passes().values():
         lines += paragraph(f"{cls.__doc__}".strip().splitlines()[0], f"{cls.name:<12}[{cls.effect.value}] ", " " * 12)

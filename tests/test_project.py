@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report.collect", "report.text", "report.schema", "report"),
     ("compiler", "checkpoint"),
     ("report.measure", "command", "evaluate.output"),
+    ("commands",),
     ("", "__main__", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
 )
 """Imports go to an earlier line or stay in their own. A name stands for all below it, the longest one wins."""

@@ -27,9 +27,9 @@ from sparsec.report.table import paragraph
 from sparsec.report.text import machine_lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = arguments.PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    options = arguments.parser().parse_args(argv)
+    options = arguments.parser(prog).parse_args(argv)
     try:
         arguments.check(options)
         if options.threads:

@@ -12,6 +12,7 @@ from sparsec.bench.models import CONFIGS, shapes
 from sparsec.command import DTYPES, writable
 from sparsec.errors import SpecError
 
+PROG = "python -m sparsec.bench"
 EXAMPLES = """
 examples:
   python -m sparsec.bench                                                # some shapes, fp32, one row
@@ -32,13 +33,13 @@ ONLY_GPU = ("out", "budget")
 T = TypeVar("T")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """All options; those of one mode default to None, so that they can be refused in the other."""
     p = argparse.ArgumentParser(
-        prog="python -m sparsec.bench",
+        prog=prog,
         description="Times sparse products against F.linear and torch.sparse on the CPU, whole models (--end-to-end), or a GPU "
         "(--device cuda).",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(

@@ -16,6 +16,7 @@ from sparsec.kernels import gpu
 from sparsec.report.progress import shown_progress
 from sparsec.report.table import heading, paragraph, table
 
+PROG = "python -m sparsec.cost"
 EXAMPLES = """
 examples:
   python -m sparsec.cost                      # measured once, then read from the cache folder
@@ -38,12 +39,12 @@ HEADER = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m sparsec.cost",
+        prog=prog,
         description="Measures what the kernels reach on this machine, for lower(auto) and for the report's predictions.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--dtypes", default="fp32,bf16,fp16", help=f"of {', '.join(DTYPES)}, by commas; default: all")
@@ -56,9 +57,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     try:
         _run(args)
     except (SparsecError, OSError) as error:

@@ -34,6 +34,7 @@ from sparsec.progress import Progress
 from sparsec.report.progress import shown_progress
 
 LENGTH = 2048
+PROG = "python -m sparsec.evaluate"
 EXAMPLES = """
 examples:
   python -m sparsec.evaluate --windows 8 --length 512                    # SmolLM2-135M from its package, the embedded text
@@ -46,12 +47,12 @@ The first model is the reference. A model is a folder, a .gguf file, a hub id, o
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m sparsec.evaluate",
+        prog=prog,
         description="Perplexity of models on a text, and their agreement with the first and divergence from it.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("models", nargs="*", metavar="MODEL", help="default: the packaged SmolLM2-135M")
@@ -82,9 +83,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     return guarded(lambda: _run(args), args.traceback)
 
 

@@ -30,6 +30,7 @@ from sparsec.report.measure import QUICK, Effort, measured_report, plan
 from sparsec.report.progress import shown_progress
 from sparsec.report.schema import document, layers_csv
 
+PROG = "python -m sparsec.report"
 EXAMPLES = f"""
 examples:
   python -m sparsec.report                 # SmolLM2-135M from its package, {DEFAULT_PASSES}
@@ -44,12 +45,12 @@ examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m sparsec.report",
+        prog=prog,
         description="Compiles a language model and reports it: per pass, layer and group, and dense / masked / lowered compared.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     usual = Effort()
@@ -103,9 +104,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     return guarded(lambda: _run(args), args.traceback)
 
 

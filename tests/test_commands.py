@@ -1,0 +1,84 @@
+"""`sparsec NAME`, `python -m sparsec NAME` and `python -m sparsec.NAME`: one table, one call."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+
+import pytest
+from project import PYPROJECT, modules
+
+import sparsec.__main__ as overview
+from sparsec.commands import COMMANDS, Command, find
+from sparsec.errors import SpecError
+
+NAMES = [command.name for command in COMMANDS]
+
+
+def helped(capsys: pytest.CaptureFixture[str], call: object) -> str:
+    """What `--help` prints."""
+    with pytest.raises(SystemExit) as exit_:
+        call()  # type: ignore[operator]
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_module_that_can_be_run_is_in_the_table() -> None:
+    runnable = {name for name, path in modules().items() if 'if __name__ == "__main__":' in path.read_text("utf-8")}
+    assert {command.module for command in COMMANDS} == runnable - {"sparsec.__main__"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_a_command_is_the_module_of_its_name(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command.module.removesuffix(".__main__") == f"sparsec.{command.name}"
+    main = importlib.import_module(command.module).main
+    by_module = helped(capsys, lambda: main(["--help"]))
+    by_name = helped(capsys, lambda: overview.main([command.name, "--help"], "sparsec"))
+    assert by_module.startswith(f"usage: python -m sparsec.{command.name} ")
+    assert by_name.startswith(f"usage: sparsec {command.name} ")
+    assert f"python -m sparsec.{command.name}" not in by_name
+    flat = " ".join(by_module.replace(f"python -m sparsec.{command.name}", f"sparsec {command.name}").split())
+    assert flat == " ".join(by_name.split())
+
+
+def test_help_names_every_command_in_one_line_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    out = helped(capsys, lambda: overview.main(["--help"], "sparsec"))
+    for command in COMMANDS:
+        (line,) = [line for line in out.splitlines() if line.startswith(f"  {command.name} ")]
+        assert line.endswith(command.text)
+        assert len(line) <= 110
+        assert f"  sparsec {command.name} {command.example}" in out.splitlines()
+
+
+@pytest.mark.parametrize("prog", ["sparsec", "python -m sparsec"])
+def test_an_unknown_command_names_near_ones(prog: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert overview.main(["reprot", "tiny"], prog) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: there is no command 'reprot', did you mean 'report'? ")
+    assert f"{prog} --help" in captured.err
+
+
+@pytest.mark.parametrize("name", ["", "??", "Report ", "sparsec.report", "a" * 1000])
+def test_what_is_no_command_is_refused(name: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(f"the commands are {', '.join(NAMES)}")):
+        find(name)
+
+
+def test_a_command_returns_its_own_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overview.main(["report", "./no/such/model", "--no-measure"]) == 2
+    assert "./no/such/model: there is no such folder or file" in capsys.readouterr().err
+
+
+def test_the_installed_script_runs_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, function = PYPROJECT["project"]["scripts"]["sparsec"].partition(":")
+    script = getattr(importlib.import_module(module), function)
+    assert not inspect.signature(script).parameters
+    monkeypatch.setattr(sys, "argv", ["sparsec", "--version"])
+    assert helped(capsys, script) == "sparsec 0.1.0\n"
