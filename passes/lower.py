@@ -16,12 +16,13 @@ from sparsec.kernels import Problem, gpu_semi_structured
 from sparsec.kernels import select as select_kernel
 from sparsec.kernels.gpu import for_device
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
-from sparsec.lowering.setting import calibrated, dense_kernels
+from sparsec.lowering.setting import calibrated, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_positive
 from sparsec.pipeline.selection import matches, select
 
 AUTO = "auto"
+DENSE = "dense"
 OBJECTIVES = ("latency", "bytes")
 INDEX_BITS = (8, 16, 32)
 OPTIONS = {"csr": ("index_bits",), "wcsr": ("index_bits",), "bsr": ("block",), AUTO: ("objective", "tokens")}
@@ -36,7 +37,8 @@ class Lower(Pass):
     predicted time (objective="latency") or by bytes, and lets what stays dense run on an own kernel where that is predicted
     to be faster; the reason stands in the weight's record. A format by name packs everything in it: `csr`, with index_bits 8,
     16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`; on a GPU `wcsr`, with index_bits 8 or 16, which `csr` becomes
-    there too.
+    there too. `dense` packs nothing and needs no mask: every selected weight stays what it is, zeros included, and runs on
+    sparsec's own dense kernel where that serves it (with `fuse` before it, several in one call).
     """
 
     name: ClassVar[str] = "lower"
@@ -53,7 +55,9 @@ class Lower(Pass):
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        check_choice(self.format, "format", (AUTO, *FORMATS))
+        check_choice(self.format, "format", (AUTO, DENSE, *FORMATS))
+        if self.format == DENSE:
+            object.__setattr__(self, "requires", frozenset())  # of this instance: masks mean nothing to it
         if self.index_bits is not None:
             check_choice(self.index_bits, "index_bits", INDEX_BITS)
         if self.block is not None:
@@ -72,6 +76,8 @@ class Lower(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for what the format that was asked for cannot serve."""
+        if self.format == DENSE:
+            return self._on_dense_kernel(graph, context)
         chosen = self._masked(graph)
         reasons = {w.name: context.keep_dense.get(w.name) or _stays_dense(graph, w) for w in chosen}
         packable = [w for w in chosen if not reasons[w.name]]
@@ -98,6 +104,28 @@ class Lower(Pass):
         graph.module.graph.lint()
         graph.module.recompile()
         return _result(self.format, done, own, notes)
+
+    def _on_dense_kernel(self, graph: Graph, context: Context) -> PassResult:
+        linears = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
+        everything = self.targets or tuple(dict.fromkeys(w.group for w in linears))
+        chosen = {w.name for w in select(graph, everything, self.ignore)}
+        selected = [w.name for w in linears if w.name in chosen]
+        refused: dict[str, list[str]] = {}
+        for name in selected:
+            if reason := no_own_kernel(graph, name, context.unswappable):
+                refused.setdefault(reason, []).append(name)
+                continue
+            use_dense_kernel(graph, name, OWN)
+            graph.update(name, reason="lower(dense) keeps it as it is, on sparsec's dense kernel")
+        graph.module.graph.lint()
+        graph.module.recompile()
+        left = sum(map(len, refused.values()))
+        notes = [
+            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: torch's kernel serves it, since {reason}"
+            for reason, names in refused.items()
+        ]
+        summary = f"{len(selected) - left} of {len(selected)} dense weights on sparsec's dense kernel, nothing packed"
+        return PassResult(changed=left < len(selected), summary=summary, notes=tuple(notes))
 
     def _masked(self, graph: Graph) -> list[Weight]:
         masked = {w.name for w in graph.masked()}

@@ -13,7 +13,7 @@ import sparsec.compiler
 from sparsec.latency import Spread
 from sparsec.machine import Machine
 from sparsec.report.collect import Report
-from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample, Variant
+from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample, Stage, Variant
 
 SPEC = "magnitude(0.3, targets=('mlp', 'model.layers.0.self_attn.*')),freeze,sparsity,flops(context=32),lower(csr, index_bits=32)"
 
@@ -52,22 +52,25 @@ def report() -> Report:
     variants = {
         "dense": Variant(found.parameters, found.parameters, 90000, 0, 100000.0, 1.0, 1.0),
         "masked": Variant(found.parameters, found.nnz, 90000, 17408, 100000.0, 1.0, 1.0),
+        "dense_on_sparsec": Variant(found.parameters, found.parameters, 90000, 0, 100000.0, 1.0, 1.0),
         "lowered": Variant(found.parameters, found.nnz, found.bytes_held, 0, 80000.0, 1.25, 0.89),
     }
     measured = {
         name: replace(
             variant,
             resident_bytes=(1 + i) * 1_000_000,
-            perplexity=(96.5, 1234.5, 1234.5)[i],
-            top1=(1.0, 0.75, 0.75)[i],
-            top5=(1.0, 0.875, 0.875)[i],
-            kl=(0.0, 1.5, 1.5)[i],
+            perplexity=(96.5, 1234.5, 96.5, 1234.5)[i],
+            top1=(1.0, 0.75, 1.0, 0.75)[i],
+            top5=(1.0, 0.875, 1.0, 0.875)[i],
+            kl=(0.0, 1.5, 0.0, 1.5)[i],
             prefill_ms=Spread(3.0 + i, 2.5 + i, 3.5 + i, 20),
             decode_ms=Spread(1.0 + i, 0.5 + i, 150.0, 40),
             speedup_prefill=Spread(1 / (1 + i), 0.9 / (1 + i), 1.1 / (1 + i), 20),
             speedup_decode=Spread(1 / (1 + i), 0.9 / (1 + i), 1.1 / (1 + i), 40),
-            linears_ms=(0.5, 0.5, 0.25)[i],
-            speedup_predicted=(1.0, 1.0, 1.25)[i],
+            zeros_speedup_prefill=Spread(1.2, 1.1, 1.3, 20) if name == "lowered" else None,
+            zeros_speedup_decode=Spread(1.3, 1.2, 1.4, 40) if name == "lowered" else None,
+            linears_ms=(0.5, 0.5, 0.5, 0.25)[i],
+            speedup_predicted=(1.0, 1.0, 1.0, 1.25)[i],
         )
         for i, (name, variant) in enumerate(variants.items())
     }
@@ -103,7 +106,8 @@ def report() -> Report:
         ),
         model=ModelFacts("small", "LlamaForCausalLM", "a test", "arithmetic in float32", "float32"),
         evaluation=EvaluationFacts("a text", "ab" * 32, 1000, 8, 64, "float32"),
-        latency=LatencyFacts(16, 2, 20, 40),
+        latency=LatencyFacts(16, 2, 20, 40, layers_timed=4, layers=10),
         sample=Sample("Why?", True, 5, {"dense": "Because\nof that.", "lowered": "Because " * 20}),
+        stages=(Stage("evaluating", 12.5, 6, 8, "windows"), Stage("timing decode", 3.0, 40, 40, "rounds")),
         remarks=("invented numbers",),
     )

@@ -21,8 +21,7 @@ from sparsec.kernels import dense_linear as module_file
 from sparsec.kernels import tolerance
 from sparsec.kernels.dense import check_dense_call, dense_linear
 from sparsec.kernels.dense_linear import DenseLinear
-from sparsec.lowering import no_dense_kernel, use_dense_kernel
-from sparsec.pipeline import Context, Effect, Pass, PassResult
+from sparsec.lowering import no_dense_kernel, setting
 
 
 def within(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -127,27 +126,18 @@ def test_torch_compile_and_export_see_a_plain_linear() -> None:
     assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [torch.ops.aten.linear.default]
 
 
-class OwnKernel(Pass):
-    """Gives every dense linear that can have it the dense kernel; what `lower(auto)` does by its cost model."""
-
-    name = "own_kernel"
-    effect = Effect.NUMERIC
-
-    def run(self, graph: sparsec.Graph, context: Context) -> PassResult:
-        chosen = [w.name for w in graph.weights.values() if not no_dense_kernel(graph, w.name)]
-        chosen = [name for name in chosen if name not in context.unswappable]
-        for name in chosen:
-            use_dense_kernel(graph, name, "dense_cpu")
-        graph.module.recompile()
-        return PassResult(changed=bool(chosen), summary=", ".join(chosen))
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the native library had a dense kernel, whether or not it was built."""
+    monkeypatch.setattr(setting, "native_serves", lambda name: True)
 
 
-@pytest.mark.parametrize("spec", [[], ["fuse"]])
-def test_a_model_with_dense_kernels_only_is_the_model_it_was(spec: list[str], tmp_path) -> None:
+@pytest.mark.parametrize("spec", ["lower(dense)", "fuse,lower(dense)"])
+def test_a_model_with_dense_kernels_only_is_the_model_it_was(spec: str, tmp_path, served) -> None:
     model, call = tiny_model("llama")
     model.lm_head.weight = model.model.embed_tokens.weight
     model.config.tie_word_embeddings = True
-    compiled = sparsec.compile(model, [*spec, OwnKernel()], verify="probe")
+    compiled = sparsec.compile(model, spec, verify="probe")
     graph = compiled.sparsec.graph
     assert problems(graph, recompute=True) == []
     assert type(compiled.lm_head) is DenseLinear
@@ -160,7 +150,7 @@ def test_a_model_with_dense_kernels_only_is_the_model_it_was(spec: list[str], tm
         torch.testing.assert_close(result, model(**inputs).logits, rtol=1e-3, atol=1e-5)
         assert torch.equal(result, graph.run(**inputs).logits)
     assert {op.kind for op in graph.ops.values() if op.matrices and op.group == "mlp"} == (
-        {"linear", "fused_linear"} if spec else {"linear"}
+        {"linear", "fused_linear"} if "fuse" in spec else {"linear"}
     )
     assert all(
         op.kernel_of(name) == "dense_cpu" for op in graph.ops.values() if "linear" in op.kind for name in op.matrices
@@ -172,6 +162,35 @@ def test_a_model_with_dense_kernels_only_is_the_model_it_was(spec: list[str], tm
     loaded = type(model).from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-3, atol=1e-5)
+
+
+def test_lower_dense_needs_no_mask_and_serves_a_masked_weight_as_it_is(served) -> None:
+    model, call = tiny_model("llama")
+    compiled = sparsec.compile(model, "magnitude(0.5),freeze,sparsity,lower(dense)", verify="probe")
+    graph = compiled.sparsec.graph
+    assert {op.kernel for op in graph.ops.values() if op.kind == "linear"} == {"dense_cpu"}
+    rows = [row for row in compiled.sparsec.report().layers if graph.is_linear(row.name)]
+    assert {row.format for row in rows} == {"dense"}
+    assert 0.4 < sum(row.parameters - row.nnz for row in rows) / sum(row.parameters for row in rows) < 0.6
+    pruned = sparsec.compile(model, "magnitude(0.5),freeze")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**call(2, 6)).logits, pruned(**call(2, 6)).logits, rtol=1e-3, atol=1e-5)
+    mixed = sparsec.compile(model, "magnitude(0.5),freeze,lower(csr, targets=mlp),lower(dense)", verify="facts")
+    kernels = {op.group: op.kernel for op in mixed.sparsec.graph.ops.values() if op.kernel}
+    assert kernels["mlp"].startswith("csr")
+    assert kernels["attention"] == "dense_cpu"
+
+
+def test_lower_dense_says_which_weights_torch_goes_on_to_serve_and_why() -> None:
+    model, _ = tiny_model("gpt2")
+    record = sparsec.compile(model, "lower(dense, targets=mlp)").sparsec.records[-1]
+    assert record.summary.startswith("0 of ")
+    assert not record.changed
+    assert len(record.notes) == 1
+    assert "more: torch's kernel serves it, since " in record.notes[0]
+    double = nn.Sequential(nn.Linear(6, 6)).double()
+    in_double = sparsec.compile(double, "lower(dense)", example_inputs=torch.ones(2, 6).double())
+    assert "does not serve float64" in in_double.sparsec.records[-1].notes[0]
 
 
 def test_what_cannot_have_the_dense_kernel_says_why() -> None:

@@ -161,9 +161,9 @@ def test_json_holds_to_its_schema_and_is_plain_json(full: Any) -> None:
     found = json.loads(json.dumps(schema.document(full), allow_nan=False))
     assert schema.check(found) == []
     assert found["schema"] == "sparsec.report/1"
-    assert list(found["summary"]) == ["dense", "masked", "lowered"]
-    assert found["summary"]["lowered"]["decode_ms"] == 3.0
-    assert found["summary"]["lowered"]["decode_ms_quartiles"] == [2.5, 150.0]
+    assert list(found["summary"]) == ["dense", "masked", "dense_on_sparsec", "lowered"]
+    assert found["summary"]["lowered"]["decode_ms"] == 4.0
+    assert found["summary"]["lowered"]["decode_ms_quartiles"] == [3.5, 150.0]
     assert found["passes"][0]["effect"] == "lossy"
     assert {"out_features", "in_features", "nnz", "kernel", "speedup_predicted"} <= found["layers"][0].keys()
 
@@ -178,8 +178,9 @@ def test_json_takes_a_perplexity_beyond_floating_point(full: Any) -> None:
 def test_check_finds_what_is_missing_or_of_the_wrong_type(data: st.DataObject) -> None:
     found = json.loads(REPORT_JSON)
     places = [found, found["passes"][0], found["layers"][3], found["groups"][0], found["summary"]["masked"]]
-    tables = [schema.SCHEMA, schema.PASS, schema.LAYER, schema.GROUP, schema.VARIANT]
-    index = data.draw(st.integers(0, 4))
+    places.append(found["stages"][0])
+    tables = [schema.SCHEMA, schema.PASS, schema.LAYER, schema.GROUP, schema.VARIANT, schema.STAGE]
+    index = data.draw(st.integers(0, len(tables) - 1))
     key = data.draw(st.sampled_from(sorted(tables[index])))
     if data.draw(st.booleans()):
         del places[index][key]

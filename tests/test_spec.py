@@ -49,6 +49,7 @@ passes = st.one_of(
     st.builds(Lower, st.sampled_from(["bitmap", "nm"]), targets=names, ignore=ignores),
     st.builds(Lower, st.just("bsr"), block=st.sampled_from([None, (16, 16), (8, 3)]), targets=names, ignore=ignores),
     st.builds(Lower, objective=st.sampled_from(["latency", "bytes"]), tokens=st.integers(1, 512), targets=names),
+    st.builds(Lower, st.just("dense"), targets=names, ignore=ignores),
     st.builds(Fuse, targets=names, ignore=ignores),
 )
 
@@ -172,7 +173,10 @@ def test_sparsity_outside_zero_to_one_is_refused(text: str) -> None:
         (lambda: Magnitude(0.5, scope="tensor"), "scope must be one of 'global', 'layer', 'row', got 'tensor'"),
         (lambda: Magnitude(0.5, targets=3), "targets must be a pattern"),
         (lambda: Magnitude(0.5, ignore=("",)), "ignore must be a pattern"),
-        (lambda: Lower("coo"), "format must be one of 'auto', 'csr', 'bitmap', 'bsr', 'nm', 'wcsr', got 'coo'"),
+        (
+            lambda: Lower("coo"),
+            "format must be one of 'auto', 'dense', 'csr', 'bitmap', 'bsr', 'nm', 'wcsr', got 'coo'",
+        ),
         (lambda: Lower("csr", index_bits=4), "index_bits must be one of 8, 16, 32, got 4"),
         (lambda: Lower("bsr", block=(12, 16)), "block must have a multiple of 8 rows, got (12, 16)"),
         (lambda: Lower("bsr", block=16), "block must be (rows, columns) such as (16, 16), got 16"),

@@ -56,10 +56,21 @@ def unpredicted(devices: Sequence[str]) -> str:
 
 def dense_kernels(graph: Graph, weight: Weight, unswappable: Mapping[str, str]) -> tuple[str, ...]:
     """The kernels that may serve it if it stays dense; the first one is what serves it if nothing is done."""
-    on_cpu = graph.tensor(weight.name).device.type == "cpu"
-    served = weight.dtype in DTYPES and on_cpu and native_serves(DENSE_OPERATOR)
-    if any(op.members for op in graph.products_of(weight.name)):
-        return (OWN,) if served else (TORCH,)  # a part of a fused product is dense_linear's already
-    if not served or weight.name in unswappable or no_dense_kernel(graph, weight.name):
+    if no_own_kernel(graph, weight.name, unswappable):
         return (TORCH,)
-    return (TORCH, OWN)
+    # a part of a fused product is dense_linear's already
+    return (OWN,) if any(op.members for op in graph.products_of(weight.name)) else (TORCH, OWN)
+
+
+def no_own_kernel(graph: Graph, name: str, unswappable: Mapping[str, str]) -> str:
+    """Why sparsec's dense kernel cannot serve a dense weight, "" where it can."""
+    device, dtype = graph.tensor(name).device.type, graph.weights[name].dtype
+    if device != "cpu":
+        return f"sparsec has no dense kernel for {device}"
+    if dtype not in DTYPES:
+        return f"sparsec's dense kernel does not serve {str(dtype).removeprefix('torch.')}"
+    if not native_serves(DENSE_OPERATOR):
+        return f"sparsec's dense kernel is native code, which is not there: {status().reason or 'it was built without'}"
+    if any(op.members for op in graph.products_of(name)):
+        return ""
+    return unswappable.get(name, "") or no_dense_kernel(graph, name)

@@ -121,13 +121,46 @@ class LatencyFacts:
 
     prompt_tokens: int
     threads: int
-    prefill_repeats: int
+    prefill_repeats: int  # rounds that were run: fewer than asked for where the time budget ended
     decode_repeats: int
+    in_turn: bool = True  # False: one model after another, since memory does not hold them together
+    layers_timed: int | None = None  # products; equal ones are timed once
+    layers: int | None = None  # products that the lowered model runs on sparsec's kernels
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the work that takes time, and how much of what was wanted fitted into its share of the time budget."""
+
+    name: str
+    seconds: float
+    done: int | None = None  # of `wanted`; None where nothing is counted
+    wanted: int | None = None
+    unit: str = ""  # windows, rounds, ...
+
+    @property
+    def cut(self) -> bool:
+        """Whether less was done than wanted."""
+        return self.done is not None and self.wanted is not None and self.done < self.wanted
+
+
+VARIANTS = {
+    "dense": "dense",
+    "masked": "masked",
+    "dense_on_sparsec": "dense on sparsec's kernels",
+    "lowered": "lowered",
+}
+"""The compared models, by key, as they are shown. dense: as it was loaded. masked: zeros, on torch's kernels, so expected to be as
+fast as dense. dense_on_sparsec: no zeros, `fuse,lower(dense)`. lowered: what all the passes made."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the compared models: dense, masked or lowered. Model bytes are found by walking every tensor that it holds."""
+    """One of the compared models, see VARIANTS. Model bytes are found by walking every tensor that it holds.
+
+    Quality is that of the function: measured once for dense, which `dense_on_sparsec` shares, and once for what was pruned, which
+    `masked` and `lowered` share.
+    """
 
     parameters: int  # dense count: zeros are parameters too
     nnz: int
@@ -145,6 +178,8 @@ class Variant:
     decode_ms: Spread | None = None
     speedup_prefill: Spread | None = None  # measured, against dense in the same round
     speedup_decode: Spread | None = None
+    zeros_speedup_prefill: Spread | None = None  # of lowered, against dense_on_sparsec: the part that zeros give
+    zeros_speedup_decode: Spread | None = None
     linears_ms: float | None = None  # of a decoded token in linear layers, by the cost model
     speedup_predicted: float | None = None  # of decoding: what the cost model saves, taken from the measured dense time
 
@@ -178,7 +213,8 @@ class ReportData:
     notes: tuple[str, ...] = ()
     machine: Machine | None = None
     model: ModelFacts | None = None
-    summary: dict[str, Variant] = field(default_factory=dict)  # dense, masked, lowered
+    summary: dict[str, Variant] = field(default_factory=dict)  # by key of VARIANTS, in that order
+    stages: tuple[Stage, ...] = ()  # in order: how long each took, and what was sampled
     evaluation: EvaluationFacts | None = None
     latency: LatencyFacts | None = None
     sample: Sample | None = None

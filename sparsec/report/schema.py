@@ -97,7 +97,11 @@ VARIANT: Keys = {
     "bytes": ((int,), "of every tensor held by the model, each storage once"),
     "bytes_masks": ((int,), "of the masks beside it"),
     "resident_bytes": ((int, NONE), "that building it added to the process, masks included"),
-    "perplexity": ((*NUMBER, NONE), "see evaluation; a number beyond floating point is null"),
+    "perplexity": (
+        (*NUMBER, NONE),
+        "see evaluation; measured once for dense (and dense_on_sparsec) and once for what was pruned (masked and lowered); a "
+        "number beyond floating point is null",
+    ),
     "top1": ((*NUMBER, NONE), "share of positions at which the most likely next token is that of dense"),
     "top5": ((*NUMBER, NONE), "share of positions at which that of dense is among the five most likely"),
     "kl": ((*NUMBER, NONE), "KL(dense || this) of the next token, in nats, mean over positions; null where not finite"),
@@ -112,11 +116,25 @@ VARIANT: Keys = {
     "speedup_prefill_quartiles": ((list, NONE), "[lower, upper]"),
     "speedup_decode": ((*NUMBER, NONE), "measured: median over rounds of dense / this"),
     "speedup_decode_quartiles": ((list, NONE), "[lower, upper]"),
+    "zeros_speedup_prefill": (
+        (*NUMBER, NONE),
+        "of lowered, the part that zeros give: median over rounds of dense_on_sparsec / this",
+    ),
+    "zeros_speedup_prefill_quartiles": ((list, NONE), "[lower, upper]"),
+    "zeros_speedup_decode": ((*NUMBER, NONE), "the same of decoding"),
+    "zeros_speedup_decode_quartiles": ((list, NONE), "[lower, upper]"),
     "linears_ms": ((*NUMBER, NONE), "of a decoded token in linear layers, by the cost model"),
     "speedup_predicted": (
         (*NUMBER, NONE),
         "of decoding: what the cost model saves, taken from the measured dense time",
     ),
+}
+STAGE: Keys = {
+    "name": ((str,), "what took the time"),
+    "seconds": (NUMBER, "wall time"),
+    "done": ((int, NONE), "how much of it fitted into its share of the time budget; null where nothing is counted"),
+    "wanted": ((int, NONE), "how much was asked for"),
+    "unit": ((str,), "of done and wanted: windows, rounds, ..."),
 }
 SCHEMA: Keys = {
     "schema": ((str,), f"{VERSION!r}"),
@@ -133,10 +151,18 @@ SCHEMA: Keys = {
         (*NUMBER, NONE),
         "per token, of attention scores and values at the context of the pass flops",
     ),
-    "summary": ((dict,), "of VARIANT under dense, masked and lowered; empty where nothing was compared"),
+    "summary": (
+        (dict,),
+        "of VARIANT under dense, masked, dense_on_sparsec and lowered; empty where nothing was compared",
+    ),
     "evaluation": ((dict, NONE), "text, text_sha256, text_tokens, windows, window_length, dtype"),
-    "latency": ((dict, NONE), "prompt_tokens, threads, prefill_repeats, decode_repeats"),
+    "latency": (
+        (dict, NONE),
+        "prompt_tokens, threads, prefill_repeats, decode_repeats, in_turn, layers_timed, layers (products on sparsec's kernels, of "
+        "which equal ones are timed once)",
+    ),
     "sample": ((dict, NONE), "prompt, chat, new_tokens, texts by variant"),
+    "stages": ((list,), "of STAGE, in order"),
     "notes": ((list,), "strings of tracing and emission"),
     "remarks": ((list,), "strings on how it was measured"),
 }
@@ -157,6 +183,7 @@ def document(report: ReportData) -> dict[str, Any]:
         "evaluation": asdict(report.evaluation) if report.evaluation is not None else None,
         "latency": asdict(report.latency) if report.latency is not None else None,
         "sample": asdict(report.sample) if report.sample is not None else None,
+        "stages": [asdict(stage) for stage in report.stages],
         "notes": list(report.notes),
         "remarks": list(report.remarks),
     }
@@ -180,7 +207,7 @@ def check(found: Any) -> list[str]:
         return problems
     if found["schema"] != VERSION:
         problems.append(f"report.schema: expected {VERSION!r}, got {found['schema']!r}")
-    for part, keys in (("passes", PASS), ("layers", LAYER), ("groups", GROUP)):
+    for part, keys in (("passes", PASS), ("layers", LAYER), ("groups", GROUP), ("stages", STAGE)):
         for i, item in enumerate(found[part]):
             problems += _check(f"{part}[{i}]", item, keys)
     for name, item in found["summary"].items():
@@ -214,7 +241,7 @@ def _group(row: GroupRow) -> dict[str, Any]:
 
 def _variant(v: Variant) -> dict[str, Any]:
     cells: dict[str, Any] = {key: getattr(v, key) for key in VARIANT if not key.endswith("_quartiles")}
-    for key in ("prefill_ms", "decode_ms", "speedup_prefill", "speedup_decode"):
+    for key in (k.removesuffix("_quartiles") for k in VARIANT if k.endswith("_quartiles")):
         spread: Spread | None = cells[key]
         cells[key] = spread.median if spread is not None else None
         cells[f"{key}_quartiles"] = [spread.lower, spread.upper] if spread is not None else None

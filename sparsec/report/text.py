@@ -188,7 +188,9 @@ def _summary(report: ReportData) -> list[str]:
     row("predicted speedup, decode", [times(v.speedup_predicted) for v in variants])
     row("measured speedup, prefill", [_spread(v.speedup_prefill, "x") for v in variants])
     row("measured speedup, decode", [_spread(v.speedup_decode, "x") for v in variants])
-    lines = heading("Summary") + table(("", *report.summary), rows)
+    row("  by zeros alone, prefill", [_spread(v.zeros_speedup_prefill, "x") for v in variants])
+    row("  by zeros alone, decode", [_spread(v.zeros_speedup_decode, "x") for v in variants])
+    lines = heading("Summary") + table(("", *(name.replace("_", " ") for name in report.summary)), rows)
     return lines + [line for text in _footnotes(report) for line in paragraph(text)] + _verdict(report)
 
 
