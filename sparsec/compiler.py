@@ -24,6 +24,7 @@ from sparsec.memory import held
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.pruning import NO_CALIBRATION
+from sparsec.progress import stage
 from sparsec.report.collect import Report, collect
 from sparsec.report.predict import known_calibration, predict
 
@@ -134,9 +135,10 @@ def compile(
     if copy:
         model = _copied(model)
     start = perf_counter()
-    graph = trace(model, example_inputs)
-    if isinstance(drawn, tuple) and example_inputs is None and graph.rung != "dynamic":
-        graph = trace(model, _sized(graph, *drawn))  # it takes one length only: that of the calibration
+    with stage(progress, "tracing"):
+        graph = trace(model, example_inputs)
+        if isinstance(drawn, tuple) and example_inputs is None and graph.rung != "dynamic":
+            graph = trace(model, _sized(graph, *drawn))  # it takes one length only: that of the calibration
     traced = perf_counter() - start
     if not any(graph.prunable(name) for name in graph.weights):
         raise CompileError(_nothing_to_prune(graph))

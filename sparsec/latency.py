@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsec.cost.replay import ROTATE_BYTES, Replay, copies, take_turns
+from sparsec.kv_cache import cache_argument, cache_of
 from sparsec.progress import Progress
 from sparsec.recorded import Decoder
 
@@ -143,13 +144,14 @@ def _prefill(model: Any, prompt: Tensor) -> Callable[[], float | None]:
 def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
     """Every call decodes one token further, as generation does."""
     state = model(input_ids=prompt, use_cache=True)
-    cache, token = state.past_key_values, state.logits[:, -1:].argmax(dim=-1)
+    takes = cache_argument(model)
+    cache, token = cache_of(state), state.logits[:, -1:].argmax(dim=-1)
     del state
 
     def run() -> None:
         nonlocal cache, token
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+        out = model(input_ids=token, use_cache=True, **{takes: cache})
+        cache, token = cache_of(out), out.logits[:, -1:].argmax(dim=-1)
 
     return run
 

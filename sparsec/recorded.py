@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsec.cost.replay import Replay
+from sparsec.kv_cache import cache_argument
 
 BEFORE = 2
 """Tokens decoded before a graph is there: a first one, and one where none could be recorded."""
@@ -30,6 +31,7 @@ class Decoder:
         prompt = prompt.to(device)
         length = prompt.shape[1]
         self._cache = StaticCache(config=model.config, max_cache_len=length + BEFORE + new_tokens)
+        self._cache_argument = cache_argument(model)
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._with_positions = "position_ids" in takes
@@ -58,7 +60,7 @@ class Decoder:
         self._position += 1
 
     def _call(self, call: Any, ids: Tensor, positions: Tensor) -> Any:
-        inputs = {"input_ids": ids, "past_key_values": self._cache, "use_cache": True, **self._last_only}
+        inputs = {"input_ids": ids, self._cache_argument: self._cache, "use_cache": True, **self._last_only}
         if self._with_positions:
             inputs["position_ids"] = positions
         return call(**inputs)

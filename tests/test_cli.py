@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,12 +21,14 @@ import torch
 import sparsec.__main__ as overview
 import sparsec.report.__main__ as command
 from sparsec.commands import COMMANDS
+from sparsec.errors import DataError
 from sparsec.kernels import KERNELS, loader
 from sparsec.passes import PASSES
 from sparsec.pipeline import Pipeline
+from sparsec.progress import stage
 from sparsec.report import schema
 from sparsec.report.measure import QUICK, Effort
-from sparsec.report.progress import shown_progress
+from sparsec.report.progress import StageLines, shown_progress
 
 TEXT = "Every layer says why it is dense. " * 8
 COUNT = ["tiny", "--no-measure"]
@@ -41,11 +44,14 @@ class Done:
 
 
 def run(folder: Path, *args: str) -> Done:
-    """Runs a command that must succeed and must not write to standard error, which is no terminal here."""
+    """Runs a command that must succeed; standard error, which is no terminal here, has lines of its stages and nothing else."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         assert command.main([*args, "--json", str(folder / "report.json")]) == 0, err.getvalue()
-    assert err.getvalue() == ""
+    said = err.getvalue()
+    assert all(re.fullmatch(r" *[^\n]+( \.\.\.|:)(.* \d+\.\d s)?", line) for line in said.splitlines()), said
+    assert "tracing ... " in said
+    assert "pass 1 magnitude(0.5) ... " in said
     return Done(out.getvalue(), folder, json.loads((folder / "report.json").read_text()))
 
 
@@ -299,13 +305,38 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_are_lines_in_a_pipe() -> None:
+    """What runs, how far a long one is, how long it took; one within another is set in."""
+    now, pipe = [0.0], io.StringIO()
+    lines = StageLines(pipe, lambda: now[0])
+    for at, what, done, total in [
+        (0, "loading", 0, 1), (2, "loading", 1, 1), (2, "pass 1 wanda", 0, 1), (3, "reading", 0, 9), (13, "reading", 4, 9),
+        (33, "reading", 8, 9), (34, "reading", 9, 9), (35, "pass 1 wanda", 1, 1), (40, "again", 0, 1),
+    ]:  # fmt: skip
+        now[0] = float(at)
+        lines(what, done, total)
+    lines.close()
+    assert pipe.getvalue().splitlines() == [
+        "loading ... 2.0 s",
+        "pass 1 wanda ...",
+        "  reading ... 8 of 9 (30.0 s) ... 31.0 s",
+        "pass 1 wanda: 33.0 s",
+        "again ...",
+    ]
+
+
+def test_a_stage_that_fails_ends_its_line() -> None:
+    pipe = io.StringIO()
+    with pytest.raises(DataError), shown_progress(pipe) as show, stage(show, "loading"):
+        raise DataError("no")
+    assert pipe.getvalue() == "loading ...\n"
+
+
+def test_a_terminal_shows_a_bar_and_keeps_a_line_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    pipe, terminal = io.StringIO(), Terminal()
-    with shown_progress(pipe) as nothing:
-        assert nothing is None
+    terminal = Terminal()
     with shown_progress(terminal) as show:
-        assert show is not None
-        show("packing", 1, 2)
-    assert "packing" in terminal.getvalue()
-    assert pipe.getvalue() == ""
+        show("packing [a]", 1, 2)
+        show("packing [a]", 2, 2)
+        show("packing [a]", 0, 2)
+    assert re.search(r"packing \[a\]: \d+\.\d s", terminal.getvalue())

@@ -21,7 +21,7 @@ from sparsec.cost import Found, calibrate
 from sparsec.errors import SparsecError
 from sparsec.kernels import status
 from sparsec.machine import machine
-from sparsec.progress import Progress
+from sparsec.progress import Progress, stage
 from sparsec.report.progress import shown_progress
 from sparsec.report.table import paragraph
 from sparsec.report.text import machine_lines
@@ -68,10 +68,11 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
     for notice in known.notices if known else ():
         print("\n".join(paragraph(notice, "note: ")))
     rotation, results, left_out = Rotation(protocol), list[Result](), list[str]()
-    for i, case in enumerate(todo):
-        if progress is not None:
-            progress(f"{case.out_features}x{case.in_features}", i, len(todo))
-        measured = measure(case, rotation, options.repeats or 20, known.calibration if known else None)
+    for i, case in enumerate(todo, 1):
+        with stage(
+            progress, f"{i} of {len(todo)}: {case.out_features}x{case.in_features}, {case.rows} rows, {case.dtype}"
+        ):
+            measured = measure(case, rotation, options.repeats or 20, known.calibration if known else None)
         results += measured.results
         left_out += measured.left_out
     print("\n".join([*output.text(results), *output.accuracy(results), *paragraph(output.LEGEND)]))

@@ -24,7 +24,7 @@ from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
 from sparsec.latency import Spread, ratio
-from sparsec.progress import Progress
+from sparsec.progress import Progress, stage
 
 CHECKED = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
 CHECKED_ROWS = {"bf16": (1, 2, 4, 9, 17, 65, 512), "fp16": (1, 9, 65), "fp32": (1, 9, 65)}
@@ -243,14 +243,18 @@ def table_all(
 ) -> Iterator[Measured]:
     """Case by case, as far as the time reaches; what was not begun is named."""
     for i, case in enumerate(todo):
-        if progress is not None:
-            progress(f"{case.out_features}x{case.in_features}, {case.rows} rows", i, len(todo))
         if deadline.over:
             yield Measured(
                 left_out=[f"no time was left for {len(todo) - i} of {len(todo)} cases; give more with --budget"]
             )
             return
-        try:
-            yield measure(case, device, rounds)
-        except Exception as error:  # of the driver, of torch
-            yield Measured(left_out=[f"{case.out_features}x{case.in_features}, {case.rows} rows: {said(error)}"])
+        with stage(
+            progress, f"{i + 1} of {len(todo)}: {case.out_features}x{case.in_features}, {case.rows} rows, {case.dtype}"
+        ):
+            try:
+                measured = measure(case, device, rounds)
+            except Exception as error:  # of the driver, of torch
+                measured = Measured(
+                    left_out=[f"{case.out_features}x{case.in_features}, {case.rows} rows: {said(error)}"]
+                )
+        yield measured

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsec.kv_cache import cache_argument
+
 
 class Session:
     """One model in one mode."""
@@ -28,6 +30,7 @@ class Session:
         if backend is not None:
             # Shapes are those of the prompt and of one token; with a cache that grows they change with every token.
             self._call = torch.compile(model, dynamic=False if self._static else None, backend=backend)
+        self._cache_argument = cache_argument(model)
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         # As generate() does: some architectures would else slice by the cache's length, and be compiled anew at every token.
@@ -67,7 +70,7 @@ class Session:
         self._token = out.logits[:, -1:].argmax(dim=-1)
 
     def _inputs(self, ids: Tensor) -> dict[str, Any]:
-        inputs = {"input_ids": ids, "past_key_values": self._state, "use_cache": True, **self._last_only}
+        inputs = {"input_ids": ids, self._cache_argument: self._state, "use_cache": True, **self._last_only}
         if self._takes_positions:
             inputs["position_ids"] = torch.arange(self._position, self._position + ids.shape[1])[None]
         return inputs

@@ -1,4 +1,4 @@
-"""transformers' own progress bars, off for a while: they know nothing of pipes, and sparsec shows its own progress."""
+"""transformers' own progress bars and advice, off for a while: a bar in a pipe is noise, the advice is on calls of ours."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it transformers shows no progress bars."""
-    import transformers
+    """Within it transformers shows no progress bars and no warnings; what goes wrong it raises."""
+    from transformers.utils import logging
 
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(max(level, logging.ERROR))
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()

@@ -30,7 +30,7 @@ from sparsec.evaluate.output import document, text
 from sparsec.evaluate.saved import Saved, fingerprint
 from sparsec.evaluate.windows import Windows, cut
 from sparsec.pipeline import Pipeline
-from sparsec.progress import Progress
+from sparsec.progress import Progress, stage
 from sparsec.report.progress import shown_progress
 
 LENGTH = 2048
@@ -102,9 +102,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress:
-        loaded = [
-            on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
-        ]
+        with stage(progress, "loading"):
+            loaded = [
+                on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
+            ]
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded))
         drawn = calibration(loaded[0], args, pipelines)
         notes = [f"calibrated on {drawn[1]}"] if drawn is not None else []

@@ -16,6 +16,7 @@ from sparsec.pipeline.base import FACTS, Context, Effect, Pass, PassRecord, Pass
 from sparsec.pipeline.instruments import Instrument, Timing
 from sparsec.pipeline.spec import parse, unparse, unparse_one
 from sparsec.pipeline.table import known_passes
+from sparsec.progress import stage
 
 Verify = Literal["none", "structure", "facts", "probe"]
 """`structure`: the graph and its tables hold together, and analyses change nothing but facts. `facts`: every fact is also computed
@@ -119,6 +120,7 @@ class Pipeline:
         for i, p in enumerate(self.passes, first):
             held = _Promise(p, i, graph, context, verify)
             with ExitStack() as around:
+                around.enter_context(stage(context.progress, f"pass {i} {unparse_one(p)}"))
                 for instrument in (*instruments, timing):
                     around.enter_context(instrument.around(i, p, graph))
                 result = p.run(graph, context)

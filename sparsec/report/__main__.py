@@ -26,6 +26,7 @@ from sparsec.command import (
 from sparsec.compiler import DEFAULT_PASSES
 from sparsec.data import load_model, load_text
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
+from sparsec.progress import stage
 from sparsec.report.measure import QUICK, Effort, measured_report, plan
 from sparsec.report.progress import shown_progress
 from sparsec.report.schema import document, layers_csv
@@ -126,7 +127,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.dump_ir:
         instruments.append(DumpIR(args.dump_ir))
     with shown_progress(sys.stderr) as progress:
-        loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
+        with stage(progress, "loading the model"):
+            loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
         planned = None if text is None else plan(loaded, text, effort(args))
         drawn = calibration(loaded, args, [pipeline])
         report = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
