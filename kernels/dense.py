@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
 from sparsec.kernels import loader
+from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.ops import LIBRARY, has_native, loads_native
 from sparsec.kernels.reference import check_operands, check_x
 
@@ -69,3 +70,5 @@ def _with_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 torch.library.impl(LIBRARY, NAME, "CompositeExplicitAutograd")(_implementation)
 torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)
 torch.library.register_fake(f"sparsec::{NAME}", _fake, lib=LIBRARY)
+for _key in DEVICES.values():  # torch's own product knows what to cast
+    torch.library.impl(LIBRARY, NAME, _key)(F.linear)

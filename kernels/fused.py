@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from sparsec.formats.parts import DENSE, Part, unflatten
+from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.ops import LIBRARY, OPERATORS, loads_native
 
@@ -70,6 +71,8 @@ def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int])
 for _op in (fused_linear, inference_linear):
     torch.library.impl(LIBRARY, _op._opname, "CompositeExplicitAutograd")(partial(_implementation, _op))
     torch.library.register_fake(f"sparsec::{_op._opname}", _separately, lib=LIBRARY)
+for _key in DEVICES.values():
+    torch.library.impl(LIBRARY, NAME, _key)(_separately)
 torch.library.impl(LIBRARY, SINGLE, "CompositeExplicitAutograd")(_single)
 torch.library.register_fake(f"sparsec::{SINGLE}", _single, lib=LIBRARY)
 torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)

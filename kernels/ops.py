@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.kernels import gpu, loader
+from sparsec.kernels import autocast, gpu, loader
 from sparsec.kernels.reference import accumulation_dtype, check_call, reference_linear
 
 # Operators live as long as the library object.
@@ -123,6 +123,7 @@ def _define(kind: type[Packed]) -> OpOverload:
     torch.library.impl(LIBRARY, name, "CUDA")(on_gpu)
     torch.library.register_fake(f"sparsec::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"sparsec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    autocast.follow(LIBRARY, name, op)
     return op
 
 

@@ -42,7 +42,7 @@ def check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, ou
     if x.dtype != weight.dtype:
         raise KernelError(
             f"{name}: x must have the dtype of the weights, {weight.dtype}, got {x.dtype}; convert x, or the model "
-            f"before compiling it, model.to({x.dtype}), and leave torch.autocast off, which changes x and not packed weights"
+            f"before compiling it, model.to({x.dtype}); under torch.autocast x is converted by itself"
         )
     if x.device != weight.device:
         raise KernelError(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsec.errors import TraceError
+from sparsec.ir.names import is_plain
+from sparsec.ir.parts import advice, has_towers, is_encoder_decoder, is_hugging_face
 
 BATCH, LENGTH = 2, 8
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -33,31 +35,33 @@ class Call:
         return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
 
 
-def is_hugging_face(model: nn.Module) -> bool:
-    """Whether the model has a config and tells its output embeddings: the protocol of transformers' models."""
-    return hasattr(model, "config") and callable(getattr(model, "get_output_embeddings", None))
-
-
 def example_call(model: nn.Module, example_inputs: ExampleInputs | None) -> Call:
     """The call to trace.
 
     `example_inputs` is a tensor, a tuple of tensors or a dict by argument name; a Hugging Face model that takes `input_ids` needs
-    none. Raises TraceError on an encoder-decoder model, on missing inputs and on inputs that `forward` does not take.
+    none. Raises TraceError on a model of several parts, on missing inputs and on inputs that `forward` does not take.
     """
     name = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise TraceError(
-            f"{name} is an encoder-decoder model, which is not traced as a whole: causal LMs, encoders and plain modules are. "
-            f"Trace its encoder alone: trace(model.get_encoder())"
+            f"{name} is an encoder-decoder model, which is not traced as a whole: causal LMs, encoders and plain modules are; "
+            f"{advice(model)}; a decoder needs example_inputs with the encoder's states, too"
         )
+    if example_inputs is None and has_towers(model):
+        raise TraceError(f"{name} is made of several models, which no one call shows to a trace; {advice(model)}")
     parameters = inspect.signature(model.forward).parameters
     if example_inputs is not None:
         arguments = _by_name(model, example_inputs)
     elif is_hugging_face(model) and "input_ids" in parameters:
         arguments = _tokens(model, parameters)
+    elif is_hugging_face(model) and "pixel_values" in parameters and isinstance(_image_size(model), int):
+        arguments = _pixels(model)
     else:
+        inside = advice(model)
+        first = getattr(model, "main_input_name", None)
+        known = f"{{{first!r}: tensor}}" if first in parameters else "(tensor, ...) or a dict by argument name"
         raise TraceError(
-            f"{name}: what to call it with is not known; give example_inputs=(tensor, ...) or a dict by argument name"
+            f"{name}: what to call it with is not known; give example_inputs={known}{f'; {inside}' if inside else ''}"
         )
     if is_hugging_face(model):
         fixed = {"use_cache": False, "return_dict": True}
@@ -83,6 +87,17 @@ def _tokens(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> di
     return arguments
 
 
+def _image_size(model: nn.Module) -> Any:
+    return getattr(model.config, "image_size", None)
+
+
+def _pixels(model: nn.Module) -> dict[str, Any]:
+    """A batch of two square images."""
+    some = next(model.parameters())
+    channels, size = getattr(model.config, "num_channels", 3), _image_size(model)
+    return {"pixel_values": torch.zeros(BATCH, channels, size, size, dtype=some.dtype, device=some.device)}
+
+
 def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
     name = type(model).__name__
     signature = inspect.signature(model.forward)
@@ -92,7 +107,10 @@ def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TraceError(f"{name}.forward{signature} does not take these example inputs: {error}") from error
+        inside = advice(model)
+        raise TraceError(
+            f"{name}.forward{signature} does not take these example inputs: {error}{f'; {inside}' if inside else ''}"
+        ) from error
     arguments: dict[str, Any] = {}
     for key, value in bound.arguments.items():
         kind = signature.parameters[key].kind
@@ -102,9 +120,13 @@ def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
             )
         arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {key: value}
     for key, value in arguments.items():
+        if not isinstance(key, str) or "." in key or not is_plain(key):
+            raise TraceError(
+                f"{name}: the example input {key!r} has a name that no argument in Python can have; rename it"
+            )
         if not isinstance(value, (Tensor, *_CONSTANTS)):
             raise TraceError(
                 f"{name}: example input {key!r} must be a tensor or a plain constant, got {type(value).__name__}; "
-                f"wrap the model in a module whose forward takes tensors"
+                f"{advice(model) or 'wrap the model in a module whose forward takes tensors'}"
             )
     return arguments

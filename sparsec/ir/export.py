@@ -6,23 +6,22 @@ flag it had.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.config as fx_config
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from sparsec.errors import TraceError
 from sparsec.ir.example_inputs import Call
+from sparsec.ir.inline import inline_regions
+from sparsec.ir.isolation import one_at_a_time, traceable
+from sparsec.ir.parts import advice
 
 try:
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as _uncoded
@@ -31,7 +30,6 @@ except ImportError:  # it is no promise of torch's
 
 RUNGS: dict[str, tuple[str, ...]] = {"dynamic": ("batch", "length"), "dynamic batch": ("batch",), "static": ()}
 """Names of the sizes that a rung leaves open, by the dimension they stand at."""
-_NO_STACKS = "do_not_emit_stack_traces"  # a setting of torch.fx that not every release has
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +59,15 @@ def export(model: nn.Module, call: Call) -> Exported:
             continue  # the inputs have no such dimension
         tried.append(dims)
         try:
-            with _traceable(model):
-                program = _export(model, call, dims)
-                return _flat(program, call, rung, dims)
+            # Of the graphs on the way to the last one nobody runs the code, so that none is written: a tenth of the time.
+            with one_at_a_time(), traceable(model), _uncoded(True):
+                return _flat(_export(model, call, dims), call, rung, dims)
         except Exception as error:
             failures.append(f"  {rung}: {_reason(error)}")
     raise TraceError(
         f"{type(model).__name__} cannot be traced; each rung of the ladder failed:\n" + "\n".join(failures) + "\n"
         "A forward that decides by the values of tensors, or calls code outside of torch, has no graph; rewrite that part, "
-        "or trace the submodule that holds the linear layers."
+        "or compile the submodule that holds the linear layers" + (f": {inside}" if (inside := advice(model)) else ".")
     )
 
 
@@ -93,9 +91,7 @@ def _export(model: nn.Module, call: Call, dims: tuple[tuple[str, int, str], ...]
     for name, parameter in parameters.items():
         if surplus and parameter.kind is inspect.Parameter.VAR_KEYWORD:
             shapes[name] = surplus
-    # Of the graphs on the way to the last one nobody runs the code, so that none is written: a tenth of the time.
-    with _uncoded(True):
-        return torch.export.export(model, (), _grown(call, dims), dynamic_shapes=shapes, strict=False)
+    return torch.export.export(model, (), _grown(call, dims), dynamic_shapes=shapes, strict=False)
 
 
 def _grown(call: Call, dims: tuple[tuple[str, int, str], ...]) -> dict[str, Any]:
@@ -110,40 +106,10 @@ def _grown(call: Call, dims: tuple[tuple[str, int, str], ...]) -> dict[str, Any]
 def _flat(program: ExportedProgram, call: Call, rung: str, dims: tuple[tuple[str, int, str], ...]) -> Exported:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    inline_regions(module)
     keys = program.call_spec.in_spec.child(1).context
     inputs = tuple(key if isinstance(call.arguments[key], Tensor) else None for key in keys)
     return Exported(module, inputs, program.call_spec.out_spec, rung, dims)
-
-
-@contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no cache; all of it put back afterwards."""
-    # Modules keep plain attributes too: a pruning hook, for one, leaves a fake tensor in `weight`.
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    # Nothing reads where a node came from in the source, and little of what a trace makes is garbage: a seventh or more in all.
-    traces, collects = getattr(fx_config, _NO_STACKS, None), gc.isenabled()
-    try:
-        if traces is not None:
-            setattr(fx_config, _NO_STACKS, True)
-        gc.disable()
-        model.eval()
-        if use_cache:
-            config.use_cache = False  # type: ignore[union-attr]
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if traces is not None:
-            setattr(fx_config, _NO_STACKS, traces)
-        if collects:
-            gc.enable()
-        if use_cache:
-            config.use_cache = use_cache  # type: ignore[union-attr]
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
 
 
 def _reason(error: Exception) -> str:

@@ -44,4 +44,16 @@ def _short(path: str) -> str:
 def _identifier(text: str) -> str:
     """A Python identifier that torch.fx accepts as a name."""
     name = re.sub(r"\W", "_", text).strip("_") or "root"
-    return f"m_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
+    return f"m_{name}" if name[0].isdigit() or keyword.iskeyword(name) or name == "self" else name
+
+
+def is_plain(path: str) -> bool:
+    """Whether a dotted path can be written in Python as it is."""
+    return all(part.isidentifier() and not keyword.iskeyword(part) for part in path.split("."))
+
+
+def lookup(base: str, path: str) -> str:
+    """Python that reads what stands at a dotted path of any names."""
+    for part in path.split("."):
+        base = f"getattr({base}, {part!a})"
+    return base

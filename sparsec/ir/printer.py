@@ -30,7 +30,7 @@ _DTYPES = {
 
 def graph_text(graph: Graph) -> str:
     """The whole graph, a line per op, ending in a newline."""
-    return "".join(f"{line}\n" for node in graph.module.graph.nodes if (line := _line(graph, node)))
+    return "".join(f"{_printable(line)}\n" for node in graph.module.graph.nodes if (line := _line(graph, node)))
 
 
 def diff_text(old: str, new: str) -> str:
@@ -47,6 +47,11 @@ def dtype_text(dtype: torch.dtype) -> str:
 def amount(value: float, unit: str) -> str:
     """`1.83 MB` from 10,000 up, `128 B` below."""
     return f"{value / 1e6:.2f} M{unit}" if value >= 1e4 else f"{value:.0f} {unit}"
+
+
+def _printable(line: str) -> str:
+    """The names of modules may hold anything, line ends too."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _line(graph: Graph, node: fx.Node) -> str:

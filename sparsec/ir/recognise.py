@@ -63,7 +63,7 @@ def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn
 
     `parameters` are the get_attr nodes of parameters, `modules` are the model's modules by every path.
     """
-    owner = owner_of(node)
+    owner = owner_of(node, modules)
     is_norm = "norm" in type(modules.get(owner)).__name__.lower()
     namespace, name = op_name(node)
     kind: OpKind
@@ -155,13 +155,16 @@ def sources(node: fx.Node, parameters: frozenset[fx.Node]) -> list[fx.Node]:
     return [n for n in node.graph.nodes if n in seen and n in parameters]
 
 
-def owner_of(node: fx.Node) -> str:
+def owner_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     """Path of the innermost module whose forward made this call; "" for the root. A second call of a module reads `path@1`."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    return "" if path.startswith("_empty_nn_module_stack") else re.sub(r"@\d+", "", path)
+    if path.startswith("_empty_nn_module_stack"):
+        return ""
+    first = re.sub(r"@\d+$", "", path)
+    return next((known for known in (path, first) if known in modules), re.sub(r"@\d+", "", path))
 
 
 def op_name(node: fx.Node) -> tuple[str, str]:

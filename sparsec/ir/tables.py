@@ -15,7 +15,7 @@ from torch import fx, nn
 from sparsec.ir.experts import grouped_product
 from sparsec.ir.facts import Dim, Group, Op, Weight, WeightKind
 from sparsec.ir.groups import Structure
-from sparsec.ir.recognise import Read, owner_of, sources
+from sparsec.ir.recognise import Read, op_name, owner_of, sources
 
 _LEADING: tuple[WeightKind, ...] = ("conv1d", "embedding", "linear", "experts", "bias", "other")
 """The kind of a weight that is read in several ways is the first of these: a tied head is an embedding."""
@@ -75,7 +75,7 @@ def ops_table(findings: Findings, names: Mapping[fx.Node, str]) -> dict[str, Op]
         )
         for node in operands:
             if node.op == "call_function" and node not in found and not fused.intersection(node.all_input_nodes[:1]):
-                owner = findings.structure.canonical(owner_of(node))
+                owner = findings.structure.canonical(owner_of(node, findings.structure.modules))
                 found[node] = Op(
                     names[node], "other", owner, findings.structure.group(owner), (), findings.shapes[node]
                 )
@@ -212,6 +212,13 @@ def _computed(findings: Findings) -> tuple[dict[str, Read], list[str]]:
             notes.append(f"{owner}: its weight {r.computed.target} is a buffer, not a parameter; left dense")
             continue
         found |= {name: r for name in made_from if name.startswith(owner + ".")}
+        if op_name(r.computed)[1] in ("to", "_to_copy") and len(made_from) == 1:
+            notes.append(
+                f"{owner}: its weight is cast to another type at every call, by torch.autocast or .to() inside of forward, so "
+                "that no product reads the stored matrix; take that out of forward, and run the compiled model under "
+                "torch.autocast instead"
+            )
+            continue
         notes.append(
             f"{owner}: its weight is computed at every call from {', '.join(made_from) or 'its inputs'}, "
             f"so there is no stored matrix to prune; "

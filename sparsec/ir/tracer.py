@@ -6,6 +6,7 @@ of the example call by name, and shares its parameters with the model, which is 
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sparsec.ir.export import Exported, export
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph, fetch
 from sparsec.ir.groups import Structure
+from sparsec.ir.isolation import hooked
 from sparsec.ir.names import node_names
 from sparsec.ir.output import OutputCodeGen
 from sparsec.ir.recognise import LINEAR_KINDS, as_one_layout, op_name, read, transposed_weight, without_views
@@ -40,6 +42,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Grap
     `example_inputs`: a tensor, a tuple of tensors, or a dict by argument name; not needed for a Hugging Face model that takes
     `input_ids`. Raises TraceError with the reason of each rung when the model cannot be traced, and on encoder-decoder models.
     """
+    _check_names(model)
     call = example_call(model, example_inputs)
     exported = export(model, call)
     parameters = _tidy(exported.module, model)
@@ -51,11 +54,45 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Grap
         notes.append(
             f"{type(model).__name__} was in train mode and is traced in eval mode: dropout does nothing in the graph"
         )
-    notes += _experts_note(weights, ops)
+    notes += [*_hooks_note(model), *_unread_note(weights), *_experts_note(weights, ops)]
     inputs = tuple(name for name in exported.inputs if name is not None)
     example = tuple(call.tensors[name] for name in inputs)
     module = _module(model, exported.module, graph)
     return Graph(module, weights, ops, inputs, exported.rung, notes=notes, example=example)
+
+
+def _check_names(model: nn.Module) -> None:
+    """A part that cannot be got by its name is nobody's to swap or to save: `self.forward = nn.Linear(...)` makes one."""
+    for path, module in model.named_modules():
+        for name, part in (*module._modules.items(), *module._parameters.items(), *module._buffers.items()):
+            if part is not None and getattr(module, name, None) is not part:
+                raise TraceError(
+                    f"{path or type(model).__name__}: its part {name!r} cannot be read by that name, which stands for something "
+                    f"else in {type(module).__name__}; give the part another name"
+                )
+
+
+def _hooks_note(model: nn.Module) -> list[str]:
+    """What a hook changes in the outputs of its module is no part of the graph; that must not go unsaid."""
+    found = hooked(model)
+    if not found:
+        return []
+    named = ", ".join(path or "the model itself" for path in list(found)[:3]) + (", ..." if len(found) > 3 else "")
+    return [
+        f"{sum(found.values())} forward hooks ({named}) are no part of the graph, which does not know what they change; they "
+        "stay in the compiled model and run there"
+    ]
+
+
+def _unread_note(weights: dict[str, Weight]) -> list[str]:
+    """A linear that the example call does not reach is not pruned: a decoder's cross-attention without an encoder's states, say."""
+    unread = [w.name for w in weights.values() if w.kind == "linear" and not w.owners]
+    if not unread:
+        return []
+    named = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+    return [
+        f"{len(unread)} linear weights ({named}) stay dense: the traced call does not reach them; give example_inputs that do"
+    ]
 
 
 def _experts_note(weights: dict[str, Weight], ops: dict[str, Op]) -> list[str]:
@@ -83,6 +120,12 @@ def _tidy(module: fx.GraphModule, model: nn.Module) -> dict[fx.Node, str]:
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
+        if not isinstance(attrgetter(str(node.target))(module), Tensor):
+            block = next(iter(node.users)).target
+            raise TraceError(
+                f"{type(model).__name__}: its forward holds code in a block of its own ({block}, such as torch.cond), which has "
+                "no place in a graph; compile the parts around it by themselves"
+            )
         node.target = first.get(id(fetch(module, str(node.target))), node.target)
         if kept.setdefault(node.target, node) is not node:
             node.replace_all_uses_with(kept[node.target])

@@ -43,7 +43,7 @@ def predict(graph: Graph, known: Calibration | None) -> tuple[Predicted, ...]:
     """Every product that the calibration has constants for, in order of execution."""
     if known is None:
         return ()
-    products = [op for op in graph.ops.values() if op.kind in MATRIX_KINDS]
+    products = [op for op in graph.ops.values() if op.kind in MATRIX_KINDS and op.matrices]
     working_set = sum(graph.weights[name].nbytes for name in dict.fromkeys(n for op in products for n in op.matrices))
     found = (_product(graph, op, known, working_set) for op in products)
     return tuple(p for p in found if p is not None)

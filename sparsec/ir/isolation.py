@@ -1,0 +1,145 @@
+"""What a trace changes in the model and in the process, and puts back: modes, flags, and hooks, which must see no fake tensor.
+
+torch.export has state of the whole process, so that one trace runs at a time. Other threads may go on using other models.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.fx.config as fx_config
+import torch.fx.graph as fx_graph
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from sparsec.ir.names import is_plain, lookup
+
+_LOCK = threading.RLock()
+_WRITES_NAME = "_format_target"  # a function of torch.fx that not every release may have
+_NO_STACKS = "do_not_emit_stack_traces"  # a setting of torch.fx that not every release has
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS_OF_ALL = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_buffer_registration_hooks",
+    "_global_module_registration_hooks",
+    "_global_parameter_registration_hooks",
+)
+
+
+def hooked(model: nn.Module) -> dict[str, int]:
+    """Path -> number of the user's hooks that run in the forward of a module."""
+    found = {}
+    for path, module in model.named_modules():
+        own = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        count = sum(not _of_torch(hook) for hook in own)
+        if count:
+            found[path] = count
+    return found
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """The settings of the process that a trace needs; the second of two threads waits for the first."""
+    with _LOCK, ExitStack() as stack:
+        # Nothing reads where a node came from in the source, and little of what a trace makes is garbage: a seventh or more in all.
+        traces, collects = getattr(fx_config, _NO_STACKS, None), gc.isenabled()
+        if traces is not None:
+            setattr(fx_config, _NO_STACKS, True)
+            stack.callback(setattr, fx_config, _NO_STACKS, traces)
+        gc.disable()
+        if collects:
+            stack.callback(gc.enable)
+        if (
+            threading.active_count() == 1
+        ):  # filters are the process's: another thread might save ours and put them back later
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):  # the caller's; a model's own stands in its forward
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_hooks_of_all_for_others())
+        stack.enter_context(_names_of_any_kind())
+        yield
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no cache, none of the user's hooks; all of it put back afterwards."""
+    # Modules keep plain attributes too: a pruning hook, for one, leaves a fake tensor in `weight`.
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        model.eval()
+        if use_cache:
+            config.use_cache = False  # type: ignore[union-attr]
+        for module in model.modules():
+            for name in _HOOKS:
+                hooks: Mapping[int, Any] = vars(module).get(name) or {}
+                if not all(map(_of_torch, hooks.values())):
+                    vars(module)[name] = OrderedDict((i, hook) for i, hook in hooks.items() if _of_torch(hook))
+        yield
+    finally:
+        if use_cache:
+            config.use_cache = use_cache  # type: ignore[union-attr]
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _of_torch(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is a part of the model's computation: those of torch.nn.utils compute a weight from its parts."""
+    kinds = [cls.__module__ for cls in type(hook).__mro__]
+    return any(kind.startswith("torch.nn.utils") for kind in (*kinds, str(getattr(hook, "__module__", ""))))
+
+
+@contextmanager
+def _names_of_any_kind() -> Iterator[None]:
+    """Code that torch.fx writes looks modules up by name where `self.class.weight` would be no Python; export has it written."""
+    written: Callable[[str, str], str] | None = getattr(fx_graph, _WRITES_NAME, None)
+    if written is None:
+        yield
+        return
+    setattr(
+        fx_graph, _WRITES_NAME, lambda base, target: written(base, target) if is_plain(target) else lookup(base, target)
+    )
+    try:
+        yield
+    finally:
+        setattr(fx_graph, _WRITES_NAME, written)
+
+
+@contextmanager
+def _hooks_of_all_for_others() -> Iterator[None]:
+    """Hooks on all modules of the process go on in other threads, and are silent in this one."""
+    mine = threading.get_ident()
+    put_back: list[tuple[dict[int, Any], int, Any, Any]] = []
+    try:
+        for name in _HOOKS_OF_ALL:
+            hooks: dict[int, Any] = getattr(torch_module, name, {})
+            for key, hook in list(hooks.items()):
+                hooks[key] = silent = _silent_in(mine, hook)
+                put_back.append((hooks, key, hook, silent))
+        yield
+    finally:
+        for hooks, key, hook, silent in put_back:
+            if hooks.get(key) is silent:  # not one that was removed meanwhile
+                hooks[key] = hook
+
+
+def _silent_in(thread: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def other_threads(*args: Any, **kwargs: Any) -> Any:
+        return None if threading.get_ident() == thread else hook(*args, **kwargs)
+
+    return other_threads

@@ -1,0 +1,71 @@
+"""Models of several parts: which parts compile by themselves, and under what name a user finds them.
+
+An encoder-decoder, a language model with a vision tower, two towers side by side, and whatever wraps a transformers model (a
+SentenceTransformer, a module of one's own) have no single call that shows all of them to a trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from sparsec.ir.names import is_plain
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether the model has a config and tells its output embeddings: the protocol of transformers' models."""
+    return hasattr(model, "config") and callable(getattr(model, "get_output_embeddings", None))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether it is the whole of one. Its encoder and its decoder have the same config."""
+    marked = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(marked) and "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def has_towers(model: nn.Module) -> bool:
+    """Whether its config is made of those of several models: text and vision, say."""
+    config = getattr(model, "config", None)
+    towers = [name for name in getattr(config, "sub_configs", ()) if getattr(config, name, None) is not None]
+    return is_hugging_face(model) and len(towers) > 1
+
+
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost transformers models inside of another module that are not made of several themselves, by path; the language
+    model, or the encoder, first."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        whole = is_encoder_decoder(module) or has_towers(module)
+        if path and not inside and is_hugging_face(module) and not whole:
+            found[path] = module
+    return dict(
+        sorted(found.items(), key=lambda part: "input_ids" not in inspect.signature(part[1].forward).parameters)
+    )
+
+
+def advice(model: nn.Module) -> str:
+    """How the parts are compiled, "" for a model that has none."""
+    found = list(parts(model).items())
+    if not found:
+        return ""
+    (path, first), *others = found
+    more = f"; so do {', '.join(f'{written(p)} ({type(part).__name__})' for p, part in others)}" if others else ""
+    return (
+        f"its {type(first).__name__} compiles by itself: sparsec.compile({written(path)}, copy=False) leaves the compiled part in "
+        f"its place{more}"
+    )
+
+
+def written(path: str) -> str:
+    """A module's path as Python: `model[0].auto_model`."""
+    text = "model"
+    for name in path.split("."):
+        if name.isdigit():
+            text += f"[{name}]"
+        elif is_plain(name):
+            text += f".{name}"
+        else:
+            text += f".get_submodule({name!r})"
+    return text
