@@ -40,6 +40,8 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
         whole = is_encoder_decoder(module) or has_towers(module)
         if path and not inside and is_hugging_face(module) and not whole:
             found[path] = module
+    if is_encoder_decoder(model):
+        return found
     return dict(
         sorted(found.items(), key=lambda part: "input_ids" not in inspect.signature(part[1].forward).parameters)
     )
