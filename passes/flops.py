@@ -65,11 +65,12 @@ class Flops(Pass):
         if weight is None and op.kind in (*MATRIX_KINDS, "grouped_linear"):
             return None, None  # its weight is computed, not stored
         if op.kind in MATRIX_KINDS and weight is not None:
-            return 2.0 * sum(w.numel for w in weights), 2.0 * sum(w.kept for w in weights)
+            return 2.0 * sum(w.numel for w in weights), 2.0 * sum(graph.kept(w.name) for w in weights)
         if op.kind == "grouped_linear" and weight is not None:
             rows = _rows_per_token(op)
             each = 2.0 * prod(weight.shape[1:])
-            return (None, None) if rows is None else (rows * each, rows * each * weight.kept / max(1, weight.numel))
+            share = graph.kept(weight.name) / max(1, weight.numel)
+            return (None, None) if rows is None else (rows * each, rows * each * share)
         if op.kind == "attention":
             return self._twice(_width(op), 4.0)
         if op.kind == "matmul":

@@ -188,6 +188,8 @@ class Lower(Pass):
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name
             way_out = f"or leave it dense with lower({self.format}, ignore=({owner!r},))"
+            if weight.grown:
+                way_out = f"{weight.grown:,} of its pruned values came back after freeze, so prune again, {way_out}"
             raise type(error)(f"{weight.name}: {error}; {way_out}") from error
 
     def _options(self) -> dict[str, Any]:

@@ -48,8 +48,9 @@ class Mask(Pass):
             _check(graph, given, weight, mask)
         for given, mask in context.masks.items():  # nothing is changed before everything is checked
             weight = _find(graph, given)
-            kept = mask.clone() if weight.mask is None else mask & weight.mask
-            graph.update(weight.name, mask=kept, pattern="unstructured", frozen=False, nnz=None, pruned=None)
+            old = graph.mask(weight.name)
+            kept = mask.clone() if old is None else mask & old
+            graph.update(weight.name, mask=kept, pattern="unstructured", frozen=False, grown=0, nnz=None, pruned=None)
             total += kept.numel()
             zeros += kept.numel() - int(kept.count_nonzero())
         share = zeros / total if total else 0.0

@@ -1,4 +1,4 @@
-"""Sparsity: how many weights are kept, per weight, per group and in all. Counts come from masks, never from values that are 0."""
+"""Sparsity: how many weights are kept, per weight, per group, in all. Zeros are what a mask took away and nobody brought back."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ class Sparsity(Pass):
         """Fills `Weight.nnz`."""
         for weight in list(graph.weights.values()):
             if weight.packed is None:
-                graph.update(
-                    weight.name, nnz=int(weight.mask.count_nonzero()) if weight.mask is not None else weight.numel
-                )
+                graph.update(weight.name, nnz=graph.kept(weight.name))
         total = sum(w.numel for w in graph.weights.values())
         kept = sum(w.nnz or 0 for w in graph.weights.values())
         groups = []

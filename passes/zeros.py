@@ -37,10 +37,10 @@ class Zeros(Pass):
         total = zeros = 0
         for i, weight in enumerate(chosen):
             context.step("zeros", i, len(chosen))
-            mask = graph.tensor(weight.name).detach() != 0
-            if weight.mask is not None:
-                mask &= weight.mask
-            graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None, pruned=None)
+            mask, old = graph.tensor(weight.name).detach() != 0, graph.mask(weight.name)
+            if old is not None:
+                mask &= old
+            graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, grown=0, nnz=None, pruned=None)
             total += mask.numel()
             zeros += mask.numel() - int(mask.count_nonzero())
         share = zeros / total if total else 0.0

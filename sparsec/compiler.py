@@ -17,7 +17,10 @@ from sparsec.calibrate import SEQUENCES, CalibrationData, samples, strings, wind
 from sparsec.data import Text
 from sparsec.emitter import emit, follower, unpackable, unswappable
 from sparsec.errors import CompileError, DataError, MaskError, PipelineError
+from sparsec.ir.carry import rebind
 from sparsec.ir.graph import Graph
+from sparsec.ir.groups import of_peft
+from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.memory import held
@@ -27,6 +30,7 @@ from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.progress import stage
 from sparsec.report.collect import Report, collect
 from sparsec.report.predict import known_calibration, predict
+from sparsec.wrapped import odd_text, refuse_meta, refuse_wrapper, traced_again
 
 DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
 DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
@@ -60,12 +64,15 @@ class Compiled:
     def report(self) -> Report:
         """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields.
 
-        Of the model as it is now: it may have been moved or converted since it was compiled.
+        Of the model as it is now: it may have been moved, converted or trained since it was compiled.
         """
-        _refresh(self.graph)
         model = self.model()
-        predicted = predict(self.graph, known_calibration(self.graph))
-        return collect(self.graph, self.records, self.notes, None if model is None else held(model).total, predicted)
+        odd = [] if model is None else rebind(self.graph, model)
+        _refresh(self.graph)
+        now = self.graph.view()
+        notes = (*self.notes, *settle(now), *odd_text(odd, "lowered" in now.facts))
+        predicted = predict(now, known_calibration(now))
+        return collect(now, self.records, notes, None if model is None else held(model).total, predicted)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
@@ -163,9 +170,7 @@ def extend(
     So one calibration serves several formats: `extend(pruned, "lower(bitmap)")`, `extend(pruned, "lower(csr)")`. Its `.sparsec`
     tells of all passes. Raises CompileError for a model that was not compiled or is lowered, and what `compile` raises.
     """
-    before = getattr(compiled, "sparsec", None)
-    if not isinstance(before, Compiled):
-        raise CompileError("extend takes what sparsec.compile gave back; compile the model first")
+    path, before = _inside(compiled)
     if "lowered" in before.graph.facts:
         raise CompileError(
             "this model is lowered already: its dense weights are gone; extend it before the pass lower runs"
@@ -178,15 +183,32 @@ def extend(
             f"extend gives no calibration data, which the pass {needing[0]!r} needs; name it in the passes of compile"
         )
     model = copying.deepcopy(compiled)
-    own: Compiled = model.sparsec  # type: ignore[assignment]
-    graph = own.graph
-    for weight in graph.masked():  # the model may have been moved since; its masks are the graph's
-        assert weight.mask is not None
-        graph.update(weight.name, mask=weight.mask.to(graph.tensor(weight.name).device))
+    inside = model.get_submodule(path)
+    own: Compiled = vars(inside).pop("sparsec")
+    graph, notes = own.graph, list(own.notes)
+    if rebind(graph, inside) or path:
+        graph, said = traced_again(model, graph)
+        notes += said
+    notes += settle(graph)
+    again = [p for p in own.pipeline.passes if p.produces & (before.graph.facts - graph.facts)]
+    more = Pipeline((*dict.fromkeys(again), *more.passes))
     context = _context(model, graph, progress=progress)
     records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
     whole = Pipeline((*own.pipeline.passes, *more.passes))
-    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, own.notes)
+    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, tuple(dict.fromkeys(notes)))
+
+
+def _inside(model: nn.Module) -> tuple[str, Compiled]:
+    """The path of what was compiled, "" where it is the model itself, and how; adapters and other modules may stand around it."""
+    refuse_wrapper(model, "extend")
+    refuse_meta(model)
+    found = [(path, m.sparsec) for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)]
+    if not found:
+        raise CompileError("extend takes what sparsec.compile gave back; compile the model first")
+    if len(found) > 1:
+        paths = ", ".join(path or "the root module" for path, _ in found)
+        raise CompileError(f"this model holds several compiled ones ({paths}); extend each by itself and put it back")
+    return found[0]
 
 
 def _context(model: nn.Module, graph: Graph, **given: Any) -> Context:
@@ -211,8 +233,10 @@ def _emitted(
     start = perf_counter()
     notes = (*notes, *emit(model, graph))
     seconds = perf_counter() - start
-    if any(w.packed is not None for w in graph.weights.values()) and hasattr(model, "save_pretrained"):
-        object.__setattr__(model, "save_pretrained", partial(_refuse_saving, type(model).__name__))
+    for part in model.modules():
+        saves = hasattr(type(part), "save_pretrained") and not of_peft(part)  # which saves the adapter alone
+        if saves and any(isinstance(m, SparseLinear) for m in part.modules()):
+            object.__setattr__(part, "save_pretrained", partial(_refuse_saving, type(part).__name__))
     compiled = Compiled(graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model))
     object.__setattr__(model, "sparsec", compiled)
     return model
@@ -310,25 +334,16 @@ def _refresh(graph: Graph) -> None:
 
 
 def _refuse(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise CompileError(
-            f"compile takes a torch.nn.Module, got {type(model).__name__}; for a folder or hub id load it first"
-        )
-    if hasattr(model, "_orig_mod"):
-        raise CompileError(
-            "this model went through torch.compile; give sparsec the model inside, and call torch.compile on the result"
-        )
-    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise CompileError(
-            f"{meta} is on the meta device and holds no values; load the checkpoint into the model first"
-        )
-    already = isinstance(getattr(model, "sparsec", None), Compiled)
+    refuse_wrapper(model, "compile")
+    refuse_meta(model)
+    inside = next((path for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)), None)
     sparse = next((path for path, m in model.named_modules() if isinstance(m, SparseLinear)), None)
-    if already or sparse is not None:
-        where = f" ({sparse} is a SparseLinear)" if sparse else ""
+    if inside is not None or sparse is not None:
+        where = (
+            f" ({sparse} is a SparseLinear): its dense weights are gone" if sparse else f" ({inside})" if inside else ""
+        )
         raise CompileError(
-            f"this model is compiled already{where}: its dense weights are gone; compile the original again with all passes in one "
+            f"this model is compiled already{where}; compile the original again with all passes in one "
             "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'; sparsec.extend goes on with a model "
             "that is not lowered yet"
         )

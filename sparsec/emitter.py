@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparsec.errors import EmitError
+from sparsec.errors import EmitError, some
 from sparsec.formats.base import Packed
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
@@ -76,9 +76,9 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
             _group(model, graph, op)
     if not notes:
         return ()
-    listed = ", ".join(notes[:3]) + (f" and {len(notes) - 3} more" if len(notes) > 3 else "")
     return (
-        f"freeze was missing: the masks of {listed} were written into the weights, so that the model computes what the graph says",
+        f"freeze was missing: the masks of {some(notes)} were written into the weights, so that the model computes what the "
+        "graph says",
     )
 
 

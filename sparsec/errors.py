@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class SparsecError(Exception):
     """Base of all errors that sparsec raises on purpose."""
@@ -72,3 +74,9 @@ class DataError(SparsecError):
 
 class MissingExtraError(SparsecError, ImportError):
     """An optional package is needed; names the extra that installs it."""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

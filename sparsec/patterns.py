@@ -73,6 +73,17 @@ class Pattern:
             return [f"{self} does not divide {out_features}x{in_features}"]
         return []
 
+    def holds(self, mask: Tensor) -> bool:
+        """Whether a mask [out, in] has it."""
+        if self.misfits(*mask.shape):
+            return False
+        if self.nm is not None:
+            return bool((mask.reshape(-1, self.nm[1]).sum(1) <= self.nm[0]).all())
+        if self.block is not None:
+            tiles = _tiles(mask, *self.block).transpose(1, 2).flatten(2)
+            return torch.equal(tiles.any(2), tiles.all(2))
+        return True
+
     def mask(self, scores: Tensor, sparsity: float, old: Tensor | None = None) -> Tensor:
         """Mask of one matrix whose weights are compared with each other. scores, old and the result: [out, in]."""
         if self.nm is not None:

@@ -135,8 +135,8 @@ def masked_twin(graph: Graph, model: nn.Module) -> nn.Module:
             if weight.packed is not None:
                 dense = weight.packed.unpack()
                 parameter.copy_(dense.t() if weight.transposed else dense)
-            elif weight.mask is not None:
-                parameter.masked_fill_(~weight.mask, 0)
+            elif (mask := graph.mask(weight.name)) is not None:
+                parameter.masked_fill_(~mask, 0)
     return twin
 
 

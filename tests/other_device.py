@@ -131,6 +131,14 @@ def main(specs: list[str]) -> None:
         torch.testing.assert_close(found.here, expected, **near)
         torch.testing.assert_close(pytree.tree_leaves(again)[0].here, found.here)
         print(f"{spec}: {', '.join(sorted(formats))}")
+    with torch.no_grad():
+        pruned = sparsec.compile(tiny_model("llama-tied")[0], passes="magnitude(0.5),freeze")
+        expected = pruned(ids, use_cache=False).logits
+        with Device():
+            # Regression: masks stayed behind, and nobody could move them.
+            extended = sparsec.extend(moved(pruned), "lower(csr)")
+            torch.testing.assert_close(extended(There(ids), use_cache=False).logits.here, expected)
+    print("extend: a model that was moved after it was pruned")
 
 
 if __name__ == "__main__":

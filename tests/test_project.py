@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("lowering",),
     ("passes",),
-    ("emitter", "evaluate", "inductor", "latency", "recorded"),
+    ("emitter", "evaluate", "inductor", "latency", "recorded", "wrapped"),
     ("report.collect", "report.text", "report.schema", "report"),
     ("compiler", "checkpoint"),
     ("report.measure", "command", "evaluate.output"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsec.formats.base import Packed
 
-Group = Literal["attention", "mlp", "experts", "router", "lm_head", "embedding", "norm", "other"]
+Group = Literal["attention", "mlp", "experts", "router", "lm_head", "embedding", "norm", "adapter", "other"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 
 WeightKind = Literal["linear", "conv1d", "experts", "embedding", "bias", "other"]
@@ -67,11 +67,14 @@ class Weight:
     dtype: torch.dtype
     owners: tuple[str, ...] = ()  # paths of the modules that execute it, in order of execution
     transposed: bool = False  # stored as [..., in, out]
-    mask: Tensor | None = None  # bool, shape as stored, True where kept
+    mask: Tensor | None = (
+        None  # bool, shape as stored, True where kept when it was made; `Graph.mask` tells what is kept now
+    )
     pattern: str | None = None  # of the mask: "unstructured", ...
     pruned: Pruned | None = None  # how its mask was made
-    frozen: bool = False  # the mask's zeros are in the stored tensor
-    nnz: int | None = None  # the mask's sum, once the sparsity pass (or a format) has counted it
+    frozen: bool = False  # the mask's zeros were written into the stored tensor
+    grown: int = 0  # values that came back under its mask since, and were found to be kept
+    nnz: int | None = None  # how many values are kept, once the sparsity pass (or a format) has counted them
     packed: Packed | None = None  # once lowered; then mask is None and the dense tensor is gone
     reason: str | None = None  # why it was left dense, where that needs saying
 
@@ -101,13 +104,6 @@ class Weight:
     def nbytes_mask(self) -> int:
         """Bytes of the mask."""
         return self.mask.numel() if self.mask is not None else 0
-
-    @property
-    def kept(self) -> int:
-        """What nnz is or will be: its count where there is one, else the mask's sum, else every parameter. Reads the mask."""
-        if self.nnz is not None:
-            return self.nnz
-        return int(self.mask.count_nonzero()) if self.mask is not None else self.numel
 
     @property
     def sparsity(self) -> float | None:

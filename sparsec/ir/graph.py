@@ -56,10 +56,30 @@ class Graph:
         tensor = self.tensor(name).detach()
         return tensor.t() if weight.transposed else tensor
 
-    def mask_matrix(self, name: str) -> Tensor | None:
-        """The mask as [out, in]; a view."""
+    def mask(self, name: str) -> Tensor | None:
+        """What is kept of a weight now: bool, as stored, True where kept; None without a mask. The one place that tells.
+
+        Training, merging and loading may have brought values back under a frozen mask: those are kept. A zero that the mask
+        keeps is kept too. What stands under a mask that is not frozen is not read, so it says nothing.
+        """
         weight = self.weights[name]
-        return weight.mask.t() if weight.mask is not None and weight.transposed else weight.mask
+        if weight.mask is None or not weight.frozen:
+            return weight.mask
+        tensor = self.tensor(name).detach()
+        return weight.mask if tensor.is_meta else (tensor != 0).logical_or_(weight.mask)
+
+    def kept(self, name: str) -> int:
+        """How many values of a weight are kept now: a weight without a mask keeps all, zeros of its own included."""
+        weight = self.weights[name]
+        if weight.packed is not None:
+            return weight.packed.nnz
+        mask = self.mask(name)
+        return weight.numel if mask is None else int(mask.count_nonzero())
+
+    def mask_matrix(self, name: str) -> Tensor | None:
+        """What is kept now, as [out, in]."""
+        mask = self.mask(name)
+        return mask.t() if mask is not None and self.weights[name].transposed else mask
 
     def matrices(self, name: str) -> list[Tensor]:
         """The dense matrices [out, in] that a weight holds: one, or one for every expert. Views, with no mask applied."""
@@ -67,10 +87,10 @@ class Graph:
         return _matrices(weight, self.tensor(name).detach())
 
     def mask_matrices(self, name: str) -> list[Tensor] | list[None]:
-        """Their masks [out, in]; views."""
-        weight = self.weights[name]
-        if weight.mask is not None:
-            return _matrices(weight, weight.mask)
+        """What is kept of them now, [out, in]."""
+        weight, mask = self.weights[name], self.mask(name)
+        if mask is not None:
+            return _matrices(weight, mask)
         return [None] * (weight.shape[0] if weight.kind == "experts" else 1)
 
     def update(self, name: str, **changes: Any) -> Weight:
@@ -143,6 +163,10 @@ class Graph:
                 f"this graph was traced with inputs {self.inputs}; unknown {sorted(unknown)}, missing {missing}"
             )
         return [*args, *(kwargs[n] for n in self.inputs[len(args) :])]
+
+    def view(self) -> Graph:
+        """The same dataflow and tensors under records of its own: what is written there is not written here."""
+        return replace(self, weights=dict(self.weights), ops=dict(self.ops), notes=list(self.notes))
 
     def copy(self) -> Graph:
         """An independent graph: its tensors, masks and packed tensors too."""

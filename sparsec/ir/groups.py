@@ -12,6 +12,9 @@ from torch import nn
 
 from sparsec.ir.facts import Group
 
+_AROUND = ("base_model", "model", "base_layer", "original_module", "modules_to_save")
+"""Where peft's modules hold the model, or the layer, that they stand around; beside it they hold the adapter."""
+
 
 class Structure:
     """The module tree of one model, asked by owner path."""
@@ -37,6 +40,14 @@ class Structure:
     def is_norm(self, path: str) -> bool:
         """Whether the module is a normalisation, by its class."""
         return "norm" in self._class(path)
+
+    def adapter(self, parameter: str) -> bool:
+        """Whether a parameter belongs to an adapter (LoRA, DoRA, IA3, prompts, ...), by the classes of the modules that hold it."""
+        holders = (p for p in (*_ancestors(parameter)[1:], "") if of_peft(self.modules.get(p)))
+        holder = next(holders, None)  # the innermost
+        if holder is None:
+            return False
+        return parameter[len(holder) :].removeprefix(".").split(".")[0] not in _AROUND
 
     def group(self, path: str) -> Group:
         """The group of a product or parameter that this module owns, unless the op itself tells more (a router, an embedding)."""
@@ -77,6 +88,11 @@ class Structure:
     def _class(self, path: str) -> str:
         module = self.modules.get(path)
         return "" if module is None else type(module).__name__.lower()
+
+
+def of_peft(module: nn.Module | None) -> bool:
+    """Whether its class, or one that it is derived from, is peft's."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def _ancestors(path: str) -> list[str]:

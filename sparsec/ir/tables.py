@@ -94,6 +94,8 @@ def _op(r: Read, findings: Findings, names: Mapping[fx.Node, str], experts: dict
 
 def _group(r: Read, findings: Findings, experts: dict[str, int]) -> Group:
     owner = findings.owner(r)
+    if any(findings.structure.adapter(name) for name in findings.names(r)[:1]):
+        return "adapter"
     if r.kind == "embedding":
         return "embedding"
     if r.kind == "norm":
@@ -148,15 +150,16 @@ def weights_table(findings: Findings) -> tuple[dict[str, Weight], list[str]]:
             if reason is not None:
                 notes.append(f"{first}: left dense, {reason}")
         else:
-            weight = replace(
-                weight, kind=_unread_kind(model, first), group=findings.structure.group(first.rpartition(".")[0])
-            )
+            group = findings.structure.group(first.rpartition(".")[0])
+            weight = replace(weight, kind=_unread_kind(model, first), group=group)
         if first in computed:
             weight = replace(
                 weight,
                 group=_group(computed[first], findings, experts),
                 reason="the weight is computed from it at every call",
             )
+        if findings.structure.adapter(first):
+            weight = replace(weight, group="adapter")
         table[first] = weight
     return table, notes
 

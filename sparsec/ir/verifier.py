@@ -172,9 +172,9 @@ def _facts(graph: Graph, weight: Weight) -> Iterator[str]:
             yield f"{weight.name}: {error}"
         return
     if weight.mask is not None:
-        kept = int(weight.mask.count_nonzero())
+        kept = graph.kept(weight.name)
         if weight.nnz is not None and weight.nnz != kept:
-            yield f"{weight.name}: nnz is {weight.nnz}, but the mask keeps {kept}"
+            yield f"{weight.name}: nnz is {weight.nnz}, but {kept} are kept"
         if weight.frozen and bool((graph.tensor(weight.name)[~weight.mask] != 0).any()):
             yield f"{weight.name}: frozen, but a masked entry is not zero"
     elif weight.nnz is not None and weight.nnz != weight.numel:
@@ -185,7 +185,7 @@ def _op_facts(graph: Graph, op: Op) -> Iterator[str]:
     weights = [graph.weights[name] for name in op.matrices if name in graph.weights]
     if not weights or len(weights) < len(op.matrices) or op.kind not in MATRIX_KINDS:
         return
-    kept, numel = sum(w.kept for w in weights), sum(w.numel for w in weights)
+    kept, numel = sum(graph.kept(w.name) for w in weights), sum(w.numel for w in weights)
     if op.flops_dense not in (None, 2 * numel) or op.flops not in (None, 2 * kept):
         yield f"%{op.node}: FLOPs are {op.flops} of {op.flops_dense}, but 2 per weight are {2 * kept} of {2 * numel}"
     if "flops" in graph.facts and op.flops is None:

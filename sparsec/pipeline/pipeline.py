@@ -11,6 +11,7 @@ import torch
 
 from sparsec.errors import PipelineError, SpecError, VerifyError
 from sparsec.ir.graph import Graph
+from sparsec.ir.settle import settle
 from sparsec.ir.verifier import outputs_differ, problems, snapshot
 from sparsec.pipeline.base import FACTS, Context, Effect, Pass, PassRecord, PassResult
 from sparsec.pipeline.instruments import Instrument, Timing
@@ -109,14 +110,17 @@ class Pipeline:
     ) -> tuple[PassRecord, ...]:
         """Validates, then changes the graph in place, pass by pass. first: the number of the first pass.
 
+        Weights that changed since they were pruned are looked at first; the first record says what was found.
+
         Raises PipelineError before anything runs, VerifyError when a pass breaks its promise, and whatever a pass raises.
         """
         if verify not in get_args(Verify):
             raise SpecError(f"verify must be one of {', '.join(get_args(Verify))}, got {verify!r}")
+        said = settle(graph)
         self.validate(graph.facts)
         context = context or Context()
         timing = Timing()
-        records = []
+        records: list[PassRecord] = []
         for i, p in enumerate(self.passes, first):
             held = _Promise(p, i, graph, context, verify)
             with ExitStack() as around:
@@ -136,7 +140,7 @@ class Pipeline:
                     seconds=timing.seconds[i],
                     changed=result.changed,
                     summary=result.summary,
-                    notes=result.notes,
+                    notes=result.notes if records else (*said, *result.notes),
                 )
             )
         return tuple(records)

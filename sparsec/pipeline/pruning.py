@@ -105,12 +105,12 @@ class PruningPass(Pass):
     def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
         """Writes the masks [out, in] of one weight's matrices down."""
         stored = stored_mask(weight, masks)
-        graph.update(weight.name, mask=stored, pattern=self.pattern, frozen=False, nnz=None, pruned=pruned)
+        graph.update(weight.name, mask=stored, pattern=self.pattern, frozen=False, grown=0, nnz=None, pruned=pruned)
 
     def result(self, graph: Graph, chosen: Sequence[Weight], how: str, notes: Sequence[str] = ()) -> PassResult:
         """What was masked."""
         total = sum(w.numel for w in chosen)
-        zeros = total - sum(graph.weights[w.name].kept for w in chosen)
+        zeros = total - sum(graph.kept(w.name) for w in chosen)
         share = zeros / total if total else 0.0
         tied = [w.name for w in chosen if w.kind == "embedding"]
         if tied:
@@ -124,9 +124,9 @@ class PruningPass(Pass):
 
     def _emptied(self, graph: Graph, chosen: Sequence[Weight]) -> list[str]:
         """Which layers have nothing left that was not asked to go, and which were zero before."""
-        now = [graph.weights[w.name] for w in chosen]
-        gone = [w.name for w in now if w.numel and not w.kept and w.pruned and w.pruned.target < 1]
-        dead = [w.name for w in now if w.numel and w.kept and _all_zero(graph.tensor(w.name))]
+        now = [(graph.weights[w.name], graph.kept(w.name)) for w in chosen if w.numel]
+        gone = [w.name for w, kept in now if not kept and w.pruned and w.pruned.target < 1]
+        dead = [w.name for w, kept in now if kept and _all_zero(graph.tensor(w.name))]
         said = []
         if gone:
             said.append(f"{', '.join(gone)}: not one weight is left; spare them with ignore=(...), or prune less")

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from sparsec.errors import SelectionError, WeightError
+from sparsec.errors import SelectionError, WeightError, some
 from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import GROUPS, Weight
 from sparsec.ir.graph import Graph
@@ -37,7 +37,7 @@ def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -
             prunable = [w for w in found if graph.prunable(w.name)]
             if not prunable:
                 raise SelectionError(
-                    f"targets: {pattern!r} matches {_some(w.name for w in found)}, but no weight of a linear layer"
+                    f"targets: {pattern!r} matches {some(w.name for w in found)}, but no weight of a linear layer"
                     f"{_why(found)}; linear layers are in the groups {_groups(graph)}"
                 )
             chosen.update(w.name for w in prunable)
@@ -98,8 +98,3 @@ def _why(found: Iterable[Weight]) -> str:
 def _groups(graph: Graph) -> str:
     groups = dict.fromkeys(w.group for w in graph.weights.values() if graph.prunable(w.name))
     return ", ".join(groups) or "none: the model has no linear layer"
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -50,15 +50,6 @@ def collect(
     )
 
 
-def nnz_of(weight: Weight) -> int:
-    """The format's count, or the mask's, or all: a weight without a mask keeps everything, zeros of its own included."""
-    if weight.packed is not None:
-        return weight.packed.nnz
-    if weight.mask is not None:
-        return int(weight.mask.count_nonzero())
-    return weight.numel
-
-
 def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof] | None) -> LayerRow:
     ops = graph.ops_of(weight.name)
     out_features, in_features = _features(weight)
@@ -72,7 +63,7 @@ def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof] | None) ->
         out_features=out_features,
         in_features=in_features,
         parameters=weight.numel,
-        nnz=nnz_of(weight),
+        nnz=graph.kept(weight.name),
         flops_per_token=total([_executed_share(weight, op) for op in ops]),
         flops_dense=total([2.0 * weight.numel if op.members and op.flops_dense else op.flops_dense for op in ops]),
         bytes_dense=weight.nbytes_dense,

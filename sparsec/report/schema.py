@@ -36,7 +36,7 @@ LAYER: Keys = {
     "name": ((str,), "of the stored weight"),
     "aliases": ((list,), "its other names, where it is tied"),
     "kind": ((str,), "linear, conv1d, experts, embedding, bias or other"),
-    "group": ((str,), "attention, mlp, experts, router, lm_head, embedding, norm or other"),
+    "group": ((str,), "attention, mlp, experts, router, lm_head, embedding, norm, adapter or other"),
     "shape": ((list,), "as stored"),
     "out_features": ((int, NONE), "of a matrix [out, in]; the length of a vector; null for more dimensions"),
     "in_features": ((int, NONE), "of a matrix; else null"),

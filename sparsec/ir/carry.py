@@ -1,0 +1,64 @@
+"""What a graph knows of weights, taken over to what the model is now.
+
+Its parameters may have been replaced, and modules may have been put around it or into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from sparsec.ir.graph import Graph
+
+KEPT = frozenset({"mask", "pattern", "frozen"})
+"""Facts about weights alone: they hold in every graph that reads them."""
+
+
+def rebind(graph: Graph, model: nn.Module) -> list[str]:
+    """Lets the graph hold what the model holds now under the same names; returns the names that no longer mean the same.
+
+    `load_state_dict(assign=True)` and assignments put other parameters in place of those that were traced.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False))
+    odd, known, taken = [], set[str](), set[int]()
+    for weight in graph.weights.values():
+        names = (weight.name, *weight.aliases)
+        known.update(names)
+        if weight.packed is not None:
+            continue
+        first = held.get(weight.name)
+        if (
+            first is None
+            or any(held.get(n) is not first for n in names)
+            or first.shape != weight.shape
+            or id(first) in taken
+        ):
+            odd.append(weight.name)
+            continue
+        taken.add(id(first))
+        if graph.tensor(weight.name) is not first:
+            owner, _, leaf = weight.name.rpartition(".")
+            graph.module.get_submodule(owner).register_parameter(leaf, first)
+    return [*odd, *(name for name in held if name not in known)]
+
+
+def carry(old: Graph, new: Graph) -> list[str]:
+    """Gives the weights of a model that was traced again the masks that they had; returns the masked ones that are gone.
+
+    A weight is told by its tensor: it may have another name by now.
+    """
+    masked = {id(old.tensor(w.name)): w for w in old.masked()}
+    for weight in list(new.weights.values()):
+        known = masked.pop(id(new.tensor(weight.name)), None)
+        if known is not None:
+            new.weights[weight.name] = replace(
+                weight,
+                mask=known.mask,
+                pattern=known.pattern,
+                pruned=known.pruned,
+                frozen=known.frozen,
+                grown=known.grown,
+            )
+    new.facts |= old.facts & KEPT
+    return [weight.name for weight in masked.values()]

@@ -1,0 +1,99 @@
+"""Weights change after they were pruned: training, merged adapters, loaded states. Here records are made true of them again.
+
+Every pipeline starts with it, and every report is made of records that went through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from sparsec.errors import SpecError, some
+from sparsec.ir.facts import Pruned, Weight
+from sparsec.ir.graph import Graph
+from sparsec.patterns import Pattern
+
+COUNTED = frozenset({"sparsity", "flops"})
+"""Facts that are counts of what is kept."""
+
+
+def settle(graph: Graph) -> tuple[str, ...]:
+    """Makes every record true of its weight as it is now; returns what the user should know.
+
+    What came back under a frozen mask is kept from here on, and what was counted and measured before is dropped. A mask that no
+    longer has its pattern is unstructured. One of another shape than its weight goes.
+    """
+    grown: list[tuple[Weight, int]] = []
+    patterns: list[str] = []
+    misfits: list[str] = []
+    for weight in list(graph.weights.values()):
+        if weight.packed is not None:
+            continue
+        tensor = graph.tensor(weight.name)
+        graph.update(weight.name, dtype=tensor.dtype, shape=tuple(tensor.shape))
+        if weight.mask is None:
+            continue
+        if weight.mask.shape != tensor.shape:
+            misfits.append(f"{weight.name} is {_sizes(tensor)} now, its mask {_sizes(weight.mask)}")
+            graph.update(weight.name, mask=None, pattern=None, frozen=False, grown=0, nnz=None, pruned=None)
+            continue
+        if tensor.is_meta:  # it holds no values
+            continue
+        graph.update(weight.name, mask=weight.mask.to(tensor.device))
+        more = graph.kept(weight.name) - int(weight.mask.count_nonzero())
+        if more:
+            grown.append((weight, more))
+            if _take(graph, weight, more):
+                patterns.append(f"{weight.name} lost its pattern {weight.pattern}")
+    if grown or misfits:
+        graph.forget(COUNTED)
+    return (*_grown_text(grown, patterns), *_misfit_text(misfits))
+
+
+def _take(graph: Graph, weight: Weight, more: int) -> bool:
+    """Writes down that `more` values came back; returns whether the mask lost its pattern by that."""
+    mask = graph.mask(weight.name)
+    graph.update(weight.name, mask=mask, grown=weight.grown + more, nnz=None, pruned=_unmeasured(weight))
+    lost = not _holds(weight.pattern, graph.mask_matrices(weight.name))
+    if lost:
+        graph.update(weight.name, pattern="unstructured")
+    return lost
+
+
+def _unmeasured(weight: Weight) -> Pruned | None:
+    """The errors were those of the weight as it was."""
+    return None if weight.pruned is None else replace(weight.pruned, error_masked=None, error=None)
+
+
+def _holds(pattern: str | None, masks: Sequence[Tensor | None]) -> bool:
+    """Whether masks [out, in] have a pattern; of one that nobody here can read nothing is said."""
+    try:
+        known = Pattern.parse(pattern or "unstructured")
+    except SpecError:
+        return True
+    return all(known.holds(mask) for mask in masks if mask is not None)
+
+
+def _grown_text(grown: Sequence[tuple[Weight, int]], patterns: Sequence[str]) -> list[str]:
+    if not grown:
+        return []
+    total = sum(more for _, more in grown)
+    where = some([f"{more:,} in {weight.name}" for weight, more in grown])
+    lost = f" ({some(patterns)})" if patterns else ""
+    return [
+        f"{total:,} pruned values are no longer zero and count as kept: {where}{lost}. They came back after freeze, by training, a "
+        "merged adapter or a loaded state. Prune again to be rid of them, or train under the masks: write them into the weights "
+        "after every step. The zeros that a loaded state has are found by the pass 'zeros'"
+    ]
+
+
+def _misfit_text(misfits: Sequence[str]) -> list[str]:
+    if not misfits:
+        return []
+    return [f"masks that do not fit their weights are dropped: {some(misfits)}. Compile the model again"]
+
+
+def _sizes(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
