@@ -16,16 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsec.errors import SpecError
 
-CHUNK = 1 << 17
-"""Scores looked at together while searching a threshold: bounds the scratch memory, not the result."""
+CHUNK = 3 << 13
+"""Scores looked at together on a CPU: bounds the scratch memory, not the result.
 
-_DIGITS = 16  # bits of a key settled per sweep
+torch gives tensors of 2**15 numbers and more to several threads, and where another process is busy on the machine every such
+operation may wait milliseconds for one of them: with 2**17 scores at once pruning 100 million weights took a minute.
+"""
 
+_CHUNK_ELSEWHERE = 1 << 20  # where every operation is a launch
 
 _PATTERN = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block:(?P<r>\d+)x(?P<c>\d+)|unstructured")
 
@@ -106,7 +110,7 @@ def unstructured_rows(scores: Tensor, sparsity: float, old: Tensor | None = None
     n = scores.shape[1]
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     zeros = prune_count(sparsity, n)
-    rows = max(1, CHUNK // max(1, n))
+    rows = max(1, _chunk(scores) // max(1, n))
     for start in range(0, scores.shape[0], rows):
         part = slice(start, start + rows)
         keys = scores[part].abs()
@@ -137,7 +141,7 @@ def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: S
     """Masks over several weights compared with each other: exactly `round(sparsity * total)` zeros together.
 
     scores: one function per weight that gives its scores, any shape. They are called several times, one after the other, and their
-    results are never kept together; beside them and the masks, the search holds CHUNK keys and 2**16 counters.
+    results are never kept together; beside them and the masks, the search holds a chunk of keys and 2**16 counters.
     old: a bool mask of the same shape, or None, per weight.
 
     The threshold is found digit by digit (radix selection): non-negative IEEE numbers order as their bit patterns do, and half
@@ -206,20 +210,32 @@ def _nm(scores: Tensor, n: int, m: int, old: Tensor | None) -> Tensor:
 
 def _kth_key(pairs: list[tuple[Callable[[], Tensor], Tensor | None]], count: int, wide: bool) -> tuple[int, int]:
     """(key of the count-th smallest entry, how many entries equal to it are among the count smallest)."""
-    prefix, known = 0, 0  # the leading bits settled so far, and how many
     width = 64 if wide else 32
+    prefix, known = 0, 1  # the leading bits settled so far, and how many: the sign is
     while known < width:
-        shift = width - known - _DIGITS
-        bins = torch.zeros(1 << _DIGITS, dtype=torch.int64)
+        bits = 15 if known == 1 else 16
+        shift = width - known - bits
+        bins = np.zeros(1 << bits, dtype=np.int64)
         for score, before in pairs:
             for keys in _chunks(score(), before, wide):
-                inside = keys if known == 0 else keys[(keys >> (width - known)) == prefix]
-                bins += torch.bincount((inside >> shift) & ((1 << _DIGITS) - 1), minlength=1 << _DIGITS).cpu()
-        reached = bins.cumsum(0)
-        digit = int(torch.searchsorted(reached, count))
+                inside = keys if known == 1 else keys[(keys >> (width - known)) == prefix]
+                bins += _counts(inside >> shift if known == 1 else (inside >> shift) & 0xFFFF, 1 << bits)
+        reached = bins.cumsum()
+        digit = int(np.searchsorted(reached, count))
         count -= int(reached[digit - 1]) if digit else 0
-        prefix, known = (prefix << _DIGITS) | digit, known + _DIGITS
+        prefix, known = (prefix << bits) | digit, known + bits
     return prefix, count
+
+
+def _chunk(score: Tensor) -> int:
+    return CHUNK if score.device.type == "cpu" else _CHUNK_ELSEWHERE
+
+
+def _counts(digits: Tensor, bins: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """How often each digit is there; by NumPy on a CPU, which does it in one thread."""
+    if digits.device.type == "cpu":
+        return np.bincount(digits.numpy(), minlength=bins)
+    return torch.bincount(digits, minlength=bins).cpu().numpy()
 
 
 def _above(score: Tensor, before: Tensor | None, threshold: int, ties: int, wide: bool) -> tuple[Tensor, int]:
@@ -242,10 +258,11 @@ def _above(score: Tensor, before: Tensor | None, threshold: int, ties: int, wide
 
 
 def _chunks(score: Tensor, before: Tensor | None, wide: bool) -> Iterator[Tensor]:
-    """The absolute values as int64 keys of 64 or 32 bits, CHUNK at a time, without those that an old mask removed."""
+    """The absolute values as integer keys of 64 or 32 bits, a chunk at a time, without those that an old mask removed."""
     flat = score.detach().reshape(-1)
     keep = None if before is None else before.reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK].abs()  # clears the sign bit: -0.0 has the smallest key
-        keys = part.double().view(torch.int64) if wide else part.float().view(torch.int32).to(torch.int64)
-        yield keys if keep is None else keys[keep[start : start + CHUNK]]
+    size = _chunk(score)
+    for start in range(0, flat.numel(), size):
+        part = flat[start : start + size].abs()  # clears the sign bit: -0.0 has the smallest key
+        keys = part.double().view(torch.int64) if wide else part.float().view(torch.int32)
+        yield keys if keep is None else keys[keep[start : start + size]]

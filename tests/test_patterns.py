@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsec import patterns
 from sparsec.ir.tracer import trace
@@ -146,3 +147,27 @@ def _peak_allocation(function) -> int:
     assert events
     assert result
     return peak
+
+
+class Sizes(TorchDispatchMode):
+    """The operators that compute as many numbers at once as torch gives to several threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= 1 << 15 and not func.is_view:
+            self.large.add(str(func))
+        return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_search_opens_no_parallel_region(dtype: torch.dtype) -> None:
+    """Each would wait for a thread whose CPU another process has."""
+    matrix, old = torch.randn(200, 400).to(dtype), torch.rand(200, 400) < 0.9
+    with Sizes() as sizes:
+        unstructured([lambda: matrix], 0.5, [old])
+        unstructured_rows(matrix, 0.5)
+    assert sizes.large <= {"aten.empty.memory_format"}
