@@ -20,6 +20,8 @@ from sparsec import memory
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import DataError
 from sparsec.report import schema
+from sparsec.report.notes import merged
+from sparsec.report.roles import by_role, middle, most
 from sparsec.report.sample import read_prompt
 from sparsec.report.text import render
 from sparsec.report.words import dense_reason, pays_from, storage
@@ -48,6 +50,67 @@ def test_text_is_ascii_and_at_most_120_columns_wide(full: Any) -> None:
     text = render(full)
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 120
+
+
+def screen(report: Any) -> list[str]:
+    """The lines of the summary."""
+    return render(report).split("\n\n== ")[0].splitlines()
+
+
+def test_the_summary_fits_a_screen_whatever_there_is_to_say(full: Any) -> None:
+    long = replace(
+        full,
+        model=replace(full.model, name="a/very-" + "long-" * 40 + "name"),
+        passes=tuple(replace(p, spec=p.spec * 9, notes=("word " * 200, "x" * 300)) for p in full.passes),
+        evaluation=replace(full.evaluation, text="word " * 99),
+    )
+    for report in (full, long, replace(full, summary={}), replace(full, summary={}, passes=(), model=None)):
+        lines = screen(report)
+        assert lines[0].startswith("== Summary ==")
+        assert len(lines) <= 24
+        assert max(map(len, lines)) <= 80
+        assert sum(line.startswith("- ") for line in lines) <= 4  # three notes, and how many more there are
+
+
+def test_the_summary_names_every_baseline_and_the_price(full: Any) -> None:
+    text = " ".join(" ".join(screen(full)).split())
+    assert "dense masked dense on sparsec lowered" in text
+    assert "speed against dense 1.00x 0.50x 0.33x 0.25x" in text
+    assert (
+        "a token 0.25x as fast as the stock dense model: 0.33x by sparsec's dense kernels, 1.30x over these by the zeros"
+        in text
+    )
+    assert "quality perplexity 96.50 before, 1234 after (8 x 64 tokens of a text)" in text
+    assert "to lose less, prune with sparsegpt" in text
+    assert "- a toy this small cannot show a gain" in text
+
+
+def test_a_line_for_every_role_or_for_every_weight(full: Any) -> None:
+    short, every = render(full), render(full, layers=True)
+    assert "mlp.down_proj x2 " in short
+    assert "model.layers.1.mlp.down_proj" not in short.split("== Layers")[1].split("(a) dense")[0]
+    for row in full.layers:
+        assert row.name.removesuffix(".weight")[-26:] in every
+    assert len(schema.document(full)["layers"]) == len(full.layers)
+
+
+def test_a_role_adds_up_and_mixed_formats_are_counted() -> None:
+    rows = [row for row in report_cases.report().layers if row.name.endswith("mlp.up_proj.weight")]
+    mixed = [rows[0], replace(rows[0], format="dense", nnz=rows[0].parameters), replace(rows[0], shape=(1, 2))]
+    assert [(name, len(members)) for name, members in by_role(mixed)] == [("mlp.up_proj", 2), ("mlp.up_proj", 1)]
+    assert most(["a", "b", "b"]) == "b x2, a x1"
+    assert most(["a", "a"]) == "a"
+    assert middle([None, 1.0, 3.0]) == 2.0
+    assert middle([None]) is None
+
+
+def test_equal_notes_are_one_with_a_count() -> None:
+    notes = ["a.0: too small", "once", "a.1.weight: too small", "b: too small", "once"]
+    assert merged(notes, ["a.0.weight", "a.1.weight"]) == [
+        "too small (2 times, first a.0)",
+        "once (2 times)",
+        "b: too small",
+    ]
 
 
 @pytest.mark.parametrize(

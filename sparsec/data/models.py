@@ -20,7 +20,7 @@ from sparsec import memory
 from sparsec.data import gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.quiet import quiet
-from sparsec.data.tiny import byte_tokenizer, tiny_model
+from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
 from sparsec.errors import DataError
 from sparsec.progress import Progress
 
@@ -92,7 +92,7 @@ def _tiny(dtype: torch.dtype, seed: int) -> LoadedModel:
     tiny_model(seed, dtype)  # the first one pays for imports, which are not the model's memory
     model, added = _resident_of(lambda: tiny_model(seed, dtype))
     return LoadedModel(
-        model, byte_tokenizer(), "tiny", f"random weights, seed {seed}", "random float32, never trained", added
+        model, byte_tokenizer(), "tiny", f"{RANDOM}, seed {seed}", "random float32, never trained", added
     )
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # which takes longer to import than all else together, so wha
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|end|>"
+RANDOM = "random weights"
+"""How the source of a model begins that nobody trained."""
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

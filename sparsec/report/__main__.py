@@ -77,6 +77,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--print-ir", choices=("none", "before", "after", "changed"), default="none", help="around every pass"
     )
     out.add_argument("--dump-ir", metavar="DIR", help="write the IR there, one numbered file per pass")
+    out.add_argument("--layers", action="store_true", help="a line for every weight; default: one for all of a role")
     out.add_argument("--json", metavar="FILE", help="the whole report; schema in sparsec/report/schema.py")
     out.add_argument("--csv", metavar="FILE", help="the layers")
     how = p.add_argument_group("measuring")
@@ -132,7 +133,7 @@ def _run(args: argparse.Namespace) -> None:
         planned = None if text is None else plan(loaded, text, effort(args))
         drawn = calibration(loaded, args, [pipeline])
         report = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
-    print(report)
+    print(report.text(args.layers))
     if args.json:
         write(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
     if args.csv:

@@ -19,8 +19,12 @@ from sparsec.report.text import render
 class Report(ReportData):
     """A report that prints as text. See also `sparsec.report.schema` for JSON and CSV."""
 
+    def text(self, layers: bool = False) -> str:
+        """The report as text. layers: one line for every weight, instead of one for all of a role."""
+        return render(self, layers)
+
     def __str__(self) -> str:
-        return render(self)
+        return self.text()
 
 
 def collect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsec.report.records import LayerRow
+from sparsec.report.roles import by_role
 from sparsec.report.table import heading, paragraph, percent, shorten, table
 
 _NAME = 48
@@ -21,23 +22,15 @@ _MEASURES = {
 }
 
 
-def pruning_lines(layers: Sequence[LayerRow]) -> list[str]:
-    """One row for every pruned weight; rows that a calibration measured show their error, worst named below."""
+def pruning_lines(layers: Sequence[LayerRow], every: bool = False) -> list[str]:
+    """A row for the pruned weights of a role, or for `every` one; those that were calibrated show their error, worst below."""
     pruned = [row for row in layers if row.criterion is not None]
     if not pruned:
         return []
-    lines = heading("Pruning: one row per pruned weight")
-    rows = [
-        (
-            shorten(row.name.removesuffix(".weight"), _NAME),
-            str(row.criterion),
-            "-" if row.sparsity_target is None else percent(row.sparsity_target, 2),
-            percent(row.sparsity, 2),
-            _error(row.error_masked),
-            _error(row.error),
-        )
-        for row in pruned
-    ]
+    named = [(row.name.removesuffix(".weight"), [row]) for row in pruned] if every else by_role(pruned)
+    what = "one row per pruned weight" if every else "those of one role in one row; errors are their means"
+    lines = heading(f"Pruning: {what}")
+    rows = [_row(name, members) for name, members in named]
     lines += table(("name", "criterion", "target", "reached", "error of mask", "after update"), rows, left=(0, 1))
     measured = [row for row in pruned if row.error is not None]
     if measured:
@@ -48,6 +41,25 @@ def pruning_lines(layers: Sequence[LayerRow]) -> list[str]:
             f"mean {_error(mean)}, worst {_error(worst.error)} in {worst.name.removesuffix('.weight')}"
         )
     return lines + _allocation(pruned)
+
+
+def _row(name: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
+    count = f" x{len(rows)}" if rows[1:] else ""
+    targets = sorted({round(row.sparsity_target, 6) for row in rows if row.sparsity_target is not None})
+    parameters = sum(row.parameters for row in rows)
+    return (
+        shorten(name, _NAME - len(count)) + count,
+        str(rows[0].criterion),
+        " - ".join(percent(t, 2) for t in dict.fromkeys((*targets[:1], *targets[-1:]))) or "-",
+        percent(1 - sum(row.nnz for row in rows) / parameters if parameters else 0.0, 2),
+        _error(_mean([row.error_masked for row in rows])),
+        _error(_mean([row.error for row in rows])),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _allocation(pruned: Sequence[LayerRow]) -> list[str]:

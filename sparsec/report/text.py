@@ -1,38 +1,51 @@
-"""A report as text, at most 120 columns wide and plain ASCII, so that a terminal, a pipe and a log show the same."""
+"""A report as text: the summary on one screen, then all of it, 120 columns at most; plain ASCII, the same in a pipe and a log."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
+from sparsec.data.tiny import RANDOM
 from sparsec.latency import Spread
 from sparsec.machine import Machine
+from sparsec.report.notes import all_notes, merged
 from sparsec.report.pruning import pruning_lines
-from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
+from sparsec.report.records import GroupRow, LayerRow, ReportData, ratio, total
+from sparsec.report.roles import by_role, middle, most
+from sparsec.report.summary import perplexity, summary_lines
 from sparsec.report.table import heading, mega, paragraph, percent, shorten, table, times
 from sparsec.report.words import chosen_because, dense_bound, dense_reason, storage
 
 _NAME = 30
 
 
-def render(report: ReportData) -> str:
-    """All sections that the report has something for, ending without a newline."""
-    lines: list[str] = []
-    if report.machine is not None:
-        lines += machine_lines(report.machine)
+def render(report: ReportData, layers: bool = False) -> str:
+    """The summary, then all sections that the report has something for; no newline at the end.
+
+    layers: every weight has a line of its own; else those of one role share one.
+    """
+    lines = summary_lines(report)
+    lines += _passes(report) + _layers(report, layers) + pruning_lines(report.layers, layers) + _groups(report)
+    if report.summary:
+        lines += _compared(report)
+    if report.sample is not None and not _never_trained(report):
+        lines += _sample(report)
+    if notes := all_notes(report):
+        lines += heading("Notes")
+        lines += [line for note in notes for line in paragraph(note, "- ")]
     if report.model is not None:
         m = report.model
         lines += heading("Model")
         lines += paragraph(f"{m.name} ({m.architecture}), from {m.source}; weights stored as: {m.source_precision}")
         lines += [f"computes in {m.dtype}, {report.parameters:,} parameters"]
-    lines += _passes(report) + _layers(report) + pruning_lines(report.layers) + _groups(report)
-    if report.summary:
-        lines += _summary(report)
-    if report.sample is not None:
-        lines += _sample(report)
-    if report.notes or report.remarks:
-        lines += heading("Notes")
-        lines += [line for note in (*report.notes, *report.remarks) for line in paragraph(note, "- ")]
-    return "\n".join(lines[1:] if lines[0] == "" else lines)
+    if report.machine is not None:
+        lines += machine_lines(report.machine)
+    return "\n".join(lines)
+
+
+def _never_trained(report: ReportData) -> bool:
+    """What a random model writes says nothing."""
+    return report.model is not None and report.model.source.startswith(RANDOM)
 
 
 def machine_lines(m: Machine) -> list[str]:
@@ -55,20 +68,23 @@ def machine_lines(m: Machine) -> list[str]:
 def _passes(report: ReportData) -> list[str]:
     if not report.passes:
         return []
-    lines = heading("Passes")
+    lines, names = heading("Passes"), [row.name for row in report.layers]
     for p in report.passes:
         lines += paragraph(f"{p.spec}  [{p.effect.value}]  {p.seconds:.2f} s", f"{p.index:>2}  ")
         lines += paragraph(p.summary + ("" if p.changed else " (the computation is unchanged)"), "      ")
-        shown = p.notes[:5]
-        lines += [line for note in shown for line in paragraph(note, "      - ")]
-        if len(p.notes) > len(shown):
-            lines.append(f"      - and {len(p.notes) - len(shown)} more notes (all of them are in the JSON)")
+        notes = merged(p.notes, names)
+        lines += [line for note in notes[:5] for line in paragraph(note, "      - ")]
+        if notes[5:]:
+            lines.append(f"      - and {len(notes) - 5} more (under Notes)")
     return lines
 
 
-def _layers(report: ReportData) -> list[str]:
+def _layers(report: ReportData, every: bool) -> list[str]:
     legend: dict[str, str] = {}
-    rows = [_layer(row, legend) for row in report.layers]
+    named = by_role(report.layers)
+    if every:
+        named = [(row.name.removesuffix(".weight"), [row]) for row in report.layers]
+    body = [_layer(name, rows, legend) for name, rows in named]
     header = (
         "name",
         "group",
@@ -82,8 +98,9 @@ def _layers(report: ReportData) -> list[str]:
         "roof",
         "meas.",
     )
-    lines = heading("Layers: one row per stored weight; speedups: theoretical by FLOPs and bytes, predicted, measured")
-    lines += table(header, rows, left=(0, 1, 5, 9), gap=1)
+    what = "one row per stored weight" if every else "those of one role in one row (--layers: all)"
+    lines = heading(f"Layers: {what}; speedups: by FLOPs, by bytes, predicted, measured")
+    lines += table(header, body, left=(0, 1, 5, 9), gap=1)
     lines += [line for reason, mark in legend.items() for line in paragraph(f"dense because: {reason}", f"({mark}) ")]
     lines += [line for text in chosen_because(report.layers) for line in paragraph(text)]
     tied = [row for row in report.layers if row.aliases]
@@ -93,27 +110,31 @@ def _layers(report: ReportData) -> list[str]:
     return lines
 
 
-def _layer(row: LayerRow, legend: dict[str, str]) -> tuple[str, ...]:
-    reason = dense_reason(row)
-    where = f"{row.format}[{row.kernel or '-'}]"
-    if reason is not None:
-        where = f"dense{f'[{row.kernel}]' if row.kernel else ''} ({legend.setdefault(reason, _mark(len(legend)))})"
-    shape = "x".join(map(str, (row.out_features, row.in_features) if row.in_features else row.shape))
-    name = shorten(row.name.removesuffix(".weight"), _NAME)
-    speed = (times(row.speedup_theoretical), times(row.speedup_theoretical_bytes))
-    zero = percent(row.sparsity)
+def _layer(name: str, rows: Sequence[LayerRow], legend: dict[str, str]) -> tuple[str, ...]:
+    """Sums and shares over the rows; of speedups and roofs the middle one."""
+    first, count = rows[0], f" x{len(rows)}" if rows[1:] else ""
+    parameters = sum(row.parameters for row in rows)
     return (
-        name,
-        row.group,
-        shape,
-        zero,
-        mega(row.bytes_held),
-        where,
-        *speed,
-        times(row.speedup_predicted),
-        row.binds or "-",
-        times(row.speedup_measured),
+        shorten(name, _NAME - len(count)) + count,
+        first.group,
+        "x".join(map(str, (first.out_features, first.in_features) if first.in_features else first.shape)),
+        percent(1 - sum(row.nnz for row in rows) / parameters if parameters else 0.0),
+        mega(sum(row.bytes_held for row in rows)),
+        most([_where(row, legend) for row in rows]),
+        times(ratio(total([row.flops_dense for row in rows]), total([row.flops_per_token for row in rows]))),
+        times(ratio(sum(row.bytes_dense for row in rows), sum(row.bytes_held for row in rows))),
+        times(middle(row.speedup_predicted for row in rows)),
+        most([row.binds or "-" for row in rows]).split(" ")[0],
+        times(middle(row.speedup_measured for row in rows)),
     )
+
+
+def _where(row: LayerRow, legend: dict[str, str]) -> str:
+    """Format and kernel; of what is dense, why."""
+    reason = dense_reason(row)
+    if reason is None:
+        return f"{row.format}[{row.kernel or '-'}]"
+    return f"dense{f'[{row.kernel}]' if row.kernel else ''} ({legend.setdefault(reason, _mark(len(legend)))})"
 
 
 def _mark(index: int) -> str:
@@ -159,7 +180,7 @@ def _groups(report: ReportData) -> list[str]:
     return lines
 
 
-def _summary(report: ReportData) -> list[str]:
+def _compared(report: ReportData) -> list[str]:
     variants = list(report.summary.values())
     rows: list[tuple[str, ...]] = []
 
@@ -173,7 +194,7 @@ def _summary(report: ReportData) -> list[str]:
     row("model bytes, MB", [mega(v.bytes) for v in variants])
     row("  masks beside it, MB", [mega(v.bytes_masks) for v in variants])
     row("resident memory added, MB", [mega(v.resident_bytes, 0) for v in variants])
-    row("perplexity", [_perplexity(v.perplexity) for v in variants])
+    row("perplexity", [perplexity(v.perplexity) for v in variants])
     row("top-1 agreement with dense", ["-" if v.top1 is None else f"{v.top1:.4f}" for v in variants])
     row("top-5 agreement with dense", ["-" if v.top5 is None else f"{v.top5:.4f}" for v in variants])
     row("KL(dense || this), nats", ["-" if v.kl is None else f"{v.kl:.4g}" for v in variants])
@@ -190,8 +211,8 @@ def _summary(report: ReportData) -> list[str]:
     row("measured speedup, decode", [_spread(v.speedup_decode, "x") for v in variants])
     row("  by zeros alone, prefill", [_spread(v.zeros_speedup_prefill, "x") for v in variants])
     row("  by zeros alone, decode", [_spread(v.zeros_speedup_decode, "x") for v in variants])
-    lines = heading("Summary") + table(("", *(name.replace("_", " ") for name in report.summary)), rows)
-    return lines + [line for text in _footnotes(report) for line in paragraph(text)] + _verdict(report)
+    lines = heading("Compared") + table(("", *(name.replace("_", " ") for name in report.summary)), rows)
+    return lines + [line for text in _footnotes(report) for line in paragraph(text)]
 
 
 def _spread(spread: Spread | None, unit: str = "") -> str:
@@ -199,12 +220,6 @@ def _spread(spread: Spread | None, unit: str = "") -> str:
         return "-"
     digits = 2 if spread.median < 100 else 0
     return f"{spread.median:.{digits}f}{unit} ({spread.lower:.{digits}f}-{spread.upper:.{digits}f})"
-
-
-def _perplexity(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
 
 
 def _footnotes(report: ReportData) -> list[str]:
@@ -220,35 +235,6 @@ def _footnotes(report: ReportData) -> list[str]:
             f"{t.prompt_tokens} tokens and of {t.decode_repeats} tokens decoded after them"
         )
     return notes
-
-
-def _verdict(report: ReportData) -> list[str]:
-    """In words, where lowering did not pay."""
-    lowered, dense = report.summary.get("lowered"), report.summary.get("dense")
-    if lowered is None or dense is None:
-        return []
-    lines = []
-    if lowered.bytes > dense.bytes:
-        lines += paragraph(
-            f"The lowered model is LARGER than the dense one: {mega(lowered.bytes)} MB against {mega(dense.bytes)} MB. "
-            "At this sparsity the column numbers cost more than the zeros save; prune further, or leave it dense."
-        )
-    if lowered.speedup_decode is not None and lowered.speedup_decode.median < 1:
-        lines += paragraph(
-            f"The lowered model decodes SLOWER than the dense one ({times(lowered.speedup_decode.median)})."
-            + _why_slow(report, lowered)
-        )
-    return lines
-
-
-def _why_slow(report: ReportData, lowered: Variant) -> str:
-    kernels = {row.kernel for row in report.layers if row.packed and row.kernel}
-    reference = sorted(k for k in kernels if k.endswith("_reference"))
-    if reference:
-        return f" It ran on {', '.join(reference)}, which is right but not fast: the native kernels did not serve it."
-    if lowered.speedup_theoretical_bytes is not None and lowered.speedup_theoretical_bytes < 1:
-        return " Decoding reads every stored byte once a token, and there are more of them than before."
-    return ""
 
 
 def _sample(report: ReportData) -> list[str]:

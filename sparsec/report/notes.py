@@ -1,0 +1,88 @@
+"""The notes of a report: equal ones told once, and the three that matter most put first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sparsec.report.records import ReportData, Variant
+from sparsec.report.table import mega, times
+
+TOY = 4_000_000
+"""Parameters below which a model fits into a processor's cache and a token is all overhead."""
+SHOWN = 3
+WORSE = 1.5
+"""Times the dense perplexity from which quality is called lost."""
+
+
+def all_notes(report: ReportData) -> list[str]:
+    """What matters most first: what the figures say, doubts about them, what the passes left alone, how it was measured."""
+    doubts = [text for text in report.remarks if text.startswith(("the machine was busy", "quick:"))]
+    told = [note for p in report.passes for note in p.notes]
+    rest = [text for text in report.remarks if text not in doubts]
+    return merged([*verdicts(report), *doubts, *told, *report.notes, *rest], [row.name for row in report.layers])
+
+
+def merged(notes: Iterable[str], names: Iterable[str] = ()) -> list[str]:
+    """Equal notes are one with a count, and so are those that differ in the weight that they begin with."""
+    known = {alias for name in names for alias in (name, name.removesuffix(".weight"))}
+    found: dict[str, list[str]] = {}
+    for note in notes:
+        name, colon, rest = note.partition(": ")
+        named = bool(colon) and name in known
+        found.setdefault(rest if named else note, []).append(name if named else "")
+    return [_counted(text, owners) for text, owners in found.items()]
+
+
+def _counted(text: str, owners: list[str]) -> str:
+    if len(owners) == 1:
+        return f"{owners[0]}: {text}" if owners[0] else text
+    return f"{text} ({len(owners)} times{f', first {owners[0]}' if owners[0] else ''})"
+
+
+def verdicts(report: ReportData) -> list[str]:
+    """In words, where the result is worse than what went in."""
+    lowered, dense = report.summary.get("lowered"), report.summary.get("dense")
+    toy = 0 < report.parameters < TOY
+    found = ["a toy this small cannot show a gain: it fits into the processor's cache"] if toy else []
+    found += _quality(report)
+    if lowered is None or dense is None:
+        return found
+    if lowered.bytes > dense.bytes:
+        found.append(
+            f"the lowered model is LARGER than the dense one, {mega(lowered.bytes)} MB against {mega(dense.bytes)}: at this "
+            "sparsity the column numbers cost more than the zeros save; prune further, or leave it dense"
+        )
+    if lowered.speedup_decode is not None and lowered.speedup_decode.median < 1:
+        speed = times(lowered.speedup_decode.median)
+        found.append(f"the lowered model decodes SLOWER than the dense one, {speed}{_why_slow(report, lowered)}")
+    return found
+
+
+def _quality(report: ReportData) -> list[str]:
+    pruned, dense = report.summary.get("masked"), report.summary.get("dense")
+    if pruned is None or dense is None or pruned.perplexity is None or not dense.perplexity:
+        return []
+    if pruned.perplexity <= WORSE * dense.perplexity:
+        return []
+    return [
+        f"the pruned model predicts much worse: its perplexity is {pruned.perplexity / dense.perplexity:.3g} times the dense one"
+    ]
+
+
+def _why_slow(report: ReportData, lowered: Variant) -> str:
+    kernels = {row.kernel for row in report.layers if row.packed and row.kernel}
+    reference = sorted(k for k in kernels if k.endswith("_reference"))
+    if reference:
+        return f": it ran on {', '.join(reference)}, which is right but not fast; the native kernels did not serve it"
+    if lowered.speedup_theoretical_bytes is not None and lowered.speedup_theoretical_bytes < 1:
+        return ": decoding reads every stored byte once a token, and there are more of them than before"
+    return ""
+
+
+def for_quality(report: ReportData) -> str | None:
+    """What to add, where nothing but magnitude pruned."""
+    if any(p.name == "magnitude" for p in report.passes) and not any(
+        p.name in ("wanda", "sparsegpt") for p in report.passes
+    ):
+        return "to lose less, prune with sparsegpt(...) instead of magnitude(...)"
+    return None

@@ -1,0 +1,113 @@
+"""The first screen of a report: what was pruned, bytes, speed, quality, three notes; at most 24 lines of 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+
+from sparsec.latency import Spread
+from sparsec.report.notes import SHOWN, all_notes, for_quality
+from sparsec.report.records import ReportData
+from sparsec.report.table import mega, percent, table, times
+
+LINES, COLUMNS = 24, 80
+
+
+def summary_lines(report: ReportData) -> list[str]:
+    """The screen."""
+    lines = [f"== Summary {'=' * (COLUMNS - 11)}", *_what(report)]
+    if report.summary:
+        lines += ["", *_table(report)]
+    lines += [*(_bytes(report) if not report.summary else ()), *_speed(report), *_quality(report)]
+    notes = all_notes(report)
+    shown = notes[:SHOWN]
+    for i, note in enumerate(shown, 1):
+        room = LINES - 1 - len(lines) - (len(shown) - i)
+        lines += _wrapped(note, "- ", lines=max(1, min(2, room)))
+    if notes[SHOWN:]:
+        lines.append(f"- and {len(notes) - SHOWN} more under Notes")
+    return lines
+
+
+def _what(report: ReportData) -> list[str]:
+    name = f"{report.model.name}, {report.model.dtype}: " if report.model is not None else ""
+    lines = _wrapped(f"{name}{percent(report.sparsity)} of {report.parameters:,} weights are zero", lines=1)
+    if report.passes:
+        lines += _wrapped(", ".join(p.spec for p in report.passes), f"{'passes':<9}", lines=2)
+    return lines
+
+
+def _table(report: ReportData) -> list[str]:
+    variants = list(report.summary.values())
+    rows: list[tuple[str, ...]] = []
+
+    def row(title: str, cells: list[str]) -> None:
+        if any(cell != "-" for cell in cells):
+            rows.append((title, *cells))
+
+    prompt = f"{report.latency.prompt_tokens} tokens" if report.latency else "prompt"
+    row("MB", [mega(v.bytes) for v in variants])
+    dense = report.summary["dense"].bytes if "dense" in report.summary else 0
+    row("  share of dense", [percent(v.bytes / dense, 0) if dense else "-" for v in variants])
+    row("ms to decode a token", [_milliseconds(v.decode_ms) for v in variants])
+    row("  speed against dense", [_times(v.speedup_decode) for v in variants])
+    row(f"ms to read {prompt}", [_milliseconds(v.prefill_ms) for v in variants])
+    row("  speed against dense", [_times(v.speedup_prefill) for v in variants])
+    row("perplexity", [perplexity(v.perplexity) for v in variants])
+    return table(("", *(name.replace("_", " ") for name in report.summary)), rows)
+
+
+def _bytes(report: ReportData) -> list[str]:
+    if not report.bytes_dense or not any(row.packed for row in report.layers):
+        return []
+    share = report.bytes_held / report.bytes_dense
+    return _wrapped(
+        f"{mega(report.bytes_held)} MB of {mega(report.bytes_dense)}: {percent(share, 0)} of dense", f"{'bytes':<9}", 1
+    )
+
+
+def _speed(report: ReportData) -> list[str]:
+    lowered = report.summary.get("lowered")
+    if lowered is None or lowered.speedup_decode is None:
+        return []
+    text = f"a token {times(lowered.speedup_decode.median)} as fast as the stock dense model"
+    zeros, own = lowered.zeros_speedup_decode, report.summary.get("dense_on_sparsec")
+    if zeros is not None and own is not None and own.speedup_decode is not None:
+        kernels = times(own.speedup_decode.median)
+        text += f": {kernels} by sparsec's dense kernels, {times(zeros.median)} over these by the zeros"
+    return _wrapped(text, f"{'speed':<9}", lines=2)
+
+
+def _quality(report: ReportData) -> list[str]:
+    pruned, dense, on = report.summary.get("masked"), report.summary.get("dense"), report.evaluation
+    lines = []
+    if pruned is not None and dense is not None and pruned.perplexity is not None and on is not None:
+        text = f"perplexity {perplexity(dense.perplexity)} before, {perplexity(pruned.perplexity)} after"
+        lines += _wrapped(f"{text} ({on.windows} x {on.window_length} tokens of {on.text})", f"{'quality':<9}", lines=2)
+    if (add := for_quality(report)) is not None:
+        lines += _wrapped(add, " " * 9 if lines else f"{'quality':<9}", lines=2)
+    return lines
+
+
+def perplexity(value: float | None) -> str:
+    """Four digits or so."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
+
+
+def _milliseconds(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{spread.median:.{2 if spread.median < 100 else 0}f}"
+
+
+def _times(spread: Spread | None) -> str:
+    return "-" if spread is None else times(spread.median)
+
+
+def _wrapped(text: str, first: str = "", lines: int = 2) -> list[str]:
+    """At most so many lines; what does not fit is cut, and stands whole further down."""
+    indent = " " * len(first)
+    return textwrap.wrap(
+        text, COLUMNS, initial_indent=first, subsequent_indent=indent, max_lines=lines, placeholder=" ..."
+    )
