@@ -7,6 +7,10 @@ VENV ?= .venv
 # pull some gigabytes of CUDA libraries. Any requirement that pip reads will do.
 TORCH ?= torch==2.13.0
 EXTRAS ?= gguf,data,test,dev
+# The demo prunes with SparseGPT, calibrated on the text that Python's standard library carries, and shows beside it what magnitude does.
+PASSES ?= sparsegpt(0.4),freeze,sparsity,flops,fuse,lower(auto)
+BESIDE ?= magnitude(0.4)
+CALIBRATION ?= --calibration-sequences 8 --calibration-length 512
 MODEL ?=
 ARGS ?=
 
@@ -35,7 +39,7 @@ $(STAMP): pyproject.toml Makefile
 	@touch $@
 
 demo: $(STAMP) ## a real language model: traced, pruned, frozen, fused, lowered to sparse kernels, measured, reported layer by layer
-	$(BIN)/python -m sparsec.report $(MODEL) $(ARGS)
+	$(BIN)/python -m sparsec.report $(MODEL) --passes "$(PASSES)" --beside "$(BESIDE)" $(CALIBRATION) $(ARGS)
 
 test: $(STAMP) ## the tests (HYPOTHESIS_PROFILE=thorough for ten times the random examples)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

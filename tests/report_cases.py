@@ -110,4 +110,5 @@ def report() -> Report:
         sample=Sample("Why?", True, 5, {"dense": "Because\nof that.", "lowered": "Because " * 20}),
         stages=(Stage("evaluating", 12.5, 6, 8, "windows"), Stage("timing decode", 3.0, 40, 40, "rounds")),
         remarks=("invented numbers",),
+        beside={"magnitude(0.4)": 2345.6},
     )

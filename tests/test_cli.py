@@ -62,6 +62,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     (folder / "text.txt").write_text(TEXT)
     how = "--dtype bf16 --threads 1 --seed 3 --new-tokens 4 --prompt-tokens 8 --eval-windows 1 --eval-length 64"
     words = ["--text", str(folder / "text.txt"), "--prompt", "Why is it dense?"]
+    how += " --beside magnitude(0.9)"
     files = ["--csv", str(folder / "layers.csv"), "--dump-ir", str(folder / "new" / "ir")]
     try:
         yield run(folder, "tiny", "--quick", *how.split(), *words, *files)
@@ -80,7 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     assert command.main(args) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ")
+    assert "\nerror: " in f"\n{captured.err}"  # after lines of the stages that went well
     assert "Traceback" not in captured.err
     return captured.err
 
@@ -96,6 +97,9 @@ def test_a_report_has_every_section(measured: Done) -> None:
 
 def test_the_summary_compares_dense_masked_and_lowered(measured: Done) -> None:
     assert schema.check(measured.document) == []
+    assert list(measured.document["beside"]) == ["magnitude(0.9)"]
+    assert measured.document["beside"]["magnitude(0.9)"] > 1
+    assert "by magnitude(0.9)" in measured.out
     summary = measured.document["summary"]
     assert list(summary) == ["dense", "masked", "lowered"]
     assert summary["dense"]["sparsity"] == 0
@@ -259,7 +263,7 @@ def test_help_shows_examples_that_can_be_parsed(capsys: pytest.CaptureFixture[st
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     examples = [shlex.split(line, comments=True) for line in out.splitlines() if line.startswith("  python -m ")]
-    assert len(examples) == 7
+    assert len(examples) == 8
     for words in examples:
         assert words[:3] == ["python", "-m", "sparsec.report"]
         Pipeline.parse(command.parser().parse_args(words[3:]).passes).validate()

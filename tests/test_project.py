@@ -208,6 +208,17 @@ def test_no_source_file_is_too_long() -> None:
 
 def test_folders_of_the_checkout_are_those_of_the_layout() -> None:
     tops = {p.relative_to(ROOT).parts[0] for p in text_files()}
-    rooms = {"sparsec", "passes", "kernels", "tests", "examples", "pyproject.toml", "README.md", "LICENSE", "Makefile"}
+    rooms = {
+        "sparsec",
+        "passes",
+        "kernels",
+        "tests",
+        "examples",
+        "docs",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "Makefile",
+    }
     assert {t for t in tops if not t.startswith(".")} == rooms
     assert set(FOLDERS.values()) == {ROOT / n for n in ("sparsec", "passes", "kernels")}

@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type works: its Python runs, its commands run, its make targets exist.
+"""What the README and docs/ tell a newcomer to type works: their Python runs, their commands run, their make targets exist.
 
 A command that would run the default model (minutes) runs the same options on the small random one and measures nothing; CI
 runs `make demo` itself.
@@ -16,10 +16,12 @@ import pytest
 from project import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 SHELL = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
-COMMANDS = [shlex.split(line, comments=True) for line in SHELL]
-MODULES = [words for words in COMMANDS if words[:2] == ["python", "-m"]]
+COMMANDS = list({line: shlex.split(line, comments=True) for line in SHELL}.values())
+MODULES = [words for words in COMMANDS if words[:2] == ["python", "-m"] or words[0] == "sparsec"]
 TARGETS = [words for words in COMMANDS if words[0] == "make"]
 
 
@@ -31,9 +33,11 @@ def test_python_of_the_readme_runs(source: str, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("words", MODULES, ids=" ".join)
 def test_commands_of_the_readme_run(words: list[str], tmp_path: Path) -> None:
-    arguments = words[1:]
-    if arguments[1] == "sparsec.report":
-        takes_model = len(arguments) > 2 and not arguments[2].startswith("-")
+    # `sparsec report` is `python -m sparsec report`; the script may be installed elsewhere, or not
+    arguments = ["-m", "sparsec", *words[1:]] if words[0] == "sparsec" else words[1:]
+    if "sparsec.report" in arguments or arguments[2:3] == ["report"]:
+        options = arguments[2 if "sparsec.report" in arguments else 3 :]
+        takes_model = bool(options) and not options[0].startswith("-")
         arguments += [] if takes_model else ["tiny", "--no-measure"]
     done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -53,9 +57,33 @@ def test_everything_that_can_be_run_is_run() -> None:
     assert {kind for kind, _ in BLOCKS} <= {"sh", "python"}
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"`((?:examples|kernels|passes|sparsec|tests|\.ci)/[\w./-]*)`", README))
-    assert named, "the README names no file"
+def test_files_that_the_pages_name_exist() -> None:
+    named = set(re.findall(r"`((?:docs|examples|kernels|passes|sparsec|tests|\.ci)/[\w./-]*)`", TEXT))
+    assert named, "no page names a file"
     assert [name for name in named if not (ROOT / name).exists()] == []
     listed = {p.name for p in (ROOT / "examples").glob("*.py")}
     assert listed == {Path(name).name for name in named if name.startswith("examples/")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link.partition("#")[0]).is_file()] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(README.splitlines()) <= 110
+    assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(re.findall(r"\]\(([^)]+)\)", README))
+
+
+def test_the_readme_answers_in_the_order_of_a_newcomer() -> None:
+    wanted = [
+        "What to expect",
+        "Install",
+        "In Python",
+        "Supported models",
+        "Which method, which layout",
+        "Limits",
+        "More",
+    ]
+    assert re.findall(r"^## (.*)$", README, flags=re.MULTILINE) == wanted

@@ -80,7 +80,7 @@ def test_the_summary_names_every_baseline_and_the_price(full: Any) -> None:
         "a token 0.25x as fast as the stock dense model: 0.33x by sparsec's dense kernels, 1.30x over these by the zeros"
         in text
     )
-    assert "quality perplexity 96.50 before, 1234 after (8 x 64 tokens of a text)" in text
+    assert "quality perplexity 96.50 before, 1234 after; 2346 by magnitude(0.4) (8 x 64 tokens of a text)" in text
     assert "to lose less, prune with sparsegpt" in text
     assert "- a toy this small cannot show a gain" in text
 

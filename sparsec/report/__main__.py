@@ -23,11 +23,12 @@ from sparsec.command import (
     writable_folder,
     write,
 )
-from sparsec.compiler import DEFAULT_PASSES
-from sparsec.data import load_model, load_text
+from sparsec.compiler import DEFAULT_PASSES, compile
+from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.evaluate import evaluate
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
-from sparsec.progress import stage
-from sparsec.report.measure import QUICK, Effort, measured_report, plan
+from sparsec.progress import Progress, stage
+from sparsec.report.measure import QUICK, Effort, Plan, measured_report, plan
 from sparsec.report.progress import shown_progress
 from sparsec.report.schema import document, layers_csv
 
@@ -39,6 +40,7 @@ examples:
   python -m sparsec.report facebook/opt-125m --passes "magnitude(0.3),freeze,sparsity,flops,lower(csr, index_bits=32)"
   python -m sparsec.report my-model.gguf --print-ir changed --no-measure
   python -m sparsec.report --passes "sparsegpt(0.5),freeze,sparsity,flops,fuse,lower(auto)" --calibration my.txt
+  python -m sparsec.report --passes "wanda(0.4),freeze,sparsity,flops,fuse,lower(auto)" --beside "magnitude(0.4)"
   python -m sparsec.report my-folder --device cuda --dtype bf16 --passes "wanda(0.7),freeze,sparsity,flops,lower(auto)"
   python -m sparsec.report my-folder --text my.txt --eval-length 1024 --json report.json --csv layers.csv
 
@@ -62,6 +64,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="a folder, a .gguf file, a hub id, or `tiny` (small, random); default: the packaged SmolLM2-135M",
     )
     p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
+    p.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="also measure the quality, and only that, that these passes give; again for more",
+    )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     add_device(p)
     p.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch chooses")
@@ -115,7 +124,9 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 def _run(args: argparse.Namespace) -> None:
     # What can be wrong is looked at before anything slow runs.
     pipeline = Pipeline.parse(args.passes)
-    pipeline.validate()
+    beside = [Pipeline.parse(spec) for spec in args.beside]
+    for each in (pipeline, *beside):
+        each.validate()
     check_device(args.device)
     outputs = [writable(path) for path in (args.json, args.csv) if path]
     if args.dump_ir:
@@ -131,8 +142,9 @@ def _run(args: argparse.Namespace) -> None:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
         planned = None if text is None else plan(loaded, text, effort(args))
-        drawn = calibration(loaded, args, [pipeline])
-        report = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
+        drawn = calibration(loaded, args, [pipeline, *beside])
+        others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
+        report = replace(measured_report(loaded, pipeline, planned, instruments, progress, drawn), beside=others)
     print(report.text(args.layers))
     if args.json:
         write(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
@@ -140,6 +152,19 @@ def _run(args: argparse.Namespace) -> None:
         write(args.csv, layers_csv(report))
     if outputs:
         print(f"\nwritten: {', '.join(outputs)}")
+
+
+def _quality(
+    loaded: LoadedModel,
+    pipeline: Pipeline,
+    planned: Plan,
+    drawn: tuple[torch.Tensor, str] | None,
+    progress: Progress,
+) -> float:
+    """The perplexity that other passes give on the same windows; how they lower makes no difference to it."""
+    with stage(progress, f"beside it: {pipeline}"):
+        pruned = compile(loaded.model, pipeline.before("lower"), calibration=drawn, progress=progress)
+        return evaluate(pruned, planned.windows, progress, "its perplexity").perplexity
 
 
 def effort(args: argparse.Namespace) -> Effort:

@@ -219,6 +219,7 @@ class ReportData:
     latency: LatencyFacts | None = None
     sample: Sample | None = None
     remarks: tuple[str, ...] = ()  # on how it was measured
+    beside: dict[str, float] = field(default_factory=dict)  # perplexity on the same windows by other passes
 
     @property
     def parameters(self) -> int:

@@ -165,6 +165,10 @@ SCHEMA: Keys = {
     "stages": ((list,), "of STAGE, in order"),
     "notes": ((list,), "strings of tracing and emission"),
     "remarks": ((list,), "strings on how it was measured"),
+    "beside": (
+        (dict,),
+        "perplexity on the same windows by other passes, by their specification; null beyond floating point",
+    ),
 }
 
 
@@ -186,6 +190,7 @@ def document(report: ReportData) -> dict[str, Any]:
         "stages": [asdict(stage) for stage in report.stages],
         "notes": list(report.notes),
         "remarks": list(report.remarks),
+        "beside": {spec: value if math.isfinite(value) else None for spec, value in report.beside.items()},
     }
 
 

@@ -82,6 +82,7 @@ def _quality(report: ReportData) -> list[str]:
     lines = []
     if pruned is not None and dense is not None and pruned.perplexity is not None and on is not None:
         text = f"perplexity {perplexity(dense.perplexity)} before, {perplexity(pruned.perplexity)} after"
+        text += "".join(f"; {perplexity(other)} by {spec}" for spec, other in report.beside.items())
         lines += _wrapped(f"{text} ({on.windows} x {on.window_length} tokens of {on.text})", f"{'quality':<9}", lines=2)
     if (add := for_quality(report)) is not None:
         lines += _wrapped(add, " " * 9 if lines else f"{'quality':<9}", lines=2)
