@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
+from sparsec.kernels.derivatives import without_derivatives
 from sparsec.kernels.ops import LIBRARY, loads_native
 
 NAME = "decode_attention"
@@ -49,4 +50,4 @@ def _implementation(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 torch.library.impl(LIBRARY, NAME, "CompositeExplicitAutograd")(_implementation)
 torch.library.register_fake(f"sparsec::{NAME}", reference_attention, lib=LIBRARY)
-LIBRARY.impl(NAME, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+without_derivatives(LIBRARY, decode_attention)

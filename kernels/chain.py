@@ -27,6 +27,7 @@ from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
 from sparsec.formats.parts import unflatten
+from sparsec.kernels.derivatives import without_derivatives
 from sparsec.kernels.fused import part_operator
 from sparsec.kernels.ops import LIBRARY, loads_native
 
@@ -132,5 +133,5 @@ torch.library.impl(LIBRARY, NAME, "CompositeExplicitAutograd")(_implementation)
 torch.library.impl(LIBRARY, SINGLE, "CompositeExplicitAutograd")(_single)
 torch.library.register_fake(f"sparsec::{NAME}", reference_chain, lib=LIBRARY)
 torch.library.register_fake(f"sparsec::{SINGLE}", lambda *args: reference_chain(*args)[0], lib=LIBRARY)
-for _name in (NAME, SINGLE):
-    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+for _op in (chain, single_chain):
+    without_derivatives(LIBRARY, _op)

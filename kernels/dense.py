@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from sparsec.errors import KernelError
 from sparsec.kernels import loader
 from sparsec.kernels.autocast import DEVICES
+from sparsec.kernels.derivatives import mapped, transformed
 from sparsec.kernels.ops import LIBRARY, has_native, loads_native
 from sparsec.kernels.reference import check_operands, check_x
 
@@ -58,8 +59,8 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _with_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """For x, weight and bias alike, by being torch's own product wherever a gradient is asked for."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    """Derivatives of every kind, for x, weight and bias alike, by being torch's own product wherever one is asked for."""
+    if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))):
         check_dense_call(x, weight, bias)
         return F.linear(x, weight, bias)
     with torch._C._AutoDispatchBelowAutograd():
@@ -72,3 +73,6 @@ torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)
 torch.library.register_fake(f"sparsec::{NAME}", _fake, lib=LIBRARY)
 for _key in DEVICES.values():  # torch's own product knows what to cast
     torch.library.impl(LIBRARY, NAME, _key)(F.linear)
+torch.library.register_vmap(
+    f"sparsec::{NAME}", lambda info, dims, *args: mapped(dense_linear, info.batch_size, dims, args), lib=LIBRARY
+)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsec.formats.parts import DENSE, FORMAT_NUMBERS
 from sparsec.kernels.dense import NAME, check_dense_call, dense_linear, native_serves
+from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.group import Grouped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +43,7 @@ class DenseLinear(Grouped, nn.Linear):
         if (
             torch.compiler.is_exporting()
             or torch.is_grad_enabled()
+            or (not torch.compiler.is_compiling() and transformed())
             or not x.is_cpu
             or weight.dtype not in DTYPES
             or torch._C._is_any_autocast_enabled()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch._ops import OpOverload
 from sparsec.formats.parts import DENSE, Part, unflatten
 from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.dense import dense_linear
+from sparsec.kernels.derivatives import mapped, transformed, without_derivatives
 from sparsec.kernels.ops import LIBRARY, OPERATORS, loads_native
 
 NAME = "fused_linear"
@@ -61,11 +63,24 @@ def _single(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> Tens
 
 def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
     """Each part's own gradients: x and bias of a packed part, the weight too of a dense one."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+    if transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
         return _separately(x, tensors, layout)
     with torch._C._AutoDispatchBelowAutograd():
         out: list[Tensor] = fused_linear(x, tensors, layout)
     return out
+
+
+def _mapped(
+    info: Any, in_dims: Any, x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """torch.vmap: that of each part's own operator."""
+    x_dim, dims = in_dims[:2]
+    dims = dims if isinstance(dims, (list, tuple)) else [dims] * len(tensors)
+    outs = []
+    for part, own in zip(unflatten(tensors, layout), unflatten(dims, layout), strict=True):
+        own_dims = (x_dim, *own.tensors, own.bias, *[None] * len(part.scalars))
+        outs.append(mapped(part_operator(part), info.batch_size, own_dims, (x, *part.arguments))[0])
+    return tuple(outs), (0,) * len(outs)
 
 
 for _op in (fused_linear, inference_linear):
@@ -76,5 +91,6 @@ for _key in DEVICES.values():
 torch.library.impl(LIBRARY, SINGLE, "CompositeExplicitAutograd")(_single)
 torch.library.register_fake(f"sparsec::{SINGLE}", _single, lib=LIBRARY)
 torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)
-for _name in (INFERENCE, SINGLE):
-    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+torch.library.register_vmap(f"sparsec::{NAME}", _mapped, lib=LIBRARY)
+for _op in (inference_linear, inference_single):
+    without_derivatives(LIBRARY, _op)

@@ -11,7 +11,8 @@ nobody foresaw included, a module computes its own product: grouping changes the
 - under torch.compile, where the backend "sparsec" fuses instead (sparsec/inductor); torch.export sees one operator, as the
   graph has it.
 
-Writes that torch's version counter does not see (through `x.data`, numpy, another library) are not seen here either.
+Tensors that were given other memory (`x.data = y`, `swap_tensors`) are known by its address. Writes into their memory that torch's
+version counter does not see (through `x.data.add_()`, numpy, another library) are not seen here either.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsec.kernels.dense import native_serves
+from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import NAME, fused_linear
 
 
@@ -59,24 +61,22 @@ class _Plan:
 
     def __init__(self, members: Sequence[Grouped]) -> None:
         parts = [member.part() for member in members]
-        self.members = [_Holding(member, own[0]) for member, (own, _) in zip(members, parts, strict=True)]
+        self.members = [_Holding(member) for member in members]
         self.tensors = [t for own, _ in parts for t in own]
         self.layout = [word for _, words in parts for word in words]
 
 
 class _Holding:
-    """One member's tensors, and the versions of those that are written to in training and loading."""
+    """One member's tensors, their versions, and where their memory is, which `.data = ` changes and no version tells."""
 
-    __slots__ = ("bias", "bias_version", "places", "values", "values_version")
+    __slots__ = ("marks", "places")
 
-    def __init__(self, member: Grouped, values: Tensor) -> None:
+    def __init__(self, member: Grouped) -> None:
         self.places: list[_Place] = [
             (place, key, tensor) for place in (member._parameters, member._buffers) for key, tensor in place.items()
         ]
-        # Whoever loads indices loads values too.
-        self.values, self.bias = values, member._parameters["bias"]
-        self.values_version = values._version
-        self.bias_version = 0 if self.bias is None else self.bias._version
+        held = [tensor for _, _, tensor in self.places if tensor is not None]
+        self.marks = [] if torch.compiler.is_compiling() else [(t, t._version, t.data_ptr()) for t in held]
 
     def held(self) -> bool:
         """Whether the member still has the tensors that it had."""
@@ -87,9 +87,10 @@ class _Holding:
 
     def unwritten(self) -> bool:
         """Whether nobody has written to them since."""
-        return self.values._version == self.values_version and (
-            self.bias is None or self.bias._version == self.bias_version
-        )
+        for tensor, version, memory in self.marks:  # noqa: SIM110 - as above
+            if tensor._version != version or tensor.data_ptr() != memory:
+                return False
+        return True
 
 
 _Place = tuple[dict[str, Tensor | None], str, Tensor | None]
@@ -98,10 +99,10 @@ _Place = tuple[dict[str, Tensor | None], str, Tensor | None]
 class _Held:
     """Results of one call that wait for their modules."""
 
-    __slots__ = ("plan", "results", "version", "waiting", "x")
+    __slots__ = ("memory", "plan", "results", "version", "waiting", "x")
 
-    def __init__(self, x: Tensor, version: int, plan: _Plan, results: list[Any]) -> None:
-        self.version, self.plan = version, plan
+    def __init__(self, x: Tensor, version: int, memory: int, plan: _Plan, results: list[Any]) -> None:
+        self.version, self.memory, self.plan = version, memory, plan
         self.results = results  # by index of the member; None once taken
         self.waiting = len(results) - 1
         # Nobody can ask for them once x is gone, as after an exception between the calls.
@@ -140,7 +141,7 @@ class Group:
         if torch.compiler.is_compiling():
             if not torch.compiler.is_exporting():
                 return None
-        elif torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        elif torch.is_grad_enabled() or transformed() or torch._C._is_any_autocast_enabled():
             return None
         if index:
             return self._take(index, member, x)
@@ -153,7 +154,7 @@ class Group:
         plan = self._plan(leader)
         if plan is None:
             return None
-        version = x._version
+        version, memory = x._version, 0 if torch.compiler.is_compiling() else x.data_ptr()
         try:
             with torch._C._AutoDispatchBelowAutograd():
                 results: list[Any] = fused_linear(x, plan.tensors, plan.layout)
@@ -163,7 +164,7 @@ class Group:
             return None
         mine: Tensor = results[0]
         results[0] = None
-        self._slot.held = _Held(x, version, plan, results)
+        self._slot.held = _Held(x, version, memory, plan, results)
         return mine
 
     def _plan(self, leader: Grouped) -> _Plan | None:
@@ -179,9 +180,9 @@ class Group:
         members = [member for known in self._members if known is not None and (member := known()) is not None]
         if len(members) < self.size or members[0] is not leader:
             return None
-        plan = _Plan(members)
-        if any(t.is_inference() for t in plan.tensors):  # they have no versions
+        if any(t.is_inference() for member in members for t in member.part()[0]):  # they have no versions
             return None
+        plan = _Plan(members)
         if not torch.compiler.is_compiling():  # whose tensors are not those of the next call
             self._plans.append(plan)
         return plan
@@ -189,6 +190,8 @@ class Group:
     def _take(self, index: int, member: Grouped, x: Tensor) -> Tensor | None:
         held = self._slot.held
         if held is None or held.x() is not x or held.version != x._version:
+            return None
+        if held.memory and held.memory != x.data_ptr():
             return None
         result: Tensor | None = held.results[index]
         if result is None:

@@ -5,14 +5,14 @@ kernels on CUDA devices that have them. So a graph holds the same operator names
 follow one rule: operator `<format>_linear` takes `(x, *packed.tensors().values(), bias, *packed.scalars().values())`, and
 everything here is made from that.
 
-Gradients are for x and bias. Packed values are constants: a call whose values ask for a gradient is refused.
+Derivatives are for x and bias. Packed values are constants: a call whose values ask for a gradient is refused.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,12 +22,11 @@ from sparsec.errors import KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.kernels import autocast, gpu, loader
-from sparsec.kernels.reference import accumulation_dtype, check_call, reference_linear
+from sparsec.kernels.derivatives import Argument, Product, mapped, refuse_constants, transformed
+from sparsec.kernels.reference import check_call, reference_linear
 
 # Operators live as long as the library object.
 LIBRARY = torch.library.Library("sparsec", "DEF")  # type: ignore[no-untyped-call]
-
-Argument = Tensor | int | None
 
 
 def operator(packed: Packed) -> OpOverload:
@@ -85,7 +84,7 @@ def _define(kind: type[Packed]) -> OpOverload:
         f"{name}(Tensor x{tensors}, Tensor? bias{scalars}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
     )
     op: OpOverload = getattr(torch.ops.sparsec, name).default
-    bias_at = len(kind.tensor_names) + 1
+    bias_at = len(kind.tensor_names) + 1  # from x on
 
     def implementation(x: Tensor, *args: Argument) -> Tensor:
         if loads_native(x, name):
@@ -105,39 +104,28 @@ def _define(kind: type[Packed]) -> OpOverload:
         check_call(x, packed, bias)
         return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if any(ctx.needs_input_grad[1:bias_at]):
-            raise KernelError(
-                f"{name}: packed values are constants and have no gradient; call requires_grad_(False) on them, "
-                "or train before lowering"
-            )
-        ctx.save_for_backward(*inputs[1:bias_at])
-        ctx.scalars = inputs[bias_at + 1 :]
+    split = partial(packed_and_bias, kind.format)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed, _ = packed_and_bias(kind.format, (*ctx.saved_tensors, None, *ctx.scalars))
-        grad_x, grad_bias = product_gradients(grad, packed, ctx.needs_input_grad[0], ctx.needs_input_grad[bias_at])
-        return (grad_x, *[None] * len(kind.tensor_names), grad_bias, *[None] * len(kind.scalar_names))
+    def with_derivatives(x: Tensor, *args: Argument) -> Tensor:
+        *held, bias = cast(Sequence[Tensor], args[:bias_at])
+        refuse_constants(name, held)
+        if transformed():
+            return reference_linear(x, *split(args))
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            out: Tensor = Product.apply(x, bias, op, split, args)  # type: ignore[no-untyped-call]
+            return out
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, op(x, *args))
 
     torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(implementation)
     torch.library.impl(LIBRARY, name, "CUDA")(on_gpu)
     torch.library.register_fake(f"sparsec::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(f"sparsec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     autocast.follow(LIBRARY, name, op)
+    torch.library.impl(LIBRARY, name, "Autograd")(with_derivatives)
+    torch.library.register_vmap(
+        f"sparsec::{name}", lambda info, dims, *args: mapped(op, info.batch_size, dims, args), lib=LIBRARY
+    )
     return op
-
-
-def product_gradients(grad: Tensor, packed: Packed, of_x: bool, of_bias: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients [..., in] of x and [out] of bias, from the result's [..., out], where asked for."""
-    wide = accumulation_dtype(grad.dtype)
-    out_features, in_features = packed.shape
-    flat = grad.reshape(math.prod(grad.shape[:-1]), out_features).to(wide)
-    grad_x = grad_bias = None
-    if of_x:
-        grad_x = (flat @ packed.unpack().to(wide)).to(grad.dtype).reshape(*grad.shape[:-1], in_features)
-    if of_bias:
-        grad_bias = flat.sum(0).to(grad.dtype)
-    return grad_x, grad_bias
 
 
 OPERATORS: dict[str, OpOverload] = {name: _define(kind) for name, kind in FORMATS.items()}

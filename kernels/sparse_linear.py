@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
 from sparsec.formats.parts import FORMAT_NUMBERS
+from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.gpu import for_device
 from sparsec.kernels.group import Grouped
+from sparsec.kernels.loading import loadable
 from sparsec.kernels.ops import OPERATORS, explain, operator
 from sparsec.kernels.registry import Problem, select
+from sparsec.kernels.weight_view import WeightView, written
 
 
 class SparseLinear(Grouped, nn.Module):
     """y = x @ W.T + bias with a packed W [out, in]; x is [..., in] in W's dtype.
 
     The packed tensors are buffers under the names that the format gives them; the bias stays the given Parameter.
-    Gradients flow to x and bias, never to W. Not an nn.Linear, because there is no weight that could be written to.
+    Gradients flow to x and bias, never to W. Not an nn.Linear, because there is no weight that could be written to: `weight` is
+    for reading, and a write to it raises WeightError.
 
     Activations are assumed finite: at a pruned weight, inf or NaN in x becomes NaN in the result of the reference and of the
     native product of many rows, as in the masked dense model, while the native product of few rows skips it.
@@ -32,6 +36,8 @@ class SparseLinear(Grouped, nn.Module):
     out_features: int
     format: str
     bias: nn.Parameter | None
+    path: str = ""
+    """Of the module in its model, for messages."""
     follow: partial[Packed] | None = None
     """Told of a new packed matrix, for a type of device; gives the one to hold. A copy of the module alone tells nobody, a copy of
     a compiled model its own graph."""
@@ -88,7 +94,7 @@ class SparseLinear(Grouped, nn.Module):
             out = self._op(x, *args)
             return out
         try:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or transformed():
                 out = self._op(x, *args)
             else:
                 # Without gradients the operator's autograd layer (in Python, 10 us and more) has nothing to do.
@@ -116,8 +122,30 @@ class SparseLinear(Grouped, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix [out, in], unpacked at every access; writing to it changes nothing."""
-        return self.packed.unpack()
+        """The dense matrix [out, in], unpacked at every access, for reading. WeightError for what writes to it.
+
+        Under torch.compile and torch.export it is a plain tensor.
+        """
+        if torch.compiler.is_compiling():
+            return self.packed.unpack()
+        # Not in inference mode, whose tensors do not tell that they were written to.
+        with torch.inference_mode(False), torch.no_grad():
+            dense = self.packed.unpack()
+        return WeightView.of(dense, self.path) if type(dense) is Tensor else dense
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise written(self.path)
+
+    @weight.deleter
+    def weight(self) -> None:
+        raise written(self.path)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """WeightError for a weight, and for what pruning and normalising utilities make of one (`weight_orig`, `weight_g`)."""
+        if name.split("_")[0] == "weight":
+            raise written(self.path)
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to()` and friends, in place as for parameters: who shares a packed tensor (a tied layer, the graph) follows.
@@ -132,10 +160,19 @@ class SparseLinear(Grouped, nn.Module):
             self.lay_out(values.device.type)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """`load_state_dict(assign=True)` puts new tensors in place of the packed ones; who shares them follows here too."""
+    def admit(self, state: Mapping[str, Any], prefix: str, assign: bool) -> dict[str, Tensor]:
+        """What a state has for this module's packed tensors, by key. FormatError unless it is a valid matrix that fits."""
+        return loadable(self.path or prefix[:-1], self.packed, self._parameters["bias"], state, prefix, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        """Loads a whole valid matrix or raises FormatError. `assign=True` puts new tensors in place of the packed ones; who shares
+        them follows here too."""
+        admitted = self.admit(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
         before = dict(self._buffers)
-        super()._load_from_state_dict(*args, **kwargs)
+        # Plain tensors: a Parameter that is assigned to a buffer's name would become a parameter.
+        super()._load_from_state_dict({**state_dict, **admitted}, prefix, local_metadata, *rest)  # type: ignore[no-untyped-call]
         self._keep(before)
 
     def _keep(self, before: Mapping[str, Tensor | None]) -> None:
@@ -146,6 +183,7 @@ class SparseLinear(Grouped, nn.Module):
                 continue
             if torch._has_compatible_shallow_copy_type(old, new):  # not between meta and a real device
                 old.data = new.data
+                torch.autograd.graph.increment_version(old)
                 self._buffers[name] = old
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from sparsec.kernels import SparseLinear
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.kernels.group import Group, Grouped
+from sparsec.kernels.loading import guard_loading
 from sparsec.lowering import repack
 
 _HOOKS = (
@@ -74,6 +75,7 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
             _swap_dense(model, op.owner, op.weights[0])
         elif op.members:
             _group(model, graph, op)
+    guard_loading(model, SparseLinear)
     if not notes:
         return ()
     return (
@@ -141,7 +143,7 @@ def _swap_packed(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> 
     bias = old.bias
     assert bias is None or isinstance(bias, Tensor)
     new = SparseLinear(weight.packed, bias)
-    new.follow = follower(graph, weight.name)
+    new.path, new.follow = owner, follower(graph, weight.name)
     _swap(model, old, new)
 
 

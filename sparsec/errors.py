@@ -33,7 +33,7 @@ class MaskError(SparsecError, ValueError):
 
 
 class WeightError(SparsecError, ValueError):
-    """A weight that cannot be pruned or packed, such as one that holds NaN."""
+    """A weight that cannot be pruned or packed, such as one that holds NaN, or a write to one that is packed."""
 
 
 class ActivationError(SparsecError, ValueError):

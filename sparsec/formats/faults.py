@@ -36,10 +36,17 @@ class Field:
 def field_faults(fields: Sequence[Field]) -> list[str]:
     """The faults of all fields, and of tensors that lie on several devices."""
     faults = [fault for field in fields if (fault := field.fault())]
+    strided = [field.name for field in fields if not _whole(field.tensor)]
+    if strided:
+        faults.append(f"{', '.join(strided)} must lie in memory without gaps; call .contiguous()")
     devices = {field.name: str(field.tensor.device) for field in fields}
     if len(set(devices.values())) > 1:
         faults.append(f"{', '.join(devices)} must be on one device, got {', '.join(devices.values())}")
     return faults
+
+
+def _whole(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_contiguous()
 
 
 def pointer_faults(name: str, pointers: Tensor, end: int, end_name: str, unit: str) -> list[str]:
@@ -47,7 +54,7 @@ def pointer_faults(name: str, pointers: Tensor, end: int, end_name: str, unit: s
     first, last = int(pointers[0]), int(pointers[-1])
     if first != 0 or last != end:
         return [f"{name} must run from 0 to {end_name} = {end}, got {first} to {last}"]
-    falls = (pointers.diff() < 0).nonzero()
+    falls = (pointers[1:] < pointers[:-1]).nonzero()  # a difference could wrap around
     return [f"{name} must not fall, but does after {unit} {int(falls[0])}"] if len(falls) else []
 
 

@@ -97,7 +97,7 @@ class WarpCSR(Packed):
         return cls(**tensors, in_features=int(scalars["in_features"]), kept=int(scalars["nnz"]))
 
     def columns(self) -> Tensor:
-        """Column [stored] (int64) of every stored weight; that of padding means nothing."""
+        """Column [stored] (int64) of every stored weight and zero that pads."""
         columns = unsigned(self.col_idx)
         if self.index_bits == 16:
             return columns
@@ -142,14 +142,14 @@ class WarpCSR(Packed):
         odd = (self.row_ptr % STEPS).nonzero()
         if len(odd):
             return [f"row_ptr must hold multiples of {STEPS}, got {int(self.row_ptr[odd[0]])} at row {int(odd[0])}"]
-        live = self.values.view(_INTEGERS[self.values.element_size()]) != 0
-        columns = self.columns()[live]
-        outside = (columns >= self.in_features).nonzero()
+        columns = self.columns()
+        outside = (columns >= self.in_features).nonzero()  # those of padding too: a GPU reads x there
         if len(outside):
-            at = int(live.nonzero()[int(outside[0])])
-            return [f"col_idx must lie in [0, {self.in_features}), got {int(columns[int(outside[0])])} at entry {at}"]
+            at = int(outside[0])
+            return [f"col_idx must lie in [0, {self.in_features}), got {int(columns[at])} at entry {at}"]
+        live = self.values.view(_INTEGERS[self.values.element_size()]) != 0
         rows = csr_rows(self.row_ptr, self.values.numel())[live]
-        places = (rows * self.in_features + columns).sort().values
+        places = (rows * self.in_features + columns[live]).sort().values
         twice = (places.diff() == 0).nonzero()
         if len(twice):
             return [f"col_idx must not repeat in a row, but does in row {int(places[twice[0]]) // self.in_features}"]

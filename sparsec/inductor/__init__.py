@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
@@ -23,13 +24,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._ops import OpOverload
 
 from sparsec import kernels
-from sparsec.errors import CompileError
+from sparsec.errors import CompileError, KernelError
 from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.inductor import attention, chains
 from sparsec.kernels.attention import NAME as ATTENTION
 from sparsec.kernels.chain import NAME as CHAIN
 from sparsec.kernels.dense import dense_linear
+from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import inference_linear, inference_single
 from sparsec.kernels.ops import OPERATORS, has_native
 
@@ -61,8 +63,24 @@ def sparsec(
         **(options or {}),
         SLOT: FuseProducts(),
     }
-    compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=patches)
-    return compiled
+    return _past_autograd(compile_fx(module, example_inputs, config_patches=patches))
+
+
+def _past_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Where no gradient is wanted, the operators are not asked at every call. KernelError for derivatives that would be lost."""
+
+    def call(*args: Any) -> Any:
+        if transformed():
+            raise KernelError(
+                'torch.compile(backend="sparsec"): a compiled graph has no forward-mode derivative and no transform of '
+                "torch.func; differentiate the model itself, without torch.compile"
+            )
+        if torch.is_grad_enabled():
+            return compiled(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return compiled(*args)
+
+    return call
 
 
 class FuseProducts(CustomGraphPass):  # type: ignore[misc]
