@@ -333,6 +333,21 @@ def test_stages_are_lines_in_a_pipe() -> None:
     ]
 
 
+def test_a_stage_takes_short_and_unfinished_ones_within_it_along() -> None:
+    """Regression: what a pass began and never ended stood open, and all that came after was set in."""
+    pipe = io.StringIO()
+    lines = StageLines(pipe, lambda: 0.0)
+    for what, done in [
+        ("pass 1 freeze", 0),
+        ("freeze", 0),
+        ("pass 1 freeze", 1),
+        ("pass 2 lower", 0),
+        ("pass 2 lower", 1),
+    ]:
+        lines(what, done, 1)
+    assert pipe.getvalue().splitlines() == ["pass 1 freeze ... 0.0 s", "pass 2 lower ... 0.0 s"]
+
+
 def test_a_stage_that_fails_ends_its_line() -> None:
     pipe = io.StringIO()
     with pytest.raises(DataError), shown_progress(pipe) as show, stage(show, "loading"):

@@ -15,6 +15,8 @@ from sparsec.progress import Progress
 
 SAY_EVERY = 20.0
 """Seconds after which a stage in a pipe says how far it is."""
+INNER_FROM = 1.0
+"""Seconds from which a stage within another is worth a line."""
 
 
 @contextmanager
@@ -32,35 +34,42 @@ def shown_progress(stream: TextIO) -> Iterator[Progress]:
 
 
 class StageLines:
-    """`what ... 3.2 s` for every stage. One within another begins a line of its own, set in."""
+    """`what ... 3.2 s` for every stage. One within another has a line of its own, set in, once it has taken a second."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = perf_counter) -> None:
         self._stream, self._clock = stream, clock
-        self._running: dict[str, tuple[float, float]] = {}  # when it began, when it last said something
+        self._running: dict[str, float] = {}  # when it began; the outermost first
+        self._said: dict[str, float] = {}  # when it last said something
         self._line = ""  # the stage whose line has no end yet
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """One step."""
+        """One step. A stage that ends takes those within it along."""
         now = self._clock()
-        if what not in self._running:
+        began = self._running.setdefault(what, now)
+        if what not in self._said and (len(self._running) == 1 or now - began >= INNER_FROM):
             self.close()
-            self._running[what] = (now, now)
             self._write(f"{self._indent(what)}{what} ...")
-            self._line = what
-        began, said = self._running[what]
+            self._line, self._said[what] = what, now
         if done >= total:
-            self._again(what, f" {_seconds(now - began)}\n")
-            del self._running[what]
-            self._line = ""
-        elif now - said >= SAY_EVERY:
+            if what in self._said:
+                self._again(what, f" {_seconds(now - began)}\n")
+                self._line = ""
+            self._forget(what)
+        elif what in self._said and now - self._said[what] >= SAY_EVERY:
             self._again(what, f" {done} of {total} ({_seconds(now - began)}) ...")
-            self._running[what] = (began, now)
+            self._said[what] = now
 
     def close(self) -> None:
         """Ends the line that is open."""
         if self._line:
             self._write("\n")
             self._line = ""
+
+    def _forget(self, what: str) -> None:
+        names = list(self._running)
+        for name in names[names.index(what) :]:
+            del self._running[name]
+            self._said.pop(name, None)
 
     def _again(self, what: str, text: str) -> None:
         if self._line != what:
@@ -90,8 +99,9 @@ def _bars(stream: TextIO) -> Iterator[Progress]:
             task, began = tasks[what]
             bars.update(task, completed=done, total=total)
             if done >= total:
-                bars.remove_task(task)
-                del tasks[what]
+                names = list(tasks)
+                for name in names[names.index(what) :]:  # it takes those within it along
+                    bars.remove_task(tasks.pop(name)[0])
                 bars.console.print(f"{what}: {_seconds(perf_counter() - began)}", markup=False, highlight=False)
 
         yield show
