@@ -6,7 +6,8 @@ namespace {
 
 typedef int32_t Bits __attribute__((vector_size(4 * kRegister)));
 
-inline Vec same(float v) { return Vec{} + v; }
+// Minus and not plus: 0 + -0 is 0, and -0 has to stay.
+inline Vec same(float v) { return v - Vec{}; }
 inline Bits bits_of(Vec v) {
   Bits b;
   memcpy(&b, &v, sizeof(b));

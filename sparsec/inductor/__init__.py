@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import fx
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.exc import InductorError
 from torch._ops import OpOverload
 
 from sparsec import kernels
@@ -50,20 +52,31 @@ def sparsec(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """What torch.compile calls. CompileError when the options take the place of this backend's own pass."""
+    """What torch.compile calls. CompileError when the options take the place of this backend's own pass.
+
+    A graph that cannot be compiled with that pass is left to inductor alone, and a RuntimeWarning says why.
+    """
     if options and SLOT in options:
         raise CompileError(
             f'torch.compile(backend="sparsec"): the option {SLOT} is taken by sparsec itself; leave it out, or use '
             'backend="inductor"'
         )
     # Sizes are known by torch.compile's guards and the operators' own checks: asking again takes half a millisecond a token.
-    patches = {
-        "size_asserts": False,
-        **(list_mode_options(mode) if mode else {}),
-        **(options or {}),
-        SLOT: FuseProducts(),
-    }
-    return _past_autograd(compile_fx(module, example_inputs, config_patches=patches))
+    patches = {"size_asserts": False, **(list_mode_options(mode) if mode else {}), **(options or {})}
+    compiled: Callable[..., Any]
+    try:
+        compiled = compile_fx(module, example_inputs, config_patches={**patches, SLOT: FuseProducts()})
+    except InductorError as error:
+        # Where it is inductor that fails, it fails again, and that is what is raised.
+        compiled = compile_fx(module, example_inputs, config_patches=patches)
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            'torch.compile(backend="sparsec") leaves a graph to inductor, as right and slower: its products and what stands '
+            f"between them could not be made one call ({reason})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _past_autograd(compiled)
 
 
 def _past_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -121,7 +121,8 @@ def _rows_of(node: fx.Node) -> int | None:
         fits = node.args[1:] in (([-1], True), ([_last(node.args[0])], True)) and not node.kwargs
         return count if fits and _rows_in(_value(node.args[0])) == count else None
     if node.target is aten.pow.Tensor_Scalar:
-        return count if node.args[1] in (2, 3) and not node.kwargs else None
+        fits = node.args[1] in (2, 3) and _goes_with(node.args[0], value) and not node.kwargs
+        return count if fits else None
     if node.target in _POINTWISE and not node.kwargs:
         operands = node.args[:1] if _POINTWISE[node.target] == "copy" else node.args
         return count if all(_goes_with(a, value) for a in operands) else None
@@ -193,6 +194,7 @@ class _Writer:
     tensors: list[fx.Node] = field(default_factory=list)
     program: list[int] = field(default_factory=list)
     constants: list[float] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)  # of the constants
     registers: dict[fx.Node, int] = field(init=False)
     count: int = field(init=False)
 
@@ -203,10 +205,11 @@ class _Writer:
     def operand(self, argument: Any) -> int:
         if isinstance(argument, fx.Node):
             return self.registers[argument]
-        number = float(argument)
-        if number not in self.constants:
-            self.constants.append(number)
-        return -1 - self.constants.index(number)
+        # By its text: 0.0 and -0.0 are equal and two constants, NaN is equal to none and one.
+        place = self.places.setdefault(float(argument).hex(), len(self.places))
+        if place == len(self.constants):
+            self.constants.append(float(argument))
+        return -1 - place
 
     def emit(self, name: str, dtype: torch.dtype, a: int, b: int | None = None) -> int:
         self.program += (CODES[name], DTYPES.index(dtype), a, a if b is None else b)
