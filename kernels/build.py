@@ -1,7 +1,7 @@
 """python -m sparsec.kernels.build: builds the native kernels ahead of time, or checks that a compiler accepts them.
 
-Without this, they are built at first use into a cache folder. Built here they lie in the package, so that an image or a wheel
-carries them and the machine that runs it needs no compiler.
+Without this, they are built at first use into the user's cache folder ($XDG_CACHE_HOME/sparsec, by default ~/.cache/sparsec).
+Built here they lie in the package, so that an image or a wheel carries them and the machine that runs it needs no compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["NativeStatus", "main", "status"]
 PROG = "python -m sparsec.kernels.build"
 _EXAMPLES = """examples:
   python -m sparsec.kernels.build                     build into the installed package
-  python -m sparsec.kernels.build --output build/     build elsewhere; SPARSEC_NATIVE_LIBRARY=FILE uses it
+  python -m sparsec.kernels.build --output build/     build elsewhere; SPARSEC_NATIVE_LIBRARY=/its/path uses it
   python -m sparsec.kernels.build --status            what runs in this environment, and why
   python -m sparsec.kernels.build --check --portable --compiler aarch64-linux-gnu-g++
                                                       does this compiler accept the portable kernels?
@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
         help="with address and undefined-behaviour checks; run under LD_PRELOAD=$(c++ -print-file-name=libasan.so)",
     )
     parser.add_argument("--output", type=Path, default=toolchain.SOURCES, help="folder; default: the package")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=toolchain.PATIENCE,
+        metavar="SECONDS",
+        help="after which a compiler is ended; default: %(default)g",
+    )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="compile every file, keep nothing")
     action.add_argument("--status", action="store_true", help="say what runs in this environment")
@@ -66,7 +73,7 @@ def _act(options: argparse.Namespace) -> str:
         chain.check()
         return f"{chain.version} for {chain.machine} accepts {', '.join(chain.files)}"
     target = options.output / toolchain.library_name()
-    chain.build(target)
+    chain.build(target, options.timeout)
     return f"built {target} with {chain.version} for {chain.machine}"
 
 

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsec.errors import KernelError
+from sparsec import cache
+from sparsec.errors import CacheError, KernelError
 from sparsec.formats.base import Packed
 from sparsec.formats.bitmap import Bitmap
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.nm import NM
 from sparsec.formats.wcsr import WIDEST, WarpCSR
-from sparsec.kernels import gpu_launch, gpu_semi_structured, loader
+from sparsec.kernels import gpu_launch, gpu_semi_structured
 
 OLDEST = (8, 0)
 """The compute capability from which on a device is served: Ampere."""
@@ -94,22 +95,26 @@ def digest() -> str:
 
 
 def tuned_file() -> Path:
-    """Where the configurations lie that were found to be the fastest on this machine's GPU: JSON, bucket -> number."""
+    """Where the configurations lie that were found to be the fastest on this machine's GPU: JSON, bucket -> number. CacheError."""
     name = re.sub(r"\W+", "-", identity()[0]).lower()
-    return loader.cache_folder() / f"gpu-{name}-{digest()}.json"
+    return cache.folder() / f"gpu-{name}-{digest()}.json"
 
 
 @functools.cache
 def take_tuned() -> None:
     """Prefers the configurations of `tuned_file`, once in a process; a damaged file is named in a warning and not used."""
-    file = tuned_file()
+    try:
+        file = tuned_file()
+    except CacheError as error:
+        warnings.warn(f"no tuned configurations are used: {error}", RuntimeWarning, stacklevel=2)
+        return
     if not file.is_file():
         return
     try:
         found = json.loads(file.read_text())
         if not all(isinstance(k, str) and type(n) is int and n >= 0 for k, n in found.items()):
             raise ValueError("it does not map names to numbers")
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, RecursionError, AttributeError, OSError) as error:
         warnings.warn(
             f"{file} cannot be used: {error}; delete it, or tune again: python -m sparsec.bench --device cuda",
             stacklevel=2,

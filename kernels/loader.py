@@ -3,26 +3,33 @@
 Looked for in this order: the library named in SPARSEC_NATIVE_LIBRARY; one put into the package by
 `python -m sparsec.kernels.build`; one in the cache folder; a new one, built into the cache folder under a lock.
 SPARSEC_NATIVE=0 turns them off; SPARSEC_ISA=amx|vbmi2|avx512|avx2|portable|reference forces an instruction set.
+
+A library whose hash is not the one that its build wrote beside it is never opened, and one in the cache folder is built anew.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsec.errors import BuildError, KernelError
+from sparsec import cache, files
+from sparsec.errors import BuildError, CacheError, KernelError, UnsafeCacheError
 from sparsec.kernels import toolchain
 
 REFERENCE = "reference"
 SYMBOLS = ("sparsec_isa", "sparsec_cpu_has", "sparsec_chosen", "sparsec_choose", "sparsec_force_half_product")
 ISAS = ("amx", "vbmi2", "avx512", "avx2", "portable", REFERENCE)
+WAYS_OUT = (
+    "or name a library in SPARSEC_NATIVE_LIBRARY, or build one into the package with python -m sparsec.kernels.build; "
+    "SPARSEC_NATIVE=0 keeps the reference kernels without this notice"
+)
+_LOADING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,10 @@ class Library:
         try:
             self._c = ctypes.CDLL(str(path))
         except OSError as error:
-            raise BuildError(f"{path} cannot be loaded: {error}; delete it and it is built again") from error
+            raise BuildError(
+                f"{path} cannot be loaded: {error}; where its disk lets nothing run, {cache.WAY_OUT}; else build another with "
+                "python -m sparsec.kernels.build"
+            ) from error
         missing = [name for name in SYMBOLS if not hasattr(self._c, name)]
         if missing:
             raise BuildError(
@@ -92,10 +102,11 @@ class Library:
 def status() -> NativeStatus:
     """The state of the native kernels in this process; the first call loads, and may build, them.
 
-    Raises KernelError when SPARSEC_ISA asks for an instruction set that is unknown or that the CPU lacks. A build that
-    fails is no error: the reference kernels serve, and one RuntimeWarning says why.
+    Raises KernelError when SPARSEC_ISA asks for an instruction set that is unknown or that the CPU lacks, and UnsafeCacheError
+    when there is no safe place to build into. A build that fails is no error, and neither is a place that cannot be written to:
+    the reference kernels serve, and one RuntimeWarning says why.
     """
-    loaded = _load()
+    loaded = _loaded()
     return loaded if isinstance(loaded, NativeStatus) else _describe(loaded)
 
 
@@ -106,7 +117,7 @@ def asked() -> bool:
 
 def force_isa(name: str | None) -> None:
     """Uses the instruction set `name` from now on, None the best one. KernelError when this cannot be."""
-    loaded = _load()
+    loaded = _loaded()
     if isinstance(loaded, NativeStatus):
         raise KernelError(f"instruction set {name!r} cannot be forced: {loaded.reason}")
     loaded.choose(loaded.usable[0] if name is None else name)
@@ -114,10 +125,15 @@ def force_isa(name: str | None) -> None:
 
 def library() -> Library:
     """The loaded library. KernelError with the reason when there is none."""
-    loaded = _load()
+    loaded = _loaded()
     if isinstance(loaded, NativeStatus):
         raise KernelError(f"no native kernels: {loaded.reason}")
     return loaded
+
+
+def _loaded() -> Library | NativeStatus:
+    with _LOADING:
+        return _load()
 
 
 @functools.cache
@@ -133,8 +149,11 @@ def _load() -> Library | NativeStatus:
         return NativeStatus(built=False, reason=fault)
     try:
         found = _locate()
-    except (BuildError, OSError) as error:
-        warnings.warn(f"sparsec runs on its slow reference kernels: {error}", RuntimeWarning, stacklevel=2)
+    except UnsafeCacheError as error:
+        raise UnsafeCacheError(f"native kernels have no safe place to be built into: {error}; {WAYS_OUT}") from error
+    except (BuildError, CacheError, OSError) as error:
+        ways = f"; {WAYS_OUT}" if isinstance(error, CacheError | OSError) else ""
+        warnings.warn(f"sparsec runs on its slow reference kernels: {error}{ways}", RuntimeWarning, stacklevel=4)
         return NativeStatus(built=False, reason=str(error))
     if wanted is not None:
         found.choose(wanted)
@@ -148,33 +167,57 @@ def _describe(found: Library) -> NativeStatus:
 def _locate() -> Library:
     named = os.environ.get("SPARSEC_NATIVE_LIBRARY")
     if named:
-        return Library(Path(named), None)
+        if not os.path.isabs(named):
+            raise BuildError(
+                f"SPARSEC_NATIVE_LIBRARY={named!r} must be an absolute path, such as {os.path.abspath(named)}: nothing is run from "
+                "the folder that a process happens to stand in"
+            )
+        return _checked(Path(named), None)
     packaged = toolchain.SOURCES / toolchain.library_name()
     if packaged.exists():
-        return Library(packaged, None)
+        if not (reasons := toolchain.faults(packaged, own=False)):
+            return Library(packaged, None)
+        warnings.warn(
+            f"{packaged} is not used, since {'; '.join(reasons)}: build it again with python -m sparsec.kernels.build",
+            RuntimeWarning,
+            stacklevel=5,
+        )
     chain = toolchain.find()
-    path = cache_folder() / "kernels" / chain.key() / toolchain.library_name()
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():  # another process may have built it while this one waited
-                if sys.stderr.isatty():
-                    print("sparsec: building the native kernels, once; this takes half a minute", file=sys.stderr)
-                chain.build(path)
-    return Library(path, f"{' '.join(chain.command)}: {chain.version}")
+    path = cache.folder("kernels", chain.key()) / toolchain.library_name()
+    if not _is_built(path):
+        with files.lock(path.with_suffix(".lock"), toolchain.PATIENCE, _say_waiting) as held:
+            if not _is_built(path):  # another process may have built it while this one waited
+                _say_building(path, chain)
+                chain.build(path, alone=held)
+    return _checked(path, f"{' '.join(chain.command)}: {chain.version}")
 
 
-def cache_folder() -> Path:
-    """The user's cache folder: $XDG_CACHE_HOME/sparsec, by default ~/.cache/sparsec."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "sparsec"
+def _is_built(path: Path) -> bool:
+    return path.is_file() and not toolchain.faults(path, own=True)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock; processes that start together build once."""
-    import fcntl  # not on Windows, which never comes here
+def _checked(path: Path, compiler: str | None) -> Library:
+    if reasons := toolchain.faults(path, own=compiler is not None):
+        raise BuildError(
+            f"{path} is not the library that was built: {'; '.join(reasons)}; build it again with python -m sparsec.kernels.build"
+        )
+    return Library(path, compiler)
 
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+def _say_building(path: Path, chain: toolchain.Toolchain) -> None:
+    why = f"the library in {path.parent} is damaged or not sparsec's; " if path.exists() else ""
+    print(
+        f"sparsec: {why}building the native kernels with {' '.join(chain.command)}, once; this takes a minute, and is given up "
+        f"after {toolchain.PATIENCE / 60:.0f}; SPARSEC_NATIVE=0 does without",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _say_waiting(process: str) -> None:
+    print(
+        f"sparsec: waiting for process {process}, which builds the native kernels, for {toolchain.PATIENCE / 60:.0f} minutes at "
+        "most",
+        file=sys.stderr,
+        flush=True,
+    )

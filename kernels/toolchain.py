@@ -9,16 +9,16 @@ import hashlib
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sparsec import cache, files
 from sparsec.errors import BuildError
+from sparsec.kernels import programs
 
 SOURCES = Path(__file__).parent / "native"
 CANDIDATES = ("c++", "g++", "clang++")
@@ -26,6 +26,10 @@ WAY_OUT = (
     "install a C++17 compiler (Debian: apt install g++, macOS: xcode-select --install) or name one in CXX; "
     "SPARSEC_NATIVE=0 keeps the reference kernels without this notice"
 )
+PATIENCE = 1200.0
+"""Seconds that a build may take: a minute on two idle cores, and five where they are busy."""
+_PATIENCE_TO_ANSWER = 60.0
+_SCRATCH = ".building-"
 
 _COMMON = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"),
@@ -74,24 +78,68 @@ class Toolchain:
 
     def check(self) -> None:
         """Compiles without keeping anything: does this compiler accept every file? Raises BuildError."""
-        for name, flags in self.files.items():
-            _run([*self.command, *_COMMON, "-Wall", *flags, "-fsyntax-only", str(SOURCES / name)])
+        commands = [
+            [*self.command, *_COMMON, "-Wall", *flags, "-fsyntax-only", str(SOURCES / name)]
+            for name, flags in self.files.items()
+        ]
+        _run(commands, PATIENCE)
 
-    def build(self, target: Path) -> None:
-        """Writes the library to `target`, whole or not at all. Raises BuildError with the compiler's own words."""
+    def build(self, target: Path, patience: float = PATIENCE, alone: bool = False) -> None:
+        """Writes the library to `target`, whole or not at all, and its hash beside it. Raises BuildError and OSError.
+
+        patience: seconds after which a compiler is ended. alone: nobody else builds in that folder now.
+        """
+        target = target.absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            objects = [str(Path(folder, name).with_suffix(".o")) for name in self.files]
-            extra = _SANITIZE if self.sanitize else ()
-            commands = [
-                [*self.command, *_COMMON, *extra, *flags, "-c", str(SOURCES / name), "-o", out]
-                for (name, flags), out in zip(self.files.items(), objects, strict=True)
-            ]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_run, commands))
-            linked = str(Path(folder, target.name))
-            _run([*self.command, "-shared", *extra, *objects, "-o", linked, *_link_flags(self.machine)])
-            os.replace(linked, target)
+        files.sweep(target.parent, f"{_SCRATCH}*", 0.0 if alone else max(files.STALE, 2 * patience))
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=target.parent, ignore_cleanup_errors=True) as folder:
+            self._build(Path(folder), target, patience)
+
+    def _build(self, folder: Path, target: Path, patience: float) -> None:
+        extra = _SANITIZE if self.sanitize else ()
+        objects = [(folder / name).with_suffix(".o") for name in self.files]
+        commands = [
+            [*self.command, *_COMMON, *extra, *flags, "-c", str(SOURCES / name), "-o", str(out)]
+            for (name, flags), out in zip(self.files.items(), objects, strict=True)
+        ]
+        linked = folder / target.name
+        link = [*self.command, "-shared", *extra, *map(str, objects), "-o", str(linked), *_link_flags(self.machine)]
+        _run(commands, patience, folder)
+        _run([link], patience, folder)
+        if not linked.is_file() or not linked.stat().st_size:
+            raise BuildError(f"the compiler ended well and left no library: {shlex.join(link)}; {WAY_OUT}")
+        record = folder / "record"
+        record.write_text(f"{_digest(linked)}  {target.name}\n")
+        for made, place in ((linked, target), (record, _record(target))):
+            made.chmod((made.stat().st_mode | 0o600) & ~0o022)  # whatever the umask
+            files.settle(made, place)
+
+
+def faults(library: Path, own: bool) -> list[str]:
+    """Why a library that is there must not be opened: it is not the one that was built.
+
+    own: it lies in the user's cache folder, where its hash has to stand beside it and both have to be this user's; elsewhere a
+    library without a hash is whoever's who put it there. What is checked stays so until it is opened: nobody else can enter the
+    folder (sparsec/cache.py), and a library is replaced by another file, never written to.
+    """
+    record = _record(library)
+    if not record.exists():
+        return ["no hash stands beside it"] if own else []
+    found = []
+    if own and not all(cache.owned(path.lstat()) for path in (library, record)):
+        found.append("it is not this user's alone")
+    if record.read_bytes().split()[:1] != [_digest(library).encode()]:
+        found.append("its hash is not the one that stands beside it")
+    return found
+
+
+def _record(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(
@@ -104,24 +152,36 @@ def find(
     wanted = compiler or os.environ.get("CXX")
     failures = []
     for name in (wanted,) if wanted else CANDIDATES:
-        command = tuple(shlex.split(name))
-        if not command or not shutil.which(command[0]):
+        command = _command(name)
+        # Of those that nobody named, none that lies where the process happens to stand.
+        if command is None or not (wanted or os.path.isabs(shutil.which(name) or "")):
             continue
         try:
-            version = _run([*command, "--version"]).splitlines()[:1]
-            machine = _run([*command, "-dumpmachine"]).strip()
+            version = _run([[*command, "--version"]], _PATIENCE_TO_ANSWER).splitlines()[:1]
+            machine = _run([[*command, "-dumpmachine"]], _PATIENCE_TO_ANSWER).split()[-1:]
         except BuildError as error:
             if wanted:
                 raise
             failures.append(f"{name}: {error}")  # such as the c++ of a macOS without its command line tools
             continue
-        return Toolchain(command, " ".join(version), machine, portable, simde, sanitize)
+        return Toolchain(command, " ".join(version), " ".join(machine), portable, simde, sanitize)
     if failures:
         raise BuildError(f"none of {', '.join(CANDIDATES)} works:\n" + "\n".join(failures))
     where = (
         f"{wanted!r}, named in CXX or --compiler, was not found" if wanted else f"none of {', '.join(CANDIDATES)} found"
     )
     raise BuildError(f"no C++ compiler: {where}; {WAY_OUT}")
+
+
+def _command(name: str) -> tuple[str, ...] | None:
+    """The program that is named, by its path where that is relative, and its arguments; None where it is not there."""
+    try:
+        words = [name] if shutil.which(name) else shlex.split(name)
+    except ValueError as error:
+        raise BuildError(f"{name!r}, named in CXX or --compiler, cannot be read: {error}; {WAY_OUT}") from error
+    if not words or not shutil.which(words[0]):
+        return None
+    return (os.path.abspath(words[0]) if os.path.dirname(words[0]) else words[0], *words[1:])
 
 
 def source_key() -> str:
@@ -143,17 +203,12 @@ def _link_flags(machine: str) -> list[str]:
     return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
 
 
-def _run(command: list[str]) -> str:
+def _run(commands: list[list[str]], patience: float, folder: Path | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise BuildError(f"the compiler could not be started: {error}; {WAY_OUT}") from error
-    if done.returncode != 0:
-        said = "\n".join((done.stderr or done.stdout).splitlines()[:20])
-        raise BuildError(
-            f"the compiler failed (exit status {done.returncode}): {shlex.join(command)}\n{said}\n{WAY_OUT}"
-        )
-    return done.stdout
+        return "".join(programs.run(commands, patience, folder))
+    except BuildError as error:
+        way_out = f"make room, or {cache.WAY_OUT}" if "No space left" in str(error) else WAY_OUT
+        raise BuildError(f"{error}\n{way_out}") from error
 
 
 def platform_fault() -> str | None:

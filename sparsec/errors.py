@@ -56,6 +56,14 @@ class BuildError(SparsecError, RuntimeError):
     """The native kernels could not be built; carries the compiler's own words."""
 
 
+class CacheError(SparsecError):
+    """The user's cache folder cannot be made, read or written."""
+
+
+class UnsafeCacheError(CacheError):
+    """A cache folder that is refused: there is no place for one, it is somebody else's, or others can put theirs in its place."""
+
+
 class VerifyError(SparsecError, AssertionError):
     """A graph that breaks an invariant after a pass: a defect of that pass, not of the input."""
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(gpu, "tuned_file", lambda: tmp_path / "cache" / "gpu.json")
+    monkeypatch.setattr(gpu, "tuned_file", lambda: tmp_path / "gpu.json")
     monkeypatch.setattr(bench, "select", lambda problem: next(k for k in gpu_kernels() if k.format == problem.format))
     monkeypatch.setattr(replay, "MAX_COPIES", 8)  # the interpreter takes milliseconds for one
     gpu_launch.prefer({})

@@ -19,6 +19,7 @@ from sparsec.cost.fit import Sample, fit, non_negative
 from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
 from sparsec.errors import CalibrationError
 from sparsec.formats import CSR
+from sparsec.kernels import status
 
 FIXTURE = Path(__file__).parent / "calibration.json"
 
@@ -204,6 +205,7 @@ def test_a_wrong_content_is_refused_even_with_a_right_checksum(change, message: 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Key:
     """A cache folder of its own, and a measurement that only counts its calls."""
+    status()  # before: it builds the native kernels where there are none
     monkeypatch.delenv(cal.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cal, "measure", fake_measure)

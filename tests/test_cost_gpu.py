@@ -22,7 +22,7 @@ from sparsec.cost.choice import TORCH, Setting, choose, sparse_candidates
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
 from sparsec.errors import CalibrationError, KernelError
-from sparsec.kernels import KERNELS, Kernel, Problem, gpu
+from sparsec.kernels import KERNELS, Kernel, Problem, gpu, status
 from sparsec.latency import layer_speedups, replayed_speedup
 from sparsec.lowering.setting import unpredicted
 from sparsec.machine import gpu_clock
@@ -187,8 +187,9 @@ def test_what_one_call_shares_on_a_cpu_is_several_calls_on_a_gpu(served: tuple[K
 
 
 def test_a_gpu_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status()  # before: it builds the native kernels where there are none
     monkeypatch.delenv(cal.VARIABLE)
-    monkeypatch.setattr(cal, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gpu, "identity", lambda: ("A GPU", "sm_90"))
     monkeypatch.setattr(gpu, "digest", lambda: "0123")
     monkeypatch.setattr(cal, "load", lambda: 0.0)

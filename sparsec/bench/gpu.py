@@ -15,6 +15,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
+from sparsec import files
 from sparsec.bench.cases import Case, Format, random_mask
 from sparsec.command import DTYPES
 from sparsec.cost import Calibration, Work
@@ -231,10 +232,9 @@ def _fastest(packed: Packed, weight: Tensor, x: Tensor, rotate_bytes: int, tune:
 
 
 def keep_tuned() -> str:
-    """Writes the preferred configurations where the kernels look for them; returns the path."""
+    """Writes the preferred configurations where the kernels look for them; returns the path. CacheError, OSError."""
     file = gpu.tuned_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(gpu_launch.preferred(), indent=1) + "\n")
+    files.write(file, (json.dumps(gpu_launch.preferred(), indent=1) + "\n").encode())
     return str(file)
 
 

@@ -38,7 +38,7 @@ from sparsec.command import DTYPES as TYPES
 from sparsec.cost import Calibration, calibrate
 from sparsec.cost.calibration import save
 from sparsec.cost.replay import read_seconds
-from sparsec.errors import KernelError, SpecError
+from sparsec.errors import CacheError, KernelError, SpecError
 from sparsec.kernels import gpu, gpu_launch
 from sparsec.machine import Machine, gpu_clock, machine
 from sparsec.progress import Progress
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
             report.write()
     try:
         report.tuned = keep_tuned()
-    except OSError as error:
+    except (CacheError, OSError) as error:
         report.left_out.append(f"the fastest configurations could not be kept: {error}")
     report.write()
     first = (options.dtypes or DTYPES).partition(",")[0]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +19,12 @@ from typing import Any
 
 import torch
 
+from sparsec import cache, files
 from sparsec.cost import measure_gpu
 from sparsec.cost.measure import measure_kernels, measure_member, measure_reads
 from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
-from sparsec.errors import CalibrationError, KernelError
+from sparsec.errors import CacheError, CalibrationError, KernelError
 from sparsec.kernels import gpu, status
-from sparsec.kernels.loader import cache_folder
 from sparsec.machine import cores, cpu_name, load
 from sparsec.progress import Progress
 
@@ -55,8 +54,8 @@ class Key:
         return cls(device, cpu_name(), native.isa or "none", torch.get_num_threads(), torch.__version__, library)
 
     def file(self) -> Path:
-        """Where its calibration is kept."""
-        return cache_folder() / "calibration" / f"{_digest(repr(self).encode())}.json"
+        """Where its calibration is kept. CacheError where there is no such place."""
+        return cache.folder("calibration") / f"{_digest(repr(self).encode())}.json"
 
 
 @dataclass(frozen=True)
@@ -129,16 +128,16 @@ def calibrate(
     if named and not force:
         return _named(Path(named), device)
     key, notices = Key.here(device), []
-    known = None
-    if not force and key.file().exists():
+    known, file = None, _place(key, notices)
+    if not force and file is not None and file.exists():
         try:
-            known = _kept(key)
+            known = _kept(key, file)
             if measuring and busy(known.load) and not busy(load() or 0.0):
                 known = None
         except CalibrationError as error:
             notices.append(f"{error}; it is measured anew")
     missing = [d for d in dtypes if known is None or str(d).removeprefix("torch.") not in known.dtypes]
-    source = str(key.file())
+    source = str(file)
     if missing:
         if not measuring:
             return None
@@ -146,9 +145,10 @@ def calibrate(
         known = measured if known is None else _merged(known, measured)
         source = "measured now"
         try:
-            save(known, key.file())
+            if file is not None:
+                save(known, file)
         except OSError as error:
-            notices.append(f"it cannot be kept in {key.file()} ({error.strerror}), so every run measures it again")
+            notices.append(f"it cannot be kept in {file} ({error.strerror}), so every run measures it again")
     assert known is not None
     return Found(known, source, (*notices, *remarks(known)))
 
@@ -196,9 +196,7 @@ def busy(load: float) -> bool:
 def save(found: Calibration, path: Path) -> None:
     """Writes the file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write(to_json(found))
-    os.replace(file.name, path)
+    files.write(path, to_json(found).encode())
 
 
 def load_file(path: Path) -> Calibration:
@@ -265,15 +263,26 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _kept(key: Key) -> Calibration:
-    found = load_file(key.file())
+def _place(key: Key, notices: list[str]) -> Path | None:
+    """Its file, or None and a notice more."""
+    try:
+        return key.file()
+    except CacheError as error:
+        notices.append(f"it cannot be kept, so every run measures it again: {error}")
+        return None
+
+
+def _kept(key: Key, file: Path) -> Calibration:
+    found = load_file(file)
     if found.key != key:
-        raise CalibrationError(f"{key.file()}: was measured elsewhere: {found.key}")
+        raise CalibrationError(f"{file}: was measured elsewhere: {found.key}")
     return found
 
 
 def _named(path: Path, device: str) -> Found:
     try:
+        if not path.is_absolute():
+            raise CalibrationError(f"{path}: must be an absolute path, such as {path.absolute()}")
         found = load_file(path)
         if found.key.device != device:
             raise CalibrationError(f"{path}: was measured on {found.key.device}, and {device} is asked for")

@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 
+from sparsec import cache, files
 from sparsec.data.quiet import quiet
 from sparsec.errors import DataError, MissingExtraError
-from sparsec.kernels.loader import cache_folder
 from sparsec.progress import Progress
 
 _FACTS = "sparsec_source.json"
 _LAYOUT = "1"  # of the cached folder; a change of what is written there takes the next number
 _MAGIC = b"GGUF"
+_SCRATCH = ".converting-"
 
 
 def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) -> tuple[Path, str]:
     """The folder with the de-quantised model, and in words what it was quantised as. Converts on the first call.
 
-    Raises DataError for a file that is no whole GGUF or a cache folder that cannot be written, MissingExtraError
-    without gguf and accelerate.
+    Raises DataError for a file that is no whole GGUF or a disk that is full, CacheError for a cache folder that cannot be used,
+    MissingExtraError without gguf and accelerate.
     """
     with file.open("rb") as stream:
         if stream.read(4) != _MAGIC:
@@ -41,10 +42,22 @@ def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) 
             )
         stream.seek(0)
         key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    folder = cache_folder() / "models" / f"{key}-{str(dtype).removeprefix('torch.')}-{_LAYOUT}"
-    if not (folder / _FACTS).is_file():
+    folder = cache.folder("models") / f"{key}-{str(dtype).removeprefix('torch.')}-{_LAYOUT}"
+    precision = _kept(folder)
+    if precision is None:
         _convert(file, dtype, folder, progress)
-    return folder, json.loads((folder / _FACTS).read_text())["precision"]
+    return folder, precision or _kept(folder) or "unknown"
+
+
+def _kept(folder: Path) -> str | None:
+    """What a converted model was quantised as; None where there is none, or one that is damaged, which is deleted."""
+    if not folder.exists():
+        return None
+    try:
+        return str(json.loads((folder / _FACTS).read_text("utf-8"))["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _convert(file: Path, dtype: torch.dtype, folder: Path, progress: Progress | None) -> None:
@@ -62,20 +75,22 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path, progress: Progress | 
 
 def _keep(model: Any, tokenizer: Any, folder: Path, facts: dict[str, str]) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        files.sweep(folder.parent, f"{_SCRATCH}*")
         # Written beside its place and then renamed: an interrupted conversion leaves nothing that looks whole.
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder.parent))
         try:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-            (scratch / _FACTS).write_text(json.dumps(facts))
+            (scratch / _FACTS).write_text(json.dumps(facts), "utf-8")
+            for path in scratch.iterdir():
+                files.to_disk(path)
             _move(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: the converted model cannot be kept there ({error.strerror or error}); "
-            f"make room, or set XDG_CACHE_HOME to a folder that can be written"
+            f"make room, or {cache.WAY_OUT}"
         ) from error
 
 
