@@ -138,10 +138,13 @@ class Group:
 
     def product(self, index: int, member: Grouped, x: Tensor) -> Tensor | None:
         """The product of one member with x; None where it has to compute it by itself."""
-        if torch.compiler.is_compiling():
-            if not torch.compiler.is_exporting():
-                return None
-        elif torch.is_grad_enabled() or transformed() or torch._C._is_any_autocast_enabled():
+        compiling = torch.compiler.is_compiling()
+        if compiling and not torch.compiler.is_exporting():
+            return None
+        # These flags are the process's: a plain tensor comes from another thread than the one that exports.
+        if (not compiling or type(x) is Tensor) and (
+            torch.is_grad_enabled() or transformed() or torch._C._is_any_autocast_enabled()
+        ):
             return None
         if index:
             return self._take(index, member, x)

@@ -18,6 +18,7 @@ from sparsec.data import Text
 from sparsec.emitter import emit, follower, unpackable, unswappable
 from sparsec.errors import CompileError, DataError, MaskError, PipelineError
 from sparsec.ir.carry import rebind
+from sparsec.ir.foreign import refusal
 from sparsec.ir.graph import Graph
 from sparsec.ir.groups import of_peft
 from sparsec.ir.settle import settle
@@ -335,6 +336,9 @@ def _refresh(graph: Graph) -> None:
 
 def _refuse(model: nn.Module) -> None:
     refuse_wrapper(model, "compile")
+    foreign = refusal(model)
+    if foreign:
+        raise CompileError(foreign)
     refuse_meta(model)
     inside = next((path for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)), None)
     sparse = next((path for path, m in model.named_modules() if isinstance(m, SparseLinear)), None)

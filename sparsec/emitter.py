@@ -111,7 +111,8 @@ def _reason(model: nn.Module, owner: str) -> str:
         plain = any(kind.forward is c.forward for c in conv1d_type())
     else:
         return f"its product is written inside {kind.__name__} ({owner or 'the root module'}), which is no nn.Linear"
-    if not plain or "forward" in module.__dict__:  # such as accelerate's patched instances
+    patched = module.__dict__.get("forward")  # by accelerate, which leaves the class's own there when it is taken off
+    if not plain or (patched is not None and getattr(patched, "__func__", None) is not kind.forward):
         return f"{owner} is a {kind.__name__} with a forward of its own"
     if not owner:
         return "the model is itself the linear, and only modules inside of a model can be swapped; wrap it in nn.Sequential"

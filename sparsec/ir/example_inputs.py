@@ -129,4 +129,6 @@ def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
                 f"{name}: example input {key!r} must be a tensor or a plain constant, got {type(value).__name__}; "
                 f"{advice(model) or 'wrap the model in a module whose forward takes tensors'}"
             )
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise TraceError(f"{name}: example input {key!r} is a {value.layout} tensor; give a dense one, .to_dense()")
     return arguments
