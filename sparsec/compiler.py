@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
 from sparsec.calibrate import SEQUENCES, CalibrationData, samples, strings, windows
 from sparsec.data import Text
-from sparsec.emitter import emit, follower, unpackable, unswappable
+from sparsec.emitter import adopt, emit, follower, unpackable, unswappable
 from sparsec.errors import CompileError, DataError, MaskError, PipelineError
 from sparsec.ir.carry import rebind
 from sparsec.ir.foreign import refusal
@@ -24,7 +24,7 @@ from sparsec.ir.groups import of_peft
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
 from sparsec.kernels import Problem, SparseLinear, select
-from sparsec.memory import held
+from sparsec.memory import held, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.pruning import NO_CALIBRATION
@@ -61,6 +61,7 @@ class Compiled:
     emit_seconds: float
     notes: tuple[str, ...]  # what tracing and emission had to say
     model: weakref.ref[nn.Module]  # the compiled model
+    shares: bool = False  # it holds tensors of the model that it was compiled from, and writes to none of them
 
     def report(self) -> Report:
         """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields.
@@ -107,7 +108,7 @@ def compile(
     calibration_sequences: int = SEQUENCES,
     calibration_length: int | None = None,
     seed: int = 0,
-    copy: bool = True,
+    copy: bool | Literal["changed"] = True,
     verify: Verify = "structure",
     progress: Progress | None = None,
     instruments: Sequence[Instrument] = (),
@@ -124,7 +125,8 @@ def compile(
     path or `dataset:NAME[,...]`, with `tokenizer`, or `tokenizer` alone for the embedded text, of which `calibration_sequences`
     sequences of `calibration_length` tokens (1024, or what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows`
     gives; or calls, each a tuple of tensors, for a plain module.
-    copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed.
+    copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed. "changed" leaves it
+    untouched too, and copies nothing that the passes leave as it is: both models then hold the very same tensors, so train neither.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
     The result's `.sparsec` holds the graph, the records of the passes and `report()`.
@@ -140,8 +142,9 @@ def compile(
         calibration = windows(None, tokenizer, calibration_sequences, calibration_length, seed, limit)
     _require_calibration(pipeline, calibration)
     drawn = _draw(model, calibration, tokenizer, calibration_sequences, calibration_length, seed)
+    shares = copy == "changed"
     if copy:
-        model = _copied(model)
+        model = _copied(model, shares)
     start = perf_counter()
     with stage(progress, "tracing"):
         graph = trace(model, example_inputs)
@@ -153,20 +156,23 @@ def compile(
     if calibration is not None and not any(p.needs_calibration for p in pipeline.passes):
         graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
     data = _calls(graph, drawn)
-    context = _context(model, graph, masks=masks or {}, calibration=data, progress=progress)
+    context = _context(model, graph, not shares, masks=masks or {}, calibration=data, progress=progress)
     records = pipeline.run(graph, context, verify, instruments)
-    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes))
+    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), shares)
 
 
 def extend(
     compiled: Model,
     passes: Pipeline | str | Pass | Iterable[str | Pass],
     *,
+    copy: bool = True,
     verify: Verify = "structure",
     progress: Progress | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> Model:
     """A copy of a compiled model that is not lowered yet, with more passes run on it; `compiled` stays what it is.
+
+    copy: False consumes it: masks and dense weights are freed as they are packed.
 
     So one calibration serves several formats: `extend(pruned, "lower(bitmap)")`, `extend(pruned, "lower(csr)")`. Its `.sparsec`
     tells of all passes. Raises CompileError for a model that was not compiled or is lowered, and what `compile` raises.
@@ -183,7 +189,8 @@ def extend(
         raise PipelineError(
             f"extend gives no calibration data, which the pass {needing[0]!r} needs; name it in the passes of compile"
         )
-    model = copying.deepcopy(compiled)
+    shares = before.shares
+    model = _copied(compiled, shares) if copy else compiled
     inside = model.get_submodule(path)
     own: Compiled = vars(inside).pop("sparsec")
     graph, notes = own.graph, list(own.notes)
@@ -193,10 +200,11 @@ def extend(
     notes += settle(graph)
     again = [p for p in own.pipeline.passes if p.produces & (before.graph.facts - graph.facts)]
     more = Pipeline((*dict.fromkeys(again), *more.passes))
-    context = _context(model, graph, progress=progress)
+    context = _context(model, graph, not shares, progress=progress)
     records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
     whole = Pipeline((*own.pipeline.passes, *more.passes))
-    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, tuple(dict.fromkeys(notes)))
+    said_once = tuple(dict.fromkeys(notes))
+    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, said_once, shares)
 
 
 def _inside(model: nn.Module) -> tuple[str, Compiled]:
@@ -212,11 +220,11 @@ def _inside(model: nn.Module) -> tuple[str, Compiled]:
     return found[0]
 
 
-def _context(model: nn.Module, graph: Graph, **given: Any) -> Context:
+def _context(model: nn.Module, graph: Graph, owns_weights: bool, **given: Any) -> Context:
     return Context(
         keep_dense=unpackable(model, graph),
         unswappable=unswappable(model, graph),
-        owns_weights=True,
+        owns_weights=owns_weights,
         probe=graph.example,
         **given,
     )
@@ -229,16 +237,19 @@ def _emitted(
     records: tuple[PassRecord, ...],
     trace_seconds: float,
     notes: tuple[str, ...],
+    shares: bool,
 ) -> Model:
     """The model with the graph put back into it, and its `.sparsec`."""
     start = perf_counter()
+    if shares:
+        adopt(model, graph)
     notes = (*notes, *emit(model, graph))
     seconds = perf_counter() - start
     for part in model.modules():
         saves = hasattr(type(part), "save_pretrained") and not of_peft(part)  # which saves the adapter alone
         if saves and any(isinstance(m, SparseLinear) for m in part.modules()):
             object.__setattr__(part, "save_pretrained", partial(_refuse_saving, type(part).__name__))
-    compiled = Compiled(graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model))
+    compiled = Compiled(graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model), shares)
     object.__setattr__(model, "sparsec", compiled)
     return model
 
@@ -308,9 +319,10 @@ def _pipeline(
     return pipeline
 
 
-def _copied(model: Model) -> Model:
+def _copied(model: Model, share: bool = False) -> Model:
+    """share: with the very same tensors, masks included."""
     try:
-        return copying.deepcopy(model)
+        return shared_copy(model) if share else copying.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise CompileError(
             f"the model cannot be copied: {error}; hand it over with copy=False, or, where torch.nn.utils.prune is the cause, make "

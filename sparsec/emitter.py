@@ -7,6 +7,7 @@ anything is lowered (`unswappable`), and its weight stays dense with the reason.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -82,6 +83,26 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
         f"freeze was missing: the masks of {some(notes)} were written into the weights, so that the model computes what the "
         "graph says",
     )
+
+
+def adopt(model: nn.Module, graph: Graph) -> None:
+    """Gives `model`, whose tensors are somebody else's too, those that passes made; what emission will write to is made here."""
+    for weight in graph.masked():
+        if not weight.frozen:
+            graph.replace_tensor(weight.name, graph.tensor(weight.name).detach().clone())
+    for weight in graph.weights.values():
+        if weight.packed is None:
+            put(model, (weight.name, *weight.aliases), graph.tensor(weight.name))
+
+
+def put(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+    """Lets `model` hold a tensor under these names as a Parameter, unless it does so already."""
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if getattr(module, leaf) is not parameter:
+            setattr(module, leaf, parameter)
 
 
 def _elsewhere(model: nn.Module, weight: Weight, swapped: set[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -24,6 +24,7 @@ from sparsec.progress import Progress
 from sparsec.recorded import Decoder
 
 WARM_UP = 2
+LEAST = 3  # rounds, whatever the time budget says: a median needs them
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,18 @@ def interleaved(
     repeats: int,
     progress: Progress | None = None,
     what: str = "timing",
+    seconds: float | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each case, `repeats` times. In every round all cases run once, in turning order.
 
-    A case that returns seconds has timed itself.
+    A case that returns seconds has timed itself. seconds: no round begins after so many, but for the least that a median needs.
     """
     names = list(cases)
     times: dict[str, list[float]] = {name: [] for name in names}
+    begin = perf_counter()
     for turn in range(WARM_UP + repeats):
+        if seconds is not None and turn >= WARM_UP + LEAST and perf_counter() - begin > seconds:
+            break
         if progress is not None:
             progress(what, turn, WARM_UP + repeats)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -86,15 +91,48 @@ class Comparison:
     prefill_speedup: dict[str, Spread]
     decode_speedup: dict[str, Spread]
     notes: tuple[str, ...] = ()  # on how it was measured
+    prefill_rounds: dict[str, tuple[float, ...]] = field(default_factory=dict)  # milliseconds, by round
+    decode_rounds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def beside(self, other: Comparison) -> Comparison:
+        """Both together, where they were measured one after another: ratios are those of medians to the first model of this one."""
+        latencies = self.latencies | other.latencies
+        base = next(iter(latencies.values()))
+        return Comparison(
+            latencies,
+            self.prefill_speedup | {n: _apart(base.prefill_ms, own.prefill_ms) for n, own in other.latencies.items()},
+            self.decode_speedup | {n: _apart(base.decode_ms, own.decode_ms) for n, own in other.latencies.items()},
+            tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
+
+    def over(self, base: str, name: str) -> tuple[Spread, Spread]:
+        """How many times as fast as `base` one is in prefill and decode: by round where both took turns."""
+        if base in self.decode_rounds and name in self.decode_rounds:
+            pairs = ((rounds[base], rounds[name]) for rounds in (self.prefill_rounds, self.decode_rounds))
+            prefill, decode = (ratio(*pair) for pair in pairs)
+            return prefill, decode
+        one, two = self.latencies[base], self.latencies[name]
+        return _apart(one.prefill_ms, two.prefill_ms), _apart(one.decode_ms, two.decode_ms)
 
 
 @torch.no_grad()
 def compare(
-    models: Mapping[str, Any], prompt: Tensor, repeats: int, decode_repeats: int, progress: Progress | None = None
+    models: Mapping[str, Any],
+    prompt: Tensor,
+    repeats: int,
+    decode_repeats: int,
+    progress: Progress | None = None,
+    seconds: float | None = None,
 ) -> Comparison:
-    """Times causal language models on a prompt of token ids [1, tokens]; the first one is the baseline of the speedups."""
+    """Times causal language models on a prompt of token ids [1, tokens]; the first one is the baseline of the speedups.
+
+    seconds: a time budget, of prefill and of decoding half each; fewer rounds are run where it ends.
+    """
+    half = None if seconds is None else seconds / 2
     on_gpu = any(next(model.parameters()).is_cuda for model in models.values())
-    prefill = interleaved({n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill")
+    prefill = interleaved(
+        {n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill", half
+    )
     notes: list[str] = []
     if on_gpu:
         decoders = {name: Decoder(model, prompt, WARM_UP + decode_repeats) for name, model in models.items()}
@@ -107,18 +145,25 @@ def compare(
         )
     else:
         cases = {name: _decode(model, prompt) for name, model in models.items()}
-    decode = interleaved(cases, decode_repeats, progress, "timing decode")
+    decode = interleaved(cases, decode_repeats, progress, "timing decode", half)
     return Comparison(
         {name: Latency(Spread.of(prefill[name]), Spread.of(decode[name])) for name in models},
         _ratios(prefill),
         _ratios(decode),
         tuple(notes),
+        {name: tuple(values) for name, values in prefill.items()},
+        {name: tuple(values) for name, values in decode.items()},
     )
 
 
 def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
     """How many times as fast as `base`, by round."""
     return Spread.of([b / t for b, t in zip(base, other, strict=True)])
+
+
+def _apart(base: Spread, own: Spread) -> Spread:
+    """The same of two that were not measured in the same rounds."""
+    return Spread(base.median / own.median, base.median / own.upper, base.median / own.lower, own.repeats)
 
 
 def _ratios(times: Mapping[str, list[float]]) -> dict[str, Spread]:
@@ -158,7 +203,10 @@ def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
 
 @torch.no_grad()
 def layer_speedups(
-    pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]], rounds: int, progress: Progress | None = None
+    pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]],
+    rounds: int,
+    progress: Progress | None = None,
+    seconds: float | None = None,
 ) -> dict[str, float]:
     """Median over rounds of (time of the first) / (time of the second) for pairs of linear layers, at one row.
 
@@ -166,13 +214,16 @@ def layer_speedups(
     goes through all the first ones, then through all the second ones, as decoding with one or the other goes through all layers:
     a small layer looped by itself would be timed in a cache that it never finds warm, and one between layers of another kind
     in company that it never has. The first ones have `in_features` or a Conv1D's `weight` [in, out]. On a GPU each pair goes by
-    itself, see `replayed_speedup`.
+    itself, see `replayed_speedup`. seconds: a time budget for the rounds.
     """
     if any(dense[0].weight.is_cuda for dense, _ in pairs.values()):
         return _replayed_speedups(pairs, rounds, progress)
     found: dict[str, list[float]] = {name: [] for name in pairs}
     rows = {name: _row(dense[0]) for name, (dense, _) in pairs.items()}
+    begin = perf_counter()
     for turn in range(WARM_UP + rounds):
+        if seconds is not None and turn >= WARM_UP + LEAST and perf_counter() - begin > seconds:
+            break
         if progress is not None:
             progress("timing layers", turn, WARM_UP + rounds)
         taken: dict[int, dict[str, float]] = {}

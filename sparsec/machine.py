@@ -54,7 +54,7 @@ def machine() -> Machine:
         cpu=cpu_name(),
         isa=torch.backends.cpu.get_cpu_capability(),
         cores=cores(),
-        memory_bytes=_memory(),
+        memory_bytes=memory_bytes(torch.device("cpu")),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
@@ -109,7 +109,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory() -> int | None:
+def memory_bytes(device: torch.device) -> int | None:
+    """Of the machine, or of a GPU; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows has no sysconf, others may lack the name

@@ -6,6 +6,7 @@ truly gone, which no amount of counting can.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import os
@@ -13,11 +14,14 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparsec.kernels.gpu_semi_structured import beside
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _STATM = Path(
     "/proc/self/statm"
@@ -49,13 +53,35 @@ def held(module: nn.Module) -> Held:
 
 
 def _fresh_bytes(tensor: Tensor, seen: set[tuple[str, int]]) -> int:
-    storage = tensor.untyped_storage()
-    # On the meta device every storage has address 0: there only the tensor's identity tells two apart.
-    key = ("meta", id(tensor)) if tensor.is_meta else (str(tensor.device), storage.data_ptr())
+    key, storage = _key(tensor), tensor.untyped_storage()
     if key in seen:
         return 0
     seen.add(key)
     return storage.nbytes() + beside(storage)
+
+
+def _key(tensor: Tensor) -> tuple[str, int]:
+    # On the meta device every storage has address 0: there only the tensor's identity tells two apart.
+    return ("meta", id(tensor)) if tensor.is_meta else (str(tensor.device), tensor.untyped_storage().data_ptr())
+
+
+def shared_copy(model: Model) -> Model:
+    """A copy of the modules that holds the very same parameters and buffers; a compiled model's masks too."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    graph = getattr(getattr(model, "sparsec", None), "graph", None)
+    if graph is not None:
+        tensors += [*graph.module.parameters(), *graph.module.buffers(), *(weight.mask for weight in graph.masked())]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def shared(model: nn.Module, other: nn.Module) -> int:
+    """Bytes of the tensors that both hold."""
+    seen: set[tuple[str, int]] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        _fresh_bytes(tensor, seen)
+    both = [t for t in (*other.parameters(), *other.buffers()) if _key(t) in seen]
+    counted: set[tuple[str, int]] = set()
+    return sum(_fresh_bytes(tensor, counted) for tensor in both)
 
 
 def resident(device: str = "cpu") -> int | None:

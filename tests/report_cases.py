@@ -106,7 +106,7 @@ def report() -> Report:
         ),
         model=ModelFacts("small", "LlamaForCausalLM", "a test", "arithmetic in float32", "float32"),
         evaluation=EvaluationFacts("a text", "ab" * 32, 1000, 8, 64, "float32"),
-        latency=LatencyFacts(16, 2, 20, 40, layers_timed=4, layers=10),
+        latency=LatencyFacts(16, 2, 20, 40),
         sample=Sample("Why?", True, 5, {"dense": "Because\nof that.", "lowered": "Because " * 20}),
         stages=(Stage("evaluating", 12.5, 6, 8, "windows"), Stage("timing decode", 3.0, 40, 40, "rounds")),
         remarks=("invented numbers",),

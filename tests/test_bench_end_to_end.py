@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from sparsec.bench import end_to_end, models, room, shares, sources
 from sparsec.bench.__main__ import main
-from sparsec.bench.end_to_end import Effort, Mode, Variant, headlines, run, variants
+from sparsec.bench.end_to_end import DENSE, DENSE_ON_SPARSEC, MASKED, Effort, Mode, Variant, headlines, run, variants
 from sparsec.bench.session import Session
 from sparsec.data.tiny import tiny_model
 from sparsec.errors import DataError, SpecError
@@ -27,7 +27,6 @@ SMALL: dict[str, dict[str, int]] = {
     "pythia-410m": {"intermediate_size": 96},
 }
 COMMON = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-DENSE = Variant("dense")
 SPARSE = Variant("50% zero", "magnitude(0.5)")
 
 
@@ -146,6 +145,8 @@ def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.Monkey
     modes = run(tiny_model(), wanted, effort)
     assert [(m.name, m.cache) for m in modes] == [
         ("dense eager", "dynamic"),
+        ("masked eager", "dynamic"),
+        ("dense on sparsec's kernels eager", "dynamic"),
         ("50% zero eager", "dynamic"),
         ("70% zero eager", "dynamic"),
     ]
@@ -153,7 +154,7 @@ def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.Monkey
         assert len(mode.prefill_ms) == len(mode.decode_ms) == 2
         assert mode.shares is not None
         assert min(mode.shares.linears, mode.shares.lm_head, mode.shares.attention or 0, mode.shares.rest) > 0
-    for share, model in zip((0.5, 0.7), seen.values(), strict=True):
+    for share, model in zip((0.5, 0.7), list(seen.values())[1:], strict=True):
         packed = [m.packed for m in model.modules() if isinstance(m, SparseLinear)]
         assert {p.format for p in packed} == {"bitmap"}
         zeros = sum(p.sparsity * p.shape[0] * p.shape[1] for p in packed)
@@ -186,6 +187,12 @@ def test_the_headline_is_best_against_best_per_round() -> None:
     assert found.decode.median == 2.0  # of 6 / 3, 8 / 2, 7 / 7
     assert found.prefill.median == 2.0  # each with the mode that is best there
     assert found.sparse.tokens_per_second == pytest.approx(1e3 / 3.0)
+    assert found.zeros is None
+    own = _mode(DENSE_ON_SPARSEC, False, [3.0, 3.0, 3.0], [4.5, 4.0, 7.0])
+    (found,) = headlines([*modes, own, _mode(MASKED, False, [9.0] * 3, [1.0] * 3)])
+    assert found.zeros is not None
+    assert found.zeros.median == 1.5  # of 4.5 / 3, 4 / 2, 7 / 7
+    assert found.dense.name == "dense compiled"  # masked is no baseline
 
 
 @pytest.mark.usefixtures("small")
@@ -223,7 +230,12 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert [r["dtype"] for r in written["runs"]] == ["bf16"]
     with (tmp_path / "e.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [r["mode"] for r in rows] == ["dense eager", "50% zero eager"]
+    assert [r["mode"] for r in rows] == [
+        "dense eager",
+        "masked eager",
+        "dense on sparsec's kernels eager",
+        "50% zero eager",
+    ]
     modes = [m for r in written["runs"] for m in r["modes"]]
     for row, mode in zip(rows, modes, strict=True):
         assert row["mode"] == mode["name"]

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("emitter", "evaluate", "inductor", "latency", "recorded", "wrapped"),
     ("report.collect", "report.text", "report.schema", "report"),
     ("compiler", "checkpoint"),
-    ("report.measure", "command", "evaluate.output"),
+    ("report.measure", "report.variants", "report.figures", "command", "evaluate.output"),
     ("commands",),
     ("", "__main__", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
 )

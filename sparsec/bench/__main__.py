@@ -115,7 +115,7 @@ _SMALLER = "take fewer --formats, smaller --shapes, or a smaller --rotate-mb or 
 def _bytes(case: Case, protocol: Protocol) -> int:
     """At most, of what all contenders of a case walk through; torch.sparse holds 12 bytes and more for a kept weight."""
     dense = case.out_features * case.in_features * DTYPES[case.dtype].itemsize
-    contenders = len(case.formats) + 3
+    contenders = len(case.formats) + 5
     return contenders * max(protocol.nbytes, protocol.count(dense) * dense)
 
 

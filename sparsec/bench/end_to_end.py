@@ -1,7 +1,11 @@
 """Whole models: tokens per second, dense against sparse, each eager and, where asked for, under torch.compile.
 
+dense is the stock model; masked has the zeros of the first sparse variant on torch's kernels, which skip none; dense on sparsec's
+kernels has no zeros, so that what kernels give and what zeros give can be told apart.
+
 All modes take turns in every round. A round decodes some tokens one after another, as generation does, so that what a mode
-keeps in the caches helps it. The headline is the best mode of sparsec against the best dense one.
+keeps in the caches helps it. The headline is the best mode of sparsec against the best dense one, and against the best dense one
+on sparsec's kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from sparsec.errors import DataError
 from sparsec.latency import WARM_UP, Spread, interleaved, ratio
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
+from sparsec.report.variants import ON_SPARSEC, masked
 from sparsec.report.words import dense_bound
 
 PLACEHOLDER = "{sparsity}"
@@ -44,7 +49,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Variant:
-    """What the model is compiled to; `passes` is None for dense."""
+    """What the model is compiled to; `passes` is None for what runs on torch's kernels."""
 
     name: str
     passes: str | None = None
@@ -53,6 +58,16 @@ class Variant:
     def backend(self) -> str:
         """Of torch.compile."""
         return "inductor" if self.passes is None else "sparsec"
+
+    @property
+    def sparse(self) -> bool:
+        """Whether sparsec made its zeros fast, or tried to."""
+        return self.passes not in (None, ON_SPARSEC)
+
+
+DENSE = Variant("dense")
+MASKED = Variant("masked")
+DENSE_ON_SPARSEC = Variant("dense on sparsec's kernels", ON_SPARSEC)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,7 @@ class Headline:
     dense: Mode
     decode: Spread
     prefill: Spread  # each with its best mode there
+    zeros: Spread | None = None  # decoding, against the best dense mode on sparsec's kernels: the part that zeros give
 
 
 def variants(passes: str | None, sparsities: Sequence[float]) -> list[Variant]:
@@ -110,9 +126,10 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
             f"prompt and decoded tokens need {effort.positions} positions, the model has {limit}; take fewer --prompt-tokens, "
             "--new-tokens or --repeats"
         )
-    models = {Variant("dense"): model}
-    for variant in wanted:
-        models[variant] = compile(model, variant.passes, progress=progress)
+    models = {DENSE: model, MASKED: model, DENSE_ON_SPARSEC: model}
+    for variant in (DENSE_ON_SPARSEC, *wanted):  # what is equal they share
+        models[variant] = compile(model, variant.passes, progress=progress, copy="changed")
+    models[MASKED] = masked(model, models[wanted[0]])
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, effort.prompt_tokens), generator=generator)
     kinds = [(variant, compiled) for variant in models for compiled in ((False, True) if effort.compiled else (False,))]
@@ -132,7 +149,7 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
             tuple(before),
             tuple(ms / effort.new_tokens for ms in after),
             None if compiled else shares(models[variant], partial(session.decode, SHARE_TOKENS), SHARE_TOKENS),
-            None if variant.passes is None else dense_bound(models[variant].sparsec.report()),
+            dense_bound(models[variant].sparsec.report()) if variant.sparse else None,
         )
         for (variant, compiled), session, before, after in zip(kinds, sessions, prefill, decode, strict=True)
     ]
@@ -140,13 +157,15 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
 
 def headlines(modes: Sequence[Mode]) -> list[Headline]:
     """One for each sparse variant."""
-    dense = [m for m in modes if m.variant.passes is None]
+    dense = [m for m in modes if m.variant == DENSE]
+    own_dense = [m for m in modes if m.variant == DENSE_ON_SPARSEC]
     found = []
-    for variant in dict.fromkeys(m.variant for m in modes if m.variant.passes is not None):
+    for variant in dict.fromkeys(m.variant for m in modes if m.variant.sparse):
         own = [m for m in modes if m.variant == variant]
         base, best = _best(dense, _decode), _best(own, _decode)
         prefill = ratio(_best(dense, _prefill).prefill_ms, _best(own, _prefill).prefill_ms)
-        found.append(Headline(variant, best, base, ratio(base.decode_ms, best.decode_ms), prefill))
+        zeros = ratio(_best(own_dense, _decode).decode_ms, best.decode_ms) if own_dense else None
+        found.append(Headline(variant, best, base, ratio(base.decode_ms, best.decode_ms), prefill, zeros))
     return found
 
 

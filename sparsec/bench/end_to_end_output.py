@@ -16,9 +16,10 @@ SCHEMA = "sparsec.bench.end_to_end/1"
 HEADER = ("mode", "cache", "prefill ms", "quartiles", "speedup", "ms/token", "quartiles", "speedup", "tokens/s")
 SHARES_HEADER = ("of a token, ms", "linears", "lm_head", "attention", "rest", "total")
 LEGEND = (
-    "Modes take turns in every round; times are medians, speedups medians over rounds of dense eager / this. Where the time "
-    f"goes: forward hooks on the eager modes, {SHARE_TOKENS} tokens, apart from the timed ones; attention and rest are without the "
-    "linears inside of them; a model whose attention has no module of that name has it in the rest."
+    "Modes take turns in every round; times are medians, speedups medians over rounds of dense eager / this. masked: the zeros of "
+    "the first sparse variant on torch's kernels, which skip none. dense on sparsec's kernels: fuse,lower(dense), no zeros. "
+    f"Where the time goes: forward hooks on the eager modes, {SHARE_TOKENS} tokens, apart from the timed ones; attention and rest "
+    "are without the linears inside of them; a model whose attention has no module of that name has it in the rest."
 )
 
 
@@ -69,6 +70,7 @@ def document(runs: Sequence[Run], found: Machine) -> str:
                         "dense": h.dense.name,
                         "decode_speedup": asdict(h.decode),
                         "prefill_speedup": asdict(h.prefill),
+                        "zeros_decode_speedup": None if h.zeros is None else asdict(h.zeros),
                     }
                     for h in headlines(run.modes)
                 ],
@@ -117,10 +119,11 @@ def _cells(base: Mode, mode: Mode) -> tuple[str, ...]:
 
 
 def _headline(h: Headline) -> str:
+    zeros = "" if h.zeros is None else f"; zeros alone, over dense on sparsec's kernels: decode {times(h.zeros.median)}"
     return (
         f"{h.variant.name}: decode {times(h.decode.median)} ({h.decode.lower:.2f}-{h.decode.upper:.2f}), {h.sparse.name} "
         f"{h.sparse.tokens_per_second:.1f} tokens/s against {h.dense.name} {h.dense.tokens_per_second:.1f}; prefill "
-        f"{times(h.prefill.median)} ({h.prefill.lower:.2f}-{h.prefill.upper:.2f})"
+        f"{times(h.prefill.median)} ({h.prefill.lower:.2f}-{h.prefill.upper:.2f}){zeros}"
     )
 
 

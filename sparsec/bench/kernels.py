@@ -1,5 +1,7 @@
 """One product at a time: sparse kernels against F.linear and torch.sparse, and against what the machine can do at most.
 
+Baselines: F.linear of the dense weight, F.linear of the masked one, and sparsec's own kernel of the dense one.
+
 Ratios only mean something within one run, so the contenders take turns, and medians and quartiles are shown. A layer that is
 multiplied again and again sits in the cache, where no layer of a large model ever is; so every contender walks through copies
 of its weight until more than a gigabyte has been read, unless told otherwise, and the table says which it was.
@@ -31,6 +33,7 @@ from sparsec.formats.base import Packed
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
+from sparsec.kernels.dense_linear import DTYPES as DTYPES_SERVED
 from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.latency import Spread
 
@@ -57,6 +60,8 @@ class Result:
     asked: str  # as --formats names it
     kernel: str
     dense: Timing
+    masked: Timing  # F.linear of the weight with the zeros
+    dense_on_sparsec: Timing | None  # sparsec's dense kernel; None where it is not built
     sparse: Timing
     torch_sparse: Timing | None
     bandwidth: float  # bytes per second, by plain reading in the same rounds
@@ -67,6 +72,16 @@ class Result:
     def speedup(self) -> Spread:
         """Against F.linear."""
         return speedup(self.dense, self.sparse)
+
+    @property
+    def masked_speedup(self) -> Spread:
+        """Of zeros that no kernel skips."""
+        return speedup(self.dense, self.masked)
+
+    @property
+    def zeros_speedup(self) -> Spread | None:
+        """Against sparsec's dense kernel: the part that zeros give."""
+        return None if self.dense_on_sparsec is None else speedup(self.dense_on_sparsec, self.sparse)
 
     @property
     def torch_sparse_speedup(self) -> Spread | None:
@@ -116,7 +131,8 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
         mask = random_mask(case.pattern, case.out_features, case.in_features, case.sparsity, generator)
     except SpecError as error:
         return Measured((), (f"{shape}: {error}",))
-    weight = torch.randn(case.out_features, case.in_features, generator=generator).to(dtype).masked_fill_(~mask, 0)
+    plain = torch.randn(case.out_features, case.in_features, generator=generator).to(dtype)
+    weight = plain.masked_fill(~mask, 0)
     x = torch.randn(case.rows, case.in_features, generator=generator).to(dtype)
     entries, left_out = [], []
     for wanted in case.formats:
@@ -126,14 +142,18 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
             left_out.append(f"{shape} as {wanted.label}: {error}")
     if not entries:
         return Measured((), tuple(left_out))
-    baseline, readers = _torch_dense(weight, x, rotation, "dense"), _readers(weight.nbytes, rotation)
-    contenders = [baseline, *readers, *(_contender(e, weight, x, rotation, str(i)) for i, e in enumerate(entries))]
+    readers = _readers(weight.nbytes, rotation)
+    baselines = [_torch_dense(plain, x, rotation, "dense"), _torch_dense(weight, x, rotation, "masked")]
+    if native_serves(DENSE_OPERATOR) and plain.dtype in DTYPES_SERVED:
+        baselines.append(_own_dense(plain, x, rotation, "own dense"))
+    contenders = [*baselines, *readers, *(_contender(e, weight, x, rotation, str(i)) for i, e in enumerate(entries))]
     other = _torch_sparse(weight, x, rotation)
     contenders += [] if other is None else [other]
     timings = interleaved(contenders, repeats, whole_stacks=rotation.protocol.layers is not None)
-    bandwidth = max(t.bytes_per_second for t in timings[: 1 + len(readers)])
+    before = len(baselines) + len(readers)
+    bandwidth = max(t.bytes_per_second for t in timings[:before])
     last = None if other is None else timings[-1]
-    own = timings[1 + len(readers) :]
+    own = timings[before:]
     results = (
         Result(
             case,
@@ -141,6 +161,8 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
             entry.asked,
             entry.kernel,
             timings[0],
+            timings[1],
+            timings[2] if len(baselines) > 2 else None,
             timing,
             last,
             bandwidth,

@@ -26,8 +26,10 @@ HEADER = (
     "F.linear ms",
     "sparse ms",
     "quartiles",
+    "masked",
     "speedup",
     "quartiles",
+    "zeros",
     "predicted",
     "bytes",
     "GB/s",
@@ -37,10 +39,11 @@ HEADER = (
     "torch.sparse",
 )
 NEAR = 0.15
-TEXT_COLUMNS = (0, 1, 3, 5, 15)
+TEXT_COLUMNS = (0, 1, 3, 5, 17)
 LEGEND = (
-    "Times are medians per call; a speedup is the median over rounds of F.linear / this, in the same round. predicted: the speedup "
-    "by the cost model, where weights lie in memory. bytes: dense / "
+    "Times are medians per call; a speedup is the median over rounds of F.linear / this, in the same round. masked: F.linear of "
+    "the weight with the zeros, which it does not skip. zeros: over sparsec's own kernel of the dense weight, so the part that "
+    "zeros give. predicted: the speedup by the cost model, where weights lie in memory. bytes: dense / "
     "packed, what reading less can give at most. roof GB/s: plain reading (the best of a sum, the own dense kernel and F.linear) "
     "in the same rounds. binds, of roof: the highest of bytes / that bandwidth and the calibrated times of decoding and "
     "arithmetic (bytes alone where there is no calibration), over the time taken. shape (n): the model has it n times. "
@@ -103,8 +106,10 @@ def cells(result: Result) -> tuple[str, ...]:
         f"{result.dense.seconds.median * 1e3:.3f}",
         f"{sparse.median * 1e3:.3f}",
         f"{sparse.lower * 1e3:.3f}-{sparse.upper * 1e3:.3f}",
+        times(result.masked_speedup.median),
         times(faster.median),
         f"{faster.lower:.2f}-{faster.upper:.2f}",
+        "-" if (zeros := result.zeros_speedup) is None else times(zeros.median),
         "-" if result.predicted is None else times(result.predicted),
         times(result.speedup_bytes),
         f"{result.sparse.bytes_per_second / 1e9:.1f}",
@@ -130,8 +135,12 @@ def record(result: Result) -> dict[str, Any]:
         "format": result.format,
         "kernel": result.kernel,
         **_timing("dense", result.dense),
+        **_timing("masked", result.masked),
+        "dense_on_sparsec_seconds": None if (d := result.dense_on_sparsec) is None else d.seconds.median,
         **_timing("sparse", result.sparse),
         **_spread("speedup", result.speedup),
+        "masked_speedup": result.masked_speedup.median,
+        "zeros_speedup": None if (z := result.zeros_speedup) is None else z.median,
         "speedup_predicted": result.predicted,
         "speedup_bytes": result.speedup_bytes,
         "bytes_per_second": result.sparse.bytes_per_second,

@@ -45,7 +45,7 @@ def _random(name: str, dtype: torch.dtype, sparse_models: int, layers: int | Non
     if layers is not None and layers > own:
         raise SpecError(f"--layers: {name} has {own} layers, got {layers}")
     fixed, each = _sizes(name, dtype)
-    # The dense model, the copy that is being compiled, and what the sparse ones take, at most as much as dense.
+    # The dense model, the masked one, and what the sparse ones take, at most as much as dense.
     models = 2 + sparse_models
     if layers is None:
         available = available_bytes()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -69,15 +70,20 @@ def compare(
     progress: Progress | None = None,
     what: str = "evaluating",
     saved: Saved | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Evaluation]:
     """Runs causal language models (a call gives `.logits` [1, length, vocabulary]) over the windows, in turn on each.
 
-    models: by name, the reference first. saved: takes over the windows that it holds, and gets every one that is done.
+    models: by name, the reference first. saved: takes over the windows that it holds, and gets every one that is done. seconds: no
+    window but the first begins after so many; `losses` tells how many were run.
     Raises DataError for models of different vocabularies.
     """
     tallies = {name: _Tally(windows.length) for name in models}
     done = 0 if saved is None else saved.restore(tallies, windows.count)
+    begin = perf_counter()
     for index in range(done, windows.count):
+        if seconds is not None and index > 0 and perf_counter() - begin > seconds:
+            break
         if progress is not None:
             progress(what, index, windows.count)
         reference: Tensor | None = None

@@ -28,7 +28,8 @@ from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.evaluate import evaluate
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
-from sparsec.report.measure import QUICK, Effort, Plan, measured_report, plan
+from sparsec.report.measure import measured_report
+from sparsec.report.plan import QUICK, Effort, Plan, plan
 from sparsec.report.progress import shown_progress
 from sparsec.report.schema import document, layers_csv
 

@@ -123,9 +123,6 @@ class LatencyFacts:
     threads: int
     prefill_repeats: int  # rounds that were run: fewer than asked for where the time budget ended
     decode_repeats: int
-    in_turn: bool = True  # False: one model after another, since memory does not hold them together
-    layers_timed: int | None = None  # products; equal ones are timed once
-    layers: int | None = None  # products that the lowered model runs on sparsec's kernels
 
 
 @dataclass(frozen=True)
@@ -214,6 +211,7 @@ class ReportData:
     machine: Machine | None = None
     model: ModelFacts | None = None
     summary: dict[str, Variant] = field(default_factory=dict)  # by key of VARIANTS, in that order
+    in_turn: bool = True  # False: variants were measured one after another, since memory does not hold them together
     stages: tuple[Stage, ...] = ()  # in order: how long each took, and what was sampled
     evaluation: EvaluationFacts | None = None
     latency: LatencyFacts | None = None

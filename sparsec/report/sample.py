@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sparsec.errors import DataError
-from sparsec.report.records import Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +40,9 @@ def read_prompt(tokenizer: Any, text: str, new_tokens: int, limit: int | None = 
     return Prompt(text, chat, torch.tensor([ids], dtype=torch.int64))
 
 
-def sample(models: Mapping[str, Any], tokenizer: Any, prompt: Prompt, new_tokens: int) -> Sample:
-    """Greedy continuations of one prompt by several models."""
-    texts = {name: _continue(model, tokenizer, prompt.tokens, new_tokens) for name, model in models.items()}
-    return Sample(prompt.text, prompt.chat, new_tokens, texts)
-
-
 @torch.inference_mode()
-def _continue(model: Any, tokenizer: Any, tokens: torch.Tensor, new_tokens: int) -> str:
+def continuation(model: Any, tokenizer: Any, tokens: torch.Tensor, new_tokens: int, seconds: float) -> str:
+    """Greedy, of a prompt's tokens [1, tokens]. seconds: no token begins after so many."""
     from transformers import GenerationConfig
 
     ids = tokens.to(model.device)
@@ -59,6 +52,7 @@ def _continue(model: Any, tokenizer: Any, tokens: torch.Tensor, new_tokens: int)
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=new_tokens,
+        max_time=seconds,
         eos_token_id=end,
         pad_token_id=pad[0] if isinstance(pad, list) else pad,
     )

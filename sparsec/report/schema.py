@@ -156,10 +156,10 @@ SCHEMA: Keys = {
         "of VARIANT under dense, masked, dense_on_sparsec and lowered; empty where nothing was compared",
     ),
     "evaluation": ((dict, NONE), "text, text_sha256, text_tokens, windows, window_length, dtype"),
-    "latency": (
-        (dict, NONE),
-        "prompt_tokens, threads, prefill_repeats, decode_repeats, in_turn, layers_timed, layers (products on sparsec's kernels, of "
-        "which equal ones are timed once)",
+    "latency": ((dict, NONE), "prompt_tokens, threads, prefill_repeats, decode_repeats"),
+    "in_turn": (
+        (bool,),
+        "whether the variants took turns; false: one after another, since memory does not hold them together",
     ),
     "sample": ((dict, NONE), "prompt, chat, new_tokens, texts by variant"),
     "stages": ((list,), "of STAGE, in order"),
@@ -187,6 +187,7 @@ def document(report: ReportData) -> dict[str, Any]:
         "evaluation": asdict(report.evaluation) if report.evaluation is not None else None,
         "latency": asdict(report.latency) if report.latency is not None else None,
         "sample": asdict(report.sample) if report.sample is not None else None,
+        "in_turn": report.in_turn,
         "stages": [asdict(stage) for stage in report.stages],
         "notes": list(report.notes),
         "remarks": list(report.remarks),

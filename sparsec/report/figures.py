@@ -1,0 +1,78 @@
+"""From what was built and measured to the figures of each variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sparsec.evaluate import Evaluation
+from sparsec.latency import Comparison, Spread
+from sparsec.report.records import VARIANTS, Variant, ratio
+from sparsec.report.variants import Built
+
+
+def counted(built: Built, measuring: bool) -> dict[str, Variant]:
+    final = built.report
+    found = {}
+    for name in VARIANTS:
+        if name not in built.held:
+            continue
+        own = built.reports.get(name)
+        pruned = name in ("masked", "lowered") and own is not None
+        flops = final.flops_dense if own is None or name == "dense_on_sparsec" else own.flops_per_token
+        if pruned and own is not None and flops is None and not any(row.packed for row in own.layers):
+            flops = (
+                final.flops_dense
+            )  # the pass flops stands behind lower: a masked model executes what a dense one does
+        found[name] = Variant(
+            parameters=final.parameters,
+            nnz=own.nnz if pruned and own is not None else final.parameters,
+            bytes=built.held[name],
+            bytes_masks=own.bytes_masks if own is not None else 0,
+            flops_per_token=flops,
+            speedup_theoretical=ratio(final.flops_dense, flops),
+            speedup_theoretical_bytes=ratio(final.bytes_dense, built.held[name]),
+            resident_bytes=built.resident.get(name) if measuring else None,
+            linears_ms=own.linears_ms
+            if own is not None and name in ("lowered", "dense_on_sparsec")
+            else final.linears_dense_ms,
+        )
+    return found
+
+
+def with_measurements(
+    variant: Variant,
+    name: str,
+    evaluations: Mapping[str, Evaluation],
+    times: Comparison,
+    dense_linears_ms: float | None,
+) -> Variant:
+    if name not in times.latencies:
+        return variant
+    dense_ms = times.latencies["dense"].decode_ms.median
+    quality = evaluations["dense" if name in ("dense", "dense_on_sparsec") else "pruned"]
+    zeros: tuple[Spread | None, Spread | None] = (None, None)
+    if name == "lowered" and "dense_on_sparsec" in times.latencies:
+        zeros = times.over("dense_on_sparsec", name)
+    return replace(
+        variant,
+        speedup_predicted=_predicted(dense_ms, dense_linears_ms, variant.linears_ms),
+        perplexity=quality.perplexity,
+        top1=quality.top1,
+        top5=quality.top5,
+        kl=quality.kl,
+        prefill_ms=times.latencies[name].prefill_ms,
+        decode_ms=times.latencies[name].decode_ms,
+        speedup_prefill=times.prefill_speedup[name],
+        speedup_decode=times.decode_speedup[name],
+        zeros_speedup_prefill=zeros[0],
+        zeros_speedup_decode=zeros[1],
+    )
+
+
+def _predicted(dense_ms: float, dense_linears_ms: float | None, linears_ms: float | None) -> float | None:
+    """Of decoding: what is saved in linear layers, taken from the measured time of the dense model; None where that makes no
+    sense, since the model is too small for its linears to be seen."""
+    if dense_linears_ms is None or linears_ms is None or dense_ms <= dense_linears_ms - linears_ms:
+        return None
+    return dense_ms / (dense_ms - dense_linears_ms + linears_ms)

@@ -1,0 +1,62 @@
+"""A dense model's logits on disk, so that others can be compared with them when the model itself is gone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sparsec.errors import DataError
+
+
+@dataclass
+class KeptLogits:
+    """Called like a language model: it runs `model` and keeps what that gives; after `forget()` it gives that again, in order.
+
+    The file is nameless and gone when this is.
+    """
+
+    model: Any
+
+    def __post_init__(self) -> None:
+        self._anchor: Tensor = next(self.model.parameters()).detach().new_empty(0)  # tells device and dtype
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self._next = 0
+
+    def forget(self) -> Self:
+        """Lets go of the model, and begins again at the first call."""
+        self.model, self._next = None, 0
+        self._file.seek(0)
+        return self
+
+    def parameters(self) -> Iterator[Tensor]:
+        """One without values."""
+        yield nn.Parameter(self._anchor, requires_grad=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return SimpleNamespace(logits=self._read() if self.model is None else self._keep(*args, **kwargs))
+
+    def _keep(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits: Tensor = self.model(*args, **kwargs).logits
+        self._shapes.append((logits.shape, logits.dtype))
+        try:
+            self._file.write(logits.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        except OSError as error:
+            raise DataError(
+                f"the dense model's logits do not fit into {tempfile.gettempdir()} ({error.strerror or error}); set TMPDIR to a "
+                "folder with more room, or take fewer --eval-windows"
+            ) from error
+        return logits
+
+    def _read(self) -> Tensor:
+        shape, dtype = self._shapes[self._next]
+        self._next += 1
+        raw = bytearray(shape.numel() * dtype.itemsize)
+        self._file.readinto(raw)  # type: ignore[attr-defined]
+        return torch.frombuffer(raw, dtype=dtype).view(shape).to(self._anchor.device)

@@ -1,0 +1,66 @@
+"""What a report will measure, checked before anything slow runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsec.data import LoadedModel, Text
+from sparsec.errors import DataError
+from sparsec.evaluate import Windows, cut
+from sparsec.latency import WARM_UP
+from sparsec.report.sample import Prompt, read_prompt
+
+MIN_REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    windows: int = 8
+    length: int | None = None  # None: 512, or what the model takes
+    prompt: str = "Explain in two sentences why the sky is blue."
+    prompt_tokens: int = 64
+    new_tokens: int = 40
+    repeats: int = MIN_REPEATS
+    seconds: float = 120.0  # for evaluating, timing and the sample; what does not fit is sampled, and said
+
+
+QUICK = Effort(windows=2, length=128, prompt_tokens=16, new_tokens=8, repeats=5, seconds=40.0)
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will be measured on what, checked before anything slow runs."""
+
+    windows: Windows
+    timed: torch.Tensor  # the prompt of the timing: token ids [1, prompt tokens]
+    prompt: Prompt  # of the sample
+    effort: Effort
+
+
+def plan(loaded: LoadedModel, text: Text, effort: Effort) -> Plan:
+    """Raises DataError when the model has no tokenizer, or the text, the prompt or the model's positions do not suffice."""
+    if loaded.tokenizer is None:
+        raise DataError(
+            f"{loaded.name}: there is no tokenizer, so no text can be evaluated; add one, or use --no-measure"
+        )
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    length = effort.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    windows = cut(text, loaded.tokenizer, length, effort.windows, limit)
+    tokens = windows.tokens.flatten()
+    if effort.prompt_tokens > len(tokens):
+        raise DataError(
+            f"a prompt of {effort.prompt_tokens} tokens is cut from the {len(tokens)} evaluated ones; "
+            f"take a shorter prompt, or more or longer windows"
+        )
+    needed = effort.prompt_tokens + WARM_UP + max(effort.repeats, effort.new_tokens) + 1
+    if limit is not None and needed > limit:
+        raise DataError(
+            f"prompt and decoded tokens need {needed} positions, the model has {limit}; take fewer of either"
+        )
+    prompt = read_prompt(loaded.tokenizer, effort.prompt, effort.new_tokens, limit)
+    return Plan(windows, tokens[: effort.prompt_tokens][None], prompt, effort)

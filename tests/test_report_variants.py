@@ -1,0 +1,156 @@
+"""The compared models of a report: what they share, what they are, and how they fit into little memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+
+import sparsec
+from sparsec import memory
+from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.evaluate import Windows, compare
+from sparsec.kernels import SparseLinear
+from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.pipeline import Pipeline
+from sparsec.report import variants
+from sparsec.report.clock import Clock
+from sparsec.report.kept_logits import KeptLogits
+from sparsec.report.layers import time_layers
+from sparsec.report.measure import measured_report
+from sparsec.report.plan import QUICK, plan
+
+PASSES = "magnitude(0.6),freeze,sparsity,flops,fuse,lower(bitmap)"
+
+
+def addresses(model: torch.nn.Module) -> dict[str, int]:
+    return {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("passes", ["magnitude(0.5)", "magnitude(0.5),freeze", "magnitude(0.5),freeze,fuse,lower(csr)"])
+def test_a_model_that_shares_leaves_the_other_bit_identical_and_computes_the_same(name: str, passes: str) -> None:
+    """`magnitude` alone: emission writes the zeros, and must not write them into the other model."""
+    model, call = tiny_model(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    kept = addresses(model)
+    shared, copied = (sparsec.compile(model, passes, copy=how) for how in ("changed", True))
+    with torch.no_grad():
+        assert torch.equal(shared(**call(2, 5)).logits, copied(**call(2, 5)).logits)
+    assert addresses(model) == kept
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    own = {n for n, at in addresses(shared).items() if at != kept.get(n)}
+    assert own <= {row.name for row in shared.sparsec.report().layers if row.nnz < row.parameters}
+    assert memory.shared(model, shared) > 0
+    assert not memory.shared(model, copied)
+
+
+def test_extending_a_model_that_shares_takes_its_place_or_leaves_it() -> None:
+    model, call = tiny_model("llama")
+    pruned = sparsec.compile(model, "magnitude(0.5),freeze", copy="changed")
+    kept = addresses(model)
+    with torch.no_grad():
+        wanted = pruned(**call(2, 5)).logits
+        beside = sparsec.extend(pruned, "lower(csr)")
+        assert torch.equal(pruned(**call(2, 5)).logits, wanted)
+        instead = sparsec.extend(pruned, "lower(csr)", copy=False)
+        assert instead is pruned
+        assert torch.equal(instead(**call(2, 5)).logits, beside(**call(2, 5)).logits)
+    assert addresses(model) == kept
+    assert any(isinstance(module, SparseLinear) for module in instead.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_masked_model_has_stock_modules_and_the_zeros_of_the_lowered_one(name: str) -> None:
+    model, _ = tiny_model(name)
+    lowered = sparsec.compile(model, PASSES, copy="changed")
+    found = variants.masked(model, lowered)
+    assert not any(isinstance(m, SparseLinear | DenseLinear) for m in found.modules())
+    frozen = dict(sparsec.compile(model, "magnitude(0.6),freeze").named_parameters())
+    assert all(torch.equal(parameter, frozen[name]) for name, parameter in found.named_parameters())
+
+
+def loaded() -> LoadedModel:
+    return load_model("tiny")
+
+
+def report() -> tuple[Any, LoadedModel]:
+    model = loaded()
+    effort = replace(QUICK, windows=2, length=16, prompt_tokens=4, new_tokens=2, repeats=2, seconds=20.0)
+    return measured_report(model, Pipeline.parse(PASSES), plan(model, load_text(), effort)), model
+
+
+def test_with_little_memory_variants_come_one_after_another_with_the_same_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together, _ = report()
+    monkeypatch.setattr(variants, "memory_bytes", lambda device: 1_000_000)
+    apart, model = report()
+    assert together.in_turn
+    assert not apart.in_turn
+    assert any("one after another" in remark for remark in apart.remarks)
+    assert list(apart.summary) == list(together.summary)
+    for name, variant in together.summary.items():
+        other = apart.summary[name]
+        for key in ("nnz", "bytes", "flops_per_token", "bytes_masks"):
+            assert getattr(other, key) == getattr(variant, key), (name, key)
+        for key in ("perplexity", "top1", "kl"):
+            assert getattr(other, key) == pytest.approx(getattr(variant, key), rel=1e-3, abs=1e-5), (name, key)
+        assert other.speedup_decode.median > 0
+        assert (other.zeros_speedup_decode is None) == (name != "lowered")
+    assert any(isinstance(module, SparseLinear) for module in model.model.modules())  # the dense one is gone
+    assert all(row.speedup_measured for row in apart.layers if row.packed)
+    assert {stage.name for stage in apart.stages} == {stage.name for stage in together.stages}
+
+
+def test_kept_logits_come_again_in_order() -> None:
+    model, _ = tiny_model("llama")
+    tokens = torch.randint(2, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    windows = Windows(tokens, "a text", "00", 36)
+    kept = KeptLogits(model)
+    before = compare({"dense": kept}, windows)["dense"]
+    again = compare({"dense": kept.forget(), "same": model}, windows)
+    assert again["dense"] == before
+    assert again["same"].kl == pytest.approx(0.0, abs=1e-9)
+    assert again["same"].top1 == 1.0
+
+
+def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny_model("llama")
+    lowered = sparsec.compile(model, "magnitude(0.5, scope='layer'),freeze,lower(bitmap)")
+    monkeypatch.setattr("sparsec.report.layers.COLD", 1)
+    for dense in (model, None):
+        found = time_layers(lowered, dense, rounds=2)
+        assert found.timed < found.products
+        assert set(found.speedups) == {row.name for row in lowered.sparsec.report().layers if row.packed}
+        one, two = (found.speedups[f"model.layers.{i}.mlp.up_proj.weight"] for i in (0, 1))
+        assert one == two > 0
+
+
+def test_what_does_not_fit_into_the_budget_is_sampled_and_said() -> None:
+    model = loaded()
+    effort = replace(QUICK, windows=3, length=16, prompt_tokens=4, new_tokens=2, repeats=9, seconds=0.0)
+    found = measured_report(model, Pipeline.parse(PASSES), plan(model, load_text(), effort))
+    assert found.evaluation is not None
+    assert found.latency is not None
+    assert found.evaluation.windows == 1
+    assert found.latency.prefill_repeats == 3
+    stages = {stage.name: stage for stage in found.stages}
+    assert (stages["evaluating"].done, stages["evaluating"].wanted) == (1, 3)
+    assert any("evaluating: 1 of 3 windows" in remark for remark in found.remarks)
+
+
+def test_a_clock_adds_up_stages_of_one_name_and_takes_from_the_budget() -> None:
+    clock = Clock(100.0)
+    for _ in range(2):
+        with clock.stage("building"), clock.stage("timing", budgeted=True):
+            pass
+    assert [stage.name for stage in clock.stages] == ["timing", "building"]
+    assert 0 < 100.0 - clock.seconds < 1
+    clock.counted("timing", 3, 3, "rounds")
+    assert clock.sampled() is None
+    clock.counted("timing", 2, 3, "rounds")
+    assert clock.sampled() == "sampled, to keep within the time budget: timing: 2 of 3 rounds"
