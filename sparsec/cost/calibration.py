@@ -127,7 +127,7 @@ def calibrate(
     named = os.environ.get(VARIABLE)
     if named and not force:
         return _named(Path(named), device)
-    key, notices = Key.here(device), []
+    key, notices = Key.here(device), list[str]()
     known, file = None, _place(key, notices)
     if not force and file is not None and file.exists():
         try:
