@@ -21,9 +21,8 @@ DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 def follow(library: torch.library.Library, name: str, op: OpOverload) -> None:
     """Makes an operator `(x, values or weight, ...) -> Tensor` do under autocast what a linear does."""
     for device, key in DEVICES.items():
-        library.impl(
-            name, partial(_product, op, device, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))), key
-        )
+        off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        torch.library.impl(library, name, key)(partial(_product, op, device, off))
 
 
 def _product(op: OpOverload, device: str, off: Any, x: Tensor, values: Tensor, *args: Any) -> Tensor:

@@ -33,13 +33,13 @@ def hub_name(spec: str) -> HubName | None:
 
 def unreachable() -> str:
     """Why the hub is not asked, "" where it answers: its own client would try for half a minute, file by file."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, utils
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, so the hub is not asked"
     try:
-        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+        session = utils.get_session()  # type: ignore[attr-defined]
+        session.head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
     except Exception as error:  # whichever HTTP client the hub's library uses, in its version, has its own errors
         return f"the hub, {constants.ENDPOINT}, does not answer ({type(error).__name__})"
     return ""

@@ -45,14 +45,14 @@ def inline_regions(module: fx.GraphModule) -> None:
 
 
 def _region(node: fx.Node, module: fx.GraphModule, around: _Casts) -> _Region | None:
-    name = node.target.name() if isinstance(node.target, HigherOrderOperator) else ""
-    arguments: tuple[Any, ...]
+    name = str(node.target) if isinstance(node.target, HigherOrderOperator) else ""
+    given: tuple[Any, ...] = node.args
+    casts = around
     if name == "wrap_with_autocast":
-        device, dtype, enabled, _, body, *arguments = node.args
+        device, dtype, enabled, _, body, *arguments = given
         casts = partial(_casts, device, dtype) if enabled else _no_casts
     elif name == "wrap_with_set_grad_enabled":
-        _, body, *arguments = node.args
-        casts = around
+        _, body, *arguments = given
     else:
         return None
     return _Region(getattr(module, body.target), tuple(arguments), casts)
@@ -75,7 +75,7 @@ def _copied(graph: fx.Graph, region: _Region, arguments: tuple[fx.Node, ...]) ->
             new[call] = inner[call.args[0]][call.args[1]]
         elif call.op == "call_function":
             cast = {old: _cast(graph, new[old], call, dtype) for old, dtype in region.casts(call).items()}
-            new[call] = graph.node_copy(call, lambda old, cast=cast: cast.get(old, new[old]))
+            new[call] = graph.node_copy(call, (new | cast).__getitem__)
     raise AssertionError("a graph without an output")
 
 
@@ -112,11 +112,11 @@ def _example(value: Any) -> Any:
     return value if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value.node.hint
 
 
-class _Seen(TorchDispatchMode):
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The casts that come before anything else is called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.casts: dict[int, torch.dtype] = {}
         self._ended = False
 
