@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsec import cache, files
+from sparsec.arguments import checked
 from sparsec.errors import BuildError, CacheError, KernelError, UnsafeCacheError
 from sparsec.kernels import toolchain
 
@@ -115,6 +116,7 @@ def asked() -> bool:
     return _load.cache_info().currsize > 0
 
 
+@checked
 def force_isa(name: str | None) -> None:
     """Uses the instruction set `name` from now on, None the best one. KernelError when this cannot be."""
     loaded = _loaded()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from sparsec.arguments import checked
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
@@ -29,6 +30,7 @@ from sparsec.kernels.reference import check_call, reference_linear
 LIBRARY = torch.library.Library("sparsec", "DEF")  # type: ignore[no-untyped-call]
 
 
+@checked
 def operator(packed: Packed) -> OpOverload:
     """The operator that multiplies by a packed matrix. KernelError for a format without one."""
     try:
@@ -37,6 +39,7 @@ def operator(packed: Packed) -> OpOverload:
         raise KernelError(f"format {packed.format!r} has no operator; those with one: {', '.join(OPERATORS)}") from None
 
 
+@checked
 def operator_args(packed: Packed, bias: Tensor | None) -> tuple[Argument, ...]:
     """What the operator takes after x."""
     return (*packed.tensors().values(), bias, *packed.scalars().values())

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsec.arguments import checked, shown
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
 
@@ -32,7 +33,11 @@ def check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
 
 
 def check_x(name: str, x: Tensor, in_features: int) -> None:
-    """Raises KernelError unless x is [..., in_features]."""
+    """Raises KernelError unless x is a dense tensor [..., in_features]."""
+    if not isinstance(x, Tensor):
+        raise KernelError(f"{name}: x must be a Tensor [..., in_features={in_features}], got {shown(x)}")
+    if x.layout != torch.strided:
+        raise KernelError(f"{name}: x must be dense, got {x.layout}; use .to_dense()")
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise KernelError(f"{name}: x must be [..., in_features={in_features}], got {list(x.shape)}")
 
@@ -77,12 +82,17 @@ def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
+@checked
 def tolerance(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Bound [..., out] (fp64) on the error of x @ weight.T + bias, whatever the order of summation.
 
     A sum of k products in a type of unit roundoff u errs by at most k*u/(1-k*u) * sum|x||w| (Higham, Accuracy and
     Stability, section 3.1); k counts the bias. Rounding the sum to the result's type adds half an ulp, below eps * sum.
     """
+    fits = weight.ndim == 2 and x.ndim > 0 and x.shape[-1] == weight.shape[1] and x.dtype.is_floating_point
+    if not fits or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
+        shapes = [f"{t.dtype} {list(t.shape)}" for t in (x, weight, bias) if t is not None]
+        raise KernelError(f"tolerance: x [..., in], weight [out, in] and bias [out] must fit, got {', '.join(shapes)}")
     k = weight.shape[1] + 1
     size = x.double().abs() @ weight.double().abs().t()
     if bias is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch._ops import OpOverload
 
+from sparsec.arguments import checked
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS, NM, WarpCSR
 from sparsec.formats.base import Packed
@@ -34,6 +35,7 @@ class Problem:
     layout: str = ""  # the format with its parameters, such as csr8, where they are known
 
     @classmethod
+    @checked
     def of(cls, packed: Packed, tokens: int = 1) -> Problem:
         """The problem that a packed matrix poses."""
         device = next(iter(packed.tensors().values())).device.type
@@ -129,6 +131,7 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
+@checked
 def select(problem: Problem, kernels: tuple[Kernel, ...] = KERNELS) -> Kernel:
     """The first kernel that serves the problem.
 

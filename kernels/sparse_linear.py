@@ -45,7 +45,13 @@ class SparseLinear(Grouped, nn.Module):
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         """Raises KernelError when the format has no operator, or the bias does not fit the matrix."""
         super().__init__()
+        if not isinstance(packed, Packed):
+            raise KernelError(
+                f"SparseLinear takes a packed matrix, such as CSR.pack gives, got {type(packed).__name__}"
+            )
         self.out_features, self.in_features = packed.shape
+        if bias is not None and not isinstance(bias, Tensor):
+            raise KernelError(f"SparseLinear: bias must be a Tensor or None, got {type(bias).__name__}")
         if bias is not None and (tuple(bias.shape) != (self.out_features,) or bias.dtype != packed.dtype):
             raise KernelError(
                 f"SparseLinear: bias must be {packed.dtype} [{self.out_features}] as the packed matrix, "

@@ -17,6 +17,7 @@ from sparsec.data import LoadedModel
 from sparsec.errors import DataError, SparsecError
 from sparsec.pipeline import Pipeline
 
+MAX_THREADS, MAX_WHOLE = 1024, 2**31 - 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,12 +60,26 @@ def on_device(loaded: LoadedModel, device: str) -> LoadedModel:
 
 def positive(text: str) -> int:
     """Type of an argument: a whole number of at least 1."""
+    return _whole(text, 1, MAX_WHOLE)
+
+
+def threads(text: str) -> int:
+    """Type of an argument: a number of threads. Where more are asked for than can be made, OpenMP ends the process."""
+    return _whole(text, 1, MAX_THREADS)
+
+
+def seed(text: str) -> int:
+    """Type of an argument: what torch's generators take."""
+    return _whole(text, 0, 2**63 - 1)
+
+
+def _whole(text: str, least: int, most: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text[:40]!r}")
     return value
 
 
@@ -103,7 +118,11 @@ def calibration(
 def writable(path: str | Path) -> str:
     """The path. Raises DataError, before anything slow runs, for a file that could not be written afterwards."""
     file = Path(path).absolute()
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+    try:
+        fits = not file.is_dir() and file.parent.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        fits = False
+    if not fits:
         raise DataError(
             f"{path}: cannot be written; a file there must be writable, else its folder must exist and be writable, and the "
             "name must not be a folder's; give another file"
@@ -114,16 +133,19 @@ def writable(path: str | Path) -> str:
 def writable_folder(path: str) -> None:
     """Raises DataError for a folder that could neither be written to nor be made."""
     folder = Path(path).absolute()
-    while not folder.exists() and folder != folder.parent:  # what is missing is made
-        folder = folder.parent
+    try:
+        while not folder.exists() and folder != folder.parent:  # what is missing is made
+            folder = folder.parent
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path[:60]!r}: no folder can have this name ({error}); give another") from error
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "is a file" if folder.is_file() else "cannot be written to"
         raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
 
 
-def write(path: str, text: str) -> None:
+def write(path: str | Path, text: str) -> None:
     """Raises DataError where that fails."""
     try:
         Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); give another file") from error
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path}: cannot be written ({error}); give another file") from error

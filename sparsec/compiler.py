@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
+from sparsec.arguments import checked
 from sparsec.calibrate import SEQUENCES, CalibrationData, samples, strings, windows
 from sparsec.data import Text
 from sparsec.emitter import adopt, emit, follower, unpackable, unswappable
@@ -97,6 +98,7 @@ class Compiled:
         return f"<sparsec {str(self.pipeline)!r}: {lowered} weights lowered; .report() tells more>"
 
 
+@checked
 def compile(
     model: Model,
     passes: Pipeline | str | Pass | Iterable[str | Pass] | None = None,
@@ -161,6 +163,7 @@ def compile(
     return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), shares)
 
 
+@checked
 def extend(
     compiled: Model,
     passes: Pipeline | str | Pass | Iterable[str | Pass],

@@ -12,6 +12,10 @@ class SparsecError(Exception):
     """Base of all errors that sparsec raises on purpose."""
 
 
+class ArgumentError(SparsecError, TypeError):
+    """An argument of a kind that the function does not take."""
+
+
 class SpecError(SparsecError, ValueError):
     """A pass specification such as `magnitude(0.5),freeze` that cannot be read, or an option outside its range."""
 

@@ -16,9 +16,8 @@ from sparsec.bench.kernels import Result, measure
 from sparsec.bench.room import require_room
 from sparsec.bench.rotation import Protocol, Rotation
 from sparsec.bench.sources import source
-from sparsec.command import DTYPES
+from sparsec.command import DTYPES, guarded, write
 from sparsec.cost import Found, calibrate
-from sparsec.errors import SparsecError
 from sparsec.kernels import status
 from sparsec.machine import machine
 from sparsec.progress import Progress, stage
@@ -30,23 +29,20 @@ from sparsec.report.text import machine_lines
 def main(argv: Sequence[str] | None = None, prog: str = arguments.PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     options = arguments.parser(prog).parse_args(argv)
-    try:
-        arguments.check(options)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        with shown_progress(sys.stderr) as progress:
-            if options.device == "cuda":
-                gpu_run.run(options, progress)
-            elif options.end_to_end is None:
-                run_table(options, progress)
-            else:
-                run_models(options, progress)
-    except (SparsecError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return guarded(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    arguments.check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with shown_progress(sys.stderr) as progress:
+        if options.device == "cuda":
+            gpu_run.run(options, progress)
+        elif options.end_to_end is None:
+            run_table(options, progress)
+        else:
+            run_models(options, progress)
 
 
 def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
@@ -80,7 +76,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
         print("\n".join(paragraph(reason, "left out: ")))
     if options.json:
         written = {"rotate_bytes": protocol.nbytes, "layers": protocol.layers}
-        options.json.write_text(output.document(results, found, written, left_out), encoding="utf-8")
+        write(options.json, output.document(results, found, written, left_out))
     if options.csv:
         output.write_csv(options.csv, [output.record(r) for r in results])
 
@@ -104,7 +100,7 @@ def run_models(options: argparse.Namespace, progress: Progress | None) -> None:
         runs.append(Run(loaded.name, loaded.origin, name, effort, tuple(modes)))
         print("\n".join(["", *end_to_end_output.text(runs[-1])]))
     if options.json:
-        options.json.write_text(end_to_end_output.document(runs, found), encoding="utf-8")
+        write(options.json, end_to_end_output.document(runs, found))
     if options.csv:
         output.write_csv(options.csv, [r for done in runs for r in end_to_end_output.records(done)])
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from sparsec.bench.cases import KNOWN, Format
 from sparsec.bench.models import CONFIGS, shapes
-from sparsec.command import DTYPES, writable
+from sparsec.command import DTYPES, MAX_THREADS, MAX_WHOLE, writable
 from sparsec.errors import SpecError
 
 PROG = "python -m sparsec.bench"
@@ -115,6 +115,9 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise SpecError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        most = MAX_THREADS if name == "threads" else MAX_WHOLE
+        if value is not None and value > most:
+            raise SpecError(f"--{name.replace('_', '-')} must be at most {most}, got {value}")
     if options.layers is not None and options.rotate_mb is not None:
         raise SpecError("--layers and --rotate-mb exclude each other: a stack of layers is what is walked through")
     for path in (options.json, options.csv):

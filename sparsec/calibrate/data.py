@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsec.arguments import check_seed, checked
 from sparsec.data.text import Text, load_text
 from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
@@ -41,6 +42,7 @@ class CalibrationData:
         return self.calls[0][0].device
 
 
+@checked
 def windows(
     text: str | Text | None,
     tokenizer: Any,
@@ -75,11 +77,14 @@ def windows(
             f"{name}: too little text to calibrate on: {len(tokens)} tokens, {sequences} sequences of {length} need "
             f"{sequences * length}; take fewer or shorter sequences, or a longer text"
         )
-    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:sequences].sort().values
+    chosen = (
+        torch.randperm(available, generator=torch.Generator().manual_seed(check_seed(seed)))[:sequences].sort().values
+    )
     source = f"{sequences} sequences of {length} tokens of {name} (sha256 {read.sha256[:16]}, seed {seed})"
     return tokens[: available * length].view(available, length)[chosen], source
 
 
+@checked
 def strings(texts: Sequence[str], tokenizer: Any, length: int | None = None, limit: int | None = None) -> list[Tensor]:
     """Token ids of each text, at most `length` of them (default: 1024, or what the model takes)."""
     if tokenizer is None:
@@ -98,6 +103,7 @@ def strings(texts: Sequence[str], tokenizer: Any, length: int | None = None, lim
     return found
 
 
+@checked
 def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> CalibrationData:
     """Calls of a language model's graph from token ids: [sequences, length], or one vector for each sequence.
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsec.arguments import checked
 from sparsec.calibrate.data import CalibrationData
 from sparsec.calibrate.dataflow import varying, views_of_weights, writes
 from sparsec.calibrate.sites import Read, Site, find_sites, spans_by_block, spans_by_value, steps_of
 from sparsec.calibrate.statistics import SAMPLE, Statistics
-from sparsec.errors import ActivationError
+from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
 from sparsec.memory import trim
 
@@ -57,6 +58,7 @@ class Profile:
 
 
 @torch.no_grad()
+@checked
 def calibrate(
     graph: Graph,
     data: CalibrationData,
@@ -77,6 +79,10 @@ def calibrate(
 
     Raises ActivationError for NaN or inf in what a linear reads.
     """
+    unknown = [name for name in weights if name not in graph.weights or not graph.is_linear(name)]
+    if unknown or not weights:
+        what = f"{unknown[0]!r} is no weight of a linear product in this graph" if unknown else "weights names none"
+        raise DataError(f"calibrate: {what}; the names are the keys of graph.weights")
     sites = find_sites(graph, weights)
     walker = _Walker(graph, data, sites)
     by_value = order == "true" and feed == "pruned"

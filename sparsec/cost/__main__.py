@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from sparsec.command import DTYPES
+from sparsec.command import DTYPES, MAX_THREADS, guarded, writable
 from sparsec.cost.calibration import Calibration, Found, calibrate, save
-from sparsec.errors import DataError, KernelError, SparsecError
+from sparsec.errors import DataError, KernelError
 from sparsec.kernels import gpu
 from sparsec.report.progress import shown_progress
 from sparsec.report.table import heading, paragraph, table
@@ -60,14 +60,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = parser(prog).parse_args(argv)
-    try:
-        _run(args)
-    except (SparsecError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return guarded(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -76,9 +69,11 @@ def _run(args: argparse.Namespace) -> None:
     if unknown:
         raise DataError(f"--dtypes takes {', '.join(DTYPES)}, got {unknown[0]!r}")
     if args.threads is not None:
-        if args.threads < 1:
-            raise DataError(f"--threads must be at least 1, got {args.threads}")
+        if not 1 <= args.threads <= MAX_THREADS:
+            raise DataError(f"--threads must be at least 1, got {args.threads}; at most {MAX_THREADS} are made")
         torch.set_num_threads(args.threads)
+    if args.json:
+        writable(args.json)
     if args.device == "cuda" and (reasons := gpu.missing()):
         raise KernelError(f"--device cuda: {'; '.join(reasons)}; without it the CPU's kernels are measured")
     with shown_progress(sys.stderr) as progress:

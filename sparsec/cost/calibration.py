@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sparsec import cache, files
+from sparsec.arguments import checked
 from sparsec.cost import measure_gpu
 from sparsec.cost.measure import measure_kernels, measure_member, measure_reads
 from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
@@ -110,6 +111,7 @@ class Found:
     notices: tuple[str, ...] = ()
 
 
+@checked
 def calibrate(
     dtypes: Sequence[torch.dtype],
     *,

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsec.arguments import checked
 from sparsec.errors import DataError, MissingExtraError
 
 DATASET_PREFIX = "dataset:"
@@ -29,6 +30,7 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
+@checked
 def load_text(spec: str | None = None, split: str = "test") -> Text:
     """Reads a text: a path, `dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]` (default: `split`, the column text), or None.
 

@@ -13,6 +13,8 @@ import torch
 if TYPE_CHECKING:  # which takes longer to import than all else together, so what can be done without it does
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sparsec.arguments import check_seed
+
 END = "<|end|>"
 RANDOM = "random weights"
 """How the source of a model begins that nobody trained."""
@@ -36,7 +38,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
         pad_token_id=256,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(check_seed(seed))
         return LlamaForCausalLM(config).to(dtype).eval()
 
 

@@ -19,6 +19,8 @@ from sparsec.command import (
     guarded,
     on_device,
     positive,
+    seed,
+    threads,
     writable,
     write,
 )
@@ -74,8 +76,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     add_device(p)
-    p.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch chooses")
-    p.add_argument("--seed", type=int, default=0, help="of what is drawn to calibrate on; default: %(default)s")
+    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--seed", type=seed, default=0, help="of what is drawn to calibrate on; default: %(default)s")
     p.add_argument("--resume", metavar="FILE", help="kept up to date window by window; goes on from there if it exists")
     p.add_argument("--json", metavar="FILE", help="all figures, every window and position")
     add_calibration(p)

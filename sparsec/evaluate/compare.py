@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparsec.arguments import checked, shown
 from sparsec.errors import DataError
 from sparsec.evaluate.saved import Saved
 from sparsec.evaluate.windows import Windows
@@ -64,6 +65,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
+@checked
 def compare(
     models: Mapping[str, Any],
     windows: Windows,
@@ -78,6 +80,15 @@ def compare(
     window but the first begins after so many; `losses` tells how many were run.
     Raises DataError for models of different vocabularies.
     """
+    for name, model in models.items():
+        if (
+            not isinstance(model, nn.Module)
+            or isinstance(model, torch.jit.ScriptModule)
+            or next(model.parameters(), None) is None
+        ):
+            raise DataError(
+                f"{name}: a causal language model (a torch.nn.Module with weights) is evaluated, got {shown(model)}"
+            )
     tallies = {name: _Tally(windows.length) for name in models}
     done = 0 if saved is None else saved.restore(tallies, windows.count)
     begin = perf_counter()
@@ -89,7 +100,7 @@ def compare(
         reference: Tensor | None = None
         for name, model in models.items():
             window = windows.tokens[index].to(next(model.parameters()).device)
-            logits = model(input_ids=window[None], use_cache=False).logits[0]
+            logits = _logits(name, model, window)
             if reference is not None and reference.shape != logits.shape:
                 raise DataError(
                     f"{name}: its vocabulary is {logits.shape[-1]}, that of {next(iter(models))} is {reference.shape[-1]}; only "
@@ -105,9 +116,26 @@ def compare(
     return {name: tally.evaluation() for name, tally in tallies.items()}
 
 
+@checked
 def evaluate(model: Any, windows: Windows, progress: Progress | None = None, what: str = "evaluating") -> Evaluation:
     """One model, by itself."""
     return compare({"model": model}, windows, progress, what)["model"]
+
+
+def _logits(name: str, model: nn.Module, window: Tensor) -> Tensor:
+    """[length, vocabulary]. DataError for a model that is no causal language model of transformers."""
+    try:
+        out = model(input_ids=window[None], use_cache=False)
+    except TypeError as error:
+        raise DataError(
+            f"{name}: a causal language model of transformers is evaluated; {type(model).__name__} is none ({error})"
+        ) from error
+    logits = getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise DataError(
+            f"{name}: {type(model).__name__} gives no logits, so it is no causal language model; evaluate one that is"
+        )
+    return logits[0]
 
 
 def window_loss(logits: Tensor, tokens: Tensor) -> Tensor:

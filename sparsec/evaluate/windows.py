@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsec.arguments import checked
 from sparsec.data.text import Text
 from sparsec.errors import DataError
 
@@ -32,6 +33,7 @@ class Windows:
         return self.tokens.shape[1]
 
 
+@checked
 def cut(text: Text, tokenizer: Any, length: int, count: int | None, limit: int | None = None) -> Windows:
     """Tokenises the text as one string and takes its first `count` windows of `length` tokens; None takes all.
 

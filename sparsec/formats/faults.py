@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsec.arguments import shown
 from sparsec.errors import FormatError
 
 
@@ -65,8 +66,19 @@ def count_faults(nnz: int, least: int, most: int) -> list[str]:
     return [f"nnz must be {most if least == most else f'{least} to {most}'} for these values, got {nnz}"]
 
 
+def check_dense(title: str, what: str, value: object) -> None:
+    """Raises FormatError for what is no tensor that holds an element at every place."""
+    if not isinstance(value, Tensor):
+        raise FormatError(f"{title}: the {what} must be a Tensor, got {shown(value)}")
+    if value.layout != torch.strided or value.is_meta:
+        where = "on the meta device, where it holds no values" if value.is_meta else f"{value.layout}; use .to_dense()"
+        raise FormatError(f"{title}: the {what} must be a dense tensor with values, this one is {where}")
+
+
 def check_pack(title: str, dtypes: tuple[torch.dtype, ...], weight: Tensor, mask: Tensor) -> None:
     """Raises FormatError unless weight [out, in] and its bool mask can be given to `pack`."""
+    check_dense(title, "weight", weight)
+    check_dense(title, "mask", mask)
     if weight.ndim != 2:
         raise FormatError(
             f"{title} packs a matrix [out, in], got a weight of shape {list(weight.shape)}; reshape it first"
@@ -85,6 +97,7 @@ def check_pack(title: str, dtypes: tuple[torch.dtype, ...], weight: Tensor, mask
 
 def check_plan(title: str, dtypes: tuple[torch.dtype, ...], mask: Tensor, dtype: torch.dtype) -> None:
     """Raises FormatError unless a weight of `dtype` and this mask [out, in] can be packed, as far as any format asks."""
+    check_dense(title, "mask", mask)
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise FormatError(
             f"{title} needs a bool mask of the weight's shape [out, in], True where kept, "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsec.arguments import checked
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph
 
@@ -28,6 +29,7 @@ _DTYPES = {
 }
 
 
+@checked
 def graph_text(graph: Graph) -> str:
     """The whole graph, a line per op, ending in a newline."""
     return "".join(f"{_printable(line)}\n" for node in graph.module.graph.nodes if (line := _line(graph, node)))

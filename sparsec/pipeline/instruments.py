@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, Protocol, TextIO, get_args
+from typing import Literal, Protocol, TextIO
 
-from sparsec.errors import SpecError
+from sparsec.arguments import checked, shown
+from sparsec.errors import ArgumentError
 from sparsec.ir.graph import Graph
 from sparsec.ir.printer import diff_text, graph_text
 from sparsec.pipeline.base import Pass
@@ -44,11 +45,15 @@ When = Literal["before", "after", "changed"]
 
 
 class PrintIR:
-    """Prints the graph before every pass, after every pass, or only the lines that a pass changed."""
+    """Prints the graph before every pass, after every pass, or only the lines that a pass changed.
 
+    stream: None for standard output. Raises ArgumentError for a closed one.
+    """
+
+    @checked
     def __init__(self, when: When = "after", stream: TextIO | None = None) -> None:
-        if when not in get_args(When):
-            raise SpecError(f"when must be one of {', '.join(get_args(When))}, got {when!r}")
+        if getattr(stream, "closed", False):
+            raise ArgumentError("PrintIR: stream is closed; give an open one, or None for standard output")
         self.when, self.stream = when, stream
 
     @contextmanager
@@ -66,19 +71,25 @@ class PrintIR:
             )
 
     def _print(self, title: str, text: str) -> None:
-        print(f"# {title}\n{text}", file=self.stream or sys.stdout)
+        print(f"# {title}\n{text}", file=sys.stdout if self.stream is None else self.stream)
 
 
 class DumpIR:
     """Writes the graph to a folder: `00-traced.txt`, then one numbered file after each pass."""
 
+    @checked
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     @contextmanager
     def around(self, index: int, p: Pass, graph: Graph) -> Iterator[None]:
         """Writes around one pass."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+            raise ArgumentError(
+                f"DumpIR: folder {shown(self.folder)} cannot be made ({error}); give another one"
+            ) from error
         if index == 1:
             self._write("00-traced.txt", graph)
         yield

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import IOBase
 from typing import Literal, Self, get_args
 
 import torch
 
+from sparsec.arguments import checked, shown
 from sparsec.errors import PipelineError, SpecError, VerifyError
 from sparsec.ir.graph import Graph
 from sparsec.ir.settle import settle
@@ -30,7 +32,14 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.passes, tuple) or not all(isinstance(p, Pass) for p in self.passes):
+            raise SpecError(
+                f"Pipeline takes a tuple of Pass objects, got {shown(self.passes)}; Pipeline.of reads specifications and lists"
+            )
+
     @classmethod
+    @checked
     def parse(cls, text: str) -> Self:
         """From a specification such as `magnitude(0.5),freeze,lower(csr)`. Raises SpecError."""
         return cls(parse(text, known_passes()))
@@ -44,10 +53,8 @@ class Pipeline:
             return cls.parse(passes)
         if isinstance(passes, Pass):
             return cls((passes,))
-        if not isinstance(passes, Iterable):
-            raise SpecError(
-                f"passes: expected a specification, a Pipeline or a list, got {type(passes).__name__}: {passes!r}"
-            )
+        if not isinstance(passes, list | tuple | Iterator) or isinstance(passes, IOBase):
+            raise SpecError(f"passes: expected a specification, a Pipeline or a list, got {shown(passes)}")
         found: list[Pass] = []
         for item in passes:
             if isinstance(item, str):
@@ -57,9 +64,7 @@ class Pipeline:
             elif isinstance(item, type) and issubclass(item, Pass):
                 raise SpecError(f"passes: {item.__name__} is a class; give an instance, {item.__name__}(...)")
             else:
-                raise SpecError(
-                    f"passes: expected specifications and Pass objects, got {type(item).__name__}: {item!r}"
-                )
+                raise SpecError(f"passes: expected specifications and Pass objects, got {shown(item)}")
         if not found:
             raise SpecError("passes: an empty list; for example: ['magnitude(0.5)', 'freeze', 'lower(csr)']")
         return cls(tuple(found))
@@ -67,15 +72,18 @@ class Pipeline:
     def __str__(self) -> str:
         return unparse(self.passes)
 
+    @checked
     def before(self, name: str) -> Pipeline:
         """The passes that stand before the first pass of that name; all, when there is none."""
         names = [p.name for p in self.passes]
         return Pipeline(self.passes[: names.index(name)] if name in names else self.passes)
 
+    @checked
     def with_first(self, first: Pass) -> Pipeline:
         """The same passes after one more."""
         return Pipeline((first, *self.passes))
 
+    @checked
     def validate(self, facts: frozenset[str] = frozenset()) -> None:
         """Raises PipelineError when a pass needs a fact that does not hold when its turn comes.
 
@@ -100,6 +108,7 @@ class Pipeline:
             lost.update(dict.fromkeys(p.invalidates & held, me))
             held = (held - p.invalidates) | p.produces
 
+    @checked
     def run(
         self,
         graph: Graph,

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from sparsec.arguments import checked
 from sparsec.errors import SelectionError, WeightError, some
 from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.facts import GROUPS, Weight
@@ -19,6 +20,7 @@ from sparsec.ir.graph import Graph
 DEFAULT_TARGETS: tuple[str, ...] = ("attention", "mlp", "experts")
 
 
+@checked
 def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -> list[Weight]:
     """Weights of linear products that a pass works on, in the order of the table.
 

@@ -19,6 +19,8 @@ from sparsec.command import (
     guarded,
     on_device,
     positive,
+    seed,
+    threads,
     writable,
     writable_folder,
     write,
@@ -74,10 +76,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     add_device(p)
-    p.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=0,
         help="of random weights and of what is drawn to calibrate on; default: %(default)s",
     )

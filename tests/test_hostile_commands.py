@@ -1,0 +1,108 @@
+"""Every command with hostile words in the place of every option: exit code 0 or 2, an error in words, no traceback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsec.__main__ as overview
+from sparsec.commands import COMMANDS, Command
+
+WORDS = ("", " ", "x", "-1", "0", "1.5", "nan", "1e400", "9" * 30, "\udce9", "=", ",", "'", "x" * 5000)
+BASE = {
+    "report": ["tiny", "--no-measure", "--passes", "magnitude(0.5)"],
+    "evaluate": ["tiny", "--windows", "1", "--length", "8"],
+    "bench": ["--shapes", "8x8", "--formats", "csr", "--sparsity", "50", "--rotate-mb", "1", "--repeats", "2"],
+    "cost": ["--show"],
+    "kernels.build": ["--status"],
+    "kernels.gpu_compile": [],
+}
+"""The least work of each command, for what is accepted after all."""
+
+
+class _FoundError(Exception):
+    """Carries the parser out of a command."""
+
+
+def options_of(command: Command, monkeypatch: pytest.MonkeyPatch) -> list[argparse.Action]:
+    """Those that take a word, read off the parser that the command makes."""
+
+    def found(self: argparse.ArgumentParser, *_: object) -> None:
+        raise _FoundError(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", found)
+        with pytest.raises(_FoundError) as caught:
+            command.run([], command.name)
+    parser: argparse.ArgumentParser = caught.value.args[0]
+    return [a for a in parser._actions if a.nargs != 0]
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    logging.disable(logging.ERROR)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
+
+
+def said(command: Command, words: list[str]) -> str:
+    """Empty when the command did what was asked or refused it in words, else what came out of it."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = command.run(words, command.name)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    text = err.getvalue()
+    if code not in (0, 1, 2) or "Traceback" in text:
+        return f"exit {code}: {text[-200:]}"
+    return "" if code == 0 or "error: " in text else f"exit {code} without a word"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_any_word_is_served_or_refused_in_words(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    paths = (str(tmp_path), str(tmp_path / "missing" / "file"), str(tmp_path / "binary"))
+    found = []
+    for action in options_of(command, monkeypatch):
+        for word in (*WORDS, *paths):
+            words = (
+                [*BASE[command.name], f"{action.option_strings[-1]}={word}"]
+                if action.option_strings
+                else [word, *BASE[command.name][1:]]
+            )
+            problem = said(command, words)
+            found += [f"{words[-1][:80]}: {problem}"] if problem else []
+    assert found == []
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = {"--json", "--csv"} & {s for a in options_of(command, monkeypatch) for s in a.option_strings}
+    for option in outputs:
+        base = [word for word in BASE[command.name] if word != "--show"]  # the slow way
+        assert command.run([*base, option, str(tmp_path / "missing" / "file")], command.name) == 2
+        assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overview.main(["reprot"]) == 2
+    assert "did you mean 'report'?" in capsys.readouterr().err
