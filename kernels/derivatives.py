@@ -37,7 +37,7 @@ def wants_gradient(tensor: Tensor) -> bool:
     """Whether any derivative with respect to a tensor is asked for here."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def refuse_constants(name: str, tensors: Sequence[Tensor]) -> None:
@@ -95,7 +95,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, op: OpOverload, split: Split, args: Sequence[Argument]
-    ) -> Tensor:  # type: ignore[override]
+    ) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor) and a is not bias]
         ctx.save_for_backward(*tensors)
         ctx.rest, ctx.split = [None if isinstance(a, Tensor) else a for a in args], split
@@ -104,7 +104,7 @@ class Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         packed, _ = ctx.split([*saved, *ctx.rest[len(saved) :]])
         return (*product_gradients(grad, packed, *ctx.needs_input_grad[:2]), None, None, None)

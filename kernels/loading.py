@@ -108,7 +108,7 @@ def guard_loading(root: nn.Module, kind: type[nn.Module]) -> None:
     for module in above.values():
         hooks = module._load_state_dict_pre_hooks.values()
         if not any(getattr(hook, "hook", None) is look for hook in hooks):
-            module.register_load_state_dict_pre_hook(look)
+            module.register_load_state_dict_pre_hook(look)  # type: ignore[no-untyped-call]
 
 
 def look(module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:

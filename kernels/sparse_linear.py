@@ -178,7 +178,7 @@ class SparseLinear(Grouped, nn.Module):
         admitted = self.admit(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
         before = dict(self._buffers)
         # Plain tensors: a Parameter that is assigned to a buffer's name would become a parameter.
-        super()._load_from_state_dict({**state_dict, **admitted}, prefix, local_metadata, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict({**state_dict, **admitted}, prefix, local_metadata, *rest)
         self._keep(before)
 
     def _keep(self, before: Mapping[str, Tensor | None]) -> None:
