@@ -128,6 +128,29 @@ def test_after_a_change_a_member_computes_once_by_itself_and_then_shares_again(c
     assert calls == [3] * 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tensor", ["values", "bias", "x"])
+def test_between_two_members_other_memory_is_noticed(calls, tensor: str) -> None:
+    """`.data = ` and `swap_tensors` change neither the tensor's identity nor, always, its version."""
+    for swap in (False, True):
+        module, x = Siblings(), torch.randn(2, 6)
+        target = x if tensor == "x" else getattr(module.b, tensor)
+        module.a(x)
+        if swap and tensor != "x":  # a group knows x weakly, and such a tensor is not swapped
+            torch.utils.swap_tensors(target, type(target)(target * 2))
+        else:
+            target.data = target * 2
+        torch.testing.assert_close(module.b(x), alone(module.b, x))
+
+
+@torch.no_grad()
+def test_a_call_with_other_tensors_between_two_members_is_computed_with_them(calls) -> None:
+    module, x = Siblings(), torch.randn(2, 6)
+    module.a(x)
+    doubled = torch.func.functional_call(module.b, {"values": module.b.values * 2, "bias": module.b.bias * 2}, (x,))
+    torch.testing.assert_close(doubled, 2 * alone(module.b, x))
+
+
 CHANGES = ["nothing", "write x", "write weight", "replace weight", "replace bias"]
 episodes = st.tuples(
     st.sampled_from(CHANGES), st.sampled_from(CHANGES), st.permutations("abc"), st.integers(0, 1), st.integers(0, 1)
