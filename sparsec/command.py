@@ -83,6 +83,17 @@ def _whole(text: str, least: int, most: int) -> int:
     return value
 
 
+def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--no-bos`: `args.bos` is what `cut` and `windows` take."""
+    p.add_argument(
+        "--no-bos",
+        dest="bos",
+        action="store_false",
+        help="as in the papers: texts are tokenised once as one string; default: where the tokenizer begins texts with a BOS, so "
+        "does every window, of evaluation and calibration",
+    )
+
+
 def add_calibration(p: argparse.ArgumentParser) -> None:
     """The options of `calibration`."""
     learn = p.add_argument_group("calibration, for passes such as wanda and sparsegpt")
@@ -112,7 +123,7 @@ def calibration(
         return None
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     sequences, length = args.calibration_sequences, args.calibration_length
-    return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit)
+    return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit, args.bos)
 
 
 def writable(path: str | Path) -> str:

@@ -7,17 +7,16 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
 from sparsec.arguments import checked
-from sparsec.calibrate import SEQUENCES, CalibrationData, samples, strings, windows
-from sparsec.data import Text
+from sparsec.calibrate import SEQUENCES, Sequences
+from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.emitter import adopt, emit, follower, unpackable, unswappable
-from sparsec.errors import CompileError, DataError, MaskError, PipelineError
+from sparsec.errors import CompileError, MaskError, PipelineError
 from sparsec.ir.carry import rebind
 from sparsec.ir.foreign import refusal
 from sparsec.ir.graph import Graph
@@ -38,17 +37,6 @@ DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
 DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
 
 Model = TypeVar("Model", bound=nn.Module)
-CalibrationInput = (
-    CalibrationData
-    | Tensor
-    | tuple[Tensor, str]
-    | str
-    | Path
-    | Text
-    | Sequence[str]
-    | Sequence[tuple[Tensor, ...]]
-    | None
-)
 
 
 @dataclass(eq=False)
@@ -109,6 +97,7 @@ def compile(
     tokenizer: Any = None,
     calibration_sequences: int = SEQUENCES,
     calibration_length: int | None = None,
+    bos: bool = True,
     seed: int = 0,
     copy: bool | Literal["changed"] = True,
     verify: Verify = "structure",
@@ -123,10 +112,13 @@ def compile(
     least 2 where sizes vary.
     masks: weight or module name -> bool tensor, True where kept; `passes` then defaults to
     `mask,freeze,sparsity,flops,fuse,lower(auto)`, and a pass `mask` is put first where `passes` has none.
-    calibration: for passes that need it, such as `wanda`: token ids [sequences, length]; strings, with `tokenizer`; a text file's
-    path or `dataset:NAME[,...]`, with `tokenizer`, or `tokenizer` alone for the embedded text, of which `calibration_sequences`
-    sequences of `calibration_length` tokens (1024, or what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows`
-    gives; or calls, each a tuple of tensors, for a plain module.
+    calibration: for passes that need it, such as `wanda`, in any form; the same sequences give the same masks. What a tokenizer
+    returns, padded or not; token ids [sequences, length], alone or as a tuple with their attention mask; strings, with `tokenizer`;
+    a list or an iterable of any of these, such as a DataLoader; a text file's path or `dataset:NAME[,...]`, with `tokenizer`, or
+    `tokenizer` alone for the embedded text, of which `calibration_sequences` sequences of `calibration_length` tokens (1024, or
+    what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows` gives; for a plain module calls, each a tuple of
+    tensors.
+    bos: where the tokenizer begins texts with a BOS, so does every sequence drawn from a text; False is the papers' protocol.
     copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed. "changed" leaves it
     untouched too, and copies nothing that the passes leave as it is: both models then hold the very same tensors, so train neither.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
@@ -139,25 +131,28 @@ def compile(
     _refuse(model)
     pipeline = _pipeline(passes, masks)
     pipeline.validate()
-    if calibration is None and tokenizer is not None and any(p.needs_calibration for p in pipeline.passes):
-        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        calibration = windows(None, tokenizer, calibration_sequences, calibration_length, seed, limit)
-    _require_calibration(pipeline, calibration)
-    drawn = _draw(model, calibration, tokenizer, calibration_sequences, calibration_length, seed)
+    learns = any(p.needs_calibration for p in pipeline.passes)
+    draw = Draw(tokenizer, calibration_sequences, calibration_length, seed, bos, *_positions_and_pad(model))
+    drawn = draw.before_trace(calibration, plain=example_inputs is not None)
+    if drawn is None and tokenizer is not None and learns:
+        drawn = draw.from_text()
+    _require_calibration(pipeline, drawn)
     shares = copy == "changed"
     if copy:
         model = _copied(model, shares)
     start = perf_counter()
     with stage(progress, "tracing"):
         graph = trace(model, example_inputs)
-        if isinstance(drawn, tuple) and example_inputs is None and graph.rung != "dynamic":
-            graph = trace(model, _sized(graph, *drawn))  # it takes one length only: that of the calibration
+        data = draw.calls(graph, drawn)
+        if isinstance(drawn, Sequences) and data is not None and example_inputs is None and graph.rung != "dynamic":
+            # It takes one length only: that of the calibration.
+            graph = trace(model, dict(zip(graph.inputs, data.calls[0], strict=True)))
+            data = draw.calls(graph, drawn)
     traced = perf_counter() - start
     if not any(graph.prunable(name) for name in graph.weights):
         raise CompileError(_nothing_to_prune(graph))
-    if calibration is not None and not any(p.needs_calibration for p in pipeline.passes):
+    if calibration is not None and not learns:
         graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
-    data = _calls(graph, drawn)
     context = _context(model, graph, not shares, masks=masks or {}, calibration=data, progress=progress)
     records = pipeline.run(graph, context, verify, instruments)
     return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), shares)
@@ -257,56 +252,16 @@ def _emitted(
     return model
 
 
-def _require_calibration(pipeline: Pipeline, calibration: CalibrationInput) -> None:
+def _positions_and_pad(model: nn.Module) -> tuple[int | None, int | None]:
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None), getattr(config, "pad_token_id", None)
+
+
+def _require_calibration(pipeline: Pipeline, drawn: object) -> None:
     """Before anything slow runs."""
     needing = [p.name for p in pipeline.passes if p.needs_calibration]
-    if needing and calibration is None:
+    if needing and drawn is None:
         raise PipelineError(f"the pass {needing[0]!r} needs calibration data; {NO_CALIBRATION}")
-
-
-def _draw(
-    model: nn.Module, given: CalibrationInput, tokenizer: Any, sequences: int, length: int | None, seed: int
-) -> CalibrationData | tuple[Tensor | list[Tensor], str] | list[tuple[Tensor, ...]] | None:
-    """What needs no graph: tokens and where they come from, or calls."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if given is None or isinstance(given, CalibrationData):
-        return given
-    if isinstance(given, Tensor):
-        return given, f"{' x '.join(map(str, given.shape))} token ids"
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor) and isinstance(given[1], str):
-        return given[0], given[1]
-    if isinstance(given, str | Path | Text):
-        return windows(given if isinstance(given, Text) else str(given), tokenizer, sequences, length, seed, limit)
-    if isinstance(given, Mapping):
-        raise DataError(
-            "calibration must be the token ids themselves, not what a tokenizer returns; give its ['input_ids']"
-        )
-    listed = list(given) if isinstance(given, Iterable) else []
-    if listed and all(isinstance(text, str) for text in listed):
-        return strings(listed, tokenizer, length, limit), f"{len(listed)} strings"
-    if listed and all(isinstance(call, tuple) and all(isinstance(t, Tensor) for t in call) for call in listed):
-        return listed
-    raise DataError(
-        f"calibration must be token ids [sequences, length], strings, a text file's path, or calls, each a tuple of tensors; got "
-        f"{type(given).__name__}{f' of {type(listed[0]).__name__}' if listed else ''}"
-    )
-
-
-def _sized(graph: Graph, tokens: Tensor | list[Tensor], source: str) -> dict[str, Tensor]:
-    """Example inputs of the size that calibration calls have."""
-    call = samples(graph, tokens, source).calls[0]
-    return dict(zip(graph.inputs, call, strict=True))
-
-
-def _calls(graph: Graph, drawn: Any) -> CalibrationData | None:
-    if drawn is None or isinstance(drawn, CalibrationData):
-        return drawn
-    if isinstance(drawn, list):
-        wrong = next((len(call) for call in drawn if len(call) != len(graph.inputs)), None)
-        if wrong is not None:
-            raise DataError(f"a calibration call has {wrong} tensors, the graph takes {', '.join(graph.inputs)}")
-        return CalibrationData(tuple(drawn), f"{len(drawn)} calls")
-    return samples(graph, *drawn)
 
 
 def _pipeline(

@@ -1,6 +1,7 @@
 """Calibration of pruning: what every linear of a model is given, block by block, on some text."""
 
-from sparsec.calibrate.data import LENGTH, SEQUENCES, CalibrationData, samples, strings, windows
+from sparsec.calibrate.data import SEQUENCES, CalibrationData, samples, takes_tokens, windows
+from sparsec.calibrate.sequences import LENGTH, Sequences, sequences, strings
 from sparsec.calibrate.sites import Site
 from sparsec.calibrate.standing import Standing
 from sparsec.calibrate.statistics import Statistics
@@ -13,11 +14,14 @@ __all__ = [
     "SEQUENCES",
     "CalibrationData",
     "Profile",
+    "Sequences",
     "Site",
     "Standing",
     "Statistics",
     "calibrate",
     "samples",
+    "sequences",
     "strings",
+    "takes_tokens",
     "windows",
 ]

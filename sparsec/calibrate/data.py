@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsec.arguments import check_seed, checked
+from sparsec.calibrate.sequences import LENGTH
 from sparsec.data.text import Text, load_text
+from sparsec.data.tokens import cut_text
 from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
 
-SEQUENCES, LENGTH = 32, 1024
+SEQUENCES = 32
 _TOKENS_PER_CALL = 1024
+_NO_LABEL = -100
 INPUTS = frozenset({"input_ids", "attention_mask"})
 """What a graph may take and still be calibrated on tokens alone."""
 
@@ -50,13 +54,15 @@ def windows(
     length: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    bos: bool = True,
 ) -> tuple[Tensor, str]:
     """Token ids [sequences, length] out of a text, and in words where they come from.
 
     text: a file, `dataset:NAME[,...]` (of its split train, if none is named), a Text, or None for the second half of the embedded
     text (its first half is what evaluation starts with). It is tokenised as one string; windows do not overlap and are drawn at
     random by the seed.
-    length: None takes 1024, or what the model takes (`limit`) if that is less. Raises DataError when the text is too short.
+    length: None takes 1024, or what the model takes (`limit`) if that is less. bos: where the tokenizer begins texts with a BOS, so
+    does every window. Raises DataError when the text is too short.
     """
     if tokenizer is None:
         raise DataError("calibration on a text needs a tokenizer: give tokenizer=..., or token ids [sequences, length]")
@@ -70,48 +76,27 @@ def windows(
     read = text if isinstance(text, Text) else load_text(text, split="train")
     content = read.content[len(read.content) // 2 :] if text is None else read.content
     name = f"{read.name}, second half" if text is None else read.name
-    tokens = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)
-    available = len(tokens) // length
-    if available < sequences:
+    cut = cut_text(content, tokenizer, length, bos)
+    if len(cut.windows) < sequences:
         raise DataError(
-            f"{name}: too little text to calibrate on: {len(tokens)} tokens, {sequences} sequences of {length} need "
-            f"{sequences * length}; take fewer or shorter sequences, or a longer text"
+            f"{name}: too little text to calibrate on: {cut.tokens} tokens, {sequences} sequences of {length} need "
+            f"{cut.need(sequences)}; take fewer or shorter sequences, or a longer text"
         )
-    chosen = (
-        torch.randperm(available, generator=torch.Generator().manual_seed(check_seed(seed)))[:sequences].sort().values
-    )
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    chosen = torch.randperm(len(cut.windows), generator=generator)[:sequences].sort().values
     source = f"{sequences} sequences of {length} tokens of {name} (sha256 {read.sha256[:16]}, seed {seed})"
-    return tokens[: available * length].view(available, length)[chosen], source
-
-
-@checked
-def strings(texts: Sequence[str], tokenizer: Any, length: int | None = None, limit: int | None = None) -> list[Tensor]:
-    """Token ids of each text, at most `length` of them (default: 1024, or what the model takes)."""
-    if tokenizer is None:
-        raise DataError(
-            "calibration on strings needs a tokenizer: give tokenizer=..., or token ids [sequences, length]"
-        )
-    if length is not None and (not isinstance(length, int) or length < 2):
-        raise DataError(f"calibration strings are cut to at least 2 tokens, got a length of {length!r}; take more")
-    length = min(length or LENGTH, limit or LENGTH)
-    found = []
-    for i, text in enumerate(texts):
-        ids = tokenizer(text, verbose=False, truncation=False)["input_ids"][:length]
-        if not ids:
-            raise DataError(f"calibration string {i} has no tokens; leave it out")
-        found.append(torch.tensor(ids, dtype=torch.int64))
-    return found
+    return cut.windows[chosen], f"{source}, {cut.beginning.protocol}"
 
 
 @checked
 def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> CalibrationData:
     """Calls of a language model's graph from token ids: [sequences, length], or one vector for each sequence.
 
-    Sequences of one length go some at a time, up to 1024 tokens together. Raises DataError for ids that are no ids of this
-    model, and for a graph that takes more than tokens.
+    Sequences of one length go some at a time, up to 1024 tokens together; their order does not count. Raises DataError for ids that
+    are no ids of this model, and for a graph that takes more than tokens.
     """
     device = next(graph.module.parameters()).device
-    if not set(graph.inputs) <= INPUTS or "input_ids" not in graph.inputs:
+    if not takes_tokens(graph):
         raise DataError(
             f"this graph takes {', '.join(graph.inputs)}, so it cannot be calibrated on tokens; give calibration= a list of "
             "calls, each a tuple of tensors in that order"
@@ -119,14 +104,7 @@ def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> Cal
     groups = _groups(tokens)
     vocabulary = _vocabulary(graph)
     for ids in groups:
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise DataError(f"calibration token ids must be integers [sequences, length], got {ids.dtype}")
-        bad = (ids < 0) | (ids >= vocabulary) if vocabulary else ids < 0
-        if bool(bad.any()):
-            raise DataError(
-                f"calibration token id {int(ids[bad][0])} is outside the model's vocabulary of {vocabulary or '?'}; was another "
-                "tokenizer used?"
-            )
+        _check_ids(ids, vocabulary)
     ones: dict[torch.Size, Tensor] = {}
     calls = []
     for ids in groups:
@@ -136,16 +114,47 @@ def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> Cal
     return CalibrationData(tuple(calls), source)
 
 
+def takes_tokens(graph: Graph) -> bool:
+    """Whether it can be called with token ids and nothing else."""
+    return set(graph.inputs) <= INPUTS and "input_ids" in graph.inputs
+
+
+def _check_ids(ids: Tensor, vocabulary: int | None) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise DataError(f"calibration token ids must be integers [sequences, length], got {ids.dtype}")
+    bad = (ids < 0) | (ids >= vocabulary) if vocabulary else ids < 0
+    if bool(bad.any()):
+        found = int(ids[bad][0])
+        why = "was another tokenizer used?"
+        if found == _NO_LABEL:
+            why = (
+                "labels hold it where nothing is learned: give the input_ids, with attention_mask where they are padded"
+            )
+        raise DataError(f"calibration token id {found} is outside the model's vocabulary of {vocabulary or '?'}; {why}")
+
+
 def _groups(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(tokens, Tensor):
-        if tokens.dim() != 2 or not tokens.numel():
-            raise DataError(f"calibration token ids must be [sequences, length], got {list(tokens.shape)}")
-        count, length = tokens.shape
-        together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * length <= _TOKENS_PER_CALL))
-        return list(torch.split(tokens, together))
-    if not tokens:
+    """[some, length] each: sequences of equal length stand together, longest first, equal ones in the order of their ids.
+
+    So the same sequences make the same calls, in whatever order and batches they came: sums of floats depend on their order.
+    """
+    if isinstance(tokens, Tensor) and (tokens.dim() != 2 or not tokens.numel()):
+        raise DataError(f"calibration token ids must be [sequences, length], got {list(tokens.shape)}")
+    if not len(tokens):
         raise DataError("calibration data holds no sequence")
-    return [ids[None] for ids in tokens]
+    ordered = sorted(tokens, key=lambda ids: (-len(ids), ids.tolist()))
+    groups: list[Tensor] = []
+    for _, alike in groupby(ordered, key=len):
+        groups += _batches(torch.stack(list(alike)))
+    return groups
+
+
+def _batches(ids: Tensor) -> Sequence[Tensor]:
+    """Of one size where many fit together so, else nearly of one size."""
+    count, length = ids.shape
+    most = max(1, _TOKENS_PER_CALL // length)
+    whole = max(n for n in range(1, min(count, most) + 1) if count % n == 0)
+    return torch.split(ids, whole if 2 * whole > min(count, most) else -(-count // -(-count // most)))
 
 
 def _vocabulary(graph: Graph) -> int | None:

@@ -12,6 +12,7 @@ import torch
 
 from sparsec.command import (
     DTYPES,
+    add_bos,
     add_calibration,
     add_device,
     calibration,
@@ -70,6 +71,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="FILE",
         help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: half of an embedded text",
     )
+    add_bos(p)
     p.add_argument("--windows", type=positive, metavar="N", help="the first ones; default: all of the text")
     p.add_argument(
         "--length", type=positive, metavar="L", help=f"tokens of a window; default: {LENGTH}, or what the models take"
@@ -108,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
             loaded = [
                 on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
             ]
-        windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded))
+        windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded), bos=args.bos)
         drawn = calibration(loaded[0], args, pipelines)
         notes = [f"calibrated on {drawn[1]}"] if drawn is not None else []
         saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None
@@ -174,6 +176,7 @@ def _identity(
         "text_sha256": windows.text_sha256,
         "text_tokens": windows.tokens_in_text,
         "window_length": windows.length,
+        "bos": windows.beginning.token,
         "dtype": args.dtype,
         "device": args.device,
         "models": [f"{each.name} {fingerprint(each.model)}" for each in loaded],

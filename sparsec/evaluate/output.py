@@ -19,7 +19,7 @@ def text(found: Mapping[str, Evaluation], windows: Windows, notes: Sequence[str]
     lines = heading("Evaluation")
     lines += paragraph(
         f"{windows.text_name} (sha256 {windows.text_sha256[:16]}, {windows.tokens_in_text:,} tokens): {windows.count} windows of "
-        f"{windows.length} tokens that do not overlap, {dtypes}"
+        f"{windows.length} tokens that do not overlap, {dtypes}; {windows.beginning.protocol}"
     )
     lines += [line for note in notes for line in paragraph(note)]
     letters = {name: chr(ord("A") + i) if i < 26 else str(i) for i, name in enumerate(found)}
@@ -59,6 +59,8 @@ def document(found: Mapping[str, Evaluation], windows: Windows, notes: Sequence[
         "text_tokens": windows.tokens_in_text,
         "windows": windows.count,
         "window_length": windows.length,
+        "bos": windows.beginning.token,
+        "protocol": windows.beginning.protocol,
         "notes": list(notes),
         "reference": next(iter(found)),
         "models": {name: _model(e) for name, e in found.items()},

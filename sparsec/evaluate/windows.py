@@ -1,15 +1,18 @@
-"""The tokens that models are evaluated on: a text, tokenised once as one string and cut into windows that do not overlap."""
+"""The tokens that models are evaluated on: a text, tokenised once as one string and cut into windows that do not overlap.
+
+Each window begins with the BOS that the tokenizer begins texts with, if it does, unless the papers' protocol is asked for.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsec.arguments import checked
 from sparsec.data.text import Text
+from sparsec.data.tokens import NOTHING, Beginning, cut_text
 from sparsec.errors import DataError
 
 
@@ -21,6 +24,7 @@ class Windows:
     text_name: str
     text_sha256: str
     tokens_in_text: int
+    beginning: Beginning = NOTHING
 
     @property
     def count(self) -> int:
@@ -34,10 +38,13 @@ class Windows:
 
 
 @checked
-def cut(text: Text, tokenizer: Any, length: int, count: int | None, limit: int | None = None) -> Windows:
+def cut(
+    text: Text, tokenizer: Any, length: int, count: int | None, limit: int | None = None, bos: bool = True
+) -> Windows:
     """Tokenises the text as one string and takes its first `count` windows of `length` tokens; None takes all.
 
-    limit: the model's longest input. Raises DataError for a length that does not fit it and for a text that is too short.
+    limit: the model's longest input. bos: where the tokenizer begins texts with a BOS, every window is that and length - 1 tokens;
+    False is the papers' protocol. Raises DataError for a length that does not fit it and for a text that is too short.
     """
     if length < 2:
         raise DataError(
@@ -47,12 +54,12 @@ def cut(text: Text, tokenizer: Any, length: int, count: int | None, limit: int |
         raise DataError(f"the number of evaluation windows must be at least 1, got {count}")
     if limit is not None and length > limit:
         raise DataError(f"evaluation length {length} is more than the model's {limit} positions; take {limit} or less")
-    tokens = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
-    available = len(tokens) // length
+    found = cut_text(text.content, tokenizer, length, bos)
+    available = len(found.windows)
     wanted = available if count is None else count
     if available < max(1, wanted):
         raise DataError(
-            f"{text.name}: the text has {len(tokens)} tokens, {max(1, wanted)} windows of {length} need "
-            f"{max(1, wanted) * length}; take fewer or shorter windows, or a longer text"
+            f"{text.name}: the text has {found.tokens} tokens, {max(1, wanted)} windows of {length} need "
+            f"{found.need(max(1, wanted))}; take fewer or shorter windows, or a longer text"
         )
-    return Windows(tokens[: wanted * length].view(wanted, length), text.name, text.sha256, len(tokens))
+    return Windows(found.windows[:wanted], text.name, text.sha256, found.tokens, found.beginning)

@@ -12,6 +12,7 @@ import torch
 
 from sparsec.command import (
     DTYPES,
+    add_bos,
     add_calibration,
     add_device,
     calibration,
@@ -98,6 +99,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="FILE",
         help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: an embedded text",
     )
+    add_bos(how)
     how.add_argument("--eval-windows", type=positive, metavar="N", help=f"default: {usual.windows}")
     how.add_argument("--eval-length", type=positive, metavar="L", help="tokens of a window; default: 512")
     how.add_argument("--prompt", metavar="TEXT", help=f"for the sample; default: {usual.prompt!r}")
@@ -144,7 +146,7 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
-        planned = None if text is None else plan(loaded, text, effort(args))
+        planned = None if text is None else plan(loaded, text, effort(args), args.bos)
         drawn = calibration(loaded, args, [pipeline, *beside])
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
         report = replace(measured_report(loaded, pipeline, planned, instruments, progress, drawn), beside=others)

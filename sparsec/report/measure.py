@@ -189,6 +189,8 @@ class _Run:
                 text_tokens=windows.tokens_in_text,
                 windows=len(self.evaluations["dense"].losses),
                 window_length=windows.length,
+                bos=windows.beginning.token,
+                protocol=windows.beginning.protocol,
                 dtype=self.evaluations["dense"].dtype,
             ),
             latency=LatencyFacts(

@@ -42,15 +42,18 @@ class Plan:
     effort: Effort
 
 
-def plan(loaded: LoadedModel, text: Text, effort: Effort) -> Plan:
-    """Raises DataError when the model has no tokenizer, or the text, the prompt or the model's positions do not suffice."""
+def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> Plan:
+    """bos: as in `cut`.
+
+    Raises DataError when the model has no tokenizer, or the text, the prompt or the model's positions do not suffice.
+    """
     if loaded.tokenizer is None:
         raise DataError(
             f"{loaded.name}: there is no tokenizer, so no text can be evaluated; add one, or use --no-measure"
         )
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     length = effort.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    windows = cut(text, loaded.tokenizer, length, effort.windows, limit)
+    windows = cut(text, loaded.tokenizer, length, effort.windows, limit, bos)
     tokens = windows.tokens.flatten()
     if effort.prompt_tokens > len(tokens):
         raise DataError(

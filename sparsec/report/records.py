@@ -113,6 +113,8 @@ class EvaluationFacts:
     windows: int
     window_length: int
     dtype: str
+    bos: str | None = None  # what every window begins with
+    protocol: str = ""  # of that, in words
 
 
 @dataclass(frozen=True)

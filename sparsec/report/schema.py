@@ -155,7 +155,7 @@ SCHEMA: Keys = {
         (dict,),
         "of VARIANT under dense, masked, dense_on_sparsec and lowered; empty where nothing was compared",
     ),
-    "evaluation": ((dict, NONE), "text, text_sha256, text_tokens, windows, window_length, dtype"),
+    "evaluation": ((dict, NONE), "text, text_sha256, text_tokens, windows, window_length, dtype, bos, protocol"),
     "latency": ((dict, NONE), "prompt_tokens, threads, prefill_repeats, decode_repeats"),
     "in_turn": (
         (bool,),

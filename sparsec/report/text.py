@@ -227,7 +227,7 @@ def _footnotes(report: ReportData) -> list[str]:
     if (e := report.evaluation) is not None:
         notes.append(
             f"perplexity, agreement and KL on {e.text} (sha256 {e.text_sha256[:16]}, {e.text_tokens:,} tokens): "
-            f"{e.windows} windows of {e.window_length} tokens, {e.dtype}"
+            f"{e.windows} windows of {e.window_length} tokens, {e.dtype}{'; ' * bool(e.protocol)}{e.protocol}"
         )
     if (t := report.latency) is not None:
         notes.append(
