@@ -46,7 +46,7 @@ class KeptLogits:
         logits: Tensor = self.model(*args, **kwargs).logits
         self._shapes.append((logits.shape, logits.dtype))
         try:
-            self._file.write(logits.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+            self._file.write(logits.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         except OSError as error:
             raise DataError(
                 f"the dense model's logits do not fit into {tempfile.gettempdir()} ({error.strerror or error}); set TMPDIR to a "
@@ -58,5 +58,5 @@ class KeptLogits:
         shape, dtype = self._shapes[self._next]
         self._next += 1
         raw = bytearray(shape.numel() * dtype.itemsize)
-        self._file.readinto(raw)  # type: ignore[attr-defined]
+        self._file.readinto(raw)
         return torch.frombuffer(raw, dtype=dtype).view(shape).to(self._anchor.device)
