@@ -114,7 +114,7 @@ def _define(kind: type[Packed]) -> OpOverload:
         refuse_constants(name, held)
         if transformed():
             return reference_linear(x, *split(args))
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias)):
             out: Tensor = Product.apply(x, bias, op, split, args)  # type: ignore[no-untyped-call]
             return out
         with torch._C._AutoDispatchBelowAutograd():

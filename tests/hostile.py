@@ -21,7 +21,7 @@ from sparsec.errors import SparsecError
 RECORDS = {
     sparsec.Compiled, sparsec.Context, sparsec.Effect, sparsec.Graph, sparsec.Pass, sparsec.PassRecord, sparsec.PassResult,
     sparsec.SparsecError,
-    calibrate.Profile, calibrate.Site, calibrate.Standing, calibrate.Statistics, calibrate.CalibrationData,
+    calibrate.Profile, calibrate.Site, calibrate.Standing, calibrate.Statistics, calibrate.CalibrationData, calibrate.Sequences,
     cost.Calibration, cost.Found, cost.KernelCost, cost.Prediction, cost.Work,
     data.LoadedModel, data.Text, evaluate.Evaluation, evaluate.Windows,
     kernels.NativeStatus, kernels.Kernel, kernels.Problem,
@@ -262,6 +262,11 @@ def targets() -> dict[str, Target]:
             calibrate.samples,
             lambda: {"graph": words(), "tokens": torch.full((2, 8), 5), "source": "fives"},
         ),
+        "calibrate.sequences": Target(
+            calibrate.sequences,
+            lambda: {"given": ["some text"], "tokenizer": tokenizer(), "length": 8, "limit": 16, "bos": True},
+        ),
+        "calibrate.takes_tokens": Target(calibrate.takes_tokens, lambda: {"graph": words()}),
         "calibrate.strings": Target(
             calibrate.strings, lambda: {"texts": ["some text"], "tokenizer": tokenizer(), "length": 8, "limit": 16}
         ),

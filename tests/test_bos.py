@@ -16,7 +16,7 @@ from sparsec.calibrate import strings, windows
 from sparsec.data import Text
 from sparsec.data.tiny import END, byte_tokenizer
 from sparsec.data.tokens import beginning, encode
-from sparsec.errors import DataError
+from sparsec.errors import ArgumentError, DataError
 from sparsec.evaluate import cut
 from sparsec.evaluate.__main__ import main
 
@@ -79,7 +79,7 @@ def test_what_is_no_tokenizer_is_refused(wrong: Any) -> None:
 def test_windows_without_room_for_text_are_refused() -> None:
     with pytest.raises(DataError, match="none of the text fits"):
         cut(Text("text", "abc" * 9), begins(f"{END} {END} "), 2, 1)
-    with pytest.raises(DataError, match="bos must be True or False"):
+    with pytest.raises(ArgumentError, match="bos must be True or False"):
         cut(Text("text", "abc" * 9), WITH, 4, 1, bos="no")  # type: ignore[arg-type]
 
 

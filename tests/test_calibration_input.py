@@ -10,7 +10,7 @@ import sparsec
 from sparsec.calibrate import strings, windows
 from sparsec.data import load_model
 from sparsec.data.tiny import byte_tokenizer
-from sparsec.errors import ActivationError, DataError, PipelineError
+from sparsec.errors import ActivationError, ArgumentError, DataError, PipelineError
 from sparsec.report.__main__ import main
 
 
@@ -54,12 +54,17 @@ def test_sequences_longer_than_the_model_takes_are_named() -> None:
         sparsec.compile(model, "wanda(0.5)", calibration=torch.ones(1, positions + 3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("length", [0, -3, 1, "64"])
+@pytest.mark.parametrize("length", [0, -3, 1])
 def test_lengths_that_are_none_are_refused(length) -> None:
     with pytest.raises(DataError, match=f"at least 2 tokens, got .*{length!r}; take more"):
         windows(None, byte_tokenizer(), 2, length)
     with pytest.raises(DataError, match=f"at least 2 tokens, got a length of {length!r}; take more"):
         strings(["abc"], byte_tokenizer(), length)
+
+
+def test_a_length_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="windows: length must be a whole number or None, got str '64'"):
+        windows(None, byte_tokenizer(), 2, "64")
 
 
 def test_data_that_no_pass_learns_from_is_noted(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

@@ -114,6 +114,7 @@ def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> Cal
     return CalibrationData(tuple(calls), source)
 
 
+@checked
 def takes_tokens(graph: Graph) -> bool:
     """Whether it can be called with token ids and nothing else."""
     return set(graph.inputs) <= INPUTS and "input_ids" in graph.inputs
@@ -138,6 +139,9 @@ def _groups(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
     So the same sequences make the same calls, in whatever order and batches they came: sums of floats depend on their order.
     """
+    for ids in [tokens] if isinstance(tokens, Tensor) else tokens:
+        if ids.layout != torch.strided or ids.is_complex() or ids.is_meta:
+            raise DataError(f"calibration token ids must be a dense tensor of integers, got {ids.dtype}, {ids.layout}")
     if isinstance(tokens, Tensor) and (tokens.dim() != 2 or not tokens.numel()):
         raise DataError(f"calibration token ids must be [sequences, length], got {list(tokens.shape)}")
     if not len(tokens):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsec.calibrate.data import SEQUENCES, CalibrationData, samples, takes_tokens, windows
 from sparsec.calibrate.sequences import Sequences, sequences
@@ -15,8 +16,8 @@ from sparsec.data.text import Text
 from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
 
-CalibrationInput = CalibrationData | Tensor | str | Path | Text | Mapping[str, Any] | Iterable[Any] | None
-"""See FORMS of `sparsec.calibrate.sequences`."""
+CalibrationInput = CalibrationData | Tensor | str | Path | Text | Mapping[str, Any] | Iterable[Any] | Any | None
+"""See FORMS of `sparsec.calibrate.sequences`, which says what is none of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,9 @@ class Draw:
         if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str) and not isinstance(given[0], str):
             return Sequences(self._read(given[0]).tokens, given[1])  # as `windows` gives them
         if plain:
-            once = isinstance(given, Iterable) and not isinstance(given, Tensor | Mapping | tuple | list)
+            once = isinstance(given, Iterable) and not isinstance(
+                given, Tensor | Mapping | tuple | list | IOBase | nn.Module
+            )
             return Held(list(given) if once else given)
         return self._read(given)
 

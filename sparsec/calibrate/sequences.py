@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import IOBase
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsec.arguments import checked
 from sparsec.data.tokens import encode, without_beginning
@@ -37,6 +38,7 @@ class Sequences:
     notes: tuple[str, ...] = ()
 
 
+@checked
 def sequences(
     given: Any,
     tokenizer: Any = None,
@@ -98,7 +100,7 @@ class _Reader:
             self._add(_ids(item, len(self.found)), None)
         elif isinstance(item, list | tuple) and _is_pair(item):
             self._rows(item[0], item[1], more=len(item) - 2)
-        elif isinstance(item, Iterable) and not isinstance(item, bytes | bytearray):
+        elif isinstance(item, Iterable) and not isinstance(item, bytes | bytearray | IOBase | nn.Module):
             self._each(item)
         else:
             raise DataError(f"{FORMS}; got {type(item).__name__}")

@@ -1,7 +1,8 @@
 """Texts as token ids, the way a model is used: a tokenizer that begins every text with a BOS begins every window with it.
 
 The SparseGPT and Wanda papers tokenise a text once, as one string, and cut it; then only the first window has a BOS. A model that
-never saw a text without one is not itself there: Gemma 3 270M has a perplexity of 64 without it and of 23 with it.
+never saw a text without one is not itself there: Gemma 3 270M has a perplexity of 50.1 without it and of 23.3 with it (4 windows of
+512 tokens of WikiText-2).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsec.errors import DataError
 
@@ -38,15 +39,16 @@ class Cut:
     windows: Tensor  # int64 [all that there are, length]
     tokens: int  # of the text, without what its windows begin with
     beginning: Beginning
+    each: int  # tokens of text in a window
 
     def need(self, count: int) -> int:
         """Tokens of text that so many windows take."""
-        return count * (self.windows.shape[1] - len(self.beginning))
+        return count * self.each
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """Token ids of a text. Raises DataError for what is no tokenizer of transformers."""
-    if not callable(tokenizer):
+    if not callable(tokenizer) or isinstance(tokenizer, nn.Module):
         raise DataError(
             f"the tokenizer must be one of transformers, called with a text to give input_ids; got {type(tokenizer).__name__}; "
             "load it with transformers.AutoTokenizer.from_pretrained(...)"
@@ -94,9 +96,9 @@ def cut_text(text: str, tokenizer: Any, length: int, bos: bool) -> Cut:
     ids = encode(tokenizer, text, **({"add_special_tokens": False} if start.ids else {}))
     each = length - len(start)
     count = len(ids) // each
-    rows = torch.tensor(ids[: count * each], dtype=torch.int64).view(count, each)
+    rows = torch.tensor(ids[: count * each], dtype=torch.int64).view(count, each if count else 0)
     before = torch.tensor(start.ids, dtype=torch.int64).expand(count, len(start))
-    return Cut(torch.cat((before, rows), dim=1), len(ids), start)
+    return Cut(torch.cat((before, rows), dim=1), len(ids), start, each)
 
 
 def _before(tokenizer: Any) -> tuple[int, ...]:
