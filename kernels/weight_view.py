@@ -76,7 +76,7 @@ class WeightView(Tensor):
         return self._plain()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain().__reduce_ex__(protocol)
+        return self._plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self._plain().__dlpack__(*args, **kwargs)

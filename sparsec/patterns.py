@@ -26,7 +26,7 @@ CHUNK = 3 << 13
 """Scores looked at together on a CPU: bounds the scratch memory, not the result.
 
 torch gives tensors of 2**15 numbers and more to several threads, and where another process is busy on the machine every such
-operation may wait milliseconds for one of them: with 2**17 scores at once pruning 100 million weights took a minute.
+operation may wait milliseconds for one of them.
 """
 
 _CHUNK_ELSEWHERE = 1 << 20  # where every operation is a launch
