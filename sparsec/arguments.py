@@ -12,7 +12,7 @@ import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Callable as AbstractCallable
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, Literal, ParamSpec, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparsec.errors import ArgumentError
 
@@ -28,22 +28,31 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     An annotation of Any or a type variable allows everything. Elements of sequences, frozen sets and mappings are looked at. A
     function must take as many arguments as it will be given, where it says how many it takes.
     """
-    signature = inspect.signature(function)
-    title = function.__qualname__.removesuffix(".__init__")
+    return checked_but()(function)
 
-    @functools.cache
-    def hints() -> dict[str, Any]:  # at the first call: annotations may name what is imported later
-        return get_type_hints(function)
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            hint = hints().get(name, Any)
-            if not fits(value, hint):
-                raise ArgumentError(f"{title}: {name} must be {wording(hint)}, got {shown(value)}")
-        return function(*args, **kwargs)
+def checked_but(*own: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """As `checked`; the arguments named are left to the function, which has more to say of them than their type."""
 
-    return call
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        title = function.__qualname__.removesuffix(".__init__")
+
+        @functools.cache
+        def hints() -> dict[str, Any]:  # at the first call: annotations may name what is imported later
+            return get_type_hints(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                hint = hints().get(name, Any)
+                if name not in own and not fits(value, hint):
+                    raise ArgumentError(f"{title}: {name} must be {wording(hint)}, got {shown(value)}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -63,6 +72,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
     if origin is None and getattr(hint, "_is_protocol", False):
         return not isinstance(value, type) and all(hasattr(value, name) for name in vars(hint) if name[0] != "_")
+    if origin is None and hint in (IO, TextIO):
+        return callable(getattr(value, "write", None))
     if origin is None:
         return isinstance(value, hint)
     if not isinstance(value, origin) or isinstance(value, str | bytes):

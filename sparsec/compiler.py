@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from sparsec.arguments import checked
+from sparsec.arguments import checked_but
 from sparsec.calibrate import SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.emitter import adopt, emit, follower, unpackable, unswappable
@@ -86,7 +86,7 @@ class Compiled:
         return f"<sparsec {str(self.pipeline)!r}: {lowered} weights lowered; .report() tells more>"
 
 
-@checked
+@checked_but("passes", "masks", "verify")
 def compile(
     model: Model,
     passes: Pipeline | str | Pass | Iterable[str | Pass] | None = None,
@@ -158,7 +158,7 @@ def compile(
     return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), shares)
 
 
-@checked
+@checked_but("passes", "verify")
 def extend(
     compiled: Model,
     passes: Pipeline | str | Pass | Iterable[str | Pass],
@@ -269,6 +269,8 @@ def _pipeline(
 ) -> Pipeline:
     if masks is not None and not isinstance(masks, Mapping):
         raise MaskError(f"masks must map weight or module names to bool tensors, got {type(masks).__name__}")
+    if unnamed := [key for key in masks or () if not isinstance(key, str)]:
+        raise MaskError(f"masks must map weight or module names to bool tensors, got the key {unnamed[0]!r}")
     if passes is None:
         return Pipeline.parse(DEFAULT_PASSES if masks is None else DEFAULT_PASSES_WITH_MASKS)
     pipeline = Pipeline.of(passes)

@@ -24,7 +24,7 @@ def refuse_wrapper(model: nn.Module, call: str) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise CompileError(
-            "this model is a TorchScript module, whose layers cannot be exchanged; give the module it was made from"
+            "this model is a TorchScript module, whose layers cannot be exchanged; give the nn.Module that it was made from"
         )
     if hasattr(model, "_orig_mod"):
         raise CompileError(

@@ -129,7 +129,8 @@ def test_every_option_of_measuring_is_obeyed(measured: Done) -> None:
     assert found["machine"]["threads"] == 1
     assert found["evaluation"] == {
         "text": text, "text_sha256": hashlib.sha256(TEXT.encode()).hexdigest(), "text_tokens": len(TEXT),
-        "windows": 1, "window_length": 64, "dtype": "bfloat16",
+        "windows": 1, "window_length": 64, "dtype": "bfloat16", "bos": None,
+        "protocol": "the tokenizer adds no BOS",
     }  # fmt: skip
     how = {"prompt_tokens": 8, "threads": 1, "prefill_repeats": 5, "decode_repeats": 5}
     assert found["latency"] == found["latency"] | how

@@ -79,7 +79,7 @@ def calibrate(
 
     Raises ActivationError for NaN or inf in what a linear reads.
     """
-    unknown = [name for name in weights if name not in graph.weights or not graph.is_linear(name)]
+    unknown = [name for name in weights if name not in graph.weights or not graph.prunable(name)]
     if unknown or not weights:
         what = f"{unknown[0]!r} is no weight of a linear product in this graph" if unknown else "weights names none"
         raise DataError(f"calibrate: {what}; the names are the keys of graph.weights")

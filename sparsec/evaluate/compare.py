@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsec.arguments import checked, shown
 from sparsec.errors import DataError
@@ -80,18 +80,11 @@ def compare(
     window but the first begins after so many; `losses` tells how many were run.
     Raises DataError for models of different vocabularies.
     """
-    for name, model in models.items():
-        if (
-            not isinstance(model, nn.Module)
-            or isinstance(model, torch.jit.ScriptModule)
-            or next(model.parameters(), None) is None
-        ):
-            raise DataError(
-                f"{name}: a causal language model (a torch.nn.Module with weights) is evaluated, got {shown(model)}"
-            )
     tallies = {name: _Tally(windows.length) for name in models}
     done = 0 if saved is None else saved.restore(tallies, windows.count)
     begin = perf_counter()
+    for name, model in models.items() if done < windows.count else ():
+        _check_model(name, model)
     for index in range(done, windows.count):
         if seconds is not None and index > 0 and perf_counter() - begin > seconds:
             break
@@ -122,7 +115,16 @@ def evaluate(model: Any, windows: Windows, progress: Progress | None = None, wha
     return compare({"model": model}, windows, progress, what)["model"]
 
 
-def _logits(name: str, model: nn.Module, window: Tensor) -> Tensor:
+def _check_model(name: str, model: Any) -> None:
+    weights = getattr(model, "parameters", None)
+    called = callable(model) and callable(weights) and not isinstance(model, type | torch.jit.ScriptModule)
+    if not called or next(model.parameters(), None) is None:
+        raise DataError(
+            f"{name}: a causal language model (a torch.nn.Module with weights) is evaluated, got {shown(model)}"
+        )
+
+
+def _logits(name: str, model: Any, window: Tensor) -> Tensor:
     """[length, vocabulary]. DataError for a model that is no causal language model of transformers."""
     try:
         out = model(input_ids=window[None], use_cache=False)

@@ -70,9 +70,8 @@ def check_dense(title: str, what: str, value: object) -> None:
     """Raises FormatError for what is no tensor that holds an element at every place."""
     if not isinstance(value, Tensor):
         raise FormatError(f"{title}: the {what} must be a Tensor, got {shown(value)}")
-    if value.layout != torch.strided or value.is_meta:
-        where = "on the meta device, where it holds no values" if value.is_meta else f"{value.layout}; use .to_dense()"
-        raise FormatError(f"{title}: the {what} must be a dense tensor with values, this one is {where}")
+    if value.layout != torch.strided:
+        raise FormatError(f"{title}: the {what} must be a dense tensor, this one is {value.layout}; use .to_dense()")
 
 
 def check_pack(title: str, dtypes: tuple[torch.dtype, ...], weight: Tensor, mask: Tensor) -> None:
@@ -102,6 +101,10 @@ def check_plan(title: str, dtypes: tuple[torch.dtype, ...], mask: Tensor, dtype:
         raise FormatError(
             f"{title} needs a bool mask of the weight's shape [out, in], True where kept, "
             f"got {mask.dtype} {list(mask.shape)}"
+        )
+    if mask.is_meta:
+        raise FormatError(
+            f"{title}: weight and mask are on the meta device, where they hold no values; load them first"
         )
     if dtype not in dtypes:
         other = ", or use lower(csr), which holds float64" if dtype == torch.float64 else ""

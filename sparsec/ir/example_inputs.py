@@ -103,6 +103,11 @@ def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
     signature = inspect.signature(model.forward)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, tuple | list | Mapping):
+        raise TraceError(
+            f"{name}.forward{signature} does not take these example inputs: give a tensor, or a tuple or dict of tensors, got "
+            f"{type(example_inputs).__name__}"
+        )
     try:
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
         bound = signature.bind(*args, **kwargs)

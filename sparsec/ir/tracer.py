@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsec.arguments import checked
+from sparsec.arguments import checked_but
 from sparsec.errors import TraceError
 from sparsec.ir.example_inputs import ExampleInputs, example_call
 from sparsec.ir.export import Exported, export
@@ -37,7 +37,7 @@ _ASSERTIONS = frozenset(
 )
 
 
-@checked
+@checked_but("example_inputs")
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Graph:
     """Traces a model, in eval mode.
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, Protocol, TextIO
+from typing import Literal, Protocol, TextIO, get_args
 
-from sparsec.arguments import checked, shown
-from sparsec.errors import ArgumentError
+from sparsec.arguments import checked, checked_but, shown
+from sparsec.errors import ArgumentError, SpecError
 from sparsec.ir.graph import Graph
 from sparsec.ir.printer import diff_text, graph_text
 from sparsec.pipeline.base import Pass
@@ -50,8 +50,10 @@ class PrintIR:
     stream: None for standard output. Raises ArgumentError for a closed one.
     """
 
-    @checked
+    @checked_but("when")
     def __init__(self, when: When = "after", stream: TextIO | None = None) -> None:
+        if when not in get_args(When):
+            raise SpecError(f"when must be one of {', '.join(get_args(When))}, got {when!r}")
         if getattr(stream, "closed", False):
             raise ArgumentError("PrintIR: stream is closed; give an open one, or None for standard output")
         self.when, self.stream = when, stream

@@ -10,7 +10,7 @@ from typing import Literal, Self, get_args
 
 import torch
 
-from sparsec.arguments import checked, shown
+from sparsec.arguments import checked, checked_but, shown
 from sparsec.errors import PipelineError, SpecError, VerifyError
 from sparsec.ir.graph import Graph
 from sparsec.ir.settle import settle
@@ -54,7 +54,9 @@ class Pipeline:
         if isinstance(passes, Pass):
             return cls((passes,))
         if not isinstance(passes, list | tuple | Iterator) or isinstance(passes, IOBase):
-            raise SpecError(f"passes: expected a specification, a Pipeline or a list, got {shown(passes)}")
+            raise SpecError(
+                f"passes: expected a specification, a Pipeline or a list, got {type(passes).__name__}: {passes!r:.200}"
+            )
         found: list[Pass] = []
         for item in passes:
             if isinstance(item, str):
@@ -108,7 +110,7 @@ class Pipeline:
             lost.update(dict.fromkeys(p.invalidates & held, me))
             held = (held - p.invalidates) | p.produces
 
-    @checked
+    @checked_but("verify")
     def run(
         self,
         graph: Graph,
