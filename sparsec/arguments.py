@@ -11,7 +11,6 @@ import inspect
 import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Callable as AbstractCallable
 from typing import IO, Any, Literal, ParamSpec, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparsec.errors import ArgumentError
@@ -66,7 +65,7 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, each) for each in inner)
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in inner)
-    if origin is AbstractCallable:
+    if origin is Callable:
         return callable(value) and not isinstance(value, type) and _takes(value, inner[0])
     if hint in (int, float):
         return isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
@@ -109,7 +108,7 @@ def wording(hint: Any) -> str:
         return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
-    if origin is AbstractCallable:
+    if origin is Callable:
         return f"a function of {len(inner[0])} arguments"
     if origin is None:
         return f"a {getattr(hint, '__qualname__', hint)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from sparsec.errors import CompileError, TraceError, some
@@ -21,10 +20,6 @@ def refuse_wrapper(model: nn.Module, call: str) -> None:
     if not isinstance(model, nn.Module):
         raise CompileError(
             f"{call} takes a torch.nn.Module, got {type(model).__name__}; for a folder or hub id load it first"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CompileError(
-            "this model is a TorchScript module, whose layers cannot be exchanged; give the nn.Module that it was made from"
         )
     if hasattr(model, "_orig_mod"):
         raise CompileError(
