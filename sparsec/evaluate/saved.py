@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sparsec import files
 from sparsec.errors import DataError
 
 _VERSION = 1
@@ -65,10 +65,8 @@ class Saved:
             for name, each in sums.items()
         }
         text = json.dumps({"sparsec_evaluation": _VERSION, "of": self.of, "done": done, "models": models})
-        beside = self.path.with_name(self.path.name + ".new")
         try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, self.path)
+            files.write(self.path, text.encode())
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror}); give another file") from error
 
