@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 256
-"""Of logits looked at together: 50 MB of float32 at a vocabulary of 49,152."""
+LOGITS = 1 << 22
+"""Looked at together, 17 MB of float32: the few copies that this makes are small beside the logits themselves."""
+
+
+def in_parts(*tensors: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of each tensor in turn, so many that their logits are at most LOGITS."""
+    return zip(*(torch.split(tensor, max(1, LOGITS // vocabulary)) for tensor in tensors), strict=True)
 
 
 def kl_rows(dense: Tensor, other: Tensor) -> Tensor:
@@ -18,7 +24,7 @@ def kl_rows(dense: Tensor, other: Tensor) -> Tensor:
     dense, other: logits [rows, vocabulary] of any float dtype. Returns float32 [rows].
     """
     parts = []
-    for a, b in zip(torch.split(dense, ROWS), torch.split(other, ROWS), strict=True):
+    for a, b in in_parts(dense, other, vocabulary=dense.shape[-1]):
         p, q = F.log_softmax(a.float(), dim=-1), F.log_softmax(b.float(), dim=-1)
         parts.append(F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1))
     return torch.cat(parts)

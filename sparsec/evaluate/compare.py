@@ -23,7 +23,7 @@ from sparsec.arguments import checked, shown
 from sparsec.errors import DataError
 from sparsec.evaluate.saved import Saved
 from sparsec.evaluate.windows import Windows
-from sparsec.metrics import ROWS, kl_rows
+from sparsec.metrics import in_parts, kl_rows
 from sparsec.progress import Progress
 
 TOP = 5
@@ -145,7 +145,7 @@ def window_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
     logits [length, vocabulary] of any float dtype, tokens [length].
     """
-    pairs = zip(torch.split(logits[:-1], ROWS), torch.split(tokens[1:], ROWS), strict=True)
+    pairs = in_parts(logits[:-1], tokens[1:], vocabulary=logits.shape[-1])
     return torch.cat([F.cross_entropy(rows.float(), targets, reduction="none") for rows, targets in pairs])
 
 
@@ -155,7 +155,7 @@ def agreement(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     logits, reference: [rows, vocabulary]. NaN is not among them.
     """
     first, among = [], []
-    for rows, others in zip(torch.split(logits, ROWS), torch.split(reference, ROWS), strict=True):
+    for rows, others in in_parts(logits, reference, vocabulary=logits.shape[-1]):
         wanted = others.argmax(dim=-1)
         first.append(rows.argmax(dim=-1) == wanted)
         value = rows.gather(1, wanted[:, None])
