@@ -14,13 +14,14 @@ import report_cases
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsec
 from sparsec import memory
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import DataError
 from sparsec.report import schema
-from sparsec.report.notes import merged
+from sparsec.report.notes import merged, tied_table
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.sample import read_prompt
 from sparsec.report.text import render
@@ -111,6 +112,21 @@ def test_equal_notes_are_one_with_a_count() -> None:
         "once (2 times)",
         "b: too small",
     ]
+
+
+def test_a_tied_table_that_is_most_of_the_model_is_named_with_a_way_out_that_works() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**small, vocab_size=2048, tie_word_embeddings=True))
+    passes = "magnitude(0.5, targets={}),freeze,lower(bitmap)"
+    said = tied_table(sparsec.compile(model, passes.format("('attention', 'mlp')")).sparsec.report())
+    assert said is not None
+    assert said.startswith("model.embed_tokens.weight is 0.13 of 0.14 MB and stays dense: embedding and head share it")
+    assert "torch.bfloat16 to halve it" in said
+    advice, targets = said.partition("bytes: ")[2].split(", then targets=")
+    exec(advice, {"model": model, "torch": torch})
+    untied = sparsec.compile(model, passes.format(targets)).sparsec
+    assert untied.graph.weights["lm_head.weight"].format == "bitmap"
+    assert tied_table(untied.report()) is None
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def verdicts(report: ReportData) -> list[str]:
     toy = 0 < report.parameters < TOY
     found = ["a toy this small cannot show a gain: it fits into the processor's cache"] if toy else []
     found += _quality(report)
+    if (table := tied_table(report)) is not None:
+        found.append(table)
     if lowered is None or dense is None:
         return found
     if lowered.bytes > dense.bytes:
@@ -56,6 +58,20 @@ def verdicts(report: ReportData) -> list[str]:
         speed = times(lowered.speedup_decode.median)
         found.append(f"the lowered model decodes SLOWER than the dense one, {speed}{_why_slow(report, lowered)}")
     return found
+
+
+def tied_table(report: ReportData) -> str | None:
+    """Where a dense weight that embedding and head share is most of the model: how much of it, and the way out."""
+    rows = [r for r in report.layers if r.kind == "embedding" and r.aliases and not r.packed]
+    row = max(rows, key=lambda r: r.bytes_held, default=None)
+    if row is None or row.bytes_held <= report.bytes_dense / 2:
+        return None
+    halve = "load the model with dtype=torch.bfloat16 to halve it, or " if row.value_bytes > 2 else ""
+    return (
+        f"{row.name} is {mega(row.bytes_held)} of {mega(report.bytes_dense)} MB and stays dense: embedding and head share it; "
+        f"{halve}untie the head and prune it, for speed and not for bytes: head = model.get_output_embeddings(); "
+        "head.weight = torch.nn.Parameter(head.weight.detach().clone()), then targets=('attention', 'mlp', 'lm_head')"
+    )
 
 
 def _quality(report: ReportData) -> list[str]:
