@@ -35,10 +35,12 @@ class Lower(Pass):
 
     format: `auto` lets the cost model choose for every weight among all formats and dense, for `tokens` rows at a time, by
     predicted time (objective="latency") or by bytes, and lets what stays dense run on an own kernel where that is predicted
-    to be faster; the reason stands in the weight's record. A format by name packs everything in it: `csr`, with index_bits 8,
-    16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`; on a GPU `wcsr`, with index_bits 8 or 16, which `csr` becomes
-    there too. `dense` packs nothing and needs no mask: every selected weight stays what it is, zeros included, and runs on
-    sparsec's own dense kernel where that serves it (with `fuse` before it, several in one call).
+    to be faster; the reason stands in the weight's record. tokens: by default one for a transformers model that generates, 4096
+    (32 sequences of 128) for one that does not, such as an encoder, and one for any other module. A format by name packs
+    everything in it: `csr`, with index_bits 8, 16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`; on a GPU `wcsr`,
+    with index_bits 8 or 16, which `csr` becomes there too. `dense` packs nothing and needs no mask: every selected weight stays
+    what it is, zeros included, and runs on sparsec's own dense kernel where that serves it (with `fuse` before it, several in
+    one call).
     """
 
     name: ClassVar[str] = "lower"
@@ -50,7 +52,7 @@ class Lower(Pass):
     index_bits: int | None = field(default=None, kw_only=True)
     block: tuple[int, int] | None = field(default=None, kw_only=True)
     objective: Literal["latency", "bytes"] = field(default="latency", kw_only=True)
-    tokens: int = field(default=1, kw_only=True)
+    tokens: int | None = field(default=None, kw_only=True)
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
@@ -63,8 +65,9 @@ class Lower(Pass):
         if self.block is not None:
             object.__setattr__(self, "block", _check_block(self.block))
         check_choice(self.objective, "objective", OBJECTIVES)
-        check_positive(self.tokens, "tokens")
-        for option, default in (("index_bits", None), ("block", None), ("objective", "latency"), ("tokens", 1)):
+        if self.tokens is not None:
+            check_positive(self.tokens, "tokens")
+        for option, default in (("index_bits", None), ("block", None), ("objective", "latency"), ("tokens", None)):
             if getattr(self, option) != default and option not in OPTIONS.get(self.format, ()):
                 owner = next(f for f, options in OPTIONS.items() if option in options)
                 raise SpecError(
@@ -90,7 +93,7 @@ class Lower(Pass):
                     reasons[name] = "; ".join(filter(None, (reasons.get(name), plan.reason)))
         else:
             for weight in packable:  # what will be refused is refused before any dense weight is gone
-                self._check(graph, weight)
+                self._check(graph, weight, self._rows(context))
             plans = {}
         done = []
         for i, weight in enumerate(chosen):
@@ -139,12 +142,18 @@ class Lower(Pass):
         may_pack = {w.name for w in packable}
         dense = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
         weights = [w for w in dense if self._selected(graph, w)]
-        setting = Setting(self.objective, self.tokens)
+        rows = self._rows(context)
+        setting = Setting(self.objective, rows)
         notes: list[str] = []
         if self.objective == "latency":
             calibration, notes = calibrated(graph, weights, context.progress)
             working_set = sum(w.nbytes for w in graph.weights.values() if graph.is_linear(w.name))
-            setting = Setting(self.objective, self.tokens, calibration, working_set)
+            setting = Setting(self.objective, rows, calibration, working_set)
+            if self.tokens is None and rows > 1:
+                notes.append(
+                    f"formats are chosen for {rows} tokens at a time, since the model does not generate; for another workload "
+                    "say lower(auto, tokens=...)"
+                )
         found = {}
         for i, weight in enumerate(weights):
             context.step("choosing formats", i, len(weights))
@@ -168,12 +177,12 @@ class Lower(Pass):
         matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
         packed: Packed = FORMATS[name].pack(matrix, mask, **options)  # type: ignore[attr-defined]
         packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
-        kernel = select_kernel(Problem.of(packed, self.tokens))
+        kernel = select_kernel(Problem.of(packed, self._rows(context)))
         if plan is not None:
             graph.update(weight.name, reason=plan.reason)
         return lower_weight(graph, weight.name, packed, kernel.name, free=context.owns_weights)
 
-    def _check(self, graph: Graph, weight: Weight) -> None:
+    def _check(self, graph: Graph, weight: Weight, rows: int) -> None:
         """Whether format and kernel serve this weight, asked of the mask alone."""
         mask, device = graph.mask_matrix(weight.name), graph.tensor(weight.name).device.type
         assert mask is not None
@@ -184,13 +193,16 @@ class Lower(Pass):
             )
         try:
             FORMATS[self.format].planned_nbytes(mask, weight.dtype, **self._options())  # type: ignore[attr-defined]
-            select_kernel(Problem(self.format, *weight.matrix_shape, self.tokens, weight.dtype, device))
+            select_kernel(Problem(self.format, *weight.matrix_shape, rows, weight.dtype, device))
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name
             way_out = f"or leave it dense with lower({self.format}, ignore=({owner!r},))"
             if weight.grown:
                 way_out = f"{weight.grown:,} of its pruned values came back after freeze, so prune again, {way_out}"
             raise type(error)(f"{weight.name}: {error}; {way_out}") from error
+
+    def _rows(self, context: Context) -> int:
+        return self.tokens or context.rows
 
     def _options(self) -> dict[str, Any]:
         given = {"index_bits": self.index_bits, "block": self.block}

@@ -21,6 +21,7 @@ from sparsec.ir.carry import rebind
 from sparsec.ir.foreign import refusal
 from sparsec.ir.graph import Graph
 from sparsec.ir.groups import of_peft
+from sparsec.ir.parts import usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
 from sparsec.kernels import Problem, SparseLinear, select
@@ -223,6 +224,7 @@ def _context(model: nn.Module, graph: Graph, owns_weights: bool, **given: Any) -
         keep_dense=unpackable(model, graph),
         unswappable=unswappable(model, graph),
         owns_weights=owns_weights,
+        rows=usual_rows(model),
         probe=graph.example,
         **given,
     )

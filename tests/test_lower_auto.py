@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import sparsec
+import sparsec.passes.lower
 from sparsec.cost.calibration import Calibration, load_file
-from sparsec.cost.choice import CLOSE, MARGIN, OWN, TORCH, Setting, choose, dense_candidates, sparse_candidates
+from sparsec.cost.choice import CLOSE, MARGIN, OWN, TORCH, Choice, Setting, choose, dense_candidates, sparse_candidates
 from sparsec.cost.model import KernelCost, Rate
 from sparsec.errors import CalibrationError, FormatError
 from sparsec.formats import FORMATS
@@ -232,3 +235,36 @@ def test_blocks_and_widths_reach_the_format() -> None:
     for spec, format_name in (("bsr, block=(8, 4)", "bsr8x4"), ("csr, index_bits=8", "csr8"), ("bitmap", "bitmap")):
         compiled = sparsec.compile(model(), f"magnitude(0.5),freeze,lower({spec})", example_inputs=x)
         assert compiled.sparsec.graph.weights["0.weight"].format == format_name
+
+
+def generating() -> nn.Module:
+    """A causal language model."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
+def encoding() -> nn.Module:
+    """An encoder."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    return BertModel(BertConfig(**sizes, num_attention_heads=2))
+
+
+@native
+@pytest.mark.parametrize(
+    ("make", "spec", "rows"),
+    [(generating, "lower(auto)", 1), (encoding, "lower(auto)", 4096), (encoding, "lower(auto, tokens=3)", 3)],
+)
+def test_formats_are_chosen_for_what_the_model_is_used_for(
+    make: Callable[[], nn.Module], spec: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[int] = set()
+
+    def recorded(matrix: Tensor, mask: Tensor | None, setting: Setting, kernels: Sequence[str]) -> Choice:
+        asked.add(setting.rows)
+        return choose(matrix, mask, setting, kernels)
+
+    monkeypatch.setattr(sparsec.passes.lower, "choose", recorded)
+    compiled = sparsec.compile(make(), f"magnitude(0.9),freeze,{spec}")
+    assert asked == {rows}
+    notes = compiled.sparsec.records[-1].notes
+    assert any("for 4096 tokens at a time" in note for note in notes) == (rows == 4096)

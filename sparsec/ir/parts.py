@@ -12,10 +12,19 @@ from torch import nn
 
 from sparsec.ir.names import is_plain
 
+ENCODED = 32 * 128
+"""A batch of sequences, as encoders get them."""
+
 
 def is_hugging_face(model: nn.Module) -> bool:
     """Whether the model has a config and tells its output embeddings: the protocol of transformers' models."""
     return hasattr(model, "config") and callable(getattr(model, "get_output_embeddings", None))
+
+
+def usual_rows(model: nn.Module) -> int:
+    """How many tokens a call of the model reads at once as it is mostly used: one where it generates, ENCODED in an encoder."""
+    generates = getattr(model, "can_generate", None)
+    return ENCODED if is_hugging_face(model) and callable(generates) and not generates() else 1
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

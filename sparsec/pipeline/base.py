@@ -38,6 +38,7 @@ class Context:
     keep_dense: Mapping[str, str] = field(default_factory=dict)  # weight -> why it cannot be lowered
     unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is
     owns_weights: bool = False  # the graph's tensors may be overwritten and freed: nobody else needs them
+    rows: int = 1  # of x in a call of the model as it is mostly used: one token, or a batch of sequences
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
 
     def step(self, what: str, done: int, total: int) -> None:
