@@ -67,11 +67,12 @@ def test_nothing_is_chosen_that_is_predicted_slower_than_dense(mask: Tensor, kno
     assert best.prediction is not None
     if best.format == "dense":
         assert best.prediction.seconds <= dense[TORCH]
-        assert best.prediction.seconds <= MARGIN * MARGIN * min(sparse, default=1.0)
+        assert best.prediction.seconds <= MARGIN * setting.margin * min(sparse, default=1.0)
     else:
         assert best.prediction.seconds <= CLOSE * min(sparse)
         assert best.prediction.seconds <= min(dense.values())
-        most = min(CLOSE * min(sparse), min(dense.values()) / MARGIN)
+        assert best.prediction.seconds * setting.margin <= MARGIN * min(dense.values())
+        most = min(CLOSE * min(sparse), min(dense.values()) / setting.margin)
         quick = [c for c in candidates if c.prediction and c.prediction.seconds < most * (1 - 1e-9)]
         assert best.nbytes <= min((c.nbytes for c in quick), default=best.nbytes), "the smallest of those as fast"
 

@@ -22,6 +22,10 @@ OWN = "dense_cpu"
 """The dense kernel of sparsec."""
 MARGIN = 1.05
 """A sparse kernel must be predicted so many times as fast as the best dense one: less is noise, and dense weights stay writable."""
+FEW = 8
+"""Rows of x, up to which a product is bound by reading its weight, and predictions are good."""
+MARGIN_MANY = 1.25
+"""In place of MARGIN with more rows: arithmetic binds, and small matrices were measured up to 0.7 times as fast as predicted."""
 CLOSE = 1.1
 """Sparse candidates predicted within this of the fastest are as fast, as far as the cost model can tell: the smallest is taken."""
 BLOCKS = {"cpu": ((32, 32), (16, 16), (8, 8), (16, 1)), "cuda": ((128, 128), (64, 64), (32, 32), (16, 16))}
@@ -54,6 +58,11 @@ class Setting:
     device: str = "cpu"  # its type
     fused: bool = False  # a part of a fused product, whose call all parts share, whatever their formats
 
+    @property
+    def margin(self) -> float:
+        """How many times as fast as dense a sparse kernel must be predicted."""
+        return MARGIN if self.rows <= FEW else MARGIN_MANY
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -75,7 +84,7 @@ def choose(matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels:
     base = _predict(setting, TORCH, "dense", matrix.dtype, work)
     if base is None or setting.objective == "bytes":
         return _smallest(dense[0], sparse)
-    return _fastest(base.seconds, dense, sparse)
+    return _fastest(base.seconds, dense, sparse, setting.margin)
 
 
 def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -> Iterator[Candidate]:
@@ -167,7 +176,7 @@ def _smallest(dense: Candidate, sparse: Sequence[Candidate]) -> Choice:
     return Choice(best, f"{best.label}: {_share(best, dense)} of the dense bytes{rest}")
 
 
-def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate]) -> Choice:
+def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate], margin: float) -> Choice:
     timed = sorted(((c.prediction.seconds, c) for c in sparse if c.prediction is not None), key=lambda t: t[0])
     known = [(c.prediction.seconds, c) for c in dense if c.prediction is not None]
     if not known:
@@ -179,9 +188,9 @@ def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate
     if not timed:
         return Choice(plain, f"{name}")
     least, fastest = timed[0]
-    if least * MARGIN > plain_seconds:
-        return Choice(plain, f"{name}: {fastest.label} predicted {plain_seconds / least:.2f}x of that, below {MARGIN}x")
-    close = [(s, c) for s, c in timed if s <= CLOSE * least and s * MARGIN <= plain_seconds]
+    if least * margin > plain_seconds:
+        return Choice(plain, f"{name}: {fastest.label} predicted {plain_seconds / least:.2f}x of that, below {margin}x")
+    close = [(s, c) for s, c in timed if s <= CLOSE * least and s * margin <= plain_seconds]
     seconds, best = min(close, key=lambda t: t[1].nbytes)
     assert best.prediction is not None
     others = [f"{c.label} {base / s:.2f}x" for s, c in timed if c is not best][:2]
