@@ -24,14 +24,14 @@ class Freeze(Pass):
     produces: ClassVar[frozenset[str]] = frozenset({"frozen"})
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """In place where the graph owns its weights, else into new tensors."""
+        """In place where the graph owns the weight, else into new tensors."""
         waiting = [w for w in graph.masked() if not w.frozen]
         for i, weight in enumerate(waiting):
             context.step("freeze", i, len(waiting))
             tensor = graph.tensor(weight.name)
             assert weight.mask is not None
             zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-            if context.owns_weights:
+            if context.owns(weight.name):
                 with torch.no_grad():  # masked_fill_ would take an inverted copy of the mask
                     torch.where(weight.mask, tensor, zero, out=tensor)
             else:

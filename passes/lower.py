@@ -180,7 +180,7 @@ class Lower(Pass):
         kernel = select_kernel(Problem.of(packed, self._rows(context)))
         if plan is not None:
             graph.update(weight.name, reason=plan.reason)
-        return lower_weight(graph, weight.name, packed, kernel.name, free=context.owns_weights)
+        return lower_weight(graph, weight.name, packed, kernel.name, free=context.owns(weight.name))
 
     def _check(self, graph: Graph, weight: Weight, rows: int) -> None:
         """Whether format and kernel serve this weight, asked of the mask alone."""

@@ -17,6 +17,7 @@ from sparsec.calibrate import SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.emitter import adopt, emit, follower, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
+from sparsec.holders import elsewhere_text, held_elsewhere
 from sparsec.ir.carry import rebind
 from sparsec.ir.foreign import refusal
 from sparsec.ir.graph import Graph
@@ -120,8 +121,9 @@ def compile(
     what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows` gives; for a plain module calls, each a tuple of
     tensors.
     bos: where the tokenizer begins texts with a BOS, so does every sequence drawn from a text; False is the papers' protocol.
-    copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed. "changed" leaves it
-    untouched too, and copies nothing that the passes leave as it is: both models then hold the very same tensors, so train neither.
+    copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed, unless another
+    module of the process holds it too, which is said. "changed" leaves it untouched too, and copies nothing that the passes leave
+    as it is: both models then share the memory of their tensors, so train neither.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
     The result's `.sparsec` holds the graph, the records of the passes and `report()`.
@@ -139,6 +141,7 @@ def compile(
         drawn = draw.from_text()
     _require_calibration(pipeline, drawn)
     shares = copy == "changed"
+    elsewhere = {} if copy else held_elsewhere(model)
     if copy:
         model = _copied(model, shares)
     start = perf_counter()
@@ -154,9 +157,11 @@ def compile(
         raise CompileError(_nothing_to_prune(graph))
     if calibration is not None and not learns:
         graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
-    context = _context(model, graph, not shares, masks=masks or {}, calibration=data, progress=progress)
+    context = _context(
+        model, graph, not shares, elsewhere=elsewhere, masks=masks or {}, calibration=data, progress=progress
+    )
     records = pipeline.run(graph, context, verify, instruments)
-    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), shares)
+    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context)
 
 
 @checked_but("passes", "verify")
@@ -189,6 +194,7 @@ def extend(
             f"extend gives no calibration data, which the pass {needing[0]!r} needs; name it in the passes of compile"
         )
     shares = before.shares
+    elsewhere = {} if copy or shares else held_elsewhere(compiled)
     model = _copied(compiled, shares) if copy else compiled
     inside = model.get_submodule(path)
     own: Compiled = vars(inside).pop("sparsec")
@@ -199,11 +205,11 @@ def extend(
     notes += settle(graph)
     again = [p for p in own.pipeline.passes if p.produces & (before.graph.facts - graph.facts)]
     more = Pipeline((*dict.fromkeys(again), *more.passes))
-    context = _context(model, graph, not shares, progress=progress)
+    context = _context(model, graph, not shares, elsewhere=elsewhere, progress=progress)
     records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
     whole = Pipeline((*own.pipeline.passes, *more.passes))
     said_once = tuple(dict.fromkeys(notes))
-    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, said_once, shares)
+    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, said_once, context)
 
 
 def _inside(model: nn.Module) -> tuple[str, Compiled]:
@@ -237,19 +243,21 @@ def _emitted(
     records: tuple[PassRecord, ...],
     trace_seconds: float,
     notes: tuple[str, ...],
-    shares: bool,
+    context: Context,
 ) -> Model:
     """The model with the graph put back into it, and its `.sparsec`."""
     start = perf_counter()
-    if shares:
-        adopt(model, graph)
-    notes = (*notes, *emit(model, graph))
+    made = adopt(model, graph, context.owns)
+    spared = {name: place for name, place in context.elsewhere.items() if name in made}
+    notes = (*notes, *([elsewhere_text(spared)] if spared else []), *emit(model, graph))
     seconds = perf_counter() - start
     for part in model.modules():
         saves = hasattr(type(part), "save_pretrained") and not of_peft(part)  # which saves the adapter alone
         if saves and any(isinstance(m, SparseLinear) for m in part.modules()):
             object.__setattr__(part, "save_pretrained", partial(_refuse_saving, type(part).__name__))
-    compiled = Compiled(graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model), shares)
+    compiled = Compiled(
+        graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model), not context.owns_weights
+    )
     object.__setattr__(model, "sparsec", compiled)
     return model
 

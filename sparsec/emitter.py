@@ -7,7 +7,7 @@ anything is lowered (`unswappable`), and its weight stays dense with the reason.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -85,14 +85,22 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
     )
 
 
-def adopt(model: nn.Module, graph: Graph) -> None:
-    """Gives `model`, whose tensors are somebody else's too, those that passes made; what emission will write to is made here."""
+def adopt(model: nn.Module, graph: Graph, owns: Callable[[str], bool]) -> set[str]:
+    """Gives `model`, whose tensors may be somebody else's too, those that passes made; what emission will write to is made here.
+
+    owns: whether nobody else needs the tensor of a weight. Returns the weights that `model` holds no more as they were.
+    """
     for weight in graph.masked():
-        if not weight.frozen:
+        if not weight.frozen and not owns(weight.name):
             graph.replace_tensor(weight.name, graph.tensor(weight.name).detach().clone())
+    before = dict(model.named_parameters())
+    made = set()
     for weight in graph.weights.values():
         if weight.packed is None:
             put(model, (weight.name, *weight.aliases), graph.tensor(weight.name))
+        if weight.packed is not None or graph.tensor(weight.name) is not before.get(weight.name):
+            made.add(weight.name)
+    return made
 
 
 def put(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:

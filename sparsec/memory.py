@@ -66,12 +66,23 @@ def _key(tensor: Tensor) -> tuple[str, int]:
 
 
 def shared_copy(model: Model) -> Model:
-    """A copy of the modules that holds the very same parameters and buffers; a compiled model's masks too."""
+    """A copy of the modules over the same memory: the very same buffers, Parameters of its own; a compiled model's masks too.
+
+    So a write to one model's tensors is one to the other's, and `.to()` is none.
+    """
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     graph = getattr(getattr(model, "sparsec", None), "graph", None)
     if graph is not None:
         tensors += [*graph.module.parameters(), *graph.module.buffers(), *(weight.mask for weight in graph.masked())]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {id(tensor): _over_the_same_memory(tensor) for tensor in tensors})
+
+
+def _over_the_same_memory(tensor: Tensor) -> Tensor:
+    if type(tensor) is not nn.Parameter:
+        return tensor
+    own = nn.Parameter(tensor.detach(), tensor.requires_grad)
+    own.__dict__.update(tensor.__dict__)  # marks that libraries leave on Parameters
+    return own
 
 
 def shared(model: nn.Module, other: nn.Module) -> int:

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("formats",),
     ("ir",),
     ("kernels",),
-    ("machine", "memory"),
+    ("holders", "machine", "memory"),
     ("cost",),
     ("data", "calibrate"),
     ("pipeline",),

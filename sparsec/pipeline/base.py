@@ -39,7 +39,12 @@ class Context:
     unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is
     owns_weights: bool = False  # the graph's tensors may be overwritten and freed: nobody else needs them
     rows: int = 1  # of x in a call of the model as it is mostly used: one token, or a batch of sequences
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # weight -> who does need it all the same
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
+
+    def owns(self, weight: str) -> bool:
+        """Whether the tensor of this weight may be overwritten and freed."""
+        return self.owns_weights and weight not in self.elsewhere
 
     def step(self, what: str, done: int, total: int) -> None:
         """Reports progress, where somebody listens."""

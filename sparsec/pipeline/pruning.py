@@ -209,7 +209,7 @@ class CalibratedPruning(PruningPass):
                 short.extend([(statistics[0].tokens, needed)] * len(site.weights))
             for s in settled:
                 if s.updated:
-                    graph.write_matrices(s.weight.name, s.updated, in_place=context.owns_weights)
+                    graph.write_matrices(s.weight.name, s.updated, in_place=context.owns(s.weight.name))
                 self.record(graph, s.weight, s.masks, self.pruned(shares[s.weight.name], *s.errors))
 
         profile = calibrate(

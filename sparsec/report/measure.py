@@ -32,7 +32,7 @@ from sparsec.report.layers import LayerTimes, time_layers
 from sparsec.report.plan import MIN_REPEATS, Effort, Plan
 from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample
 from sparsec.report.sample import continuation
-from sparsec.report.variants import SCARCE, Builder, masked, scarce, split, warm_up
+from sparsec.report.variants import SCARCE, Builder, filled, masked, scarce, split, warm_up, without_values
 
 
 def measured_report(
@@ -240,10 +240,10 @@ def _one_after_another(run: _Run, builder: Builder) -> None:
         run.say("dense", dense)
         count = len(run.evaluations["dense"].losses)
         windows = replace(run.planned.windows, tokens=run.planned.windows.tokens[:count])
-    stock = memory.shared_copy(dense)  # on torch's kernels; passes write into its very tensors
+    stock = without_values(dense)  # its modules, which run on torch's kernels
     with run.clock.stage("compiling"):
         pruned = builder.prune(copy=False)
-    run.time({"masked": stock}, 0.4)
+    run.time({"masked": filled(stock, pruned)}, 0.4)
     del stock
     made = pruned
     if builder.rest is not None:

@@ -5,6 +5,7 @@ Where memory does not hold the dense model and a lowered one together (`scarce`)
 
 from __future__ import annotations
 
+import copy as copying
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -117,7 +118,17 @@ class Builder:
 
 def masked(dense: Model, made: Any) -> Model:
     """The stock model with the zeros of a pruned or lowered one, on torch's kernels; what has no zeros it shares with `dense`."""
-    model = memory.shared_copy(dense)
+    return filled(memory.shared_copy(dense), made)
+
+
+def without_values(dense: Model) -> Model:
+    """The stock model with empty parameters, to be `filled` when `dense` has become another one."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in dense.parameters()}
+    return copying.deepcopy(dense, memo | {id(buffer): buffer for buffer in dense.buffers()})
+
+
+def filled(model: Model, made: Any) -> Model:
+    """`model` with the weights of a pruned or lowered one, dense."""
     graph = made.sparsec.graph
     for weight in graph.weights.values():
         if weight.packed is None:
