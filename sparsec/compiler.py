@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -60,12 +61,27 @@ class Compiled:
         Of the model as it is now: it may have been moved, converted or trained since it was compiled.
         """
         model = self.model()
+        now, changes = self._now()
+        predicted = predict(now, known_calibration(now))
+        return collect(
+            now, self.records, (*self.notes, *changes), None if model is None else held(model).total, predicted
+        )
+
+    def _now(self) -> tuple[Graph, tuple[str, ...]]:
+        """The graph made true of the weights as they are now, under records of its own, and what became of them since."""
+        model = self.model()
         odd = [] if model is None else rebind(self.graph, model)
         _refresh(self.graph)
         now = self.graph.view()
-        notes = (*self.notes, *settle(now), *odd_text(odd, "lowered" in now.facts))
-        predicted = predict(now, known_calibration(now))
-        return collect(now, self.records, notes, None if model is None else held(model).total, predicted)
+        return now, (*settle(now), *odd_text(odd, "lowered" in now.facts))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own does, which it stands before, after a warning where pruned weights grew again."""
+        model = self.model()
+        assert model is not None
+        for change in self._now()[1]:
+            warnings.warn(f"{type(model).__name__}.save_pretrained: {change}", stacklevel=2)
+        return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[operator]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
@@ -198,6 +214,7 @@ def extend(
     model = _copied(compiled, shares) if copy else compiled
     inside = model.get_submodule(path)
     own: Compiled = vars(inside).pop("sparsec")
+    vars(inside).pop("save_pretrained", None)
     graph, notes = own.graph, list(own.notes)
     if rebind(graph, inside) or path:
         graph, said = traced_again(model, graph)
@@ -251,15 +268,22 @@ def _emitted(
     spared = {name: place for name, place in context.elsewhere.items() if name in made}
     notes = (*notes, *([elsewhere_text(spared)] if spared else []), *emit(model, graph))
     seconds = perf_counter() - start
-    for part in model.modules():
-        saves = hasattr(type(part), "save_pretrained") and not of_peft(part)  # which saves the adapter alone
-        if saves and any(isinstance(m, SparseLinear) for m in part.modules()):
-            object.__setattr__(part, "save_pretrained", partial(_refuse_saving, type(part).__name__))
     compiled = Compiled(
         graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model), not context.owns_weights
     )
     object.__setattr__(model, "sparsec", compiled)
+    _guard_saving(model, compiled)
     return model
+
+
+def _guard_saving(model: nn.Module, compiled: Compiled) -> None:
+    for part in model.modules():
+        if not hasattr(type(part), "save_pretrained") or of_peft(part):  # which saves the adapter alone
+            continue
+        if any(isinstance(m, SparseLinear) for m in part.modules()):
+            object.__setattr__(part, "save_pretrained", partial(_refuse_saving, type(part).__name__))
+        elif part is model:
+            object.__setattr__(part, "save_pretrained", compiled.save_pretrained)
 
 
 def _positions_and_pad(model: nn.Module) -> tuple[int | None, int | None]:

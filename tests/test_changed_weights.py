@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -132,6 +135,22 @@ def test_a_model_that_did_not_change_says_nothing() -> None:
     fast = sparsec.extend(model, "lower(csr)", verify="facts")
     assert said(fast) == said(model)
     assert fast.sparsec.graph.weights["a.weight"].nnz == pruned().sparsec.graph.weights["a.weight"].nnz
+
+
+def test_saving_says_what_grew_again_and_saves_it(tmp_path: Path) -> None:
+    model = sparsec.compile(tiny_model("llama")[0], "magnitude(0.5),freeze")
+    model = copy.deepcopy(model)  # whose guard is its own
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "as pruned")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    with pytest.warns(
+        UserWarning, match=r"LlamaForCausalLM\.save_pretrained: 738 pruned values.*layers\.1\.mlp\.up_proj"
+    ):
+        model.save_pretrained(tmp_path / "grown")
+    saved = type(model).from_pretrained(tmp_path / "grown")
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in saved.named_parameters())
 
 
 def test_a_report_changes_nothing() -> None:
