@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from functools import cache
 from typing import Any
 
@@ -73,6 +74,51 @@ def test_adapters_are_a_group_of_their_own(name: str) -> None:
     assert theirs
     for weight in graph.weights.values():
         assert (weight.group == "adapter") == (weight.name in theirs)
+
+
+class LowRank(nn.Module):
+    """An adapter as other libraries have it, or as it is written by hand, around a linear."""
+
+    def __init__(self, down: str, up: str, linears: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.names = (down, up)
+        for name, shape in ((down, (4, 16)), (up, (16, 4))):
+            holder, _, leaf = name.rpartition(".")
+            if holder:
+                self.add_module(holder, self._modules.get(holder) or nn.Module())
+            place = self.get_submodule(holder)
+            if linears:
+                place.add_module(leaf, nn.Linear(shape[1], shape[0], bias=False))
+            else:
+                place.register_parameter(leaf, nn.Parameter(torch.randn(shape)))
+        self.magnitude = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, up = (operator.attrgetter(name)(self) for name in self.names)
+        low = up(down(x)) if isinstance(down, nn.Module) else x @ down.T @ up.T
+        return self.magnitude * (self.linear(x) + low)
+
+
+def test_adapters_of_other_libraries_and_hand_written_ones_are_told_by_their_names() -> None:
+    """Regression: only peft's classes were known; the matrices of all others were pruned by default."""
+    forms = [
+        LowRank(down, up, linears)
+        for down, up in (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"), ("lora.A", "lora.B"))
+        for linears in (True, False)
+    ]
+    model = nn.Sequential(
+        *forms, LowRank("adapter_down", "adapter_up", True), LowRank("flora_a", "lora_attention", True)
+    )
+    made = sparsec.compile(model.eval(), "magnitude(0.5, scope='layer'),freeze", example_inputs=torch.randn(3, 16))
+    zeros = {name for name, p in made.named_parameters() if p.dim() == 2 and (p == 0).any()}
+    linears = {f"{i}.linear.weight" for i in range(len(model))}
+    assert zeros == linears | {"9.flora_a.weight", "9.lora_attention.weight"}
+    theirs = {n for n, w in made.sparsec.graph.weights.items() if w.group == "adapter"}
+    assert theirs >= {
+        n for n, _ in model.named_parameters() if n[0] != "9" and "linear" not in n and n[1:] != ".magnitude"
+    }
+    assert {"0.magnitude", "4.magnitude"} <= theirs <= {n for n, _ in model.named_parameters() if n[0] != "9"}
 
 
 def test_adapters_are_pruned_when_they_are_named_alone() -> None:

@@ -6,6 +6,7 @@ module whose class says attention is attention, and every other linear is mlp. N
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -14,6 +15,12 @@ from sparsec.ir.facts import Group
 
 _AROUND = ("base_model", "model", "base_layer", "original_module", "modules_to_save")
 """Where peft's modules hold the model, or the layer, that they stand around; beside it they hold the adapter."""
+_LOW_RANK = re.compile(
+    r"(?:^|\.)(?:(?:lora|dora)_(?:embedding_)?(?:[ab]|down|mid|up|magnitude\w*|scale)|adapter_(?:down|up)|(?:hada|lokr)_[wt]\d(?:_[ab])?"
+    r"|(?:lora|loras|lora_layer)(?:\.\w+)?\.(?:[ab]|down|up))(?:\.|$)",
+    re.IGNORECASE,
+)
+"""Names that adapters of other libraries and hand-written ones go by: `lora_A`, `lora_b`, `lora_down`, `adapter_up`, `lora.A`."""
 
 
 class Structure:
@@ -42,12 +49,25 @@ class Structure:
         return "norm" in self._class(path)
 
     def adapter(self, parameter: str) -> bool:
-        """Whether a parameter belongs to an adapter (LoRA, DoRA, IA3, prompts, ...), by the classes of the modules that hold it."""
+        """Whether a parameter belongs to an adapter (LoRA, DoRA, IA3, prompts, ...).
+
+        Told by the classes of the modules that hold it where it is peft's, else by its own name.
+        """
+        if _LOW_RANK.search(parameter) or self._magnitude(parameter):
+            return True
         holders = (p for p in (*_ancestors(parameter)[1:], "") if of_peft(self.modules.get(p)))
         holder = next(holders, None)  # the innermost
         if holder is None:
             return False
         return parameter[len(holder) :].removeprefix(".").split(".")[0] not in _AROUND
+
+    def _magnitude(self, parameter: str) -> bool:
+        """Whether it is the vector of a DoRA layer, `magnitude` beside `lora_a`."""
+        holder, _, leaf = parameter.rpartition(".")
+        beside = self.modules.get(holder)
+        if beside is None or leaf not in ("magnitude", "m"):
+            return False
+        return any(_LOW_RANK.search(name) for name in (*beside._parameters, *beside._modules))
 
     def group(self, path: str) -> Group:
         """The group of a product or parameter that this module owns, unless the op itself tells more (a router, an embedding)."""
