@@ -24,7 +24,14 @@ from sparsec.errors import BuildError, CacheError, KernelError, UnsafeCacheError
 from sparsec.kernels import toolchain
 
 REFERENCE = "reference"
-SYMBOLS = ("sparsec_isa", "sparsec_cpu_has", "sparsec_chosen", "sparsec_choose", "sparsec_force_half_product")
+SYMBOLS = (
+    "sparsec_isa",
+    "sparsec_cpu_has",
+    "sparsec_chosen",
+    "sparsec_choose",
+    "sparsec_force_half_product",
+    "sparsec_force_helpers",
+)
 ISAS = ("amx", "vbmi2", "avx512", "avx2", "portable", REFERENCE)
 WAYS_OUT = (
     "or name a library in SPARSEC_NATIVE_LIBRARY, or build one into the package with python -m sparsec.kernels.build; "
@@ -98,6 +105,13 @@ class Library:
     def force_half_product(self, on: bool | None) -> None:
         """Whether many rows of a half type go through the dense product of that type; None: as the CPU has it. For tests."""
         self._c.sparsec_force_half_product(-1 if on is None else int(on))
+
+    def force_helpers(self, on: bool | None, late: bool = False) -> None:
+        """Whether helpers that nobody waits for take the place of torch's threads (native/pool.h); None: as the machine needs it.
+
+        late: they dawdle, and the calling thread does again what they have begun. For tests.
+        """
+        self._c.sparsec_force_helpers(-1 if on is None else 2 if on and late else int(on))
 
 
 def status() -> NativeStatus:

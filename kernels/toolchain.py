@@ -1,6 +1,6 @@
 """Turns the C++ in `native/` into one shared library: which compiler, which flags for which file.
 
-No OpenMP is linked: threads are torch's own, through its stable ABI.
+No OpenMP is linked: threads are torch's own, through its stable ABI, or plain ones (native/pool.h).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PATIENCE_TO_ANSWER = 60.0
 _SCRATCH = ".building-"
 
 _COMMON = (
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     # ISO C++ alone would leave a product and its sum two instructions.
     "-ffp-contract=fast",
     # Vector types wider than the registers draw notes about passing them between functions; none leaves its file.
@@ -199,8 +199,8 @@ def library_name() -> str:
 
 def _link_flags(machine: str) -> list[str]:
     if "darwin" in machine:
-        return ["-undefined", "dynamic_lookup"]
-    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+        return ["-pthread", "-undefined", "dynamic_lookup"]
+    return ["-pthread", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
 
 
 def _run(commands: list[list[str]], patience: float, folder: Path | None = None) -> str:

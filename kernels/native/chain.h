@@ -155,7 +155,7 @@ class Chain {
       isa_.narrow[x.type](x.data, halves, count);
       data = halves;
     }
-    multiply(parts, Input{data, x.data, rows_, kDtypes[x.type]()});
+    multiply(parts, Input{data, x.data, rows_, kDtypes[x.type]()}, tensors);
     if (x.type == sparsec::kFloat32) return;
     size_t part = 0;
     for (size_t i = registers_.size() - matrices_.size(); i < registers_.size(); ++i)

@@ -1,7 +1,5 @@
 // x as the kernels read it: widened, or in groups of rows that lie side by side.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -9,6 +7,7 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "region.h"
 
 namespace {
 
@@ -64,7 +63,7 @@ struct Grouped {
     memory.reset(new float[std::max<int64_t>(1, groups * in * lanes)]);
     float* const to = memory.get();
     const int64_t fours = (in + 3) / 4;  // columns
-    torch::stable::parallel_for(0, groups * fours, std::max<int64_t>(1, 16384 / lanes), [&](int64_t begin, int64_t end) {
+    spread(groups * fours, std::max<int64_t>(1, 16384 / lanes), [&](int64_t begin, int64_t end) {
       for (int64_t group = begin / fours; group * fours < end; ++group) {
         const int64_t first = group * lanes, present = std::min(lanes, tokens - first);
         const int64_t from = 4 * std::max<int64_t>(0, begin - group * fours), until = std::min(in, 4 * (end - group * fours));
@@ -90,7 +89,7 @@ struct Tiled {
     tiles = (tokens + 15) / 16;
     memory.reset(new uint16_t[tiles * across * 512 + 32]);
     data = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / 2;
-    torch::stable::parallel_for(0, tiles * across, 64, [&](int64_t begin, int64_t end) {
+    spread(tiles * across, 64, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t first = at / across * 16, k = at % across * 32, columns = std::min<int64_t>(32, in - k);
         const uint16_t* const from = x + first * in + k;
@@ -139,6 +138,15 @@ struct Rows {
         }
       }
     });
+  }
+
+  // From now on nothing is read that is not part of this.
+  void own() {
+    if (!plain || plain == widened.get()) return;
+    const int64_t floats = tokens * in * (type == sparsec::kFloat64 ? 2 : 1);
+    widened.reset(new float[std::max<int64_t>(1, floats)]);
+    memcpy(widened.get(), plain, static_cast<size_t>(4 * floats));
+    plain = widened.get();
   }
 
   template <class T>

@@ -13,7 +13,9 @@
 
 namespace {
 
-std::vector<Tensor> product(const char* op, Tensor x, const std::vector<Matrix>& matrices, const std::vector<ScalarType>& types) {
+// `weights` holds what the matrices point to.
+std::vector<Tensor> product(const char* op, Tensor x, const std::vector<Matrix>& matrices, const std::vector<ScalarType>& types,
+                            const std::vector<Tensor>& weights) {
   for (size_t i = 0; i < matrices.size(); ++i) check_x(op, x, matrices[i], types[i]);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const auto x_sizes = x.sizes();
@@ -28,31 +30,35 @@ std::vector<Tensor> product(const char* op, Tensor x, const std::vector<Matrix>&
     outs.push_back(empty(dtype, sizes));
     if (tokens && matrix.out_features) busy.push_back(Part{matrix, outs.back().mutable_data_ptr()});
   }
-  if (!busy.empty()) multiply(busy, Input{x.const_data_ptr(), nullptr, tokens, dtype});
+  if (!busy.empty()) multiply(std::move(busy), Input{x.const_data_ptr(), nullptr, tokens, dtype}, weights);
   return outs;
 }
 
-Tensor single(const char* op, Tensor x, const Matrix& w, ScalarType type) { return product(op, std::move(x), {w}, {type})[0]; }
+Tensor single(const char* op, Tensor x, const Matrix& w, std::vector<Tensor> weights, std::optional<Tensor> bias) {
+  const ScalarType type = weights[0].scalar_type();
+  if (bias) weights.push_back(std::move(*bias));
+  return product(op, std::move(x), {w}, {type}, weights)[0];
+}
 
 Tensor dense_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  return single("dense_linear", x, read_dense(weight, bias), weight.scalar_type());
+  return single("dense_linear", x, read_dense(weight, bias), {weight}, bias);
 }
 Tensor csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, std::optional<Tensor> bias, int64_t in_features,
                   int64_t) {
-  return single("csr_linear", x, read_csr(values, col_idx, row_ptr, bias, in_features), values.scalar_type());
+  return single("csr_linear", x, read_csr(values, col_idx, row_ptr, bias, in_features), {values, col_idx, row_ptr}, bias);
 }
 Tensor bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor panel_ptr, std::optional<Tensor> bias, int64_t out_features,
                      int64_t in_features) {
-  return single("bitmap_linear", x, read_bitmap(values, bits, panel_ptr, bias, out_features, in_features),
-                values.scalar_type());
+  return single("bitmap_linear", x, read_bitmap(values, bits, panel_ptr, bias, out_features, in_features), {values, bits, panel_ptr},
+                bias);
 }
 Tensor bsr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, std::optional<Tensor> bias, int64_t in_features,
                   int64_t) {
-  return single("bsr_linear", x, read_bsr(values, col_idx, row_ptr, bias, in_features), values.scalar_type());
+  return single("bsr_linear", x, read_bsr(values, col_idx, row_ptr, bias, in_features), {values, col_idx, row_ptr}, bias);
 }
 Tensor nm_linear(Tensor x, Tensor values, Tensor index, std::optional<Tensor> bias, int64_t out_features, int64_t in_features,
                  int64_t m, int64_t) {
-  return single("nm_linear", x, read_nm(values, index, bias, out_features, in_features, m), values.scalar_type());
+  return single("nm_linear", x, read_nm(values, index, bias, out_features, in_features, m), {values, index}, bias);
 }
 
 // Several matrices, one parallel region.
@@ -62,7 +68,7 @@ std::vector<Tensor> several(const char* op, Tensor x, const std::vector<Tensor>&
   size_t used = 0;
   read_parts(op, tensors, used, layout.data(), layout.size(), matrices, types);
   STD_TORCH_CHECK(used == tensors.size() && !matrices.empty(), op, ": the layout names ", used, " tensors, got ", tensors.size());
-  return product(op, std::move(x), matrices, types);
+  return product(op, std::move(x), matrices, types, tensors);
 }
 
 std::vector<Tensor> fused_linear(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> layout) {
@@ -93,6 +99,11 @@ SPARSEC_EXPORT int sparsec_cpu_has(int64_t i) { return cpu_has(*kAll[i]); }
 SPARSEC_EXPORT const char* sparsec_chosen() { return chosen.load()->name; }
 SPARSEC_EXPORT void sparsec_choose(int64_t i) { chosen.store(kAll[i]); }
 SPARSEC_EXPORT void sparsec_force_half_product(int on) { half_product.store(on); }
+// Whether helpers run in place of torch's own threads: -1 as the machine needs it, 0, 1, or 2: they do, and come late.
+SPARSEC_EXPORT void sparsec_force_helpers(int on) {
+  lateness().force(on);
+  Pool::hurried().store(on == 2);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("dense_linear", TORCH_BOX(&dense_linear));
