@@ -38,7 +38,10 @@ class DenseLinear(Grouped, nn.Linear):
                 return shared
         # From the dictionary: nn.Module's attribute access costs 1 us a tensor.
         parameters = self._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # one that torch.nn.utils compute from others
+            return F.linear(x, self.weight, self.bias)
         assert weight is not None
         if (
             torch.compiler.is_exporting()

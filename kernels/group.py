@@ -39,7 +39,10 @@ class Grouped:
     _buffers: dict[str, Any]
 
     def part(self) -> tuple[list[Tensor], tuple[int, ...]]:
-        """What the module multiplies by, as `fused_linear` takes it: (tensors with the bias, layout)."""
+        """What the module multiplies by, as `fused_linear` takes it: (tensors with the bias, layout).
+
+        KeyError where it is not stored, but computed at every call.
+        """
         raise NotImplementedError
 
     def join(self, group: Group, index: int) -> None:
@@ -183,9 +186,12 @@ class Group:
         members = [member for known in self._members if known is not None and (member := known()) is not None]
         if len(members) < self.size or members[0] is not leader:
             return None
-        if any(t.is_inference() for member in members for t in member.part()[0]):  # they have no versions
+        try:
+            plan = _Plan(members)
+        except KeyError:  # a member's weight or bias is computed from others at every call
             return None
-        plan = _Plan(members)
+        if any(t.is_inference() for t in plan.tensors):  # they have no versions
+            return None
         if not torch.compiler.is_compiling():  # whose tensors are not those of the next call
             self._plans.append(plan)
         return plan

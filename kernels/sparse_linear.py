@@ -61,11 +61,12 @@ class SparseLinear(Grouped, nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
+        self._parameters["weight"] = None  # torch.nn.utils look for it here, and meet the errors of this class then
 
     def _take(self, packed: Packed) -> None:
         """Holds a packed matrix of this module's size in place of any before."""
         for name in self.__dict__.get("_names", ()):
-            delattr(self, name)
+            del self._buffers[name]
         self.format = packed.format
         self._packed_type = type(packed)
         self._op = operator(packed)
@@ -94,7 +95,11 @@ class SparseLinear(Grouped, nn.Module):
         # Looked up in the dictionaries at every call: nn.Module's attribute access costs 1 us a tensor, and a tuple
         # kept from an earlier call would go stale after .to(), load_state_dict(assign=True) or functional_call.
         buffers = self._buffers
-        args = (*[buffers[n] for n in self._names], self._parameters["bias"], *self._scalar_args)
+        try:
+            bias = self._parameters["bias"]
+        except KeyError:  # one that torch.nn.utils compute from others
+            bias = self.bias
+        args = (*[buffers[n] for n in self._names], bias, *self._scalar_args)
         out: Tensor
         if torch.compiler.is_compiling():
             out = self._op(x, *args)
@@ -139,13 +144,16 @@ class SparseLinear(Grouped, nn.Module):
             dense = self.packed.unpack()
         return WeightView.of(dense, self.path) if type(dense) is Tensor else dense
 
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        raise written(self.path)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise written(self.path)
+        super().__setattr__(name, value)
 
-    @weight.deleter
-    def weight(self) -> None:
-        raise written(self.path)
+    def __delattr__(self, name: str) -> None:
+        """WeightError for the weight and for the packed tensors: a parametrisation would take them away to compute them anew."""
+        if name == "weight" or name in self._names:
+            raise written(self.path)
+        super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """WeightError for a weight, and for what pruning and normalising utilities make of one (`weight_orig`, `weight_g`)."""
@@ -168,7 +176,7 @@ class SparseLinear(Grouped, nn.Module):
 
     def admit(self, state: Mapping[str, Any], prefix: str, assign: bool) -> dict[str, Tensor]:
         """What a state has for this module's packed tensors, by key. FormatError unless it is a valid matrix that fits."""
-        return loadable(self.path or prefix[:-1], self.packed, self._parameters["bias"], state, prefix, assign)
+        return loadable(self.path or prefix[:-1], self.packed, self._parameters.get("bias"), state, prefix, assign)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any

@@ -27,7 +27,7 @@ from sparsec.ir.parts import usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
 from sparsec.kernels import Problem, SparseLinear, select
-from sparsec.memory import held, shared_copy
+from sparsec.memory import computed, held, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.pruning import NO_CALIBRATION
@@ -316,12 +316,9 @@ def _pipeline(
 def _copied(model: Model, share: bool = False) -> Model:
     """share: with the very same tensors, masks included."""
     try:
-        return shared_copy(model) if share else copying.deepcopy(model)
+        return shared_copy(model) if share else copying.deepcopy(model, computed(model))
     except (RuntimeError, TypeError) as error:
-        raise CompileError(
-            f"the model cannot be copied: {error}; hand it over with copy=False, or, where torch.nn.utils.prune is the cause, make "
-            "its masks permanent with prune.remove(module, 'weight') and use the pass 'zeros'"
-        ) from error
+        raise CompileError(f"the model cannot be copied: {error}; hand it over with copy=False") from error
 
 
 def _refresh(graph: Graph) -> None:

@@ -74,7 +74,13 @@ def shared_copy(model: Model) -> Model:
     graph = getattr(getattr(model, "sparsec", None), "graph", None)
     if graph is not None:
         tensors += [*graph.module.parameters(), *graph.module.buffers(), *(weight.mask for weight in graph.masked())]
-    return copy.deepcopy(model, {id(tensor): _over_the_same_memory(tensor) for tensor in tensors})
+    return copy.deepcopy(model, computed(model) | {id(tensor): _over_the_same_memory(tensor) for tensor in tensors})
+
+
+def computed(model: nn.Module) -> dict[int, Tensor]:
+    """For deepcopy: the weights that torch.nn.utils compute and leave in a module, without their history, which none can copy."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}
 
 
 def _over_the_same_memory(tensor: Tensor) -> Tensor:

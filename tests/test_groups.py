@@ -192,6 +192,19 @@ def test_any_order_of_calls_and_changes_gives_each_module_its_own_product(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("at", ["a", "b", "c"])
+def test_a_member_whose_bias_is_computed_at_every_call_is_right(calls, at: str) -> None:
+    module, x = Siblings(), torch.randn(2, 6)
+    module.a.bias = nn.Parameter(torch.randn(5))
+    module(x)
+    member = getattr(module, at)
+    parametrize.register_parametrization(member, "bias", nn.Tanh())
+    for _ in range(2):
+        torch.testing.assert_close(module(x), right(module, x))
+        member.parametrizations.bias.original.add_(1)
+
+
+@torch.no_grad()
 def test_an_equal_tensor_is_not_the_same_tensor(calls) -> None:
     module, x = Siblings(), torch.randn(2, 6)
     module.a(x)

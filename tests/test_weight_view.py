@@ -15,12 +15,12 @@ from architectures import tiny_model
 from format_cases import LAYOUTS, some
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import sparsec
-from sparsec import SparsecError
 from sparsec.errors import WeightError
 from sparsec.kernels import SparseLinear
+from sparsec.kernels.dense_linear import DenseLinear
 
 
 def layer() -> SparseLinear:
@@ -88,15 +88,49 @@ def test_a_write_raises_and_names_layer_rule_and_way_out(how: str, mode: Callabl
     assert torch.equal(module.weight, before)
 
 
-def test_utilities_that_put_another_weight_in_its_place_raise_too() -> None:
-    for utility in (
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", ["weight", "values", "col_idx"])
+@pytest.mark.parametrize(
+    "utility",
+    [
         parametrizations.weight_norm,
+        parametrizations.spectral_norm,
         parametrizations.orthogonal,
         nn.utils.weight_norm,
-        nn.utils.spectral_norm,
+        lambda module, name: parametrize.register_parametrization(module, name, Twice()),
+    ],
+    ids=["weight_norm", "spectral_norm", "orthogonal", "the old weight_norm", "twice"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_utilities_that_put_another_weight_in_its_place_raise_too(utility: Callable[..., object], name: str) -> None:
+    """Regression: KeyError('weight'), or a layer without its columns."""
+    module = layer()
+    expected = module.weight.clone()
+    with pytest.raises((WeightError, KeyError, ValueError, RuntimeError)) as raised:
+        utility(module, name)
+    if name == "weight" or utility.__name__ == "<lambda>":
+        assert isinstance(raised.value, WeightError)
+        assert "model.proj" in str(raised.value)
+    assert torch.equal(module.weight, expected)
+    assert module(torch.randn(2, 12)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("build", [layer, lambda: DenseLinear(nn.Linear(12, 8))], ids=["sparse", "dense"])
+def test_a_bias_that_is_computed_from_another_is_used(build: Callable[[], nn.Module]) -> None:
+    """Regression: KeyError('bias')."""
+    x = torch.randn(2, 12)
+    for utility in (
+        lambda m: parametrize.register_parametrization(m, "bias", Twice()),
+        lambda m: prune.random_unstructured(m, "bias", 0.5),
     ):
-        with pytest.raises((SparsecError, KeyError, ValueError)):
-            utility(layer())
+        module = build()
+        utility(module)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
 
 
 def test_reading_is_what_it_always_was() -> None:

@@ -7,7 +7,7 @@ looking at the model again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -225,7 +225,18 @@ def _computed(findings: Findings) -> tuple[dict[str, Read], list[str]]:
         notes.append(
             f"{owner}: its weight is computed at every call from {', '.join(made_from) or 'its inputs'}, "
             f"so there is no stored matrix to prune; "
-            f"make it plain first: torch.nn.utils.prune.remove(module, 'weight') or "
-            f"torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            f"make it plain first: {_plain_again(made_from)}"
         )
     return found, list(dict.fromkeys(notes))
+
+
+def _plain_again(made_from: Sequence[str]) -> str:
+    """The function of torch that makes a computed weight a stored one, by the names of what it is computed from."""
+    leaves = [name.rpartition(".")[2] for name in made_from]
+    if any("parametrizations." in name for name in made_from):
+        return "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    if any(leaf.endswith(("_g", "_v")) for leaf in leaves):
+        return "torch.nn.utils.remove_weight_norm(module)"
+    if any(leaf.endswith("_orig") for leaf in leaves):
+        return "torch.nn.utils.prune.remove(module, 'weight'), or torch.nn.utils.remove_spectral_norm(module)"
+    return "let forward multiply by a Parameter of its own"
