@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from architectures import tiny_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
 
 import sparsec
 from sparsec.ir.tracer import trace
@@ -155,3 +165,75 @@ class AllInside(nn.Module):
 def test_a_model_that_is_all_inside_of_autocast_is_refused_with_the_way_out() -> None:
     with pytest.raises(sparsec.SparsecError, match=r"run the compiled model under torch\.autocast instead"):
         sparsec.compile(AllInside(), "magnitude(0.5),freeze,lower(csr)", example_inputs=torch.randn(4, 16))
+
+
+@pytest.fixture
+def state_of_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Ids(Dataset[dict[str, Tensor]]):
+    """Four sequences of eight tokens."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = torch.arange(i + 3, i + 11)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def trained(model: nn.Module, folder: Path) -> nn.Module:
+    options: dict[str, Any] = {
+        "bf16": True,
+        "use_cpu": True,
+        "max_steps": 1,
+        "learning_rate": 0.01,
+        "save_strategy": "no",
+    }
+    args = TrainingArguments(str(folder), report_to=[], disable_tqdm=True, per_device_train_batch_size=4, **options)
+    Trainer(model=model, args=args, train_dataset=Ids()).train()
+    return model.eval()
+
+
+def test_a_trainer_in_bfloat16_trains_masked_and_lowered_models(tmp_path: Path, state_of_accelerate: None) -> None:
+    """Regression: a model that the Trainer had trained could not be compiled: its forward runs under accelerate's autocast."""
+    base, call = tiny_model("llama")
+    pruned = sparsec.compile(base, "magnitude(0.5),freeze")
+    lowered = sparsec.extend(pruned, "fuse,lower(csr)")
+    head = lowered.lm_head.weight.detach().clone()
+    trained(lowered, tmp_path)
+    assert not torch.equal(lowered.lm_head.weight, head), "what is not packed is trained"
+    grown = trained(copy.deepcopy(pruned), tmp_path)
+    assert any("no longer zero" in note for note in grown.sparsec.report().notes)
+    inputs = call(2, 8)
+    dense = trained(base, tmp_path)
+    fresh = sparsec.compile(dense, "zeros,freeze,lower(csr, targets='mlp')")  # nothing is zero
+    with torch.no_grad():
+        expected = grown(**inputs).logits
+        torch.testing.assert_close(sparsec.extend(grown, "lower(csr)")(**inputs).logits, expected, rtol=0.05, atol=0.02)
+        torch.testing.assert_close(fresh(**inputs).logits, dense(**inputs).logits, rtol=0.05, atol=0.02)
+    assert sum(isinstance(m, SparseLinear) for m in fresh.modules()) == 6
+    assert any("accelerate's autocast" in note for note in fresh.sparsec.notes)
+
+
+def test_what_accelerate_prepared_compiles_and_what_is_compiled_is_prepared(
+    model: nn.Module, state_of_accelerate: None
+) -> None:
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    x = torch.randn(4, 32)
+    spec = "magnitude(0.5, targets='*'),freeze,fuse,lower(csr)"
+    again = accelerator.prepare(sparsec.compile(model, spec, example_inputs=x))
+    prepared = accelerator.prepare(model)
+    lowered = sparsec.compile(prepared, spec, example_inputs=x)
+    assert "_original_forward" in vars(prepared), "the trace puts it back"
+    assert vars(lowered)["_original_forward"].__self__ is lowered
+    plain = accelerator.unwrap_model(copy.deepcopy(lowered), keep_fp32_wrapper=False)
+    with torch.no_grad():
+        assert torch.equal(again(x), lowered(x))
+        assert not torch.equal(plain(x), lowered(x)), "accelerate's autocast is still around it"
+        torch.testing.assert_close(plain(x), lowered(x), rtol=0.05, atol=0.03)
+        torch.testing.assert_close(plain(x), lowered.sparsec.graph.run(x))
+    assert lowered(x).dtype == torch.float32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import threading
 from typing import Any
 
@@ -151,3 +153,67 @@ def test_models_are_compiled_from_several_threads_while_another_one_trains() -> 
     trainer.join()
     assert wrong == []
     assert all(torch.equal(found, expected) for found, expected in zip(results, alone, strict=True))
+
+
+class Broken(nn.Module):
+    """Decides by values, and multiplies what does not fit: torch logs a traceback of the one, and prints a graph of the other."""
+
+    def __init__(self, by_values: bool) -> None:
+        super().__init__()
+        self.by_values = by_values
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_values and x.sum() > 0:
+            return x
+        return self.linear(x) @ torch.zeros(3, 5)
+
+
+@pytest.mark.parametrize("by_values", [True, False])
+def test_what_torch_says_of_a_rung_that_fails_stands_in_the_error_alone(by_values: bool, capfd: Any) -> None:
+    """Regression: a page of tracebacks and graphs on stderr before the error."""
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    torchs.addHandler(handler)
+    handlers = {h: list(h.filters) for h in (*torchs.handlers, *logging.root.handlers)}
+    with pytest.raises(
+        TraceError, match="Could not guard" if by_values else r"reduction dim.*\(at test_tracer_isolation\.py"
+    ):
+        trace(Broken(by_values), torch.randn(3, 8))
+    assert capfd.readouterr() == ("", "")
+    assert {h: list(h.filters) for h in handlers} == handlers
+    assert "print" not in vars(torch.export._trace)
+    torchs.error("still heard")
+    torchs.removeHandler(handler)
+    assert log.getvalue() == "still heard\n"
+
+
+class ByKeyword(nn.Module):
+    """Takes what it is given by name alone, or beside a first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, **kwargs: Tensor) -> Tensor:
+        return self.linear(kwargs["x"]) * kwargs["scale"]
+
+
+class Beside(ByKeyword):
+    def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:  # type: ignore[override]
+        return self.linear(x) * kwargs["scale"]
+
+
+@pytest.mark.parametrize("kind", [ByKeyword, Beside])
+def test_a_forward_that_takes_keywords_is_traced_by_a_dict(kind: type[nn.Module]) -> None:
+    """Regression: AssertionError('Must provide a tree_name') of torch.export, for every size."""
+    model, inputs = kind(), {"x": torch.randn(3, 8), "scale": torch.randn(3, 8)}
+    compiled = sparsec.compile(model, SPEC, example_inputs=inputs)
+    assert compiled.sparsec.graph.rung == "dynamic"
+    assert "forward" not in vars(model)
+    assert isinstance(compiled.linear, SparseLinear)
+    more = {name: torch.randn(5, 8) for name in inputs}
+    torch.testing.assert_close(compiled(**more), compiled.sparsec.graph.run(**more))
+    with pytest.raises(TraceError, match="does not take these example inputs"):
+        trace(model, (torch.randn(3, 8), torch.randn(3, 8)))

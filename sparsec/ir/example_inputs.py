@@ -112,7 +112,8 @@ def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        inside = advice(model)
+        named = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+        inside = advice(model) or ("give a dict by argument name" if named and not kwargs else "")
         raise TraceError(
             f"{name}.forward{signature} does not take these example inputs: {error}{f'; {inside}' if inside else ''}"
         ) from error

@@ -83,15 +83,24 @@ def _open_dims(call: Call, names: tuple[str, ...]) -> tuple[tuple[str, int, str]
 
 
 def _export(model: nn.Module, call: Call, dims: tuple[tuple[str, int, str], ...]) -> ExportedProgram:
-    parameters = inspect.signature(model.forward).parameters
     shapes: dict[str, Any] = dict.fromkeys(call.arguments)
     for key, dim, _ in dims:
         shapes[key] = (shapes[key] or {}) | {dim: Dim.DYNAMIC}
-    surplus = {key: shapes.pop(key) for key in list(shapes) if key not in parameters}
-    for name, parameter in parameters.items():
-        if surplus and parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            shapes[name] = surplus
+    if call.arguments.keys() - inspect.signature(model.forward).parameters.keys():
+        _name_arguments(model, call)
     return torch.export.export(model, (), _grown(call, dims), dynamic_shapes=shapes, strict=False)
+
+
+def _name_arguments(model: nn.Module, call: Call) -> None:
+    """Lets forward(**kwargs) take this call's arguments by name: export has no open sizes for others. `traceable` takes it off."""
+    forward = model.forward
+
+    def named(**arguments: Any) -> Any:
+        return forward(**arguments)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in call.arguments])  # type: ignore[attr-defined]
+    object.__setattr__(model, "forward", named)
 
 
 def _grown(call: Call, dims: tuple[tuple[str, int, str], ...]) -> dict[str, Any]:

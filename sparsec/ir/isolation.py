@@ -6,6 +6,7 @@ torch.export has state of the whole process, so that one trace runs at a time. O
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import warnings
 from collections import OrderedDict
@@ -20,6 +21,11 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from sparsec.ir.names import is_plain, lookup
+
+try:
+    from torch.export import _trace as _PRINTING  # of a graph that fails, what there is of it
+except ImportError:  # it is no promise of torch's
+    _PRINTING = None  # type: ignore[assignment]
 
 _LOCK = threading.RLock()
 _WRITES_NAME = "_format_target"  # a function of torch.fx that not every release may have
@@ -47,6 +53,12 @@ def hooked(model: nn.Module) -> dict[str, int]:
     return found
 
 
+def under_autocast(model: nn.Module) -> Callable[..., Any] | None:
+    """The forward of a model that accelerate has put torch.autocast around, as its `prepare` and transformers' Trainer do."""
+    own: Callable[..., Any] | None = vars(model).get("_original_forward")
+    return own if "forward" in vars(model) and getattr(own, "__self__", None) is model else None
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """The settings of the process that a trace needs; the second of two threads waits for the first."""
@@ -64,6 +76,7 @@ def one_at_a_time() -> Iterator[None]:
         ):  # filters are the process's: another thread might save ours and put them back later
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+        stack.enter_context(_no_logs_of_torch())
         stack.enter_context(torch.no_grad())
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):  # the caller's; a model's own stands in its forward
@@ -84,6 +97,8 @@ def traceable(model: nn.Module) -> Iterator[None]:
         model.eval()
         if use_cache:
             config.use_cache = False  # type: ignore[union-attr]
+        if (own := under_autocast(model)) is not None:
+            vars(model)["forward"] = own
         for module in model.modules():
             for name in _HOOKS:
                 hooks: Mapping[int, Any] = vars(module).get(name) or {}
@@ -96,6 +111,34 @@ def traceable(model: nn.Module) -> Iterator[None]:
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
+
+
+@contextmanager
+def _no_logs_of_torch() -> Iterator[None]:
+    """What torch logs and prints of a rung that fails, tracebacks and all: the reason stands in the TraceError.
+
+    In this thread alone; what somebody asked for by TORCH_LOGS is below a warning and goes on.
+    """
+    mine = threading.get_ident()
+
+    def unheard(record: logging.LogRecord) -> bool:
+        return not (record.thread == mine and record.levelno >= logging.WARNING and record.name.startswith("torch"))
+
+    loggers = [
+        each for name, each in list(logging.root.manager.loggerDict.items()) if name.partition(".")[0] == "torch"
+    ]
+    handlers = {h for each in (logging.root, *loggers) if isinstance(each, logging.Logger) for h in each.handlers}
+    for handler in handlers:
+        handler.addFilter(unheard)
+    if _PRINTING is not None:
+        vars(_PRINTING)["print"] = lambda *args, **how: None if threading.get_ident() == mine else print(*args, **how)
+    try:
+        yield
+    finally:
+        if _PRINTING is not None:
+            vars(_PRINTING).pop("print", None)
+        for handler in handlers:
+            handler.removeFilter(unheard)
 
 
 def _of_torch(hook: Callable[..., Any]) -> bool:

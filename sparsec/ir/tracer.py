@@ -19,7 +19,7 @@ from sparsec.ir.export import Exported, export
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph, fetch
 from sparsec.ir.groups import Structure
-from sparsec.ir.isolation import hooked
+from sparsec.ir.isolation import hooked, under_autocast
 from sparsec.ir.names import node_names
 from sparsec.ir.output import OutputCodeGen
 from sparsec.ir.recognise import LINEAR_KINDS, as_one_layout, op_name, read, transposed_weight, without_views
@@ -55,6 +55,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Grap
     if model.training:
         notes.append(
             f"{type(model).__name__} was in train mode and is traced in eval mode: dropout does nothing in the graph"
+        )
+    if under_autocast(model) is not None:
+        notes.append(
+            "accelerate's autocast around the model is no part of the graph; it stays in the compiled model and runs there"
         )
     notes += [*_hooks_note(model), *_unread_note(weights), *_experts_note(weights, ops)]
     inputs = tuple(name for name in exported.inputs if name is not None)
