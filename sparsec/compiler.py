@@ -232,6 +232,9 @@ def extend(
 def _inside(model: nn.Module) -> tuple[str, Compiled]:
     """The path of what was compiled, "" where it is the model itself, and how; adapters and other modules may stand around it."""
     refuse_wrapper(model, "extend")
+    foreign = refusal(model)
+    if foreign:
+        raise CompileError(foreign)
     refuse_meta(model)
     found = [(path, m.sparsec) for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)]
     if not found:

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import os
 import platform
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparsec.kernels.gpu_semi_structured import beside
 
@@ -47,9 +49,18 @@ def held(module: nn.Module) -> Held:
     A view holds its whole storage, so the storage is what counts; and what a library holds beside a packed weight counts too.
     """
     seen: set[tuple[str, int]] = set()
-    parameters = sum(_fresh_bytes(p, seen) for p in module.parameters())
-    buffers = sum(_fresh_bytes(b, seen) for b in module.buffers())
+    parameters = sum(_fresh_bytes(p, seen) for p in _stored(module.parameters()))
+    buffers = sum(_fresh_bytes(b, seen) for b in _stored(module.buffers()))
     return Held(parameters, buffers)
+
+
+def _stored(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors that have memory: one of another library's class (torchao's) may only hold others."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            yield from _stored(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
 
 
 def _fresh_bytes(tensor: Tensor, seen: set[tuple[str, int]]) -> int:
@@ -94,9 +105,9 @@ def _over_the_same_memory(tensor: Tensor) -> Tensor:
 def shared(model: nn.Module, other: nn.Module) -> int:
     """Bytes of the tensors that both hold."""
     seen: set[tuple[str, int]] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in _stored((*model.parameters(), *model.buffers())):
         _fresh_bytes(tensor, seen)
-    both = [t for t in (*other.parameters(), *other.buffers()) if _key(t) in seen]
+    both = [t for t in _stored((*other.parameters(), *other.buffers())) if _key(t) in seen]
     counted: set[tuple[str, int]] = set()
     return sum(_fresh_bytes(tensor, counted) for tensor in both)
 

@@ -47,6 +47,41 @@ def test_a_quantised_tensor_in_a_plain_layer_is_named_as_such() -> None:
         sparsec.compile(model, SPEC, example_inputs=torch.randn(2, 8))
 
 
+class Int8(nn.Parameter):
+    """torchao's: a comparison is not implemented for it."""
+
+    __module__ = "torchao.quantization"
+
+    def __ne__(self, other: object) -> bool:
+        raise NotImplementedError("aten.ne")
+
+
+def test_a_compiled_model_that_was_quantised_afterwards_is_named_as_such() -> None:
+    """Regression: NotImplementedError of torchao, out of report and extend."""
+    pruned = sparsec.compile(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
+        "magnitude(0.5, targets='*'),freeze",
+        example_inputs=torch.randn(2, 8),
+    )
+    for model in (pruned, sparsec.extend(pruned, "lower(csr, targets='0')")):
+        model[1]._parameters["weight"] = Int8(model[1].weight.detach(), requires_grad=False)
+        report = model.sparsec.report()
+        assert any("1.weight is a torchao Int8 now" in note for note in report.notes)
+        assert [row.nnz < row.parameters for row in report.layers if row.name.endswith("weight")] == [True, False]
+    with pytest.raises(CompileError, match=r"1 is quantised \(a torchao Int8\).*before it is quantised"):
+        sparsec.extend(pruned, "lower(csr)")
+
+
+def test_an_embedding_of_a_quantiser_that_quantises_nothing_is_no_reason() -> None:
+    table = foreign(nn.Embedding, "StableEmbedding", "bitsandbytes.nn.modules")(16, 8)
+    model = nn.Sequential(table, nn.Linear(8, 8))
+    assert isinstance(sparsec.compile(model, SPEC, example_inputs=torch.arange(6).view(2, 3))[1], SparseLinear)
+    model[0] = foreign(nn.Embedding, "Embedding8bit", "bitsandbytes.nn.modules")(16, 8)
+    model[0].weight = nn.Parameter(torch.zeros(16, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(CompileError, match="bitsandbytes Embedding8bit"):
+        sparsec.compile(model, SPEC, example_inputs=torch.arange(6).view(2, 3))
+
+
 def test_torchs_own_dynamic_quantisation_is_named_as_such() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sparsec import memory
 
@@ -35,6 +36,14 @@ def test_held_counts_each_storage_once(
     for kind, nbytes in (("parameter", found.parameters), ("buffer", found.buffers)):
         assert nbytes == sum(sizes[i] * dtype.itemsize for i, k in used.items() if k == kind)
     assert found.total == found.parameters + found.buffers
+
+
+def test_a_tensor_that_holds_others_counts_as_those() -> None:
+    """Regression: torchao's have no memory of their own, and asking for it raised."""
+    model = nn.Linear(4, 4, bias=False)
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(4, 4), torch.ones(4, 4)))
+    assert memory.held(model).total == 2 * 64
+    assert memory.shared(model, model) == 2 * 64
 
 
 def test_tied_weights_count_once_on_the_meta_device_too() -> None:

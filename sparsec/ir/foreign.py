@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _QUANTISERS = (
     "aqlm",
@@ -76,9 +76,21 @@ def _quantised(model: nn.Module) -> str:
 
 def _foreign_types(module: nn.Module) -> Iterator[str]:
     """Names of the classes, of a module and of the tensors that it holds itself, that hold quantised weights."""
-    held = [*module._parameters.values(), *module._buffers.values()]
-    for kind in (type(module), *(type(t) for t in held if t is not None)):
-        for base in kind.__mro__:
-            origin = f"{base.__module__}."
-            if origin.startswith(tuple(f"{name}." for name in _QUANTISERS)) or base.__name__.startswith(_QUANTISED):
-                yield f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+    held = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    # bitsandbytes' StableEmbedding is one whose optimiser is told apart
+    table = (
+        isinstance(module, nn.Embedding) and type(module.weight) is nn.Parameter and module.weight.is_floating_point()
+    )
+    for value in held if table else (module, *held):
+        if kind := quantised_kind(value):
+            yield kind
+
+
+def quantised_kind(value: nn.Module | Tensor) -> str:
+    """The class of a module or a tensor that holds quantised weights, with its library; "" for every other."""
+    kind = type(value)
+    for base in kind.__mro__:
+        origin = f"{base.__module__}."
+        if origin.startswith(tuple(f"{name}." for name in _QUANTISERS)) or base.__name__.startswith(_QUANTISED):
+            return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+    return ""

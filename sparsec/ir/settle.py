@@ -7,37 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from sparsec.errors import SpecError, some
 from sparsec.ir.facts import Pruned, Weight
+from sparsec.ir.foreign import quantised_kind
 from sparsec.ir.graph import Graph
 from sparsec.patterns import Pattern
 
 COUNTED = frozenset({"sparsity", "flops"})
 """Facts that are counts of what is kept."""
+_NO_MASK: dict[str, Any] = {"mask": None, "pattern": None, "frozen": False, "grown": 0, "nnz": None, "pruned": None}
 
 
 def settle(graph: Graph) -> tuple[str, ...]:
     """Makes every record true of its weight as it is now; returns what the user should know.
 
     What came back under a frozen mask is kept from here on, and what was counted and measured before is dropped. A mask that no
-    longer has its pattern is unstructured. One of another shape than its weight goes.
+    longer has its pattern is unstructured. One of another shape than its weight goes, and one of a weight that was quantised.
     """
     grown: list[tuple[Weight, int]] = []
     patterns: list[str] = []
     misfits: list[str] = []
+    quantised: list[str] = []
     for weight in list(graph.weights.values()):
         if weight.packed is not None:
             continue
         tensor = graph.tensor(weight.name)
+        if weight.mask is not None and (kind := quantised_kind(tensor)):
+            quantised.append(f"{weight.name} is a {kind} now")
+            graph.update(weight.name, **_NO_MASK)
+            continue
         graph.update(weight.name, dtype=tensor.dtype, shape=tuple(tensor.shape))
         if weight.mask is None:
             continue
         if weight.mask.shape != tensor.shape:
             misfits.append(f"{weight.name} is {_sizes(tensor)} now, its mask {_sizes(weight.mask)}")
-            graph.update(weight.name, mask=None, pattern=None, frozen=False, grown=0, nnz=None, pruned=None)
+            graph.update(weight.name, **_NO_MASK)
             continue
         if tensor.is_meta:  # it holds no values
             continue
@@ -47,9 +55,9 @@ def settle(graph: Graph) -> tuple[str, ...]:
             grown.append((weight, more))
             if _take(graph, weight, more):
                 patterns.append(f"{weight.name} lost its pattern {weight.pattern}")
-    if grown or misfits:
+    if grown or misfits or quantised:
         graph.forget(COUNTED)
-    return (*_grown_text(grown, patterns), *_misfit_text(misfits))
+    return (*_grown_text(grown, patterns), *_misfit_text(misfits), *_quantised_text(quantised))
 
 
 def _take(graph: Graph, weight: Weight, more: int) -> bool:
@@ -93,6 +101,15 @@ def _misfit_text(misfits: Sequence[str]) -> list[str]:
     if not misfits:
         return []
     return [f"masks that do not fit their weights are dropped: {some(misfits)}. Compile the model again"]
+
+
+def _quantised_text(quantised: Sequence[str]) -> list[str]:
+    if not quantised:
+        return []
+    return [
+        f"weights that were quantised count as dense, their masks are dropped: {some(quantised)}. Report on the model, or lower "
+        "it, before it is quantised"
+    ]
 
 
 def _sizes(tensor: Tensor) -> str:
