@@ -28,6 +28,10 @@ class SparseLinear(Grouped, nn.Module):
     Gradients flow to x and bias, never to W. Not an nn.Linear, because there is no weight that could be written to: `weight` is
     for reading, and a write to it raises WeightError.
 
+    Of the packed tensors `values` may be written to. Those that say where values stand (`row_ptr`, `col_idx`, `bits`, ...) are not
+    looked at by kernels at every call, so a write that leaves no valid matrix reads past the end of x: `packed.check()` tells,
+    and load_state_dict refuses it.
+
     Activations are assumed finite: at a pruned weight, inf or NaN in x becomes NaN in the result of the reference and of the
     native product of many rows, as in the masked dense model, while the native product of few rows skips it.
     """

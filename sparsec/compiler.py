@@ -77,11 +77,11 @@ class Compiled:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own does, which it stands before, after a warning where pruned weights grew again."""
-        model = self.model()
+        model: Any = self.model()
         assert model is not None
         for change in self._now()[1]:
             warnings.warn(f"{type(model).__name__}.save_pretrained: {change}", stacklevel=2)
-        return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[operator]
+        return type(model).save_pretrained(model, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.

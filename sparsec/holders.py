@@ -42,15 +42,16 @@ def _hits(model: nn.Module) -> Iterator[tuple[int, tuple[nn.Module, list[str]]]]
     """Other modules and the names of what they hold."""
     own = {id(module) for module in model.modules()}
     tables = {id(table) for module in model.modules() for table in (module._parameters, module._modules)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_memory: dict[tuple[str, int], list[str]] = {}
     by_module: dict[int, list[str]] = {}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if (at := _memory(parameter)) is not None:
-            by_memory.setdefault(at, []).append(name)
     for module in model.modules():
+        matrices = [] if isinstance(module, nn.Embedding) else [p for p in module._parameters.values() if _is_matrix(p)]
+        for parameter in matrices:
+            if (at := _memory(parameter)) is not None:
+                by_memory.setdefault(at, []).append(names[id(parameter)])
         if module is not model:
-            by_module[id(module)] = [names[id(p)] for p in module._parameters.values() if p is not None]
+            by_module[id(module)] = [names[id(p)] for p in matrices]
     for other in _living():
         if id(other) in own:
             continue
@@ -71,7 +72,7 @@ def _living() -> list[nn.Module]:
     kinds: set[type] = {nn.Module}
     queue: list[type] = [nn.Module]
     while queue:
-        new = [kind for kind in type.__subclasses__(queue.pop()) if kind not in kinds]
+        new: list[type] = [kind for kind in type.__subclasses__(queue.pop()) if kind not in kinds]
         kinds.update(new)
         queue += new
     modules: list[nn.Module] = [found for found in gc.get_objects() if type(found) in kinds]
@@ -83,6 +84,11 @@ def _table(module: nn.Module, name: str) -> dict[str, Any]:
     """A module may be half made, in another thread."""
     table: dict[str, Any] = vars(module).get(name) or {}
     return table
+
+
+def _is_matrix(parameter: Tensor | None) -> bool:
+    """Whether a pass may change it; norms, biases and tables that are only looked up stay what they are."""
+    return parameter is not None and parameter.dim() > 1
 
 
 def _memory(tensor: Any) -> tuple[str, int] | None:
@@ -100,10 +106,14 @@ def _places(holders: list[nn.Module]) -> dict[int, str]:
     living = _living()
     inner = {id(part) for module in living for part in tuple(_table(module, "_modules").values())}
     places = {id(holder): f"in a {type(holder).__name__}" for holder in holders}
-    wanted = set(places)
+    wanted, seen = set(places), set[int]()
     for root in living:
-        if id(root) not in inner:
-            for path, module in root.named_modules():
-                if id(module) in wanted and path:
-                    places[id(module)] = f"{path} of a {type(root).__name__}"
+        queue = [] if id(root) in inner else [("", root)]
+        while queue:
+            path, module = queue.pop()
+            if id(module) in wanted and path:
+                places[id(module)] = f"{path} of a {type(root).__name__}"
+            seen.add(id(module))
+            parts = [(f"{path}.{name}" if path else name, part) for name, part in _table(module, "_modules").items()]
+            queue += [(name, part) for name, part in parts if part is not None and id(part) not in seen]
     return places

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,9 @@ def held(module: nn.Module) -> Held:
 def _stored(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors that have memory: one of another library's class (torchao's) may only hold others."""
     for tensor in tensors:
-        if is_traceable_wrapper_subclass(tensor):
-            yield from _stored(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        wrapper: Any = tensor
+        if is_traceable_wrapper_subclass(wrapper):
+            yield from _stored(getattr(wrapper, name) for name in wrapper.__tensor_flatten__()[0])
         else:
             yield tensor
 

@@ -76,12 +76,14 @@ def _quantised(model: nn.Module) -> str:
 
 def _foreign_types(module: nn.Module) -> Iterator[str]:
     """Names of the classes, of a module and of the tensors that it holds itself, that hold quantised weights."""
-    held = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    held: list[nn.Module | Tensor] = [
+        t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+    ]
     # bitsandbytes' StableEmbedding is one whose optimiser is told apart
     table = (
         isinstance(module, nn.Embedding) and type(module.weight) is nn.Parameter and module.weight.is_floating_point()
     )
-    for value in held if table else (module, *held):
+    for value in held if table else [module, *held]:
         if kind := quantised_kind(value):
             yield kind
 
