@@ -61,19 +61,19 @@ class Compiled:
         Of the model as it is now: it may have been moved, converted or trained since it was compiled.
         """
         model = self.model()
-        now, changes = self._now()
+        now, changes, odd = self._now()
         predicted = predict(now, known_calibration(now))
         return collect(
-            now, self.records, (*self.notes, *changes), None if model is None else held(model).total, predicted
+            now, self.records, (*self.notes, *changes, *odd), None if model is None else held(model).total, predicted
         )
 
-    def _now(self) -> tuple[Graph, tuple[str, ...]]:
-        """The graph made true of the weights as they are now, under records of its own, and what became of them since."""
+    def _now(self) -> tuple[Graph, tuple[str, ...], list[str]]:
+        """The graph made true of its weights, with records of its own; what became of them since; what it does not show."""
         model = self.model()
         odd = [] if model is None else rebind(self.graph, model)
         _refresh(self.graph)
         now = self.graph.view()
-        return now, (*settle(now), *odd_text(odd, "lowered" in now.facts))
+        return now, settle(now), odd_text(odd, "lowered" in now.facts)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own does, which it stands before, after a warning where pruned weights grew again."""

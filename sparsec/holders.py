@@ -72,9 +72,11 @@ def _living() -> list[nn.Module]:
     kinds: set[type] = {nn.Module}
     queue: list[type] = [nn.Module]
     while queue:
-        new: list[type] = [kind for kind in type.__subclasses__(queue.pop()) if kind not in kinds]
-        kinds.update(new)
-        queue += new
+        subclasses: list[type] = type.__subclasses__(queue.pop())
+        for kind in subclasses:
+            if kind not in kinds:
+                kinds.add(kind)
+                queue.append(kind)
     modules: list[nn.Module] = [found for found in gc.get_objects() if type(found) in kinds]
     of_graphs = {id(part) for found in modules if isinstance(found, fx.GraphModule) for part in found.modules()}
     return [module for module in modules if id(module) not in of_graphs]
