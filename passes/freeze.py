@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from sparsec import serial
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 
@@ -30,11 +31,10 @@ class Freeze(Pass):
             context.step("freeze", i, len(waiting))
             tensor = graph.tensor(weight.name)
             assert weight.mask is not None
-            zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
             if context.owns(weight.name):
-                with torch.no_grad():  # masked_fill_ would take an inverted copy of the mask
-                    torch.where(weight.mask, tensor, zero, out=tensor)
+                with torch.no_grad():
+                    serial.masked(tensor, weight.mask, out=tensor)
             else:
-                graph.replace_tensor(weight.name, torch.where(weight.mask, tensor.detach(), zero))
+                graph.replace_tensor(weight.name, serial.masked(tensor.detach(), weight.mask))
             graph.update(weight.name, frozen=True)
         return PassResult(changed=bool(waiting), summary=f"{len(waiting)} masks written into their weights")

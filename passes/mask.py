@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.errors import MaskError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
@@ -52,7 +53,7 @@ class Mask(Pass):
             kept = mask.clone() if old is None else mask & old
             graph.update(weight.name, mask=kept, pattern="unstructured", frozen=False, grown=0, nnz=None, pruned=None)
             total += kept.numel()
-            zeros += kept.numel() - int(kept.count_nonzero())
+            zeros += kept.numel() - serial.count(kept)
         share = zeros / total if total else 0.0
         return PassResult(
             changed=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from sparsec import serial
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_ignore, check_patterns
@@ -37,12 +38,12 @@ class Zeros(Pass):
         total = zeros = 0
         for i, weight in enumerate(chosen):
             context.step("zeros", i, len(chosen))
-            mask, old = graph.tensor(weight.name).detach() != 0, graph.mask(weight.name)
+            mask, old = serial.present(graph.tensor(weight.name).detach()), graph.mask(weight.name)
             if old is not None:
                 mask &= old
             graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, grown=0, nnz=None, pruned=None)
             total += mask.numel()
-            zeros += mask.numel() - int(mask.count_nonzero())
+            zeros += mask.numel() - serial.count(mask)
         share = zeros / total if total else 0.0
         notes: tuple[str, ...] = ()
         if share < 0.05:

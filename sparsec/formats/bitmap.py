@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, pointer_faults
 from sparsec.formats.panels import LANES, from_panels, pack_bits, panel_count, to_panels, unpack_bits
@@ -43,7 +44,8 @@ class Bitmap(Packed):
         flags = to_panels(mask)
         kept = flat_positions(flags)
         check_count(cls.title, "weights", kept.numel(), MAX_COUNT)
-        values = weight.new_zeros(kept.numel() + LANES)
+        values = weight.new_empty(kept.numel() + LANES)
+        values[kept.numel() :] = 0
         torch.index_select(to_panels(weight.detach()).view(-1), 0, kept, out=values[: kept.numel()])
         panel_ptr = starts(kept, panel_count(out_features), in_features * LANES)
         return cls(values, pack_bits(flags), panel_ptr, out_features, in_features)
@@ -52,7 +54,7 @@ class Bitmap(Packed):
     def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype) -> int:
         """Bytes that `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
-        nnz, panels = int(mask.count_nonzero()), panel_count(mask.shape[0])
+        nnz, panels = serial.count(mask), panel_count(mask.shape[0])
         check_count(cls.title, "weights", nnz, MAX_COUNT)
         return (nnz + LANES) * dtype.itemsize + 2 * panels * mask.shape[1] + 4 * (panels + 1)
 

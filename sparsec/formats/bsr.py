@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.errors import FormatError
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed
 from sparsec.formats.csr import csr_rows
@@ -48,14 +49,14 @@ class BSR(Packed):
         rows, columns = weight.shape[0] // r, weight.shape[1] // c
         kept = _kept_blocks(mask, r, c)
         check_count(cls.title, "blocks", kept.numel(), MAX_COUNT)
-        zeroed = torch.where(mask, weight.detach(), 0)
+        zeroed = serial.masked(weight.detach(), mask)
         blocks = zeroed.view(rows, r, columns, c).permute(0, 2, 3, 1).reshape(rows * columns, c, r)
         return cls(
             values=blocks.index_select(0, kept),
             col_idx=(kept % max(columns, 1)).to(_index_dtype(columns)),
             row_ptr=starts(kept, rows, columns),
             in_features=weight.shape[1],
-            kept=int(mask.count_nonzero()),
+            kept=serial.count(mask),
         )
 
     @classmethod

@@ -16,10 +16,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.errors import FormatError
 from sparsec.formats.base import MAX_COUNT, Packed
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
-from sparsec.formats.positions import flat_positions, starts, unsigned
+from sparsec.formats.positions import columns, flat_positions, starts, unsigned
 
 VALUE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES: dict[int, torch.dtype] = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
@@ -62,7 +63,7 @@ class CSR(Packed):
             col_idx, values, row_ptr = _bridged(_distances(kept, row_ptr, in_features), values, row_ptr)
         else:
             # In place: `kept` is the only scratch, 8 bytes per kept weight.
-            col_idx = kept.remainder_(max(in_features, 1)).to(INDEX_DTYPES[bits])
+            col_idx = columns(kept, in_features, INDEX_DTYPES[bits])
         return cls(values, col_idx, row_ptr, out_features, in_features, kept.numel())
 
     @classmethod
@@ -71,7 +72,7 @@ class CSR(Packed):
         check_plan(cls.title, cls.dtypes, mask, dtype)
         out_features, in_features = mask.shape
         bits = _index_bits(in_features, index_bits)
-        stored = int(mask.count_nonzero())
+        stored = serial.count(mask)
         check_count(cls.title, "weights", stored, MAX_COUNT)
         if bits == 8 and _has_empty_window(mask):
             kept = flat_positions(mask)

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.errors import FormatError
 from sparsec.formats.base import HALF_AND_SINGLE, Packed
 from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
@@ -53,11 +54,11 @@ class NM(Packed):
         n, m = _pattern(mask, weight.element_size())
         # Every row keeps exactly n columns of a group once those without a weight are counted in.
         slots = flat_positions(_filled(mask, n, m))
-        values = torch.where(mask, weight.detach(), 0).reshape(-1).index_select(0, slots)
+        values = serial.masked(weight.detach(), mask).reshape(-1).index_select(0, slots)
         columns = slots.bitwise_and_(m - 1).to(torch.uint8)
         index = _pack_index(to_panels(columns.view(out_features, in_features // m, n)), INDEX_BITS[m])
         values = to_panels(values.view(out_features, in_features // m, n))
-        return cls(values, index, out_features, in_features, m, int(mask.count_nonzero()))
+        return cls(values, index, out_features, in_features, m, serial.count(mask))
 
     @classmethod
     def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype) -> int:

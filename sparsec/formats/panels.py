@@ -5,8 +5,11 @@ So x is broadcast and no sum runs across a register. The last panel is padded wi
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sparsec import serial
 
 LANES = 16
 """Rows of a panel."""
@@ -25,7 +28,7 @@ def to_panels(rows: Tensor) -> Tensor:
     panels = panel_count(out_features)
     if panels * LANES != out_features:
         rows = torch.cat([rows, rows.new_zeros(panels * LANES - out_features, *rows.shape[1:])])
-    return rows.reshape(panels, LANES, *rows.shape[1:]).movedim(1, -1).contiguous()
+    return serial.contiguous(rows.reshape(panels, LANES, *rows.shape[1:]).movedim(1, -1))
 
 
 def from_panels(panels: Tensor, out_features: int) -> Tensor:
@@ -35,6 +38,9 @@ def from_panels(panels: Tensor, out_features: int) -> Tensor:
 
 def pack_bits(flags: Tensor) -> Tensor:
     """bool [..., 16] (contiguous) -> int16 [...], flag l in bit l."""
+    if flags.device.type == "cpu":
+        words = np.packbits(flags.numpy().reshape(-1), bitorder="little").view(np.int16)
+        return torch.from_numpy(words).view(flags.shape[:-1])
     # Flat: a dimension of 1 may have any stride, and then torch refuses to view bytes as words.
     top_bytes = (flags.view(-1).view(torch.int64) * _LOW_BITS).view(torch.uint8)[7::8]
     return top_bytes.clone(memory_format=torch.contiguous_format).view(torch.int16).view(flags.shape[:-1])

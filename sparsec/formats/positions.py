@@ -18,7 +18,19 @@ def flat_positions(mask: Tensor) -> Tensor:
 
 def starts(positions: Tensor, parts: int, size: int) -> Tensor:
     """Where each of `parts` equal parts of `size` begins among ascending positions, and the end: [parts + 1], int32."""
+    if positions.device.type == "cpu":
+        return torch.from_numpy(np.searchsorted(positions.numpy(), np.arange(parts + 1) * size).astype(np.int32))
     return torch.searchsorted(positions, torch.arange(parts + 1, device=positions.device) * size, out_int32=True)
+
+
+def columns(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Positions modulo the width of a row, in `dtype`, which may wrap around. In place: `positions` is lost."""
+    width = max(width, 1)
+    if positions.device.type == "cpu":
+        numbers = positions.numpy()
+        narrow = torch.empty(0, dtype=dtype).numpy().dtype
+        return torch.from_numpy(np.remainder(numbers, width, out=numbers).astype(narrow))
+    return positions.remainder_(width).to(dtype)
 
 
 def unsigned(numbers: Tensor) -> Tensor:

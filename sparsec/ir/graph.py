@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsec import serial
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 
 
@@ -66,7 +67,7 @@ class Graph:
         if weight.mask is None or not weight.frozen:
             return weight.mask
         tensor = self.tensor(name).detach()
-        return weight.mask if tensor.is_meta else (tensor != 0).logical_or_(weight.mask)
+        return weight.mask if tensor.is_meta else serial.present(tensor, weight.mask)
 
     def kept(self, name: str) -> int:
         """How many values of a weight are kept now: a weight without a mask keeps all, zeros of its own included."""
@@ -74,7 +75,7 @@ class Graph:
         if weight.packed is not None:
             return weight.packed.nnz
         mask = self.mask(name)
-        return weight.numel if mask is None else int(mask.count_nonzero())
+        return weight.numel if mask is None else serial.count(mask)
 
     def mask_matrix(self, name: str) -> Tensor | None:
         """What is kept now, as [out, in]."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.errors import SpecError, some
 from sparsec.ir.facts import Pruned, Weight
 from sparsec.ir.foreign import quantised_kind
@@ -50,7 +51,7 @@ def settle(graph: Graph) -> tuple[str, ...]:
         if tensor.is_meta:  # it holds no values
             continue
         graph.update(weight.name, mask=weight.mask.to(tensor.device))
-        more = graph.kept(weight.name) - int(weight.mask.count_nonzero())
+        more = graph.kept(weight.name) - serial.count(weight.mask)
         if more:
             grown.append((weight, more))
             if _take(graph, weight, more):

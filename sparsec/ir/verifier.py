@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from sparsec import serial
 from sparsec.errors import FormatError
 from sparsec.formats.parts import unflatten
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
@@ -175,7 +176,7 @@ def _facts(graph: Graph, weight: Weight) -> Iterator[str]:
         kept = graph.kept(weight.name)
         if weight.nnz is not None and weight.nnz != kept:
             yield f"{weight.name}: nnz is {weight.nnz}, but {kept} are kept"
-        if weight.frozen and bool((graph.tensor(weight.name)[~weight.mask] != 0).any()):
+        if weight.frozen and kept != serial.count(weight.mask):
             yield f"{weight.name}: frozen, but a masked entry is not zero"
     elif weight.nnz is not None and weight.nnz != weight.numel:
         yield f"{weight.name}: nnz is {weight.nnz} of {weight.numel} without a mask"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.calibrate import Site, Standing, Statistics, calibrate
 from sparsec.errors import ActivationError, PipelineError, SelectionError, SpecError, WeightError
 from sparsec.ir.facts import Weight
@@ -155,7 +156,7 @@ def _by_threshold(graph: Graph, chosen: Sequence[Weight], sparsity: float, patte
     masks = blocks(scores, sparsity, old, pattern.block) if pattern.block else unstructured(scores, sparsity, old)
     kept = dict.fromkeys(names, 0)
     for name, mask in zip(names, masks, strict=True):
-        kept[name] += int(mask.count_nonzero())
+        kept[name] += serial.count(mask)
     return {w.name: Share(1 - kept[w.name] / w.numel) for w in chosen}
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.calibrate import FEEDS, ORDERS, Site, Statistics, calibrate
 from sparsec.errors import ActivationError, PipelineError, SpecError, WeightError
 from sparsec.ir.facts import Pruned, Weight
@@ -304,9 +305,7 @@ def _owner(weight: Weight) -> str:
 
 
 def _masked(matrix: Tensor, mask: Tensor | None) -> Tensor:
-    return (
-        matrix if mask is None else torch.where(mask, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device))
-    )
+    return matrix if mask is None else serial.masked(matrix, mask)
 
 
 def _squares(matrix: Tensor, sample: Tensor) -> float:
