@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsec.calibrate import Statistics
 from sparsec.errors import ActivationError, SpecError
-from sparsec.patterns import Pattern, prune_count
+from sparsec.patterns import CHUNK, Pattern, prune_count
 from sparsec.pipeline.options import check_positive
 from sparsec.pipeline.pruning import CalibratedPruning
 
@@ -100,11 +100,15 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, list[s
         notes.append(f"{int(dead.sum())} of {len(dead)} input columns are zero in all of the text; their weights go")
     added = damping
     while True:
+        # From the last column to the first H = R R', R upper; so H's inverse is U' U with U the inverse of R: half of the work of
+        # inverting H and factoring that.
         hessian = gram.double()
         hessian.diagonal().copy_(diagonal + added * scale)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
+        factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor, out=hessian), upper=True)
+            torch.eye(len(gram), out=hessian)
+            torch.linalg.solve_triangular(factor.flip(0, 1), hessian, upper=True, out=hessian)
+            factor = hessian
         if not failed and bool(factor.isfinite().all()):
             break
         if added >= _MOST_DAMPING:
@@ -145,25 +149,38 @@ def solve(
         wide = pattern.nm[1] if pattern.nm is not None else end - start
         errors = torch.zeros(end - start, out_features, dtype=weights.dtype, device=weights.device)
         columns = part.t().contiguous()  # a column is then in one piece
-        for i in range(end - start):
-            if i % wide == 0:  # N:M masks see the updates of the groups before them
-                group = slice(i, i + wide)
-                scores = columns[group].t() / local.diagonal()[group]
-                before = None if old is None else old[:, start:end][:, group]
-                done = kept[:, group]
-                if pattern.nm is not None:
-                    done.copy_(pattern.mask(scores, shares[0], before))
-                else:
-                    _choose(done, scores, shares, pattern, mask, start, rows, before)
-            column = columns[i]
-            error = column.masked_fill(kept[:, i], 0) / local[i, i]
-            columns[i:] -= torch.outer(local[i, i:], error)
-            columns[i].masked_fill_(~kept[:, i], 0)
-            errors[i] = error
+        step = _step(out_features, pattern.nm[1] if pattern.nm is not None else 1)
+        for first in range(0, end - start, step):
+            last = min(first + step, end - start)
+            for i in range(first, last):
+                if i % wide == 0:  # N:M masks see the updates of the groups before them
+                    group = slice(i, i + wide)
+                    scores = columns[group].t() / local.diagonal()[group]
+                    before = None if old is None else old[:, start:end][:, group]
+                    done = kept[:, group]
+                    if pattern.nm is not None:
+                        done.copy_(pattern.mask(scores, shares[0], before))
+                    else:
+                        _choose(done, scores, shares, pattern, mask, start, rows, before)
+                column = columns[i]
+                error = column.masked_fill(kept[:, i], 0) / local[i, i]
+                columns[i:last] -= torch.outer(local[i, i:last], error)
+                columns[i].masked_fill_(~kept[:, i], 0)
+                errors[i] = error
+            columns[last:].addmm_(local[first:last, last:].t(), errors[first:last], alpha=-1)
         part.copy_(columns.t())
         if end < in_features:
             weights[:, end:].addmm_(errors.t(), factor[start:end, end:], alpha=-1)
     return mask
+
+
+def _step(out_features: int, wide: int) -> int:
+    """How many columns, whole groups of `wide`, are updated one by one before the rest of their block is, in one product.
+
+    So few that torch does not share an update among threads, each of which may come late where the machine is busy.
+    """
+    step = min(max(CHUNK // max(1, out_features), 8), 32)
+    return max(1, step // wide) * wide
 
 
 def _choose(

@@ -19,6 +19,7 @@ examples:
   python -m sparsec.bench --shapes llama-7b --dtypes fp32,bf16 --rows 1,8,512
   python -m sparsec.bench --shapes 4096x4096 --formats bitmap,bsr16x16,nm2:4,auto --json table.json
   python -m sparsec.bench --shapes 4096x4096 --layers 6                  # six layers in a row, partly cache-warm
+  python -m sparsec.bench --busy --dtypes fp32,bf16                      # beside a process that computes all the time
   python -m sparsec.bench --device cuda --out results                    # a GPU: correctness, kernels, whole models
   python -m sparsec.bench --end-to-end smollm2 --compile                 # tokens per second of a whole model
   python -m sparsec.bench --end-to-end pythia-410m --dtypes bf16 --sparsity 0.7 --csv tokens.csv
@@ -30,6 +31,18 @@ ONLY_TABLE = ("shapes", "formats", "rows", "rotate_mb")
 ONLY_MODELS = ("passes", "prompt_tokens", "new_tokens", "compile")
 ONLY_CPU = ("end_to_end", "passes", "prompt_tokens", "new_tokens", "compile", "rotate_mb", "threads", "json", "csv")
 ONLY_GPU = ("out", "budget")
+NOT_BUSY = (
+    "end_to_end",
+    "passes",
+    "prompt_tokens",
+    "new_tokens",
+    "compile",
+    "rotate_mb",
+    "formats",
+    "rows",
+    "json",
+    "csv",
+)
 T = TypeVar("T")
 
 
@@ -60,6 +73,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="N",
         help="table: N weights of one shape run in a row, again and again, in place of --rotate-mb; with --end-to-end: "
         "layers of a model with random weights, default: all that fit into memory",
+    )
+    p.add_argument(
+        "--busy",
+        action="store_true",
+        help="layers in a row and passes, idle and beside a process that computes all the time; takes --shapes, --dtypes, "
+        "--layers and --repeats",
     )
     on_gpu = p.add_argument_group("with --device cuda")
     on_gpu.add_argument(
@@ -93,6 +112,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """SpecError for numbers out of range and options of the other mode; DataError for files that cannot be written."""
+    if options.busy:
+        others = {"device": options.device == "cuda", **{name: getattr(options, name) is not None for name in NOT_BUSY}}
+        for name in (name for name, given in others.items() if given):
+            raise SpecError(f"--{name.replace('_', '-')}: leave it out with --busy")
     elsewhere = ONLY_CPU if options.device == "cuda" else ONLY_GPU
     for name in elsewhere:
         if getattr(options, name) is not None:
