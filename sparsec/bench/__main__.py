@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsec.bench import arguments, end_to_end_output, gpu_run, output
+from sparsec.bench import arguments, busy, end_to_end_output, gpu_run, output
 from sparsec.bench.cases import Case, cases
 from sparsec.bench.end_to_end import Effort, run, variants
 from sparsec.bench.end_to_end_output import Run
@@ -37,12 +37,26 @@ def _run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     with shown_progress(sys.stderr) as progress:
-        if options.device == "cuda":
+        if options.busy:
+            run_busy(options, progress)
+        elif options.device == "cuda":
             gpu_run.run(options, progress)
         elif options.end_to_end is None:
             run_table(options, progress)
         else:
             run_models(options, progress)
+
+
+def run_busy(options: argparse.Namespace, progress: Progress | None) -> None:
+    """Measures and prints what a busy machine costs."""
+    dtypes = [DTYPES[name] for name in arguments.read_dtypes(options.dtypes or "fp32")]
+    shapes = arguments.read_shapes(options.shapes or busy.SHAPES)
+    layers, repeats = options.layers or busy.LAYERS, options.repeats or 20
+    require_room(max(2 * layers * out * columns * 4 for out, columns in shapes), "walking through layers", _SMALLER)
+    found = machine()
+    walks = [busy.products(shape, dtype, layers, repeats, progress) for shape in shapes for dtype in dtypes]
+    passes = busy.pass_times(*busy.small_model(), progress)
+    print("\n".join([*machine_lines(found), *output.doubts(found), "", *busy.text(walks, passes)]))
 
 
 def run_table(options: argparse.Namespace, progress: Progress | None) -> None:

@@ -31,18 +31,7 @@ ONLY_TABLE = ("shapes", "formats", "rows", "rotate_mb")
 ONLY_MODELS = ("passes", "prompt_tokens", "new_tokens", "compile")
 ONLY_CPU = ("end_to_end", "passes", "prompt_tokens", "new_tokens", "compile", "rotate_mb", "threads", "json", "csv")
 ONLY_GPU = ("out", "budget")
-NOT_BUSY = (
-    "end_to_end",
-    "passes",
-    "prompt_tokens",
-    "new_tokens",
-    "compile",
-    "rotate_mb",
-    "formats",
-    "rows",
-    "json",
-    "csv",
-)
+NOT_BUSY = ("formats", "rows", "rotate_mb", "end_to_end", *ONLY_MODELS, "json", "csv")
 T = TypeVar("T")
 
 
@@ -50,8 +39,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """All options; those of one mode default to None, so that they can be refused in the other."""
     p = argparse.ArgumentParser(
         prog=prog,
-        description="Times sparse products against F.linear and torch.sparse on the CPU, whole models (--end-to-end), or a GPU "
-        "(--device cuda).",
+        description="Times sparse products against F.linear and torch.sparse on the CPU, whole models (--end-to-end), what a busy "
+        "machine costs (--busy), or a GPU (--device cuda).",
         epilog=EXAMPLES.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,8 +66,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p.add_argument(
         "--busy",
         action="store_true",
-        help="layers in a row and passes, idle and beside a process that computes all the time; takes --shapes, --dtypes, "
-        "--layers and --repeats",
+        help="what another process that computes all the time costs: the speedup of layers in a row (48 of 1024x1024, half "
+        "zeros) and the time of passes, idle and busy, and whether enough is left on two cores; two minutes; takes --shapes, "
+        "--dtypes, --layers, --threads and --repeats",
     )
     on_gpu = p.add_argument_group("with --device cuda")
     on_gpu.add_argument(
@@ -113,8 +103,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 def check(options: argparse.Namespace) -> None:
     """SpecError for numbers out of range and options of the other mode; DataError for files that cannot be written."""
     if options.busy:
-        others = {"device": options.device == "cuda", **{name: getattr(options, name) is not None for name in NOT_BUSY}}
-        for name in (name for name, given in others.items() if given):
+        others = [name for name in NOT_BUSY if getattr(options, name) is not None]
+        for name in ["device"] * (options.device == "cuda") + others:
             raise SpecError(f"--{name.replace('_', '-')}: leave it out with --busy")
     elsewhere = ONLY_CPU if options.device == "cuda" else ONLY_GPU
     for name in elsewhere:
