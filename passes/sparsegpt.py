@@ -15,13 +15,15 @@ from torch import Tensor
 
 from sparsec.calibrate import Statistics
 from sparsec.errors import ActivationError, SpecError
-from sparsec.patterns import CHUNK, Pattern, prune_count
+from sparsec.patterns import Pattern, prune_count
 from sparsec.pipeline.options import check_positive
 from sparsec.pipeline.pruning import CalibratedPruning
 
 BLOCK_SIZE = 128
 """The paper's."""
 _MOST_DAMPING = 10.0
+_FOR_ONE_THREAD = (1 << 15) - 1
+"""Numbers that torch does not share among threads."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class SparseGPT(CalibratedPruning):
         return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes
 
     def scratch(self, rows: int, in_features: int) -> int:
-        """The matrix to factor and its factor in fp64, the factor and the weights in fp32."""
-        return (8 + 8 + 4) * in_features**2 + 8 * rows * in_features
+        """The matrix to factor and its factor in fp64, the factor in fp32, the weights in fp32 twice."""
+        return (8 + 8 + 4) * in_features**2 + 12 * rows * in_features
 
     def enough(self, in_features: int) -> int:
         """Fewer tokens than columns leave the Gram matrix singular."""
@@ -141,14 +143,14 @@ def solve(
     mask = torch.empty(weights.shape, dtype=torch.bool, device=weights.device)
     if old is not None:
         weights.masked_fill_(~old, 0)
+    turned = weights.t().contiguous()  # a column is then in one piece
     for start in range(0, in_features, block_size):
         end = min(start + block_size, in_features)
         local = factor[start:end, start:end]
-        part = weights[:, start:end]
+        columns = turned[start:end]
         kept = mask[:, start:end]
         wide = pattern.nm[1] if pattern.nm is not None else end - start
-        errors = torch.zeros(end - start, out_features, dtype=weights.dtype, device=weights.device)
-        columns = part.t().contiguous()  # a column is then in one piece
+        errors = torch.empty(end - start, out_features, dtype=weights.dtype, device=weights.device)
         step = _step(out_features, pattern.nm[1] if pattern.nm is not None else 1)
         for first in range(0, end - start, step):
             last = min(first + step, end - start)
@@ -167,10 +169,11 @@ def solve(
                 columns[i:last] -= torch.outer(local[i, i:last], error)
                 columns[i].masked_fill_(~kept[:, i], 0)
                 errors[i] = error
-            columns[last:].addmm_(local[first:last, last:].t(), errors[first:last], alpha=-1)
-        part.copy_(columns.t())
+            if last < end - start:
+                columns[last:].addmm_(local[first:last, last:].t(), errors[first:last], alpha=-1)
         if end < in_features:
-            weights[:, end:].addmm_(errors.t(), factor[start:end, end:], alpha=-1)
+            turned[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    weights.copy_(turned.t())
     return mask
 
 
@@ -179,7 +182,7 @@ def _step(out_features: int, wide: int) -> int:
 
     So few that torch does not share an update among threads, each of which may come late where the machine is busy.
     """
-    step = min(max(CHUNK // max(1, out_features), 8), 32)
+    step = max(_FOR_ONE_THREAD // max(1, out_features), 8)
     return max(1, step // wide) * wide
 
 
