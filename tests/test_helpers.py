@@ -156,7 +156,7 @@ def test_weights_are_held_as_long_as_a_helper_is_at_them() -> None:
 
 
 FORKED = """
-import os, sys, torch
+import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 from test_helpers import large, library, product
 torch.set_num_threads(2)
@@ -166,6 +166,7 @@ for helpers in (False, True, None):  # the threads of both are there, and in the
     library().force_helpers(helpers)
     right, right_rows = product(packed, x), product(packed, rows).numpy()
 child = os.fork()
+signal.alarm(30)  # ends a child that hangs, whatever becomes of its parent
 same = all(torch.equal(product(packed, x), right) for _ in range(50)) and (product(packed, rows).numpy() == right_rows).all()
 if not child:
     os._exit(0 if same else 1)
