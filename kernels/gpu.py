@@ -27,6 +27,7 @@ from sparsec.formats.base import Packed
 from sparsec.formats.bitmap import Bitmap
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
+from sparsec.formats.layout import Layout
 from sparsec.formats.nm import NM
 from sparsec.formats.wcsr import WIDEST, WarpCSR
 from sparsec.kernels import gpu_launch, gpu_semi_structured
@@ -63,8 +64,8 @@ def unsupported(layout: str, dtype: torch.dtype) -> str:
         return "no Triton kernel multiplies float64"
     if layout == "csr8":
         return "csr8 has to be read from a row's first entry on; on a GPU use wcsr, which holds 8-bit columns too"
-    block = re.fullmatch(r"bsr(\d+)x(\d+)", layout)
-    if block and max(int(n) for n in block.groups()) > LARGEST_BLOCK:
+    block = Layout.parse(layout).options.get("block", ()) if layout else ()
+    if max(block, default=0) > LARGEST_BLOCK:
         return f"{layout} has blocks of more than {LARGEST_BLOCK} rows or columns, which no multiprocessor's registers hold"
     return ""
 

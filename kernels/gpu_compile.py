@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from sparsec.errors import KernelError, SparsecError
-from sparsec.formats import BSR, CSR, NM, Bitmap, Packed, WarpCSR
+from sparsec.errors import KernelError, SparsecError, SpecError
+from sparsec.formats import Packed
+from sparsec.formats.layout import Layout
 from sparsec.kernels import gpu
 from sparsec.kernels.gpu_launch import Config, Launch, interpreted, recording
 
@@ -58,14 +59,16 @@ class Variant:
 
 
 def variants(
-    names: Sequence[str], dtypes: Sequence[str], every_config: bool, shape: tuple[int, int] = SHAPE
+    layouts: Sequence[Layout], dtypes: Sequence[str], every_config: bool, shape: tuple[int, int] = SHAPE
 ) -> Iterator[Variant]:
     """Every launch that products of these layouts make; some are alike."""
-    for name in names:
+    for layout in layouts:
         for dtype in dtypes:
-            for launch in _launches(_sample(name, DTYPES[dtype], shape)):
+            for launch in _launches(_sample(layout, DTYPES[dtype], shape)):
                 for config in launch.choices if every_config and launch.choices else (launch.config,):
-                    yield Variant(name, dtype, replace(launch, config=config, elements=_elements(launch, config)))
+                    yield Variant(
+                        str(layout), dtype, replace(launch, config=config, elements=_elements(launch, config))
+                    )
 
 
 def _launches(packed: Packed) -> list[Launch]:
@@ -77,23 +80,10 @@ def _launches(packed: Packed) -> list[Launch]:
     return launches
 
 
-LAYOUTS = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
-
-
-def _sample(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> Packed:
+def _sample(layout: Layout, dtype: torch.dtype, shape: tuple[int, int]) -> Packed:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
-    mask = torch.rand(shape, generator=generator) < 0.5
-    if name.startswith("bsr"):
-        r, c = map(int, name[3:].split("x"))
-        return BSR.pack(weight, torch.ones_like(mask), block=(r, c))
-    if name.startswith("nm"):
-        n, m = map(int, name[2:].split(":"))
-        return NM.pack(weight, (torch.arange(shape[1]) % m < n).expand(shape).contiguous())
-    if name == "bitmap":
-        return Bitmap.pack(weight, mask)
-    kind = WarpCSR if name.startswith("w") else CSR
-    return kind.pack(weight, mask, index_bits=int(name.lstrip("wcsr")))
+    return layout.pack(weight, layout.sample_mask(shape, 0.5, generator))
 
 
 def _elements(launch: Launch, config: Config) -> int:
@@ -223,21 +213,24 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsec.
     parser.add_argument(
         "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities; default: 80 90"
     )
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="by commas; default: all, %(default)s")
+    every = ",".join(map(str, Layout.checked()))
+    parser.add_argument("--layouts", default=every, help="by commas; default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="by commas; default: %(default)s")
     parser.add_argument("--every-config", action="store_true", help="all configurations, not only those used untuned")
     options = parser.parse_args(arguments)
-    names, dtypes = options.layouts.split(","), options.dtypes.split(",")
-    for kind, given, known in (("layout", names, LAYOUTS), ("type", dtypes, tuple(DTYPES))):
-        for name in given:
-            if name not in known:
-                parser.error(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+    dtypes = options.dtypes.split(",")
+    if unknown := [name for name in dtypes if name not in DTYPES]:
+        parser.error(f"unknown type {unknown[0]!r}; known: {', '.join(DTYPES)}")
+    try:
+        layouts = [Layout.parse(name) for name in options.layouts.split(",")]
+    except SpecError as error:
+        parser.error(f"--layouts: {error}")
     if interpreted():
         parser.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
     try:
         rows: list[Compiled] = []
         for arch in options.arch:
-            rows += compile_all(variants(names, dtypes, options.every_config), arch)
+            rows += compile_all(variants(layouts, dtypes, options.every_config), arch)
     except SparsecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError
-from sparsec.formats import FORMATS
-from sparsec.formats.base import Packed
+from sparsec.formats import WarpCSR
+from sparsec.formats.layout import DENSE, Layout
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem, gpu_semi_structured
@@ -22,25 +23,21 @@ from sparsec.pipeline.options import check_choice, check_ignore, check_patterns,
 from sparsec.pipeline.selection import matches, select
 
 AUTO = "auto"
-DENSE = "dense"
 OBJECTIVES = ("latency", "bytes")
-INDEX_BITS = (8, 16, 32)
-OPTIONS = {"csr": ("index_bits",), "wcsr": ("index_bits",), "bsr": ("block",), AUTO: ("objective", "tokens")}
-"""Which format takes which option."""
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
     """Packs every weight that has a frozen mask and rewrites its ops; the dense weight and the mask leave the graph.
 
-    format: `auto` lets the cost model choose for every weight among all formats and dense, for `tokens` rows at a time, by
+    layout: `auto` lets the cost model choose for every weight among all layouts and dense, for `tokens` rows at a time, by
     predicted time (objective="latency") or by bytes, and lets what stays dense run on an own kernel where that is predicted
     to be faster; the reason stands in the weight's record. tokens: by default one for a transformers model that generates, 4096
-    (32 sequences of 128) for one that does not, such as an encoder, and one for any other module. A format by name packs
-    everything in it: `csr`, with index_bits 8, 16 or 32; `bitmap`; `bsr`, with block=(rows, columns); `nm`; on a GPU `wcsr`,
-    with index_bits 8 or 16, which `csr` becomes there too. `dense` packs nothing and needs no mask: every selected weight stays
-    what it is, zeros included, and runs on sparsec's own dense kernel where that serves it (with `fuse` before it, several in
-    one call).
+    (32 sequences of 128) for one that does not, such as an encoder, and one for any other module. A layout by name packs
+    everything in it: `csr` (16-bit columns where they reach, else 32), `csr8`, `csr16`, `csr32`, `bitmap`, `bsr16x16` and other
+    blocks, `nm` (N and M as the mask has them), `'nm2:4'`; on a GPU `wcsr8` and `wcsr16`, which CSR becomes there too. `dense`
+    packs nothing and needs no mask: every selected weight stays what it is, zeros included, and runs on sparsec's own dense
+    kernel where that serves it (with `fuse` before it, several in one call).
     """
 
     name: ClassVar[str] = "lower"
@@ -48,48 +45,46 @@ class Lower(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
     produces: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
-    format: str = AUTO
-    index_bits: int | None = field(default=None, kw_only=True)
-    block: tuple[int, int] | None = field(default=None, kw_only=True)
+    gone: ClassVar[Mapping[str, str]] = {
+        "index_bits": "the layout says it, lower(csr8), lower(csr16) or lower(csr32)",
+        "block": "the layout says it, as in lower(bsr16x16)",
+        "format": "it is called layout, and stands first: lower(bitmap)",
+    }
+
+    layout: str = AUTO
     objective: Literal["latency", "bytes"] = field(default="latency", kw_only=True)
     tokens: int | None = field(default=None, kw_only=True)
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        check_choice(self.format, "format", (AUTO, DENSE, *FORMATS))
-        if self.format == DENSE:
+        if self.layout != AUTO:
+            object.__setattr__(self, "layout", str(Layout.parse(self.layout)))
+        if self.layout == DENSE:
             object.__setattr__(self, "requires", frozenset())  # of this instance: masks mean nothing to it
-        if self.index_bits is not None:
-            check_choice(self.index_bits, "index_bits", INDEX_BITS)
-        if self.block is not None:
-            object.__setattr__(self, "block", _check_block(self.block))
         check_choice(self.objective, "objective", OBJECTIVES)
         if self.tokens is not None:
             check_positive(self.tokens, "tokens")
-        for option, default in (("index_bits", None), ("block", None), ("objective", "latency"), ("tokens", None)):
-            if getattr(self, option) != default and option not in OPTIONS.get(self.format, ()):
-                owner = next(f for f, options in OPTIONS.items() if option in options)
-                raise SpecError(
-                    f"{option} is an option of lower({owner}), got lower({self.format}, {option}={getattr(self, option)!r}); "
-                    "leave it out"
-                )
+        for option, default in (("objective", "latency"), ("tokens", None)):
+            if getattr(self, option) != default and self.layout != AUTO:
+                got = f"lower({self.layout}, {option}={getattr(self, option)!r})"
+                raise SpecError(f"{option} is an option of lower(auto), got {got}; leave it out")
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for what the format that was asked for cannot serve."""
-        if self.format == DENSE:
+        if self.layout == DENSE:
             return self._on_dense_kernel(graph, context)
         chosen = self._masked(graph)
         reasons = {w.name: context.keep_dense.get(w.name) or _stays_dense(graph, w) for w in chosen}
         packable = [w for w in chosen if not reasons[w.name]]
         notes: list[str] = [] if chosen else ["no selected weight has a mask, so nothing was packed"]
-        if self.format == AUTO:
+        if self.layout == AUTO:
             plans, said = self._choices(graph, context, packable)
             notes += said
             for name, plan in plans.items():
-                if plan.best.format == "dense":
+                if plan.best.layout.format == DENSE:
                     reasons[name] = "; ".join(filter(None, (reasons.get(name), plan.reason)))
         else:
             for weight in packable:  # what will be refused is refused before any dense weight is gone
@@ -106,7 +101,7 @@ class Lower(Pass):
         own = _own_dense_kernels(graph, plans)
         graph.module.graph.lint()
         graph.module.recompile()
-        return _result(self.format, done, own, notes)
+        return _result(self.layout, done, own, notes)
 
     def _on_dense_kernel(self, graph: Graph, context: Context) -> PassResult:
         linears = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
@@ -173,9 +168,10 @@ class Lower(Pass):
         return wanted and not any(matches(graph, weight, pattern) for pattern in self.ignore)
 
     def _lower(self, graph: Graph, weight: Weight, plan: Choice | None, context: Context) -> Weight:
-        name, options = (self.format, self._options()) if plan is None else (plan.best.format, plan.best.options)
+        layout = Layout.parse(self.layout) if plan is None else plan.best.layout
         matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
-        packed: Packed = FORMATS[name].pack(matrix, mask, **options)  # type: ignore[attr-defined]
+        assert mask is not None
+        packed = layout.pack(matrix, mask)
         packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
         kernel = select_kernel(Problem.of(packed, self._rows(context)))
         if plan is not None:
@@ -186,17 +182,19 @@ class Lower(Pass):
         """Whether format and kernel serve this weight, asked of the mask alone."""
         mask, device = graph.mask_matrix(weight.name), graph.tensor(weight.name).device.type
         assert mask is not None
-        if self.format == "wcsr" and device == "cpu":
+        wanted = Layout.parse(self.layout)
+        if wanted.format == WarpCSR.format and device == "cpu":
             raise KernelError(
                 f"{weight.name}: wcsr is laid out for GPUs, and this weight is on the CPU; use lower(csr), which becomes wcsr "
                 'when the compiled model is moved with .to("cuda"), or move the model first'
             )
         try:
-            FORMATS[self.format].planned_nbytes(mask, weight.dtype, **self._options())  # type: ignore[attr-defined]
-            select_kernel(Problem(self.format, *weight.matrix_shape, rows, weight.dtype, device))
+            layout, _ = wanted.planned(mask, weight.dtype)
+            problem = Problem(layout.format, *weight.matrix_shape, rows, weight.dtype, device, layout=str(layout))
+            select_kernel(problem)
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name
-            way_out = f"or leave it dense with lower({self.format}, ignore=({owner!r},))"
+            way_out = f"or leave it dense with lower({_word(wanted)}, ignore=({owner!r},))"
             if weight.grown:
                 way_out = f"{weight.grown:,} of its pruned values came back after freeze, so prune again, {way_out}"
             raise type(error)(f"{weight.name}: {error}; {way_out}") from error
@@ -204,18 +202,10 @@ class Lower(Pass):
     def _rows(self, context: Context) -> int:
         return self.tokens or context.rows
 
-    def _options(self) -> dict[str, Any]:
-        given = {"index_bits": self.index_bits, "block": self.block}
-        return {option: value for option, value in given.items() if value is not None}
 
-
-def _check_block(block: Any) -> tuple[int, int]:
-    if not isinstance(block, tuple | list) or len(block) != 2:
-        raise SpecError(f"block must be (rows, columns) such as (16, 16), got {block!r}")
-    r, c = (check_positive(n, "block") for n in block)
-    if r % 8:
-        raise SpecError(f"block must have a multiple of 8 rows, got {(r, c)}; for instance (16, 16)")
-    return r, c
+def _word(layout: Layout) -> str:
+    """As a specification spells it: quoted where it is no name of Python."""
+    return str(layout) if str(layout).isidentifier() else repr(str(layout))
 
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:
@@ -230,13 +220,13 @@ def _stays_dense(graph: Graph, weight: Weight) -> str:
 
 def _own_dense_kernels(graph: Graph, plans: dict[str, Choice]) -> list[str]:
     """Weights that stay dense, but not with F.linear."""
-    names = [n for n, plan in plans.items() if plan.best.format == "dense" and plan.best.kernel == OWN]
+    names = [n for n, plan in plans.items() if plan.best.layout.format == DENSE and plan.best.kernel == OWN]
     for name in names:
         use_dense_kernel(graph, name, OWN)
     return names
 
 
-def _result(format_name: str, done: list[Weight], own: list[str], notes: list[str]) -> PassResult:
+def _result(layout: str, done: list[Weight], own: list[str], notes: list[str]) -> PassResult:
     dense, packed = sum(w.nbytes_dense for w in done), sum(w.nbytes for w in done)
     if packed > dense:
         notes.append(
@@ -251,10 +241,10 @@ def _result(format_name: str, done: list[Weight], own: list[str], notes: list[st
             f"{gpu_semi_structured.SWITCH}=0 keeps it out"
         )
     formats = Counter(w.format for w in done)
-    chosen = ", ".join(f"{n} {name}" for name, n in formats.most_common()) if format_name == AUTO else ""
+    chosen = ", ".join(f"{n} {name}" for name, n in formats.most_common()) if layout == AUTO else ""
     # Not always what was asked for: lists are laid out for the device that they are on.
-    names = sorted({w.packed.format for w in done if w.packed is not None}) or [format_name]
-    count = f"{len(done)} weights packed" + ("" if format_name == AUTO else f" as {', '.join(names)}")
+    names = sorted({w.packed.format for w in done if w.packed is not None}) or [layout]
+    count = f"{len(done)} weights packed" + ("" if layout == AUTO else f" as {', '.join(names)}")
     summary = f"{count}{f' ({chosen})' if chosen else ''}: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB"
     summary += f", {packed / dense:.2f}x of dense" if dense else ""
     if own:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsec.formats import BSR, CSR, NM, Bitmap, Packed, WarpCSR
+from sparsec.formats import Packed
+from sparsec.formats.layout import Layout
 
 INTEGERS = {
     torch.float32: torch.int32,
@@ -23,22 +23,18 @@ PATTERNS = ("empty", "full", "one row", "one column", "checkerboard", "2:4", "bl
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A format with its options; sizes of a matrix must be multiples of `rows` and `columns`."""
+class Sized(Layout):
+    """A layout that also knows which sizes and masks it takes."""
 
-    kind: type[Packed]
-    options: dict[str, Any] = field(default_factory=dict)
-    rows: int = 1
-    columns: int = 1
-    keeps: int = 0  # of `columns` columns in a row at most; 0: any number
+    @property
+    def rows(self) -> int:
+        """The number of rows of a matrix must be a multiple of these."""
+        return self.pattern.block[0] if self.pattern.block else 1
 
-    def pack(self, weight: Tensor, mask: Tensor) -> Packed:
-        packed: Packed = self.kind.pack(weight, mask, **self.options)  # type: ignore[attr-defined]
-        return packed
-
-    def planned_nbytes(self, mask: Tensor, dtype: torch.dtype) -> int:
-        planned: int = self.kind.planned_nbytes(mask, dtype, **self.options)  # type: ignore[attr-defined]
-        return planned
+    @property
+    def columns(self) -> int:
+        """And its columns of these."""
+        return self.pattern.block[1] if self.pattern.block else self.pattern.nm[1] if self.pattern.nm else 1
 
     def fit(self, out_features: int, in_features: int) -> tuple[int, int]:
         """The next sizes that are served."""
@@ -46,14 +42,14 @@ class Layout:
 
     def legal(self, mask: Tensor) -> Tensor:
         """The mask, less what is too much for N:M: the last kept columns of a group."""
-        if not self.keeps or not mask.numel():
+        if self.pattern.nm is None or not mask.numel():
             return mask
         groups = mask.view(mask.shape[0], -1, self.columns)
-        return (groups & (groups.cumsum(2) <= self.keeps)).view(mask.shape)
+        return (groups & (groups.cumsum(2) <= self.pattern.nm[0])).view(mask.shape)
 
     def mask(self, out_features: int, in_features: int, density: float, generator: torch.Generator) -> Tensor:
         """A random mask; in BSR of whole blocks, most of which keep most of their weights."""
-        if self.kind is BSR:
+        if self.pattern.block is not None:
             blocks = torch.rand(out_features // self.rows, in_features // self.columns, generator=generator) < density
             mask = blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
             return mask & (torch.rand(mask.shape, generator=generator) < 0.9)
@@ -61,27 +57,11 @@ class Layout:
         return self.legal(torch.rand(out_features, in_features, generator=generator) < density)
 
 
-def bsr(rows: int, columns: int) -> Layout:
-    return Layout(BSR, {"block": (rows, columns)}, rows, columns)
-
-
-LAYOUTS = {
-    "csr8": Layout(CSR, {"index_bits": 8}),
-    "csr16": Layout(CSR, {"index_bits": 16}),
-    "csr32": Layout(CSR, {"index_bits": 32}),
-    "bitmap": Layout(Bitmap),
-    "bsr16x16": bsr(16, 16),
-    "bsr16x1": bsr(16, 1),
-    "bsr8x3": bsr(8, 3),
-    "bsr24x5": bsr(24, 5),
-    "bsr32x32": bsr(32, 32),
-    "nm1:4": Layout(NM, {}, 1, 4, 1),
-    "nm2:4": Layout(NM, {}, 1, 4, 2),
-    "nm3:8": Layout(NM, {}, 1, 8, 3),
-    "nm4:8": Layout(NM, {}, 1, 8, 4),
-    "wcsr8": Layout(WarpCSR, {"index_bits": 8}),
-    "wcsr16": Layout(WarpCSR, {"index_bits": 16}),
-}
+NAMES = (
+    *("csr8", "csr16", "csr32", "bitmap", "bsr16x16", "bsr16x1", "bsr8x3", "bsr24x5", "bsr32x32"),
+    *("nm1:4", "nm2:4", "nm3:8", "nm4:8", "wcsr8", "wcsr16"),
+)
+LAYOUTS = {name: Sized.parse(name) for name in NAMES}
 
 
 def bits(t: Tensor) -> Tensor:
@@ -90,7 +70,7 @@ def bits(t: Tensor) -> Tensor:
 
 
 def some(
-    layout: Layout, out_features: int, in_features: int, density: float, dtype: torch.dtype, seed: int = 0
+    layout: Sized, out_features: int, in_features: int, density: float, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Packed, Tensor]:
     """A random matrix packed, and dense."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +81,7 @@ def some(
 
 
 @st.composite
-def weights_and_masks(draw: st.DrawFn, layout: Layout) -> tuple[Tensor, Tensor]:
+def weights_and_masks(draw: st.DrawFn, layout: Sized) -> tuple[Tensor, Tensor]:
     """Any bit pattern, special values more often, and every kind of mask, in sizes that the layout takes."""
     shape = layout.fit(draw(st.integers(0, 40)), draw(st.integers(0, 70)))
     dtype = draw(st.sampled_from(layout.kind.dtypes))

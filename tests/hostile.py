@@ -320,7 +320,7 @@ def targets() -> dict[str, Target]:
         "pipeline.select": Target(pipeline.select, lambda: {"graph": graph(), "targets": ("*",), "ignore": ()}),
     }
     for name, kind in formats.FORMATS.items():
-        for method in ("pack", "planned_nbytes"):
+        for method in ("pack", "plan"):
             arguments = matrix if method == "pack" else {"mask": mask, "dtype": torch.float32}
             found[f"formats.{name}.{method}"] = Target(
                 getattr(kind, method), lambda arguments=arguments: dict(arguments)

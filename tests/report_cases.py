@@ -15,7 +15,7 @@ from sparsec.machine import Machine
 from sparsec.report.collect import Report
 from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample, Stage, Variant
 
-SPEC = "magnitude(0.3, targets=('mlp', 'model.layers.0.self_attn.*')),freeze,sparsity,flops(context=32),lower(csr, index_bits=32)"
+SPEC = "magnitude(0.3, targets=('mlp', 'model.layers.0.self_attn.*')),freeze,sparsity,flops(context=32),lower(csr32)"
 
 
 def model(tied: bool = True) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from sparsec.bench import arguments, room
 from sparsec.bench.__main__ import main
-from sparsec.bench.cases import Case, Format, cases, random_mask
+from sparsec.bench.cases import Case, asked, cases, pattern_of
 from sparsec.bench.kernels import Measured, measure
 from sparsec.bench.models import shapes
 from sparsec.bench.output import SCHEMA, cells, doubts, record
@@ -22,6 +22,7 @@ from sparsec.bench.rotation import Protocol, Rotation
 from sparsec.bench.timing import SLOW_REPEATS, Contender, Timing, interleaved, speedup
 from sparsec.cost import Calibration, calibrate
 from sparsec.cost.model import Work
+from sparsec.formats.layout import sample_mask
 from sparsec.latency import Spread
 from sparsec.machine import machine
 from sparsec.patterns import Pattern
@@ -33,8 +34,8 @@ SMALL = Protocol(100_000)
 def case(
     *labels: str, pattern: Pattern | None = None, dtype: str = "fp32", rows: int = 1, sparsity: float = 0.5
 ) -> Case:
-    formats = tuple(map(Format.parse, labels))
-    return Case(64, 96, pattern or formats[0].pattern or Pattern(), sparsity, dtype, rows, formats)
+    formats = tuple(map(asked, labels))
+    return Case(64, 96, pattern or pattern_of(formats[0]) or Pattern(), sparsity, dtype, rows, formats)
 
 
 def measured(wanted: Case, protocol: Protocol = SMALL, known: Calibration | None = None) -> Measured:
@@ -99,7 +100,7 @@ def test_without_a_calibration_bytes_are_the_only_roof_and_auto_takes_the_smalle
 @pytest.mark.parametrize(("label", "kept"), [("bsr16x16", 12), ("bsr8x8", 48), ("bsr32x32", 3)])
 def test_block_masks_keep_whole_blocks_and_hold_their_sparsity(label: str, kept: int) -> None:
     wanted = case(label)
-    mask = random_mask(wanted.pattern, 64, 96, 0.5, torch.Generator().manual_seed(0))
+    mask = sample_mask(wanted.pattern, (64, 96), 0.5, torch.Generator().manual_seed(0))
     assert int(mask.sum()) * 2 == mask.numel()
     (result,) = measured(wanted).results
     r, c = wanted.pattern.block
@@ -110,9 +111,9 @@ def test_block_masks_keep_whole_blocks_and_hold_their_sparsity(label: str, kept:
 @pytest.mark.parametrize("label", ["nm2:4", "nm4:8", "nm1:4"])
 def test_nm_masks_have_their_own_sparsity(label: str) -> None:
     n, m = map(int, label[2:].split(":"))
-    (wanted,) = cases({(64, 96): None}, [Format.parse(label)], [0.5, 0.7], ["fp32"], [1])
+    (wanted,) = cases({(64, 96): None}, [asked(label)], [0.5, 0.7], ["fp32"], [1])
     assert wanted.sparsity == 1 - n / m
-    mask = random_mask(wanted.pattern, 64, 96, 0.1, torch.Generator().manual_seed(0))
+    mask = sample_mask(wanted.pattern, (64, 96), 0.1, torch.Generator().manual_seed(0))
     assert (mask.view(64, -1, m).sum(-1) == n).all()
     (result,) = measured(wanted).results
     assert cells(result)[1:3] == (f"{n}:{m}", f"{1 - n / m:.0%}")
@@ -120,9 +121,9 @@ def test_nm_masks_have_their_own_sparsity(label: str) -> None:
 
 def test_every_mask_gets_the_formats_that_fit_it() -> None:
     labels = ["csr8", "bsr16x16", "bitmap", "nm2:4", "dense", "auto"]
-    found = cases({(64, 96): 3}, [Format.parse(f) for f in labels], [0.5, 0.9], ["fp32", "bf16"], [1, 8])
+    found = cases({(64, 96): 3}, [asked(f) for f in labels], [0.5, 0.9], ["fp32", "bf16"], [1, 8])
     assert len(found) == 2 * 2 * (2 + 2 + 1)
-    tried = {(str(c.pattern), c.sparsity): [f.label for f in c.formats] for c in found}
+    tried = {(str(c.pattern), c.sparsity): [str(f) for f in c.formats] for c in found}
     assert tried == {
         ("unstructured", 0.5): ["csr8", "bitmap", "dense", "auto"],
         ("unstructured", 0.9): ["csr8", "bitmap", "dense", "auto"],
@@ -134,10 +135,10 @@ def test_every_mask_gets_the_formats_that_fit_it() -> None:
 
 
 def test_what_cannot_hold_a_shape_is_left_out_with_the_reason() -> None:
-    assert measured(Case(63, 96, Pattern(block=(16, 16)), 0.5, "fp32", 1, (Format.parse("bsr16x16"),))).left_out == (
+    assert measured(Case(63, 96, Pattern(block=(16, 16)), 0.5, "fp32", 1, (asked("bsr16x16"),))).left_out == (
         "63x96: block:16x16 does not divide 63x96",
     )
-    wide = Case(1, 65537, Pattern(), 0.5, "fp32", 1, (Format.parse("csr8"), Format.parse("csr32")))
+    wide = Case(1, 65537, Pattern(), 0.5, "fp32", 1, (asked("csr8"), asked("csr32")))
     found = measured(wide, Protocol())
     assert [r.format for r in found.results] == ["csr32"]
     assert "1x65537 as csr8" in found.left_out[0]
@@ -286,10 +287,13 @@ def test_a_stack_of_layers_is_named_in_the_output(tmp_path: Path, capsys: pytest
         ("--layers 0", "--layers must be at least 1"),
         ("--rotate-mb -1", "--rotate-mb must be at least 0"),
         ("--layers 2 --rotate-mb 4", "--layers and --rotate-mb exclude each other"),
-        ("--formats csr4", "--formats takes csr8, csr16, csr32, wcsr8"),
-        ("--formats bsr5x5", "bsr5x5: a block has a multiple of 8 rows"),
-        ("--formats bsr8x0", "bsr8x0: a block has at least one column"),
-        ("--formats nm4:4", "nm4:4: N:M is packed for M of 4 and 8 and 0 < N < M"),
+        ("--formats csr4", "there is no csr4; there are csr8, csr16, csr32"),
+        (
+            "--formats bsr5x5",
+            "a block has a multiple of 8 rows and at least one column, as in bsr16x16 or bsr8x4; got bsr5x5",
+        ),
+        ("--formats bsr8x0", "at least one column, as in bsr16x16 or bsr8x4; got bsr8x0"),
+        ("--formats nm4:4", "N:M is packed for M of 4 and 8 and 0 < N < M, as in nm2:4; got nm4:4"),
         ("--compile", "--compile says nothing here; it goes with --end-to-end"),
         ("--passes freeze", "--passes says nothing here; it goes with --end-to-end"),
         ("--end-to-end tiny --rows 8", "--rows says nothing here; leave it out with --end-to-end"),

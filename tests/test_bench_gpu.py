@@ -16,13 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsec.bench import gpu as bench
 from sparsec.bench import gpu_run
 from sparsec.bench.__main__ import main
-from sparsec.bench.cases import Case, Format, cases
+from sparsec.bench.cases import Case, asked, cases
 from sparsec.bench.gpu_models import NO_TIME, Decoded, decode, headlines
 from sparsec.cost import replay
 from sparsec.cost.calibration import Found, load_file
 from sparsec.cost.model import KernelCost, Rate, RowsRate
 from sparsec.errors import KernelError
 from sparsec.formats import Packed
+from sparsec.formats.layout import Layout
 from sparsec.kernels import gpu, gpu_launch
 from sparsec.latency import Spread
 from sparsec.machine import machine
@@ -33,6 +34,11 @@ COST = (1e-4, 0.0, 1e-9, Rate(0.0, 0.0), (), 0.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+
+
+def laid(*names: str) -> list[Layout]:
+    """Layouts by their spelling."""
+    return [Layout.parse(name) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -53,17 +59,17 @@ def gpu_kernels():  # type: ignore[no-untyped-def]
 
 
 def test_every_kernel_is_checked_and_a_wrong_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = list(bench.check(["wcsr16", "nm2:4"], ["bf16"], [1, 9], DEVICE, shape=(16, 32)))
+    found = list(bench.check(laid("wcsr16", "nm2:4"), ["bf16"], [1, 9], DEVICE, shape=(16, 32)))
     assert [(c.layout, c.rows) for c in found] == [("wcsr16", 1), ("wcsr16", 9), ("nm2:4", 1), ("nm2:4", 9)]
     assert all(c.error is not None and 0 < c.error <= 1 for c in found)
     right = gpu.product
     for spoil in (lambda out: out * 1.1, lambda out: out.fill_(float("nan"))):
         monkeypatch.setattr(gpu, "product", lambda *args, spoil=spoil: spoil(right(*args)))
-        assert all(c.wrong for c in bench.check(["wcsr16"], ["fp32"], [2], DEVICE, shape=(16, 32)))
+        assert all(c.wrong for c in bench.check(laid("wcsr16"), ["fp32"], [2], DEVICE, shape=(16, 32)))
 
 
 def test_a_case_is_timed_with_the_fastest_of_its_configurations_which_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = cases({(16, 64): None}, [Format.parse(f) for f in ("wcsr16", "bitmap")], [0.5], ["bf16"], [1])
+    (case,) = cases({(16, 64): None}, [asked(f) for f in ("wcsr16", "bitmap")], [0.5], ["bf16"], [1])
     found = bench.measure(case, DEVICE, rounds=2, rotate_bytes=2000)
     lines = found.lines
     assert found.left_out == []
@@ -93,7 +99,7 @@ def test_a_case_is_timed_with_the_fastest_of_its_configurations_which_is_kept(mo
 
 
 def test_what_cannot_be_measured_is_named() -> None:
-    todo = cases({(24, 20): None}, [Format.parse("bsr64x64")], [0.5], ["bf16"], [1])
+    todo = cases({(24, 20): None}, [asked("bsr64x64")], [0.5], ["bf16"], [1])
     found = bench.measure(todo[0], DEVICE, rounds=1)
     assert not found.lines
     assert "24x20 as bsr64x64, 1 rows: " in found.left_out[0]
@@ -138,9 +144,9 @@ def test_models_are_timed_dense_and_sparse_and_everything_is_written(
     assert all(m.seconds is not None and m.seconds.median > 0 and m.nbytes > 0 for m in found)
     assert found[0].speedup is not None
     assert found[0].speedup.median == 1
-    (case,) = cases({(16, 32): None}, [Format.parse("wcsr8")], [0.5], ["bf16"], [1])
+    (case,) = cases({(16, 32): None}, [asked("wcsr8")], [0.5], ["bf16"], [1])
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.checked = list(bench.check(["wcsr8"], ["bf16"], [1], DEVICE, shape=(16, 32)))
+    report.checked = list(bench.check(laid("wcsr8"), ["bf16"], [1], DEVICE, shape=(16, 32)))
     report.add(bench.measure(case, DEVICE, 2, rotate_bytes=2000, tune=False))
     known = replace(load_file(FIXTURE), kernels=(KernelCost("wcsr_triton", "wcsr8", "bfloat16", *COST),))
     monkeypatch.setattr(gpu_run, "calibrate", lambda dtypes, **options: Found(known, "a test", ("it was busy",)))
@@ -237,13 +243,13 @@ def test_a_kernel_that_fails_or_gives_nan_is_wrong_and_the_rest_goes_on(
 
     monkeypatch.setattr(gpu, "product", spoiled)
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.checked += bench.check(["bitmap", "nm2:4", "wcsr16"], ["bf16"], [1], DEVICE, (16, 32))
+    report.checked += bench.check(laid("bitmap", "nm2:4", "wcsr16"), ["bf16"], [1], DEVICE, (16, 32))
     assert [(c.error is None, c.note, c.wrong) for c in report.checked] == [
         (True, "MemoryError: out of shared memory", True),
         (True, "", True),
         (False, "", False),
     ]
-    todo = cases({(16, 32): None}, [Format.parse(f) for f in ("bitmap", "nm2:4", "wcsr16")], [0.5], ["bf16"], [1])
+    todo = cases({(16, 32): None}, [asked(f) for f in ("bitmap", "nm2:4", "wcsr16")], [0.5], ["bf16"], [1])
     for found in bench.table_all(todo, DEVICE, 1, bench.Deadline(99), None):
         report.add(found)
     assert {line.layout for line in report.lines} == {"wcsr16", "nm2:4"}
@@ -260,7 +266,7 @@ def test_a_case_that_fails_is_named_and_the_next_one_begins(monkeypatch: pytest.
         raise RuntimeError(f"the driver, at {case.rows}")
 
     monkeypatch.setattr(bench, "measure", fails)
-    todo = cases({(16, 32): None}, [Format.parse("wcsr16")], [0.5], ["bf16"], [1, 4])
+    todo = cases({(16, 32): None}, [asked("wcsr16")], [0.5], ["bf16"], [1, 4])
     found = [m.left_out for m in bench.table_all(todo, DEVICE, 1, bench.Deadline(99), None)]
     assert found == [[f"16x32, {n} rows: RuntimeError: the driver, at {n}"] for n in (1, 4)]
 
@@ -269,14 +275,14 @@ def test_after_a_fault_of_the_device_what_was_found_stays(monkeypatch: pytest.Mo
     def fails(*rest: object) -> None:
         raise RuntimeError("illegal access")
 
-    (case,) = cases({(16, 32): None}, [Format.parse("wcsr16")], [0.5], ["bf16"], [1])
+    (case,) = cases({(16, 32): None}, [asked("wcsr16")], [0.5], ["bf16"], [1])
     with monkeypatch.context() as patch:
         patch.setattr(bench, "take_turns", fails)
         found = bench.measure(case, DEVICE, 1, rotate_bytes=1)
     assert found.left_out == ["16x32, 1 rows: RuntimeError: illegal access"]
     assert len(found.checked) == 4
     monkeypatch.setattr(bench, "_packed", fails)
-    notes = [c.note for c in bench.check(["wcsr16", "bitmap"], ["bf16"], [1, 2], DEVICE, (16, 32))]
+    notes = [c.note for c in bench.check(laid("wcsr16", "bitmap"), ["bf16"], [1, 2], DEVICE, (16, 32))]
     assert notes == ["RuntimeError: illegal access"] * 4
 
 
@@ -306,7 +312,7 @@ def test_a_sparsity_that_fails_costs_no_other_one(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_configuration_that_fails_or_computes_something_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = cases({(16, 32): None}, [Format.parse("wcsr16")], [0.5], ["bf16"], [1])
+    (case,) = cases({(16, 32): None}, [asked("wcsr16")], [0.5], ["bf16"], [1])
     right = gpu.product
 
     def spoiled(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -343,16 +349,12 @@ def test_the_one_command_goes_through_all_its_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On sizes that the interpreter can do; what it writes is what a GPU's run would."""
-    small = {"DEVICE": DEVICE.type, "CHECKED": ("bitmap",), "CHECKED_ROWS": {"bf16": (1, 9)}, "SPLIT": ("wcsr8",)}
-    small |= {
-        "LONG_ROWS": (2, 64),
-        "MODELS": ("tiny",),
-        "MODEL_SPARSITIES": (0.5,),
-        "MODEL_ROUNDS": 1,
-        "FOR_COMPILING": 10**6,
-    }
+    small = {"DEVICE": DEVICE.type, "CHECKED_ROWS": {"bf16": (1, 9)}, "SPLIT": laid("wcsr8")}
+    small |= {"LONG_ROWS": (2, 64), "MODELS": ("tiny",), "MODEL_SPARSITIES": (0.5,), "MODEL_ROUNDS": 1}
+    small |= {"FOR_COMPILING": 10**6}
     for name, value in small.items():
         monkeypatch.setattr(gpu_run, name, value)
+    monkeypatch.setattr(Layout, "checked", classmethod(lambda cls: tuple(laid("bitmap"))))
     monkeypatch.setattr(gpu, "missing", list)
     monkeypatch.setattr(replay, "MAX_COPIES", 1)
     monkeypatch.setattr(gpu_run, "PASSES", "magnitude({sparsity}, scope='layer'),freeze,lower(csr)")

@@ -292,7 +292,7 @@ def test_what_stands_under_a_mask_that_is_not_frozen_did_not_come_back() -> None
     assert graph.kept("b.weight") == int(graph.weights["b.weight"].mask.count_nonzero())
 
 
-FORMATS = ("csr", "csr, index_bits=32", "bitmap", "bsr, block=(8, 4)", "nm", "auto, objective='bytes'")
+FORMATS = ("csr", "csr32", "bitmap", "bsr8x4", "nm", "auto, objective='bytes'")
 PRUNE = ("magnitude(0.3)", "magnitude(0.6, scope='row')", "magnitude(pattern='2:4')", "zeros")
 
 

@@ -22,6 +22,7 @@ from sparsec.cost.choice import TORCH, Setting, choose, sparse_candidates
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
 from sparsec.errors import CalibrationError, KernelError
+from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Kernel, Problem, gpu, status
 from sparsec.latency import layer_speedups, replayed_speedup
 from sparsec.lowering.setting import unpredicted
@@ -30,7 +31,7 @@ from sparsec.report.__main__ import main as report
 
 FIXTURE = Path(__file__).parent / "calibration.json"
 SMALL = measure_gpu.Sizes(
-    layouts=tuple(each for each in measure_gpu.LAYOUTS if each[1] != {"block": (64, 64)}),
+    layouts=tuple(each for each in Layout.calibrated("cuda", 0.5) if str(each) != "bsr64x64"),
     cold=((16, 64), (32, 32)),
     warm=((16, 32),),
     many=((16, 64),),
@@ -119,7 +120,7 @@ def test_a_gpu_is_predicted_by_bytes_and_instructions(density: float, rows: int)
     setting = Setting("latency", rows, invented(), device="cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "select", lambda problem: sparsec.kernels.select(problem, here))
-        found = {c.label: c for c in sparse_candidates(mask, torch.bfloat16, setting)}
+        found = {str(c.layout): c for c in sparse_candidates(mask, torch.bfloat16, setting)}
     assert {"wcsr8", "wcsr16", "bitmap"} <= set(found)
     sixteen = found["wcsr16"].prediction
     assert sixteen.read == pytest.approx(found["wcsr16"].nbytes / BANDWIDTH)
@@ -134,7 +135,7 @@ def test_dense_is_kept_where_it_wins(density: float, label: str, served: tuple[K
     slower = tuple(replace(k, per_byte=1.4 * k.per_byte) if k.kernel != TORCH else k for k in known.kernels)
     setting = Setting("latency", 1, replace(known, kernels=slower), device="cuda")
     best = choose(mask.bfloat16(), mask, setting)
-    assert best.best.label == label, best.reason
+    assert str(best.best.layout) == label, best.reason
     assert best.best.kernel == (TORCH if label == "dense" else "wcsr_triton")
     assert "F.linear" in best.reason or best.reason.startswith("dense")
 
@@ -151,8 +152,8 @@ def test_a_library_for_many_rows_is_never_taken_for_few(
     known = replace(known, kernels=(*known.kernels, fast))
     for rows, kernel in ((512, "nm_cusparselt"), (64, "nm_cusparselt"), (32, "nm_triton"), (1, "nm_triton")):
         setting = Setting("latency", rows, known, device="cuda")
-        (found,) = (c for c in sparse_candidates(mask, torch.bfloat16, setting) if c.format == "nm")
-        assert (found.label, found.kernel) == ("nm2:4", kernel)
+        (found,) = (c for c in sparse_candidates(mask, torch.bfloat16, setting) if c.layout.format == "nm")
+        assert (str(found.layout), found.kernel) == ("nm2:4", kernel)
         assert found.prediction is not None
     best = choose(mask.bfloat16(), mask, Setting("latency", 512, known, device="cuda"))
     assert best.best.kernel == "nm_cusparselt", best.reason
@@ -173,10 +174,10 @@ def test_blocks_of_a_gpu_are_those_that_its_kernels_are_good_at(served: tuple[Ke
     kept = (torch.rand(8, 16, generator=torch.Generator().manual_seed(0)) < 0.1).repeat_interleave(64, 0)
     kept = kept.repeat_interleave(64, 1)
     setting = Setting("latency", 1, invented(), device="cuda")
-    labels = {c.label for c in sparse_candidates(kept, torch.bfloat16, setting)}
+    labels = {str(c.layout) for c in sparse_candidates(kept, torch.bfloat16, setting)}
     assert {"bsr64x64", "bsr32x32", "bsr16x16"} <= labels
     assert not {"bsr16x1", "bsr8x8"} & labels
-    assert choose(kept.bfloat16(), kept, setting).best.format == "bsr"
+    assert choose(kept.bfloat16(), kept, setting).best.layout.format == "bsr"
 
 
 def test_what_one_call_shares_on_a_cpu_is_several_calls_on_a_gpu(served: tuple[Kernel, ...]) -> None:

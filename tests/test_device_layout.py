@@ -43,7 +43,7 @@ def formats(model: nn.Module) -> list[str]:
     return [w.packed.describe() for w in model.sparsec.graph.weights.values() if w.packed is not None]
 
 
-@pytest.mark.parametrize("spec", ["lower(csr, index_bits=8)", "lower(csr)"])
+@pytest.mark.parametrize("spec", ["lower(csr8)", "lower(csr)"])
 @torch.no_grad()
 def test_modules_and_graph_change_together_and_compute_the_same(spec: str) -> None:
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ def test_every_kept_bit_comes_back_and_every_byte_is_foretold(name: str, data: s
     assert packed.shape == tuple(weight.shape)
     assert packed.dtype == weight.dtype
     assert packed.nbytes == sum(t.nbytes for t in packed.tensors().values())
-    assert packed.nbytes == LAYOUTS[name].planned_nbytes(mask, weight.dtype)
+    assert packed.nbytes == LAYOUTS[name].plan(mask, weight.dtype).nbytes
     assert all(t.is_contiguous() for t in packed.tensors().values())
 
 
@@ -115,7 +115,7 @@ BITS_PER_WEIGHT = {
 def test_bits_per_weight_are_those_of_the_table(name: str, dtype: torch.dtype) -> None:
     layout, generator = LAYOUTS[name], torch.Generator().manual_seed(0)
     size = 4096
-    for density in (0.7, 0.5, 0.3, 0.1) if not layout.keeps else (1.0,):
+    for density in (0.7, 0.5, 0.3, 0.1) if layout.pattern.nm is None else (1.0,):
         if name.startswith("bsr"):
             blocks = torch.rand(size // layout.rows, size // layout.columns, generator=generator) < density
             mask = blocks.repeat_interleave(layout.rows, 0).repeat_interleave(layout.columns, 1)
@@ -123,7 +123,7 @@ def test_bits_per_weight_are_those_of_the_table(name: str, dtype: torch.dtype) -
             mask = layout.mask(size, size, density, generator)
         kept = float(mask.float().mean())
         promised = BITS_PER_WEIGHT[name](dtype.itemsize * 8, kept)
-        assert layout.planned_nbytes(mask, dtype) * 8 / mask.numel() == pytest.approx(promised, rel=0.03)
+        assert layout.plan(mask, dtype).nbytes * 8 / mask.numel() == pytest.approx(promised, rel=0.03)
 
 
 @every_layout
@@ -180,9 +180,9 @@ def test_what_no_format_holds_is_refused(name: str, message: str) -> None:
 def test_a_plan_refuses_what_packing_refuses(name: str) -> None:
     layout = LAYOUTS[one_of(name)]
     with pytest.raises(FormatError, match=r"got torch\.int8"):
-        layout.planned_nbytes(torch.ones(16, 16).bool(), torch.int8)
+        layout.plan(torch.ones(16, 16).bool(), torch.int8)
     with pytest.raises(FormatError, match=r"needs a bool mask .* got torch\.float32 \[16, 16\]"):
-        layout.planned_nbytes(torch.ones(16, 16), torch.float32)
+        layout.plan(torch.ones(16, 16), torch.float32)
 
 
 @every_format
@@ -197,7 +197,7 @@ def test_more_than_int32_numbers_is_refused(name: str, monkeypatch: pytest.Monke
     mask = torch.ones(layout.fit(8, 8), dtype=torch.bool)
     for refused in (
         lambda: layout.pack(torch.ones(mask.shape), mask),
-        lambda: layout.planned_nbytes(mask, torch.float32),
+        lambda: layout.plan(mask, torch.float32),
     ):
         with pytest.raises(FormatError, match=r"holds at most 0 .* split the matrix or leave it dense"):
             refused()
@@ -219,7 +219,7 @@ def test_the_fullest_group_decides_wherever_it_lies(rows: int, m: int, data: st.
     packed = NM.pack(weight, mask)
     packed.check()
     assert torch.equal(packed.unpack(), torch.where(mask, weight, 0))
-    assert packed.describe() == NM.planned_layout(mask, torch.float32)
+    assert packed.describe() == f"nm{NM.plan(mask, torch.float32).parameters}"
     mask[row] = True
     with pytest.raises(FormatError, match=rf"row {row} keeps all \d of group"):
         NM.pack(torch.randn(mask.shape), mask)

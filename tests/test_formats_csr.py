@@ -151,7 +151,7 @@ REFUSALS = {
     "got torch.float32 [3, 4]": lambda: CSR.pack(torch.ones(3, 4), torch.ones(3, 4)),
     "got meta and cpu": lambda: CSR.pack(torch.ones(3, 4), torch.ones(3, 4, device="meta").bool()),
     "index_bits 8, 16 or 32, got 4": lambda: CSR.pack(torch.ones(3, 4), torch.ones(3, 4).bool(), index_bits=4),
-    "use index_bits=32": lambda: CSR.pack(torch.ones(1, 65537), torch.ones(1, 65537).bool(), index_bits=16),
+    "use csr32": lambda: CSR.pack(torch.ones(1, 65537), torch.ones(1, 65537).bool(), index_bits=16),
 }
 
 

@@ -143,16 +143,16 @@ FULL = torch.ones(24, 8, dtype=torch.bool)
 REFUSALS: list[tuple[type[Packed], str, Tensor, dict[str, Any]]] = [
     (
         CSR,
-        "index_bits=8 reaches 65536 columns, got in_features=65537; use",
+        "csr8 reaches 65536 columns, got in_features=65537; use",
         torch.ones(1, 65537).bool(),
         {"index_bits": 8},
     ),
     (BSR, "block=(rows, columns), two positive integers such as (16, 16), got 16", FULL, {"block": 16}),
     (BSR, "two positive integers such as (16, 16), got (16, 0)", FULL, {"block": (16, 0)}),
     (BSR, "two positive integers such as (16, 16), got (16, 16, 16)", FULL, {"block": (16, 16, 16)}),
-    (BSR, "BSR needs blocks of 8, 16, 24, ... rows (they fill registers), got block=(4, 4)", FULL, {"block": (4, 4)}),
-    (BSR, "block=(16, 16) needs out_features divisible by 16, got 24; take a block", FULL, {}),
-    (BSR, "block=(8, 3) needs in_features divisible by 3, got 8; take a block", FULL, {"block": (8, 3)}),
+    (BSR, "BSR needs blocks of 8, 16, 24, ... rows (they fill registers), got 4x4", FULL, {"block": (4, 4)}),
+    (BSR, "bsr16x16 needs out_features divisible by 16, got 24; take a block", FULL, {}),
+    (BSR, "bsr8x3 needs in_features divisible by 3, got 8; take a block", FULL, {"block": (8, 3)}),
     (NM, "N:M needs in_features divisible by 4 or 8, got 6", torch.zeros(24, 6).bool(), {}),
     (NM, "at most 7 of 8 columns of a row, but row 0 keeps all 8 of group 0 (columns 0 to 7); prune", FULL, {}),
     (
@@ -172,7 +172,7 @@ def test_what_a_format_cannot_hold_is_refused_by_pack_and_plan(
 ) -> None:
     for refused in (
         lambda: kind.pack(torch.ones(mask.shape), mask, **options),  # type: ignore[attr-defined]
-        lambda: kind.planned_nbytes(mask, torch.float32, **options),  # type: ignore[attr-defined]
+        lambda: kind.plan(mask, torch.float32, **options),  # type: ignore[attr-defined]
     ):
         with pytest.raises(FormatError) as caught:
             refused()
@@ -240,7 +240,7 @@ def test_rows_with_long_gaps_come_back_and_their_bytes_are_foretold(width: int, 
     packed.check()
     assert torch.equal(packed.unpack(), torch.where(mask, weight, 0))
     assert packed.nnz == int(mask.sum())
-    assert packed.nbytes == CSR.planned_nbytes(mask, torch.float32, index_bits=8)
+    assert packed.nbytes == CSR.plan(mask, torch.float32, index_bits=8).nbytes
 
 
 @pytest.mark.parametrize(("out_features", "panels"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2)])

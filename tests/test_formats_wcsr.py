@@ -44,7 +44,7 @@ def test_every_matrix_comes_back_with_groups_within_reach(
     packed.check()
     expected = torch.where(mask, weight, 0)
     assert torch.equal(packed.unpack().view(torch.int32), expected.view(torch.int32))
-    assert packed.nbytes == WarpCSR.planned_nbytes(mask, torch.float32, index_bits=bits)
+    assert packed.nbytes == WarpCSR.plan(mask, torch.float32, index_bits=bits).nbytes
     assert not (packed.row_ptr % 8).any()
     # Padding is at most 7 a row where the groups are as full as can be, which they always are with 16 bits.
     if bits == 16:
@@ -89,12 +89,12 @@ def test_groups_reach_255_columns_and_the_fullest_decides_the_lanes(columns: lis
 )
 def test_bits_per_weight_are_those_of_the_table(dtype: torch.dtype, density: float, bits: int, wanted: float) -> None:
     mask = random_mask(256, 11008, density)
-    found = 8 * WarpCSR.planned_nbytes(mask, dtype, index_bits=bits) / mask.numel()
+    found = 8 * WarpCSR.plan(mask, dtype, index_bits=bits).nbytes / mask.numel()
     assert wanted < found < 1.03 * wanted
     # Left to itself it takes 8 bits while groups reach, 16 where weights are far apart.
     packed = WarpCSR.pack(mask.to(dtype), mask)
     assert packed.index_bits == (16 if density < 0.2 else 8)
-    assert packed.nbytes == WarpCSR.planned_nbytes(mask, dtype)
+    assert packed.nbytes == WarpCSR.plan(mask, dtype).nbytes
 
 
 MASK = random_mask(4, 700, 0.4)
@@ -131,9 +131,7 @@ def test_check_names_what_was_corrupted(bits: int, said: str, spoil: Callable[[W
 
 def test_what_it_cannot_hold_is_refused() -> None:
     wide = torch.zeros(1, 65537)
-    with pytest.raises(
-        FormatError, match=r"reaches 65536 columns, got in_features=65537; use lower\(csr, index_bits=32\)"
-    ):
+    with pytest.raises(FormatError, match=r"reaches 65536 columns, got in_features=65537; use lower\(csr32\)"):
         WarpCSR.pack(wide, wide == 0)
     with pytest.raises(FormatError, match="index_bits 8 or 16, got 32"):
-        WarpCSR.planned_nbytes(wide[:, :8] == 0, torch.float32, index_bits=32)
+        WarpCSR.plan(wide[:, :8] == 0, torch.float32, index_bits=32)

@@ -74,7 +74,7 @@ def test_linears_of_one_value_become_one_product(case: tuple[nn.Module, Tensor],
 def test_a_fused_product_is_one_line_of_text() -> None:
     model = nn.Sequential(Block([True, False]))
     graph = trace(model, torch.randn(2, 6))
-    spec = "magnitude(0.5, scope='layer'),freeze,fuse,sparsity,flops,lower(csr, index_bits=16, targets=('*.0',))"
+    spec = "magnitude(0.5, scope='layer'),freeze,fuse,sparsity,flops,lower(csr16, targets=('*.0',))"
     Pipeline.parse(spec).run(graph)
     (line,) = [line for line in graph_text(graph).splitlines() if "fused_linear" in line]
     assert line.replace("csr_cpu", "csr_reference") == (

@@ -20,7 +20,7 @@ from sparsec.cost.calibration import Calibration, load_file
 from sparsec.cost.choice import CLOSE, MARGIN, OWN, TORCH, Choice, Setting, choose, dense_candidates, sparse_candidates
 from sparsec.cost.model import KernelCost, Rate
 from sparsec.errors import CalibrationError, FormatError
-from sparsec.formats import FORMATS
+from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear, status
 from sparsec.kernels.dense_linear import DenseLinear
 
@@ -65,7 +65,7 @@ def test_nothing_is_chosen_that_is_predicted_slower_than_dense(mask: Tensor, kno
     candidates = [c for c in sparse_candidates(mask, weight.dtype, setting) if c.prediction]
     sparse = [c.prediction.seconds for c in candidates if c.prediction]
     assert best.prediction is not None
-    if best.format == "dense":
+    if best.layout.format == "dense":
         assert best.prediction.seconds <= dense[TORCH]
         assert best.prediction.seconds <= MARGIN * setting.margin * min(sparse, default=1.0)
     else:
@@ -81,14 +81,14 @@ def test_nothing_is_chosen_that_is_predicted_slower_than_dense(mask: Tensor, kno
 def test_the_bytes_objective_is_minimal_over_everything_that_can_be_packed(mask: Tensor, dtype: torch.dtype) -> None:
     weight = mask.to(dtype)
     best = choose(weight, mask, Setting("bytes")).best
-    packings = [("csr", {"index_bits": b}) for b in (8, 16, 32)] + [("bitmap", {}), ("nm", {})]
+    packings = ("csr8", "csr16", "csr32", "bitmap", "nm")
     possible = [weight.nbytes]
-    for name, options in packings:
+    for name in packings:
         try:
-            possible.append(FORMATS[name].pack(weight, mask, **options).nbytes)
+            possible.append(Layout.parse(name).pack(weight, mask).nbytes)
         except FormatError:
             continue
-    held = weight if best.format == "dense" else FORMATS[best.format].pack(weight, mask, **best.options)
+    held = weight if best.layout.format == "dense" else best.layout.pack(weight, mask)
     assert held.nbytes == best.nbytes <= min(possible)
 
 
@@ -102,33 +102,33 @@ def test_a_candidate_knows_the_bytes_and_values_of_what_it_will_be(mask: Tensor,
         ),
     )
     for candidate in sparse_candidates(mask, dtype, Setting("latency", 1, known)):
-        packed = FORMATS[candidate.format].pack(mask.to(dtype), mask, **candidate.options)
+        packed = candidate.layout.pack(mask.to(dtype), mask)
         assert packed.nbytes == candidate.nbytes
         if candidate.prediction is not None:
             stored = packed.values.numel()
             assert candidate.prediction.decode == pytest.approx(
-                stored, rel=0.06 if candidate.format == "nm" else 0, abs=1
+                stored, rel=0.06 if candidate.layout.format == "nm" else 0, abs=1
             )
 
 
 def test_on_a_gpu_csr_is_laid_out_for_it() -> None:
     mask = torch.rand(64, 96, generator=torch.Generator().manual_seed(0)) < 0.3
     for dtype in (torch.float32, torch.bfloat16):
-        found = {c.label: c for c in sparse_candidates(mask, dtype, Setting("bytes", device="cuda"))}
+        found = {str(c.layout): c for c in sparse_candidates(mask, dtype, Setting("bytes", device="cuda"))}
         assert {"wcsr8", "wcsr16", "bitmap"} <= set(found)
         assert not [label for label in found if label.startswith("csr")]
         for candidate in found.values():
-            assert candidate.kernel.startswith(f"{candidate.format}_")
-            assert candidate.nbytes == FORMATS[candidate.format].pack(mask.to(dtype), mask, **candidate.options).nbytes
+            assert candidate.kernel.startswith(f"{candidate.layout.format}_")
+            assert candidate.nbytes == candidate.layout.pack(mask.to(dtype), mask).nbytes
 
 
 def test_blocks_are_looked_at_where_the_mask_has_them() -> None:
     torch.manual_seed(0)
     kept = (torch.rand(8, 8) < 0.3).repeat_interleave(16, 0).repeat_interleave(16, 1)
-    labels = {c.label for c in sparse_candidates(kept, torch.float32, Setting("bytes"))}
+    labels = {str(c.layout) for c in sparse_candidates(kept, torch.float32, Setting("bytes"))}
     assert {"bsr16x16", "bsr8x8", "bsr16x1"} <= labels
-    assert choose(kept.float(), kept, Setting("bytes")).best.label.startswith("bsr")
-    scattered = {c.label for c in sparse_candidates(torch.rand(128, 128) < 0.5, torch.float32, Setting("bytes"))}
+    assert choose(kept.float(), kept, Setting("bytes")).best.layout.format == "bsr"
+    scattered = {str(c.layout) for c in sparse_candidates(torch.rand(128, 128) < 0.5, torch.float32, Setting("bytes"))}
     assert scattered == {"csr8", "csr16", "bitmap"}
 
 
@@ -155,7 +155,7 @@ def test_reasons_by_time_give_speedups_over_linear() -> None:
     assert re.fullmatch(said, choice.reason)
     nearly = torch.rand(64, 16384) < 0.99
     kept = choose(nearly.float(), nearly, Setting("latency", 1, FIXTURE), (TORCH, OWN))
-    assert kept.best.format == "dense"
+    assert kept.best.layout.format == "dense"
     assert kept.reason.endswith("x of that, below 1.05x")
 
 
@@ -170,8 +170,8 @@ def test_parts_of_a_fused_product_share_a_call_whatever_their_formats() -> None:
     mask = torch.rand(192, 576, generator=torch.Generator().manual_seed(0)) < 0.1
     slow = tuple(replace(k, call=k.call if k.format == "dense" else 1e-3) for k in FIXTURE.kernels)
     setting = Setting("latency", 1, replace(FIXTURE, kernels=slow, member=1e-6))
-    assert choose(mask.float(), mask, setting, (OWN,)).best.format == "dense"
-    assert choose(mask.float(), mask, replace(setting, fused=True), (OWN,)).best.format != "dense"
+    assert choose(mask.float(), mask, setting, (OWN,)).best.layout.format == "dense"
+    assert choose(mask.float(), mask, replace(setting, fused=True), (OWN,)).best.layout.format != "dense"
 
 
 @pytest.mark.parametrize("objective", ["latency", "bytes"])
@@ -233,7 +233,7 @@ def test_a_format_that_cannot_hold_a_weight_is_refused_by_name(spec: str, messag
 
 def test_blocks_and_widths_reach_the_format() -> None:
     x = torch.randn(2, 576)
-    for spec, format_name in (("bsr, block=(8, 4)", "bsr8x4"), ("csr, index_bits=8", "csr8"), ("bitmap", "bitmap")):
+    for spec, format_name in (("bsr8x4", "bsr8x4"), ("csr8", "csr8"), ("csr", "csr16"), ("bitmap", "bitmap")):
         compiled = sparsec.compile(model(), f"magnitude(0.5),freeze,lower({spec})", example_inputs=x)
         assert compiled.sparsec.graph.weights["0.weight"].format == format_name
 

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent
 SPECS = {
     "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)": "bitmap",
     "magnitude(0.5, allocation='alphapruning'),freeze,lower(csr)": "csr16",
-    "magnitude(0.5, pattern='block:16x16'),freeze,lower(bsr, block=(16,16))": "bsr16x16",
+    "magnitude(0.5, pattern='block:16x16'),freeze,lower(bsr16x16)": "bsr16x16",
     "magnitude(pattern='2:4'),freeze,lower(nm)": "nm2:4",
     "wanda(0.5, allocation='owl'),freeze,lower(bitmap)": "bitmap",
     "wanda(0.5, allocation='sensitivity'),freeze,lower(bitmap)": "bitmap",
-    "sparsegpt(0.5),freeze,lower(csr, index_bits=32)": "csr32",
+    "sparsegpt(0.5),freeze,lower(csr32)": "csr32",
 }
 
 

@@ -35,9 +35,7 @@ def any_pass(draw: st.DrawFn) -> Pass:
             return SparseGPT(draw(shares), block_size=draw(st.sampled_from([2, 128])))
         case "lower":
             return draw(
-                st.sampled_from(
-                    [Lower("csr"), Lower("csr", index_bits=8), Lower("bitmap"), Lower(), Lower(objective="bytes")]
-                )
+                st.sampled_from([Lower("csr"), Lower("csr8"), Lower("bitmap"), Lower(), Lower(objective="bytes")])
             )
         case "flops":
             return Flops(context=draw(st.integers(1, 4096)))
@@ -276,7 +274,7 @@ def test_lowered_graph_agrees_with_its_dense_twin(case: Case) -> None:
 
 def test_lowering_says_when_the_packed_weights_are_larger() -> None:
     model, _ = tiny_model("llama")
-    record = sparsec.compile(model, "magnitude(0.1),freeze,lower(csr, index_bits=32)").sparsec.records[-1]
+    record = sparsec.compile(model, "magnitude(0.1),freeze,lower(csr32)").sparsec.records[-1]
     assert "larger than the dense ones" in record.notes[-1]
 
 
@@ -347,10 +345,8 @@ def test_products_that_only_look_like_a_linear_layer_keep_their_numbers(model: n
 
 def test_a_late_refusal_leaves_every_dense_weight_in_place() -> None:
     model = nn.Sequential(nn.Linear(4, 70_000), nn.Linear(70_000, 4))
-    with pytest.raises(FormatError, match=r"1\.weight: index_bits=16 reaches 65536 columns.*ignore=\('1',\)"):
-        sparsec.compile(
-            model, "magnitude(0.5),freeze,lower(csr, index_bits=16)", example_inputs=torch.ones(2, 4), copy=False
-        )
+    with pytest.raises(FormatError, match=r"1\.weight: csr16 reaches 65536 columns.*ignore=\('1',\)"):
+        sparsec.compile(model, "magnitude(0.5),freeze,lower(csr16)", example_inputs=torch.ones(2, 4), copy=False)
     assert model[0].weight.shape == (70_000, 4)
 
 

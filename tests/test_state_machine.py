@@ -107,7 +107,7 @@ class PassSequences(RuleBasedStateMachine):
 
     @rule(bits=st.sampled_from([None, 32]))
     def lower(self, bits: int | None) -> None:
-        self.apply(Lower("csr", index_bits=bits))
+        self.apply(Lower(f"csr{bits}"))
 
     @invariant()
     def graph_is_whole_and_means_what_the_twin_computes(self) -> None:

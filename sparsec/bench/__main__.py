@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from sparsec.bench import arguments, busy, end_to_end_output, gpu_run, output
-from sparsec.bench.cases import Case, cases
+from sparsec.bench.cases import AUTO, Case, cases
 from sparsec.bench.end_to_end import Effort, run, variants
 from sparsec.bench.end_to_end_output import Run
 from sparsec.bench.kernels import Result, measure
@@ -133,7 +133,7 @@ def _calibration(todo: Sequence[Case], progress: Progress | None) -> Found | Non
     """Measured where `auto` has to choose by it, else only looked up; None without native kernels, which it is about."""
     if not status().built:
         return None
-    choosing = any(f.name == "auto" for case in todo for f in case.formats)
+    choosing = any(f == AUTO for case in todo for f in case.formats)
     dtypes = list(dict.fromkeys(DTYPES[case.dtype] for case in todo))
     return calibrate(dtypes, measuring=choosing, progress=progress)
 

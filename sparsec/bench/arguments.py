@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from sparsec.bench.cases import KNOWN, Format
+from sparsec.bench.cases import KNOWN, Asked, asked
 from sparsec.bench.models import CONFIGS, shapes
 from sparsec.command import DTYPES, MAX_THREADS, MAX_WHOLE, writable
 from sparsec.errors import SpecError
@@ -163,9 +163,9 @@ def read_rows(text: str) -> list[int]:
     return found
 
 
-def read_formats(text: str) -> list[Format]:
+def read_formats(text: str) -> list[Asked]:
     """As they are named, each once."""
-    return [Format.parse(label) for label in dict.fromkeys(text.split(","))]
+    return [asked(label) for label in dict.fromkeys(text.split(","))]
 
 
 def read_shapes(text: str) -> dict[tuple[int, int], int | None]:

@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 
 from sparsec import files
-from sparsec.bench.cases import Case, Format, random_mask
+from sparsec.bench.cases import Case
 from sparsec.command import DTYPES
 from sparsec.cost import Calibration, Work
 from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, take_turns
 from sparsec.errors import SparsecError
-from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
+from sparsec.formats.layout import Layout
 from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
 from sparsec.latency import Spread, ratio
 from sparsec.progress import Progress, stage
 
-CHECKED = ("csr16", "csr32", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "bsr64x64", "bsr128x128", "nm2:4", "nm4:8")
 CHECKED_ROWS = {"bf16": (1, 2, 4, 9, 17, 65, 512), "fp16": (1, 9, 65), "fp32": (1, 9, 65)}
 """By type: rows of x on both sides of every switch; fewer where a type changes no more than conversions, as each is compiled."""
 LONG_ROWS = (96, 16384)
 """A shape with so few rows that each is split over programs."""
-SPLIT = ("csr16", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "nm2:4")
+SPLIT = tuple(map(Layout.parse, ("csr16", "wcsr8", "wcsr16", "bitmap", "bsr16x16", "nm2:4")))
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Deadline:
 
 
 def check(
-    layouts: Sequence[str],
+    layouts: Sequence[Layout],
     dtypes: Sequence[str],
     rows: Sequence[int],
     device: torch.device,
@@ -104,9 +103,7 @@ def check(
 ) -> Iterator[Checked]:
     """Every kernel on a weight of a shape with a bias, at every number of rows; one that fails is wrong, and the others go on."""
     generator = torch.Generator(device).manual_seed(0)
-    for label in layouts:
-        wanted = Format.parse(label)
-        assert wanted.pattern is not None
+    for wanted in layouts:
         for dtype in dtypes:
             made = None
             for count in rows:
@@ -118,9 +115,9 @@ def check(
                         for size in (shape[:1], (count, shape[1]))
                     )
                     found = gpu.product(x, packed, bias)
-                    yield Checked(label, dtype, count, _error(found, x, weight, bias))
+                    yield Checked(str(wanted), dtype, count, _error(found, x, weight, bias))
                 except Exception as error:  # of triton, of the driver, of torch: after some of which nothing works
-                    yield Checked(label, dtype, count, None, said(error))
+                    yield Checked(str(wanted), dtype, count, None, said(error))
 
 
 def _error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float | None:
@@ -136,13 +133,12 @@ def said(error: Exception) -> str:
 
 
 def _packed(
-    wanted: Format, out_features: int, in_features: int, sparsity: float, dtype: torch.dtype, generator: torch.Generator
+    wanted: Layout, out_features: int, in_features: int, sparsity: float, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Packed, Tensor]:
     """A random weight in a format, and dense, zeros written; on the generator's device."""
-    assert wanted.pattern is not None
-    mask = random_mask(wanted.pattern, out_features, in_features, sparsity, generator)
+    mask = wanted.sample_mask((out_features, in_features), sparsity, generator)
     weight = torch.randn(mask.shape, generator=generator, device=generator.device).to(dtype).masked_fill_(~mask, 0)
-    return FORMATS[wanted.name].pack(weight, mask, **wanted.options), weight  # type: ignore[attr-defined]
+    return wanted.pack(weight, mask), weight
 
 
 @torch.no_grad()
@@ -157,6 +153,7 @@ def measure(
     found = Measured()
     dense: Replay | None = None
     for wanted in case.formats:
+        assert isinstance(wanted, Layout)  # auto is refused where options are read
         try:
             packed, weight = _packed(wanted, case.out_features, case.in_features, case.sparsity, dtype, generator)
             select(Problem.of(packed, case.rows))
@@ -164,7 +161,7 @@ def measure(
             config, replay, tried = _fastest(packed, weight, x, rotate_bytes, tune)
         except Exception as error:  # of the formats, of triton, of the driver, of torch
             why = str(error) if isinstance(error, SparsecError) else said(error)
-            found.left_out.append(f"{case.out_features}x{case.in_features} as {wanted.label}, {case.rows} rows: {why}")
+            found.left_out.append(f"{case.out_features}x{case.in_features} as {wanted}, {case.rows} rows: {why}")
             continue
         found.add(tried)
         # Asked once it has run: what a library refuses is known by then.

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from sparsec.bench import arguments
-from sparsec.bench.cases import cases
+from sparsec.bench.cases import cases, pattern_of
 from sparsec.bench.gpu import (
-    CHECKED,
     CHECKED_ROWS,
     LONG_ROWS,
     SPLIT,
@@ -39,6 +38,7 @@ from sparsec.cost import Calibration, calibrate
 from sparsec.cost.calibration import save
 from sparsec.cost.replay import read_seconds
 from sparsec.errors import CacheError, KernelError, SpecError
+from sparsec.formats.layout import Layout
 from sparsec.kernels import gpu, gpu_launch
 from sparsec.machine import Machine, gpu_clock, machine
 from sparsec.progress import Progress
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
     if reasons:
         raise KernelError(f"--device cuda: {'; '.join(reasons)}; without --device the CPU's kernels are measured")
     formats = arguments.read_formats(options.formats or FORMATS)
-    if unfit := [f.label for f in formats if f.pattern is None]:
+    if unfit := [str(f) for f in formats if pattern_of(f) is None]:
         raise SpecError(
             f"--formats: with --device cuda leave out {', '.join(unfit)}: F.linear stands in every line, and lower(auto) chooses "
             f"for the whole models; the default is {FORMATS}"
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
         if table.over:
             report.left_out.append(f"no time was left to check {dtype}; give more with --budget")
             continue
-        report.checked += check(CHECKED, [dtype], rows, device)
+        report.checked += check(Layout.checked(), [dtype], rows, device)
         report.checked += check(SPLIT, [dtype], (1,), device, LONG_ROWS)
         report.write()
     todo = cases(

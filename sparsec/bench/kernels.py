@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsec.bench.cases import Case, Format, random_mask
+from sparsec.bench.cases import Asked, Case
 from sparsec.bench.rotation import Rotation
 from sparsec.bench.timing import Contender, Timing, interleaved, speedup
 from sparsec.command import DTYPES
@@ -28,8 +28,8 @@ from sparsec.cost import Calibration, Work
 from sparsec.cost.choice import TORCH, Setting, choose
 from sparsec.cost.model import Roof
 from sparsec.errors import FormatError, KernelError, SpecError
-from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
+from sparsec.formats.layout import DENSE, Layout, sample_mask
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
@@ -128,7 +128,7 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
     dtype = DTYPES[case.dtype]
     shape = f"{case.out_features}x{case.in_features}"
     try:
-        mask = random_mask(case.pattern, case.out_features, case.in_features, case.sparsity, generator)
+        mask = sample_mask(case.pattern, (case.out_features, case.in_features), case.sparsity, generator)
     except SpecError as error:
         return Measured((), (f"{shape}: {error}",))
     plain = torch.randn(case.out_features, case.in_features, generator=generator).to(dtype)
@@ -139,7 +139,7 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
         try:
             entries.append(_entry(wanted, weight, mask, case.rows, calibration))
         except (FormatError, KernelError) as error:
-            left_out.append(f"{shape} as {wanted.label}: {error}")
+            left_out.append(f"{shape} as {wanted}: {error}")
     if not entries:
         return Measured((), tuple(left_out))
     readers = _readers(weight.nbytes, rotation)
@@ -174,18 +174,18 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
     return Measured(tuple(results), tuple(left_out))
 
 
-def _entry(wanted: Format, weight: Tensor, mask: Tensor, rows: int, calibration: Calibration | None) -> _Entry:
-    name, options, kernel = wanted.name, wanted.options, ""
+def _entry(wanted: Asked, weight: Tensor, mask: Tensor, rows: int, calibration: Calibration | None) -> _Entry:
     out_features, in_features = weight.shape
-    dense = select(Problem("dense", out_features, in_features, rows, weight.dtype)).name
-    if name == "auto":
-        setting = Setting("latency", rows, calibration)
-        best = choose(weight, mask, setting, list(dict.fromkeys([TORCH, dense]))).best
-        name, options, kernel = best.format, best.options, best.kernel
-    if name == "dense":
-        return _Entry(wanted.label, "dense", kernel or dense, Work.dense(out_features, in_features, weight.dtype), None)
-    packed: Packed = FORMATS[name].pack(weight, mask, **options)  # type: ignore[attr-defined]
-    return _Entry(wanted.label, packed.describe(), select(Problem.of(packed, rows)).name, Work.of(packed), packed)
+    own = select(Problem(DENSE, out_features, in_features, rows, weight.dtype)).name
+    if isinstance(wanted, Layout):
+        layout, dense = wanted, own
+    else:
+        best = choose(weight, mask, Setting("latency", rows, calibration), list(dict.fromkeys([TORCH, own]))).best
+        layout, dense = best.layout, best.kernel
+    if layout.format == DENSE:
+        return _Entry(str(wanted), DENSE, dense, Work.dense(out_features, in_features, weight.dtype), None)
+    packed = layout.pack(weight, mask)
+    return _Entry(str(wanted), packed.describe(), select(Problem.of(packed, rows)).name, Work.of(packed), packed)
 
 
 def _contender(entry: _Entry, weight: Tensor, x: Tensor, rotation: Rotation, place: str) -> Contender:
@@ -250,7 +250,9 @@ def _torch_sparse(weight: Tensor, x: Tensor, rotation: Rotation) -> Contender | 
 
 def _bound(entry: _Entry, dtype: torch.dtype, rows: int, bandwidth: float, calibration: Calibration | None) -> Bound:
     roofs: list[tuple[float, Roof]] = [(entry.work.nbytes / bandwidth, "bytes")]
-    known = calibration and calibration.predict(entry.kernel, _label(entry), dtype, entry.work, rows)
+    known = calibration and calibration.predict(
+        entry.kernel, Layout.parse(entry.label).cost_family, dtype, entry.work, rows
+    )
     if known:
         roofs += [(known.decode, "decode"), (known.multiply, "flops")]
     seconds, roof = max(roofs, key=lambda r: r[0])
@@ -262,13 +264,8 @@ def _predicted(entry: _Entry, dtype: torch.dtype, rows: int, calibration: Calibr
         return None
     plain = Work.dense(entry.work.out_features, entry.work.in_features, dtype)
     before = calibration.predict(TORCH, "dense", dtype, plain, rows)
-    now = calibration.predict(entry.kernel, _label(entry), dtype, entry.work, rows)
+    now = calibration.predict(entry.kernel, Layout.parse(entry.label).cost_family, dtype, entry.work, rows)
     return before.seconds / now.seconds if before and now else None
-
-
-def _label(entry: _Entry) -> str:
-    """As a calibration calls it."""
-    return entry.packed.format if entry.packed is not None and entry.packed.format == "nm" else entry.label
 
 
 def measured_bandwidth(results: Sequence[Result]) -> Spread:

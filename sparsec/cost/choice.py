@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsec.cost.calibration import Calibration
 from sparsec.cost.model import Prediction, Work
 from sparsec.errors import FormatError, KernelError
-from sparsec.formats import FORMATS, NM
+from sparsec.formats.layout import Layout
 from sparsec.kernels import Problem, select
 
 Objective = Literal["latency", "bytes"]
@@ -28,21 +28,14 @@ MARGIN_MANY = 1.25
 """In place of MARGIN with more rows: arithmetic binds, and small matrices were measured up to 0.7 times as fast as predicted."""
 CLOSE = 1.1
 """Sparse candidates predicted within this of the fastest are as fast, as far as the cost model can tell: the smallest is taken."""
-BLOCKS = {"cpu": ((32, 32), (16, 16), (8, 8), (16, 1)), "cuda": ((128, 128), (64, 64), (32, 32), (16, 16))}
-"""By type of device, those that its kernels are good at."""
-FULL = 0.6
-"""Blocks are worth a look where those that keep any weight are at least this full: an unstructured mask has no such blocks."""
-WIDE = 1 << 16  # columns that 16 bits reach
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One way to hold and to multiply by a weight."""
 
-    format: str  # "dense", or a key of FORMATS
-    label: str  # in words: csr8, bsr16x16
+    layout: Layout
     kernel: str
-    options: dict[str, Any]  # of pack
     nbytes: int
     prediction: Prediction | None  # None where nothing was measured
 
@@ -92,66 +85,24 @@ def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -
     work = Work.dense(matrix.shape[0], matrix.shape[1], matrix.dtype)
     for kernel in kernels:
         prediction = _predict(setting, kernel, "dense", matrix.dtype, work)
-        yield Candidate("dense", "dense", kernel, {}, work.nbytes, prediction)
+        yield Candidate(Layout("dense"), kernel, work.nbytes, prediction)
 
 
 def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Iterator[Candidate]:
-    """Every format that can hold the mask and has a kernel for it; with an option that decides, each of its values."""
+    """Every layout worth a look that can hold the mask and has a kernel for it."""
     out_features, in_features = mask.shape
-    for name, label, options in _packings(mask, setting.device):
+    for open_layout in Layout.candidates(mask, setting.device):
         try:
-            if name == NM.format:
-                label = NM.planned_layout(mask, dtype)
-            problem = Problem(name, out_features, in_features, setting.rows, dtype, setting.device, layout=label)
+            layout, plan = open_layout.planned(mask, dtype)
+            problem = Problem(
+                layout.format, out_features, in_features, setting.rows, dtype, setting.device, layout=str(layout)
+            )
             kernel = select(problem).name
-            nbytes: int = FORMATS[name].planned_nbytes(mask, dtype, **options)  # type: ignore[attr-defined]
         except (FormatError, KernelError):
             continue  # it cannot hold or serve this weight
-        work = Work(out_features, in_features, _stored(name, options, nbytes, mask.shape, dtype), nbytes)
-        yield Candidate(name, label, kernel, options, nbytes, _predict(setting, kernel, label, dtype, work))
-
-
-def _packings(mask: Tensor, device: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(format, label, options) worth a look on a type of device."""
-    lists = "wcsr" if device == "cuda" and mask.shape[1] <= WIDE else "csr"
-    for bits in (8, 16) if mask.shape[1] <= WIDE else (32,):
-        yield lists, f"{lists}{bits}", {"index_bits": bits}
-    yield "bitmap", "bitmap", {}
-    yield "nm", "nm", {}
-    for r, c in BLOCKS.get(device, BLOCKS["cpu"]):
-        if mask.numel() and mask.shape[0] % r == 0 and mask.shape[1] % c == 0 and _fullness(mask, r, c) >= FULL:
-            yield "bsr", f"bsr{r}x{c}", {"block": (r, c)}
-
-
-def _fullness(mask: Tensor, r: int, c: int) -> float:
-    """Share of kept weights in the r x c blocks that keep any. One look at the first rows sees most unstructured masks."""
-    few = mask[: r * max(1, 256 // r)]
-    looked = [few, mask] if few.shape[0] < mask.shape[0] else [mask]
-    fullness = 0.0
-    for part in looked:
-        kept = part.reshape(part.shape[0] // r, r, part.shape[1] // c, c).any(3).any(1)
-        fullness = float(part.count_nonzero()) / max(1, int(kept.count_nonzero()) * r * c)
-        if fullness < FULL / 2:
-            break
-    return fullness
-
-
-def _stored(name: str, options: dict[str, Any], nbytes: int, shape: torch.Size, dtype: torch.dtype) -> int:
-    """How many values a packed matrix of so many bytes holds, fillers and padding included."""
-    out_features, in_features = shape
-    match name:
-        case "csr" | "wcsr":  # with wcsr's bases counted in, at most 2 % too many
-            return (nbytes - 4 * (out_features + 1)) // (dtype.itemsize + int(options["index_bits"]) // 8)
-        case "bitmap":
-            panels = -(-out_features // 16)
-            return (nbytes - 2 * panels * in_features - 4 * (panels + 1)) // dtype.itemsize
-        case "bsr":
-            r, c = map(int, options["block"])
-            index = 2 if in_features // c <= WIDE else 4
-            return (nbytes - 4 * (out_features // r + 1)) // (r * c * dtype.itemsize + index) * r * c
-        case "nm":  # an index takes 2 or 3 bits; with 3 this is at most 6 % too many
-            return (nbytes - 4) * 16 // (16 * dtype.itemsize + 4)
-    return nbytes // dtype.itemsize
+        work = Work(out_features, in_features, plan.stored, plan.nbytes)
+        prediction = _predict(setting, kernel, str(layout), dtype, work)
+        yield Candidate(layout, kernel, plan.nbytes, prediction)
 
 
 def _predict(setting: Setting, kernel: str, label: str, dtype: torch.dtype, work: Work) -> Prediction | None:
@@ -170,10 +121,10 @@ def _smallest(dense: Candidate, sparse: Sequence[Candidate]) -> Choice:
     if best is None:
         return Choice(dense, "dense: no format holds it")
     if best.nbytes >= dense.nbytes:
-        return Choice(dense, f"dense: the smallest, {best.label}, takes {_share(best, dense)} of its bytes")
+        return Choice(dense, f"dense: the smallest, {best.layout}, takes {_share(best, dense)} of its bytes")
     others = sorted((c for c in sparse if c is not best), key=lambda c: c.nbytes)[:2]
-    rest = "".join(f"; {c.label} {_share(c, dense)}" for c in others)
-    return Choice(best, f"{best.label}: {_share(best, dense)} of the dense bytes{rest}")
+    rest = "".join(f"; {c.layout} {_share(c, dense)}" for c in others)
+    return Choice(best, f"{best.layout}: {_share(best, dense)} of the dense bytes{rest}")
 
 
 def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate], margin: float) -> Choice:
@@ -189,16 +140,18 @@ def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate
         return Choice(plain, f"{name}")
     least, fastest = timed[0]
     if least * margin > plain_seconds:
-        return Choice(plain, f"{name}: {fastest.label} predicted {plain_seconds / least:.2f}x of that, below {margin}x")
+        return Choice(
+            plain, f"{name}: {fastest.layout} predicted {plain_seconds / least:.2f}x of that, below {margin}x"
+        )
     close = [(s, c) for s, c in timed if s <= CLOSE * least and s * margin <= plain_seconds]
     seconds, best = min(close, key=lambda t: t[1].nbytes)
     assert best.prediction is not None
-    others = [f"{c.label} {base / s:.2f}x" for s, c in timed if c is not best][:2]
+    others = [f"{c.layout} {base / s:.2f}x" for s, c in timed if c is not best][:2]
     others += [f"{plain.kernel} {base / plain_seconds:.2f}x"] if plain.kernel != TORCH else []
     rest = f"; {', '.join(others)}" if others else ""
     smaller = "" if best is fastest else f", the smallest of the {len(close)} about as fast"
     bound = f"bound by {best.prediction.binds}{smaller}"
-    return Choice(best, f"{best.label}: predicted {base / seconds:.2f}x of F.linear, {bound}{rest}")
+    return Choice(best, f"{best.layout}: predicted {base / seconds:.2f}x of F.linear, {bound}{rest}")
 
 
 def _share(candidate: Candidate, dense: Candidate) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Read
@@ -25,8 +25,8 @@ from sparsec.cost.timing import (
     time_walk,
     time_warm,
 )
-from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
+from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Kernel, Problem
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
@@ -45,12 +45,6 @@ MANY = (((576, 1536), 0.5), ((1536, 576), 0.1), ((2048, 768), 0.3))
 MANY_ROWS = (2, 4, 8, 32, 128, 512)
 WALK_ROUNDS, MEMBER_ROUNDS = 40, 60
 READS = tuple(1 << n for n in range(18, 31, 2))  # bytes
-
-OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "csr": ({"index_bits": 8}, {"index_bits": 16}),
-    "bsr": ({"block": (16, 16)},),
-}
-"""How a format is packed for a calibration; formats that are not named here take no options."""
 
 
 def measure_reads(progress: Progress | None = None) -> tuple[Read, ...]:
@@ -101,25 +95,13 @@ def measure_kernels(
 
 
 def _matrices(shape: tuple[int, int], density: float, generator: torch.Generator) -> Iterator[tuple[Kernel, Packed]]:
-    for kernel in KERNELS:
-        problem = Problem(kernel.format, *shape)
-        if kernel.format == "dense" or kernel.name.endswith("_reference") or kernel.unsupported(problem):
-            continue
-        for options in OPTIONS.get(kernel.format, ({},)):
-            mask = _mask(kernel.format, shape, density, generator)
-            yield kernel, FORMATS[kernel.format].pack(mask.float(), mask, **options)  # type: ignore[attr-defined]
-
-
-def _mask(format_name: str, shape: tuple[int, int], density: float, generator: torch.Generator) -> Tensor:
-    match format_name:
-        case "nm":  # 2:4, 1:4 or 1:8 for a half, a third or a tenth
-            n, m = (2, 4) if density >= 0.4 else (1, 4) if density > 0.2 else (1, 8)
-            scores = torch.rand(shape[0], shape[1] // m, m, generator=generator)
-            return (scores.argsort(-1).argsort(-1) < n).view(shape)
-        case "bsr":
-            kept = torch.rand(shape[0] // 16, shape[1] // 16, generator=generator) < density
-            return kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
-    return torch.rand(shape, generator=generator) < density
+    for layout in Layout.calibrated("cpu", 1 - density):
+        problem = Problem(layout.format, *shape, layout=str(layout))
+        serving = [k for k in KERNELS if not k.name.endswith("_reference") and not k.unsupported(problem)]
+        if serving:
+            mask = layout.sample_mask(shape, 1 - density, generator)
+            packed = layout.pack(mask.float(), mask)
+            yield from ((kernel, packed) for kernel in serving)
 
 
 def _contenders(shape: tuple[int, int], packed: Sequence[tuple[Kernel, Packed]], dtype: torch.dtype) -> list[Contender]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +16,17 @@ from torch import Tensor
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Read, Work
 from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds, take_turns
-from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
+from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Kernel, Problem, gpu_semi_structured
-from sparsec.patterns import Pattern
 from sparsec.progress import Progress
-
-Layouts = tuple[tuple[str, dict[str, Any], Pattern], ...]
-LAYOUTS: Layouts = (
-    ("wcsr", {"index_bits": 8}, Pattern()),
-    ("wcsr", {"index_bits": 16}, Pattern()),
-    ("csr", {"index_bits": 32}, Pattern()),
-    ("bitmap", {}, Pattern()),
-    ("bsr", {"block": (16, 16)}, Pattern(block=(16, 16))),
-    ("bsr", {"block": (64, 64)}, Pattern(block=(64, 64))),
-    ("nm", {}, Pattern(nm=(2, 4))),
-)
-"""(format, options of pack, pattern of the mask)."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is timed; the defaults are for a GPU, tests take smaller ones."""
 
-    layouts: Layouts = LAYOUTS
+    layouts: tuple[Layout, ...] | None = None  # None: all that are to be calibrated
     cold: tuple[tuple[int, int], ...] = (
         *((1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096)),
         *((11008, 4096), (4096, 11008)),
@@ -105,8 +91,7 @@ def _contenders(
     yield "dense_torch", "dense", Work.dense(*shape, x.dtype), Replay(dense * (sizes.again if warm else 1), x.device)
     for kernel, packed in _packed(weight, density, sizes.layouts, generator, x.shape[0]):
         calls = packed_calls(packed, x, 0 if warm else sizes.rotate_bytes)
-        # All N:M patterns share their constants: what differs is how many values they hold.
-        label = packed.format if packed.format == "nm" else packed.describe()
+        label = Layout.of(packed).cost_family
         calls = calls * (sizes.again if warm else 1)
         replay = Replay(calls, x.device)
         # Asked once it has run: what a library refuses is known by then.
@@ -119,15 +104,13 @@ def _contenders(
 
 
 def _packed(
-    weight: Tensor, density: float, layouts: Layouts, generator: torch.Generator, rows: int = 1
+    weight: Tensor, density: float, layouts: tuple[Layout, ...] | None, generator: torch.Generator, rows: int = 1
 ) -> Iterator[tuple[Kernel, Packed]]:
-    """In every format that has a kernel on a GPU for so many rows; 2:4 only where half of the weights are kept."""
-    for name, options, pattern in layouts:
-        if pattern.nm is not None and density != 0.5:
+    """In every layout that has a kernel on a GPU for so many rows."""
+    for layout in Layout.calibrated("cuda", 1 - density):
+        if layouts is not None and layout not in layouts:
             continue
-        scores = torch.rand(weight.shape, generator=generator, device=weight.device)
-        mask = scores < density if pattern == Pattern() else pattern.mask(scores, 1 - density)
-        packed = FORMATS[name].pack(weight, mask, **options)  # type: ignore[attr-defined]
+        packed = layout.pack(weight, layout.sample_mask((weight.shape[0], weight.shape[1]), 1 - density, generator))
         kernel = _kernel(packed, rows)
         if kernel is not None and not kernel.name.endswith("_reference"):
             yield kernel, packed

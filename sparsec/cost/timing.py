@@ -22,6 +22,7 @@ from sparsec.cost.fit import Sample
 from sparsec.cost.model import Read, Work
 from sparsec.formats import CSR
 from sparsec.formats.base import Packed
+from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.group import Group
 
@@ -79,9 +80,7 @@ def packed_contender(kernel: str, packed: Packed, dtype: torch.dtype) -> Contend
         parts = {name: t.clone() for name, t in tensors.items() if name != "values"}
         return SparseLinear(type(packed).from_parts({"values": arena.take(values), **parts}, packed.scalars()))
 
-    # All N:M patterns share their constants: what differs is how many values they hold.
-    label = packed.format if packed.format == "nm" else packed.describe()
-    return Contender(kernel, label, Work.of(with_values(values)), make)
+    return Contender(kernel, Layout.of(packed).cost_family, Work.of(with_values(values)), make)
 
 
 def dense_contender(

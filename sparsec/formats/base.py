@@ -6,19 +6,30 @@ A format gives bytes and FLOPs; a kernel gives speed. Only the `lower` pass join
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, Self
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from sparsec.errors import FormatError
+from sparsec.errors import FormatError, SpecError
 from sparsec.formats.faults import Field, field_faults
+from sparsec.patterns import Pattern
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 """Value types of the formats made for speed."""
 MAX_COUNT = 2**31 - 1
 """Positions inside a matrix's values are int32."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What packing would give."""
+
+    nbytes: int  # of all tensors
+    stored: int  # values held, fillers and padding included
+    parameters: str = ""  # of the layout, read from the mask where they were left open
 
 
 class Packed(ABC):
@@ -30,11 +41,13 @@ class Packed(ABC):
         def pack(cls, weight: Tensor, mask: Tensor, **options) -> Self
 
         @classmethod
-        def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype, **options) -> int
+        def plan(cls, mask: Tensor, dtype: torch.dtype, **options) -> Plan
 
     where weight is [out, in], mask is a bool tensor of the same shape with True where a weight is kept, and the kept values
-    are stored bit for bit, whatever they are (zeros, NaN and inf included). `planned_nbytes` tells the `nbytes` of what
-    `pack` would return, and refuses with a FormatError what `pack` would refuse, in one or two passes over the mask.
+    are stored bit for bit, whatever they are (zeros, NaN and inf included). `plan` tells what `pack` would return, and refuses
+    with a FormatError what `pack` would refuse, in one or two passes over the mask.
+
+    A layout's string is the format and its parameters: `bsr16x16`. What follows the format's name is read here.
     """
 
     format: ClassVar[str]
@@ -47,7 +60,33 @@ class Packed(ABC):
     scalar_names: ClassVar[tuple[str, ...]]
     """The integers that the tensors do not tell, in the order in which the operator takes them; attributes."""
 
+    parameters: ClassVar[tuple[str, ...]] = ("",)
+    """Some that are often used, for messages and lists."""
+    checked: ClassVar[tuple[str, ...]] = ("",)
+    """Those that are compiled ahead of time for GPUs, and checked on them."""
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("",), "cuda": ("",)}
+    """Those whose constants the cost model measures, by type of device; others have the constants of a relative."""
+    one_cost: ClassVar[bool] = False
+    """Whether all parameters have the same constants."""
+
     values: Tensor
+
+    @classmethod
+    def options(cls, parameters: str) -> dict[str, Any]:
+        """What `pack` and `plan` take for the parameters of a layout, `16x16` in bsr16x16. SpecError for others."""
+        if parameters:
+            raise SpecError(f"{cls.format} has no parameters, got {cls.format}{parameters}")
+        return {}
+
+    @classmethod
+    def pattern(cls, parameters: str) -> Pattern:
+        """What a mask must follow for these parameters to serve it."""
+        return Pattern()
+
+    @classmethod
+    def candidates(cls, mask: Tensor, device: str) -> Iterable[str]:
+        """Parameters worth a look for a mask on a type of device, where `lower(auto)` chooses."""
+        return ("",)
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsec import serial
-from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed
+from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, pointer_faults
 from sparsec.formats.panels import LANES, from_panels, pack_bits, panel_count, to_panels, unpack_bits
 from sparsec.formats.positions import flat_positions, starts
@@ -51,12 +51,12 @@ class Bitmap(Packed):
         return cls(values, pack_bits(flags), panel_ptr, out_features, in_features)
 
     @classmethod
-    def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype) -> int:
-        """Bytes that `pack` would hold. FormatError as there."""
+    def plan(cls, mask: Tensor, dtype: torch.dtype) -> Plan:
+        """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
         nnz, panels = serial.count(mask), panel_count(mask.shape[0])
         check_count(cls.title, "weights", nnz, MAX_COUNT)
-        return (nnz + LANES) * dtype.itemsize + 2 * panels * mask.shape[1] + 4 * (panels + 1)
+        return Plan((nnz + LANES) * dtype.itemsize + 2 * panels * mask.shape[1] + 4 * (panels + 1), nnz + LANES)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -5,21 +5,27 @@ The format of block pruning, and the one that saves work in prefill too: a block
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from sparsec import serial
-from sparsec.errors import FormatError
-from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed
+from sparsec.errors import FormatError, SpecError
+from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.csr import csr_rows
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.positions import flat_positions, starts, unsigned
+from sparsec.patterns import Pattern
 
 DEFAULT_BLOCK = (16, 16)
+WORTH_A_LOOK = {"cpu": ((32, 32), (16, 16), (8, 8), (16, 1)), "cuda": ((128, 128), (64, 64), (32, 32), (16, 16))}
+"""Blocks by type of device: those that its kernels are good at."""
+FULL = 0.6
+"""Blocks are worth a look where those that keep any weight are at least this full: an unstructured mask has no such blocks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +37,36 @@ class BSR(Packed):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "col_idx", "row_ptr")
     scalar_names: ClassVar[tuple[str, ...]] = ("in_features", "nnz")
+    parameters: ClassVar[tuple[str, ...]] = ("16x16",)
+    checked: ClassVar[tuple[str, ...]] = ("16x16", "64x64", "128x128")
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("16x16",), "cuda": ("16x16", "64x64")}
 
     values: Tensor  # [blocks, c, r]: column by column, so that the rows lie side by side
     col_idx: Tensor  # [blocks], the number of the block's column of blocks; int16 (read as unsigned) or int32
     row_ptr: Tensor  # [out_features / r + 1], int32
     in_features: int
     kept: int
+
+    @classmethod
+    def options(cls, parameters: str) -> dict[str, Any]:
+        if not parameters:
+            return {}
+        found = re.fullmatch(r"(\d+)x(\d+)", parameters)
+        if found is None or int(found[1]) % 8 or not int(found[1]) or not int(found[2]):
+            raise SpecError(
+                f"a block has a multiple of 8 rows and at least one column, as in bsr16x16 or bsr8x4; got bsr{parameters}"
+            )
+        return {"block": (int(found[1]), int(found[2]))}
+
+    @classmethod
+    def pattern(cls, parameters: str) -> Pattern:
+        return Pattern(block=cls.options(parameters).get("block", DEFAULT_BLOCK))
+
+    @classmethod
+    def candidates(cls, mask: Tensor, device: str) -> Iterator[str]:
+        for r, c in WORTH_A_LOOK.get(device, WORTH_A_LOOK["cpu"]):
+            if mask.numel() and mask.shape[0] % r == 0 and mask.shape[1] % c == 0 and _fullness(mask, r, c) >= FULL:
+                yield f"{r}x{c}"
 
     @classmethod
     def pack(cls, weight: Tensor, mask: Tensor, *, block: tuple[int, int] = DEFAULT_BLOCK) -> Self:
@@ -60,14 +90,15 @@ class BSR(Packed):
         )
 
     @classmethod
-    def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype, *, block: tuple[int, int] = DEFAULT_BLOCK) -> int:
-        """Bytes that `pack` would hold. FormatError as there."""
+    def plan(cls, mask: Tensor, dtype: torch.dtype, *, block: tuple[int, int] = DEFAULT_BLOCK) -> Plan:
+        """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
         r, c = _check_block(mask, block)
         blocks = _kept_blocks(mask, r, c).numel()
         check_count(cls.title, "blocks", blocks, MAX_COUNT)
         index_bytes = _index_dtype(mask.shape[1] // c).itemsize
-        return blocks * (r * c * dtype.itemsize + index_bytes) + 4 * (mask.shape[0] // r + 1)
+        nbytes = blocks * (r * c * dtype.itemsize + index_bytes) + 4 * (mask.shape[0] // r + 1)
+        return Plan(nbytes, blocks * r * c, f"{r}x{c}")
 
     @property
     def block(self) -> tuple[int, int]:
@@ -143,14 +174,27 @@ def _check_block(mask: Tensor, block: tuple[int, int]) -> tuple[int, int]:
         raise FormatError(f"BSR has block=(rows, columns), two positive integers such as (16, 16), got {block!r}")
     r, c = block
     if r % 8:
-        raise FormatError(f"BSR needs blocks of 8, 16, 24, ... rows (they fill registers), got block=({r}, {c})")
+        raise FormatError(f"BSR needs blocks of 8, 16, 24, ... rows (they fill registers), got {r}x{c}")
     for name, size, step in (("out_features", mask.shape[0], r), ("in_features", mask.shape[1], c)):
         if size % step:
             raise FormatError(
-                f"BSR with block=({r}, {c}) needs {name} divisible by {step}, got {size}; "
+                f"bsr{r}x{c} needs {name} divisible by {step}, got {size}; "
                 "take a block that divides the matrix, or lower(bitmap)"
             )
     return r, c
+
+
+def _fullness(mask: Tensor, r: int, c: int) -> float:
+    """Share of kept weights in the r x c blocks that keep any. One look at the first rows sees most unstructured masks."""
+    few = mask[: r * max(1, 256 // r)]
+    looked = [few, mask] if few.shape[0] < mask.shape[0] else [mask]
+    fullness = 0.0
+    for part in looked:
+        kept = part.reshape(part.shape[0] // r, r, part.shape[1] // c, c).any(3).any(1)
+        fullness = float(part.count_nonzero()) / max(1, int(kept.count_nonzero()) * r * c)
+        if fullness < FULL / 2:
+            break
+    return fullness
 
 
 def _kept_blocks(mask: Tensor, r: int, c: int) -> Tensor:

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from sparsec import serial
-from sparsec.errors import FormatError
-from sparsec.formats.base import MAX_COUNT, Packed
+from sparsec.errors import FormatError, SpecError
+from sparsec.formats.base import MAX_COUNT, Packed, Plan
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.positions import columns, flat_positions, starts, unsigned
 
 VALUE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES: dict[int, torch.dtype] = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+WIDE = 2**16
+"""Columns that 16 bits reach."""
 REACH = 255
 """The longest distance that 8 bits hold."""
 
@@ -37,6 +39,9 @@ class CSR(Packed):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = VALUE_DTYPES
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "col_idx", "row_ptr")
     scalar_names: ClassVar[tuple[str, ...]] = ("in_features", "nnz")
+    parameters: ClassVar[tuple[str, ...]] = ("8", "16", "32")
+    checked: ClassVar[tuple[str, ...]] = ("16", "32")
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("8", "16"), "cuda": ("32",)}
 
     values: Tensor  # [stored]: the kept weights, and with 8-bit columns the zeros that bridge gaps
     col_idx: Tensor  # [stored]: columns in int16 (read as unsigned) or int32; distances in uint8, at a row's first the column
@@ -44,6 +49,16 @@ class CSR(Packed):
     out_features: int
     in_features: int
     kept: int
+
+    @classmethod
+    def options(cls, parameters: str) -> dict[str, Any]:
+        return index_options(cls.format, parameters, cls.parameters)
+
+    @classmethod
+    def candidates(cls, mask: Tensor, device: str) -> tuple[str, ...]:
+        if mask.shape[1] > WIDE:
+            return ("32",)
+        return () if device == "cuda" else ("8", "16")  # on a GPU warp CSR serves
 
     @classmethod
     def pack(cls, weight: Tensor, mask: Tensor, *, index_bits: int | None = None) -> Self:
@@ -67,8 +82,8 @@ class CSR(Packed):
         return cls(values, col_idx, row_ptr, out_features, in_features, kept.numel())
 
     @classmethod
-    def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype, *, index_bits: int | None = None) -> int:
-        """Bytes that `pack` would hold. FormatError as there."""
+    def plan(cls, mask: Tensor, dtype: torch.dtype, *, index_bits: int | None = None) -> Plan:
+        """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
         out_features, in_features = mask.shape
         bits = _index_bits(in_features, index_bits)
@@ -77,7 +92,7 @@ class CSR(Packed):
         if bits == 8 and _has_empty_window(mask):
             kept = flat_positions(mask)
             stored += int(_fillers(_distances(kept, starts(kept, out_features, in_features), in_features)).sum())
-        return stored * (dtype.itemsize + bits // 8) + 4 * (out_features + 1)
+        return Plan(stored * (dtype.itemsize + bits // 8) + 4 * (out_features + 1), stored, str(bits))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,7 +124,7 @@ class CSR(Packed):
 
     def fields(self) -> list[Field]:
         stored = (("stored", self.values.numel()),)
-        widths = tuple(d for bits, d in INDEX_DTYPES.items() if bits == 32 or self.in_features <= 2**16)
+        widths = tuple(d for bits, d in INDEX_DTYPES.items() if bits == 32 or self.in_features <= WIDE)
         return [
             Field("values", self.values, self.dtypes, stored),
             Field("col_idx", self.col_idx, widths, stored),
@@ -159,15 +174,23 @@ def csr_columns(col_idx: Tensor, row_ptr: Tensor, rows: Tensor) -> Tensor:
     return reached[1:] - reached[row_ptr.to(torch.int64)][rows]
 
 
+def index_options(format_name: str, parameters: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """Of a format of column numbers whose parameters are their bits. SpecError for what is none of them."""
+    if parameters and parameters not in known:
+        names = ", ".join(f"{format_name}{bits}" for bits in known)
+        raise SpecError(
+            f"there is no {format_name}{parameters}; there are {names}, and {format_name}, which takes what fits"
+        )
+    return {"index_bits": int(parameters)} if parameters else {}
+
+
 def _index_bits(in_features: int, wanted: int | None) -> int:
     if wanted is None:
-        return 16 if in_features <= 2**16 else 32
+        return 16 if in_features <= WIDE else 32
     if wanted not in INDEX_DTYPES:
         raise FormatError(f"CSR has index_bits 8, 16 or 32, got {wanted}")
-    if wanted < 32 and in_features > 2**16:
-        raise FormatError(
-            f"index_bits={wanted} reaches 65536 columns, got in_features={in_features}; use index_bits=32"
-        )
+    if wanted < 32 and in_features > WIDE:
+        raise FormatError(f"csr{wanted} reaches {WIDE} columns, got in_features={in_features}; use csr32")
     return wanted
 
 

@@ -6,19 +6,21 @@ arXiv:2104.08378). n and m are read from the mask. Panels of 16 rows, so that on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from sparsec import serial
-from sparsec.errors import FormatError
-from sparsec.formats.base import HALF_AND_SINGLE, Packed
+from sparsec.errors import FormatError, SpecError
+from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
 from sparsec.formats.panels import LANES, from_panels, panel_count, to_panels
 from sparsec.formats.positions import flat_positions
+from sparsec.patterns import Pattern
 
 INDEX_BITS: dict[int, int] = {4: 2, 8: 3}
 """By m."""
@@ -35,6 +37,10 @@ class NM(Packed):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "index")
     scalar_names: ClassVar[tuple[str, ...]] = ("out_features", "in_features", "m", "nnz")
+    parameters: ClassVar[tuple[str, ...]] = ("2:4", "4:8")
+    checked: ClassVar[tuple[str, ...]] = ("2:4", "4:8")
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("1:8", "1:4", "2:4"), "cuda": ("2:4",)}
+    one_cost: ClassVar[bool] = True
 
     values: Tensor  # [panels, in_features / m, n, 16]
     index: Tensor  # uint8 [panels * in_features / m * n * 2 b + 4]: b bits a lane, lanes 0-7 in b bytes, 8-15 in the next b
@@ -44,14 +50,29 @@ class NM(Packed):
     kept: int
 
     @classmethod
-    def pack(cls, weight: Tensor, mask: Tensor) -> Self:
-        """Packs weight [out, in] where mask [out, in] is True, bit for bit, in the fewest bytes that its pattern allows.
+    def options(cls, parameters: str) -> dict[str, Any]:
+        if not parameters:
+            return {}
+        found = re.fullmatch(r"(\d+):(\d+)", parameters)
+        nm = (int(found[1]), int(found[2])) if found is not None else (0, 0)
+        if nm[1] not in INDEX_BITS or not 0 < nm[0] < nm[1]:
+            raise SpecError(f"N:M is packed for M of 4 and 8 and 0 < N < M, as in nm2:4; got nm{parameters}")
+        return {"nm": nm}
 
+    @classmethod
+    def pattern(cls, parameters: str) -> Pattern:
+        return Pattern(nm=cls.options(parameters).get("nm", (2, 4)))
+
+    @classmethod
+    def pack(cls, weight: Tensor, mask: Tensor, *, nm: tuple[int, int] | None = None) -> Self:
+        """Packs weight [out, in] where mask [out, in] is True, bit for bit.
+
+        nm: N and M; None takes those with the fewest bytes that hold the mask.
         Raises FormatError for a weight that N:M cannot hold and for a mask that keeps a whole group of columns in a row.
         """
         check_pack(cls.title, cls.dtypes, weight, mask)
         out_features, in_features = weight.shape
-        n, m = _pattern(mask, weight.element_size())
+        n, m = _pattern(mask, weight.element_size(), nm)
         # Every row keeps exactly n columns of a group once those without a weight are counted in.
         slots = flat_positions(_filled(mask, n, m))
         values = serial.masked(weight.detach(), mask).reshape(-1).index_select(0, slots)
@@ -61,19 +82,12 @@ class NM(Packed):
         return cls(values, index, out_features, in_features, m, serial.count(mask))
 
     @classmethod
-    def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype) -> int:
-        """Bytes that `pack` would hold. FormatError as there."""
+    def plan(cls, mask: Tensor, dtype: torch.dtype, *, nm: tuple[int, int] | None = None) -> Plan:
+        """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
-        n, m = _pattern(mask, dtype.itemsize)
+        n, m = _pattern(mask, dtype.itemsize, nm)
         slots = panel_count(mask.shape[0]) * (mask.shape[1] // m) * n
-        return slots * (LANES * dtype.itemsize + 2 * INDEX_BITS[m]) + PADDING
-
-    @classmethod
-    def planned_layout(cls, mask: Tensor, dtype: torch.dtype) -> str:
-        """How what `pack` would return describes itself. FormatError as there."""
-        check_plan(cls.title, cls.dtypes, mask, dtype)
-        n, m = _pattern(mask, dtype.itemsize)
-        return f"nm{n}:{m}"
+        return Plan(slots * (LANES * dtype.itemsize + 2 * INDEX_BITS[m]) + PADDING, slots * LANES, f"{n}:{m}")
 
     @property
     def n(self) -> int:
@@ -144,9 +158,15 @@ class NM(Packed):
         return count_faults(self.nnz, int(self.values.count_nonzero()), columns.numel())
 
 
-def _pattern(mask: Tensor, value_bytes: int) -> tuple[int, int]:
-    """n and m of the packing with the fewest bytes that holds the mask; of equal ones m = 4. FormatError for none."""
+def _pattern(mask: Tensor, value_bytes: int, wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """n and m of the packing with the fewest bytes that holds the mask; of equal ones m = 4. FormatError for none.
+
+    wanted: these, where the mask fits into them.
+    """
     in_features = mask.shape[1]
+    if wanted is not None:
+        _check_fits(mask, *wanted)
+        return wanted
     fits: list[tuple[float, int, int]] = []
     for m, b in INDEX_BITS.items():
         if in_features % m == 0:
@@ -166,6 +186,17 @@ def _pattern(mask: Tensor, value_bytes: int) -> tuple[int, int]:
         f"N:M holds at most {m - 1} of {m} columns of a row, but row {row} keeps all {m} of group {group} "
         f"(columns {m * group} to {m * group + m - 1}); prune with an N:M pattern such as 2:4, or use lower(bitmap)"
     )
+
+
+def _check_fits(mask: Tensor, n: int, m: int) -> None:
+    if mask.shape[1] % m:
+        raise FormatError(f"nm{n}:{m} needs in_features divisible by {m}, got {mask.shape[1]}; use lower(bitmap)")
+    most, row, group = _fullest(mask, m)
+    if most > n:
+        raise FormatError(
+            f"nm{n}:{m} holds at most {n} of {m} columns of a row, but row {row} keeps {most} of group {group} (columns "
+            f"{m * group} to {m * group + m - 1}); prune with pattern='{n}:{m}', or use lower(nm)"
+        )
 
 
 def _fullest(mask: Tensor, m: int) -> tuple[int, int, int]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from sparsec.errors import FormatError
-from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed
-from sparsec.formats.csr import csr_rows
+from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
+from sparsec.formats.csr import csr_rows, index_options
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.positions import flat_positions, starts, unsigned
 
@@ -42,6 +42,9 @@ class WarpCSR(Packed):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "col_idx", "base", "row_ptr")
     scalar_names: ClassVar[tuple[str, ...]] = ("in_features", "nnz")
+    parameters: ClassVar[tuple[str, ...]] = ("8", "16")
+    checked: ClassVar[tuple[str, ...]] = ("8", "16")
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cuda": ("8", "16")}
 
     values: Tensor  # [stored]
     col_idx: Tensor  # [stored]: columns in int16 (read as unsigned), or distances from the base in uint8
@@ -49,6 +52,14 @@ class WarpCSR(Packed):
     row_ptr: Tensor  # [out_features + 1], int32, multiples of 8
     in_features: int
     kept: int
+
+    @classmethod
+    def options(cls, parameters: str) -> dict[str, Any]:
+        return index_options(cls.format, parameters, cls.parameters)
+
+    @classmethod
+    def candidates(cls, mask: Tensor, device: str) -> tuple[str, ...]:
+        return ("8", "16") if device == "cuda" and mask.shape[1] <= WIDEST else ()
 
     @classmethod
     def pack(cls, weight: Tensor, mask: Tensor, *, index_bits: int | None = None) -> Self:
@@ -73,11 +84,11 @@ class WarpCSR(Packed):
         return cls(values, col_idx, base, plan.row_ptr, mask.shape[1], plan.kept.numel())
 
     @classmethod
-    def planned_nbytes(cls, mask: Tensor, dtype: torch.dtype, *, index_bits: int | None = None) -> int:
-        """Bytes that `pack` would hold. FormatError as there."""
+    def plan(cls, mask: Tensor, dtype: torch.dtype, *, index_bits: int | None = None) -> Plan:
+        """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
-        plan, bits = _planned(mask, index_bits, dtype.itemsize)
-        return plan.nbytes(bits, dtype.itemsize)
+        places, bits = _planned(mask, index_bits, dtype.itemsize)
+        return Plan(places.nbytes(bits, dtype.itemsize), int(places.row_ptr[-1]), str(bits))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -157,7 +168,7 @@ class WarpCSR(Packed):
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
+class _Places:
     """Where every kept weight goes."""
 
     kept: Tensor  # [nnz], int64: places in the flattened mask, ascending
@@ -191,15 +202,13 @@ def _base_rows(stored: int, out_features: int) -> int:
     return stored // CHUNK + out_features + 1
 
 
-def _planned(mask: Tensor, index_bits: int | None, value_bytes: int) -> tuple[_Plan, int]:
+def _planned(mask: Tensor, index_bits: int | None, value_bytes: int) -> tuple[_Places, int]:
     """The plan and its index bits; those that were not asked for are 8 where that saves a tenth of the bytes, else 16."""
     if index_bits not in (None, 8, 16):
         raise FormatError(f"{WarpCSR.title} has index_bits 8 or 16, got {index_bits}")
     out_features, in_features = mask.shape
     if in_features > WIDEST:
-        raise FormatError(
-            f"{WarpCSR.title} reaches {WIDEST} columns, got in_features={in_features}; use lower(csr, index_bits=32)"
-        )
+        raise FormatError(f"{WarpCSR.title} reaches {WIDEST} columns, got in_features={in_features}; use lower(csr32)")
     kept = flat_positions(mask)
     rows = starts(kept, out_features, in_features).to(torch.int64)
     columns = kept.remainder(max(in_features, 1))
@@ -210,7 +219,7 @@ def _planned(mask: Tensor, index_bits: int | None, value_bytes: int) -> tuple[_P
     return plans[index_bits], index_bits
 
 
-def _plan(kept: Tensor, columns: Tensor, begins: Tensor, bits: int) -> _Plan:
+def _plan(kept: Tensor, columns: Tensor, begins: Tensor, bits: int) -> _Places:
     """Cuts all rows into chunks at the same time, chunk by chunk. begins: [out_features + 1], each row's first weight."""
     begin, end = begins[:-1], begins[1:]
     at, chunk = begin.clone(), 0
@@ -243,7 +252,7 @@ def _plan(kept: Tensor, columns: Tensor, begins: Tensor, bits: int) -> _Plan:
     step = torch.arange(STEPS, device=at.device).expand(count.shape)
     live = count > 0
     group = torch.repeat_interleave(torch.arange(int(live.sum()), device=at.device), count[live])
-    return _Plan(kept, columns, row_ptr, group, first[live], row[live], number[live], step[live])
+    return _Places(kept, columns, row_ptr, group, first[live], row[live], number[live], step[live])
 
 
 def _span(columns: Tensor, first: Tensor, count: Tensor) -> Tensor:

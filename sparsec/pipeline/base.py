@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from sparsec.calibrate import CalibrationData
+from sparsec.errors import SpecError
 from sparsec.ir.graph import Graph
 from sparsec.progress import Progress
 
@@ -87,6 +88,16 @@ class Pass(ABC):
     excludes: ClassVar[frozenset[str]] = (
         frozenset()
     )  # facts that must not hold yet: pruning needs weights not yet packed
+
+    gone: ClassVar[Mapping[str, str]] = {}
+    """Options of earlier versions, each with what to say in its place."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """SpecError for an option of an earlier version."""
+        for option in options:
+            if option in cls.gone:
+                raise SpecError(f"{option}= is no option any more: {cls.gone[option]}")
+        return super().__new__(cls)
 
     @property
     def needs_calibration(self) -> bool:

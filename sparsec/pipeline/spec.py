@@ -10,6 +10,7 @@ import ast
 import difflib
 import keyword
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -82,7 +83,9 @@ def _syntax_fault(text: str, error: SyntaxError) -> tuple[tuple[int, int, int], 
         lines = text.splitlines()
         column = len(lines[-1].encode()) + (1 if len(lines) == 1 else 0)
         return (len(lines), column, 1), "not a pass specification: a bracket or quote is not closed"
-    return (error.lineno or 1, (error.offset or 1) - 1, 1), f"not a pass specification: {error.msg}"
+    quoted = re.search(r"\(\s*(\w+:\w+)", text)
+    hint = f"; quote what is no name: ({quoted[1]!r})" if quoted is not None else ""
+    return (error.lineno or 1, (error.offset or 1) - 1, 1), f"not a pass specification: {error.msg}{hint}"
 
 
 def _build(node: ast.expr, text: str, table: Mapping[str, type[Pass]]) -> Pass:
@@ -102,7 +105,7 @@ def _build(node: ast.expr, text: str, table: Mapping[str, type[Pass]]) -> Pass:
             raise _fail(text, _place(argument), _misplaced(cls))
         values[positional[i]] = _value(argument, text)
     for given in call.keywords if call is not None else ():
-        if given.arg is None or given.arg not in options:
+        if given.arg is None or (given.arg not in options and given.arg not in cls.gone):
             hint = _nearest(given.arg or "", options)
             known = ", ".join(options) or "none"
             raise _fail(text, _place(given), f"{cls.name} has no option {given.arg!r}{hint}; options: {known}")

@@ -1,0 +1,143 @@
+"""Layout: how a matrix is laid out, as one word. Lower, bench, cost model, reports, tests and files all spell it the same.
+
+    csr8 csr16 csr32 csr   bitmap   bsr16x16 bsr   nm2:4 nm   wcsr8 wcsr16   dense
+
+A format without its parameters leaves them to the mask: `nm` reads N and M, `csr` takes the fewest bits that reach all columns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import FormatError, SpecError
+from sparsec.formats import FORMATS
+from sparsec.formats.base import Packed, Plan
+from sparsec.patterns import Pattern
+
+DENSE = "dense"
+NEAR = 0.15
+"""How far from a wanted sparsity a pattern that fixes its own may be, to stand for it."""
+_SPELLING = re.compile(r"(?P<format>[a-z_]+)(?P<parameters>\d[\dx:]*)?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The positions of a matrix's values: a format and its parameters. `str()` of it is what `parse` reads."""
+
+    format: str  # a key of FORMATS, or "dense"
+    parameters: str = ""  # 8, 16x16, 2:4; empty where the format has none or leaves them to the mask
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From its spelling. SpecError, with the nearest right one, for what is no layout."""
+        found = _SPELLING.fullmatch(text) if isinstance(text, str) else None
+        name = found["format"] if found is not None else None
+        if found is None or name not in (DENSE, *FORMATS):
+            near = difflib.get_close_matches(str(text), spellings(), n=1, cutoff=0.5)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(spellings())}")
+        layout = cls(name, found["parameters"] or "")
+        if name == DENSE and layout.parameters:
+            raise SpecError(f"dense has no parameters, got {text!r}")
+        _ = layout.options  # refuses wrong parameters
+        return layout
+
+    @classmethod
+    def of(cls, packed: Packed) -> Self:
+        """That of a packed matrix."""
+        return cls.parse(packed.describe())
+
+    @classmethod
+    def candidates(cls, mask: Tensor, device: str) -> Iterator[Self]:
+        """Those worth a look for a mask [out, in] on a type of device, where the best is to be chosen."""
+        for name, kind in FORMATS.items():
+            yield from (cls(name, parameters) for parameters in kind.candidates(mask, device))
+
+    @classmethod
+    def calibrated(cls, device: str, sparsity: float) -> Iterator[Self]:
+        """Those that the cost model measures at a sparsity on a type of device."""
+        for name, kind in FORMATS.items():
+            for layout in (cls(name, parameters) for parameters in kind.calibrated.get(device, ())):
+                own = layout.pattern.sparsity
+                if own is None or abs(own - sparsity) <= NEAR:
+                    yield layout
+
+    @classmethod
+    def checked(cls) -> tuple[Self, ...]:
+        """Those that are compiled ahead of time for GPUs, and checked on them."""
+        return tuple(cls(name, parameters) for name, kind in FORMATS.items() for parameters in kind.checked)
+
+    def __str__(self) -> str:
+        return f"{self.format}{self.parameters}"
+
+    @property
+    def kind(self) -> type[Packed]:
+        """The class of its packed matrices. FormatError for dense, which packs nothing."""
+        if self.format == DENSE:
+            raise FormatError("dense packs nothing: the weight stays what it is")
+        return FORMATS[self.format]
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """What its format's `pack` and `plan` take. SpecError for parameters that the format does not know."""
+        return {} if self.format == DENSE else self.kind.options(self.parameters)
+
+    @property
+    def pattern(self) -> Pattern:
+        """What a mask must follow; nothing but the free one where any mask can be held."""
+        return Pattern() if self.format == DENSE else self.kind.pattern(self.parameters)
+
+    @property
+    def cost_family(self) -> str:
+        """The layouts that share its constants in the cost model."""
+        return self.format if self.format != DENSE and self.kind.one_cost else str(self)
+
+    def plan(self, mask: Tensor, dtype: torch.dtype) -> Plan:
+        """What packing a weight of `dtype` with this mask [out, in] would give. FormatError for what `pack` would refuse."""
+        return cast(Plan, self.kind.plan(mask, dtype, **self.options))  # type: ignore[attr-defined]
+
+    def planned(self, mask: Tensor, dtype: torch.dtype) -> tuple[Layout, Plan]:
+        """The layout with the parameters that the mask settles, and its plan. FormatError as there."""
+        plan = self.plan(mask, dtype)
+        return Layout(self.format, plan.parameters), plan
+
+    def pack(self, weight: Tensor, mask: Tensor) -> Packed:
+        """weight [out, in] where mask [out, in] is True, bit for bit. FormatError for what the layout cannot hold."""
+        return cast(Packed, self.kind.pack(weight, mask, **self.options))  # type: ignore[attr-defined]
+
+    def misfits(self, mask: Tensor, dtype: torch.dtype) -> list[str]:
+        """Why a weight of `dtype` with this mask cannot be held; empty when it can."""
+        try:
+            self.plan(mask, dtype)
+        except FormatError as error:
+            return [str(error)]
+        return []
+
+    def sample_mask(self, shape: tuple[int, int], sparsity: float, generator: torch.Generator) -> Tensor:
+        """A random mask [out, in], True where kept, that the layout is made for; on the generator's device.
+
+        Blocks and N:M hold their sparsity exactly; SpecError where they do not divide.
+        """
+        return sample_mask(self.pattern, shape, sparsity, generator)
+
+
+def sample_mask(pattern: Pattern, shape: tuple[int, int], sparsity: float, generator: torch.Generator) -> Tensor:
+    """A random mask [out, in] of a pattern, True where kept, on the generator's device. SpecError where it does not divide."""
+    for why in pattern.misfits(*shape):
+        raise SpecError(why)
+    scores = torch.rand(shape, generator=generator, device=generator.device)
+    return scores >= sparsity if pattern == Pattern() else pattern.mask(scores, sparsity)
+
+
+def spellings() -> tuple[str, ...]:
+    """Layouts that are often used, for messages and lists."""
+    named = [f"{name}{parameters}" for name, kind in FORMATS.items() for parameters in kind.parameters]
+    return (*named, DENSE)
