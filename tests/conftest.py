@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import traces
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Whole texts that tests compare with are written anew on request only."""
     parser.addoption("--slow", action="store_true", help="also the tests that take more than a minute")
+    parser.addoption("--trace-anew", action="store_true", help="trace every model anew, as users do; slower")
     parser.addoption("--refresh-goldens", action="store_true", help="write tests/golden anew instead of comparing")
 
 
@@ -55,6 +57,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     _refuse_checkout_on_path()
+
+
+@pytest.fixture(autouse=True)
+def models_are_traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile` of a model that looks like an earlier one takes the graph of that."""
+    if not request.config.getoption("--trace-anew"):
+        monkeypatch.setattr("sparsec.compiler.trace", traces.traced)
 
 
 def _refuse_checkout_on_path() -> None:

@@ -20,10 +20,10 @@ from peft import (
     inject_adapter_in_model,
 )
 from torch import Tensor, nn
+from traces import traced as trace
 
 import sparsec
 from sparsec.errors import CompileError
-from sparsec.ir.tracer import trace
 from sparsec.kernels import SparseLinear
 
 IDS = torch.arange(3, 35).view(2, 16) % 61 + 3

@@ -13,6 +13,7 @@ from architectures import CAUSAL_LMS, VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from traces import traced as trace
 from transformers.pytorch_utils import Conv1D
 
 import sparsec
@@ -23,7 +24,6 @@ from sparsec.data import Text, load_text
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
-from sparsec.ir.tracer import trace
 from sparsec.pipeline.selection import select
 
 NAMES = [name for name in CAUSAL_LMS if name not in ("mamba",)]

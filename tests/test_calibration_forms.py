@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from traces import traced as trace
 from transformers import BatchEncoding
 
 import sparsec
 from sparsec.calibrate import samples, sequences
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import DataError
-from sparsec.ir.tracer import trace
 
 
 def padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:

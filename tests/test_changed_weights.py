@@ -16,12 +16,12 @@ from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from traces import traced as trace
 
 import sparsec
 from sparsec.errors import CompileError, FormatError
 from sparsec.ir.graph import Graph
 from sparsec.ir.settle import settle
-from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import problems
 from sparsec.patterns import Pattern
 from sparsec.pipeline import Context, Effect, Pass, PassResult, Pipeline

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from traces import traced as trace
 
 import sparsec
 from sparsec.errors import FormatError, SelectionError
 from sparsec.formats import CSR
 from sparsec.formats.parts import Part, flatten, unflatten
 from sparsec.ir.printer import graph_text
-from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import problems
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.dense_linear import DenseLinear

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
+from traces import traced as trace
 
 import sparsec
 from sparsec.errors import KernelError
 from sparsec.formats import CSR
 from sparsec.formats.parts import unflatten
-from sparsec.ir.tracer import trace
 from sparsec.kernels import SparseLinear, group
 from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.kernels.fused import fused_linear

@@ -10,11 +10,11 @@ from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from traces import traced as trace
 
 import sparsec
 from sparsec.errors import FormatError, MaskError, SelectionError, WeightError
 from sparsec.ir.graph import Graph
-from sparsec.ir.tracer import trace
 from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.patterns import prune_count
 from sparsec.pipeline import Context, Pass, Pipeline

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from traces import traced as trace
 
 from sparsec import patterns
-from sparsec.ir.tracer import trace
 from sparsec.passes import Magnitude
 from sparsec.patterns import prune_count, unstructured, unstructured_rows
 from sparsec.pipeline import Context

@@ -10,11 +10,11 @@ from architectures import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from traces import traced as trace
 
 from sparsec.calibrate import Standing
 from sparsec.calibrate.dataflow import writes
 from sparsec.ir.graph import Graph
-from sparsec.ir.tracer import trace
 
 NAMES = ("llama", "gpt2", "mixtral", "bloom", "gemma2")
 

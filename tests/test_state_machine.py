@@ -9,10 +9,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from traces import traced as trace
 
 from sparsec.calibrate import CalibrationData
 from sparsec.errors import PipelineError
-from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import problems, snapshot
 from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.patterns import prune_count
