@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed, Plan
+from sparsec.formats.faults import check_pack
 from sparsec.patterns import Pattern
 
 DENSE = "dense"
@@ -113,10 +114,11 @@ class Layout:
         """weight [out, in] where mask [out, in] is True, bit for bit. FormatError for what the layout cannot hold."""
         return cast(Packed, self.kind.pack(weight, mask, **self.options))  # type: ignore[attr-defined]
 
-    def misfits(self, mask: Tensor, dtype: torch.dtype) -> list[str]:
-        """Why a weight of `dtype` with this mask cannot be held; empty when it can."""
+    def misfits(self, weight: Tensor, mask: Tensor) -> list[str]:
+        """Why a weight [out, in] with this mask cannot be held; empty when it can."""
         try:
-            self.plan(mask, dtype)
+            check_pack(self.kind.title, self.kind.dtypes, weight, mask)
+            self.plan(mask, weight.dtype)
         except FormatError as error:
             return [str(error)]
         return []
