@@ -59,7 +59,7 @@ class Variant:
 
 
 def variants(
-    layouts: Sequence[Layout], dtypes: Sequence[str], every_config: bool, shape: tuple[int, int] = SHAPE
+    layouts: Iterable[Layout], dtypes: Sequence[str], every_config: bool, shape: tuple[int, int] = SHAPE
 ) -> Iterator[Variant]:
     """Every launch that products of these layouts make; some are alike."""
     for layout in layouts:
@@ -225,6 +225,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsec.
         layouts = [Layout.parse(name) for name in options.layouts.split(",")]
     except SpecError as error:
         parser.error(f"--layouts: {error}")
+    if unserved := [why for layout in layouts if (why := gpu.unsupported(str(layout), torch.bfloat16))]:
+        parser.error(f"--layouts: {unserved[0]}")
     if interpreted():
         parser.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
     try:

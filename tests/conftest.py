@@ -27,12 +27,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Whole texts that tests compare with are written anew on request only."""
-    parser.addoption("--slow", action="store_true", help="also the tests that take more than a minute")
+    parser.addoption("--slow", action="store_true", help="also the tests that take long")
     parser.addoption("--trace-anew", action="store_true", help="trace every model anew, as users do; slower")
     parser.addoption("--refresh-goldens", action="store_true", help="write tests/golden anew instead of comparing")
 
 
-_LONG = ("test_real_model.py", "test_native_build.py")
+_LONG = (
+    *("test_real_model.py", "test_native_build.py", "test_tracer.py", "test_gpu_kernels.py", "test_calibrate.py"),
+    *("test_compile.py", "test_bench_gpu.py", "test_chains.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,9 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not items or not items[0].config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(
-                    pytest.mark.skip(reason="takes more than a minute; pytest --slow runs it, as .ci/run does")
-                )
+                item.add_marker(pytest.mark.skip(reason="takes long; pytest --slow runs it, as .ci/run does"))
     items.sort(key=lambda item: item.path.name not in _LONG)
 
 

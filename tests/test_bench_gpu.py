@@ -230,6 +230,7 @@ def test_without_a_dense_time_there_is_no_speedup(monkeypatch: pytest.MonkeyPatc
     assert found[3].seconds is not None
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_or_gives_nan_is_wrong_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +346,7 @@ def test_the_headline_is_the_best_sparse_mode_over_the_best_dense_one() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_one_command_goes_through_all_its_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,7 +394,7 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
         (["--device", "cuda", "--end-to-end", "tiny"], "--end-to-end: leave it out with --device cuda"),
         (["--budget", "9"], "--budget: leave it in only with --device cuda"),
         (["--device", "cuda", "--budget", "0"], "--budget must be at least 1"),
-        (["--formats", "wcsr32"], "--formats takes csr8"),
+        (["--formats", "wcsr32"], "--formats takes layouts and auto, by commas: there is no wcsr32"),
     ):
         assert main(wrong) == 2
         assert said in capsys.readouterr().err

@@ -75,6 +75,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel, ...]:
     return here
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 def test_every_kernel_is_measured_by_cold_and_warm_and_many_rows(served: tuple[Kernel, ...]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

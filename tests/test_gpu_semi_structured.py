@@ -23,6 +23,7 @@ from torch import Tensor
 import sparsec
 from sparsec.cost import measure_gpu
 from sparsec.formats import NM
+from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Problem, SparseLinear, gpu, select, tolerance
 from sparsec.kernels import gpu_semi_structured as semi
 from sparsec.memory import held
@@ -336,7 +337,7 @@ def test_a_calibration_knows_both_ways_of_many_rows(library: Library, monkeypatc
         type(k)(**{**vars(k), "missing": list}) if k.name == "nm_triton" else k for k in KERNELS if k.format == "nm"
     )
     monkeypatch.setattr(measure_gpu, "KERNELS", kernels)
-    layouts = tuple(each for each in measure_gpu.LAYOUTS if each[0] == "nm")
+    layouts = (Layout.parse("nm2:4"),)
     sizes = measure_gpu.Sizes(layouts=layouts, rotate_bytes=1, again=1)
     found = {}
     for rows in (1, 64):

@@ -260,7 +260,7 @@ def test_sums_are_rounded_to_the_half_type_as_torch_rounds(isa: str, name: str, 
     weight = torch.zeros(rows, columns, dtype=dtype)
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     weight[:, 0], mask[:, 0] = a.to(dtype), True
-    second = None if layout.keeps == 1 or columns == 1 else columns - 1
+    second = None if (layout.pattern.nm or (0, 0))[0] == 1 or columns == 1 else columns - 1
     bias = torch.zeros(rows, dtype=dtype)
     if second is None:
         bias = torch.randn(rows, generator=generator).to(dtype)

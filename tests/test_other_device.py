@@ -22,6 +22,7 @@ SPECS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the other tests use")
 def test_no_pass_mixes_devices_or_computes_something_else_there() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}

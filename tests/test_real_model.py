@@ -145,6 +145,7 @@ print(before, resident())
 """
 
 
+@pytest.mark.slow
 def test_dense_weights_leave_resident_memory_when_packed(loaded) -> None:
     if sys.platform != "linux":
         pytest.skip("resident memory is read from /proc")

@@ -83,6 +83,7 @@ def report() -> tuple[Any, LoadedModel]:
     return measured_report(model, Pipeline.parse(PASSES), plan(model, load_text(), effort)), model
 
 
+@pytest.mark.slow
 def test_with_little_memory_variants_come_one_after_another_with_the_same_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

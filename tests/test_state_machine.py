@@ -105,9 +105,9 @@ class PassSequences(RuleBasedStateMachine):
     def fuse(self) -> None:
         self.apply(Fuse())
 
-    @rule(bits=st.sampled_from([None, 32]))
-    def lower(self, bits: int | None) -> None:
-        self.apply(Lower(f"csr{bits}"))
+    @rule(layout=st.sampled_from(["csr", "csr32"]))
+    def lower(self, layout: str) -> None:
+        self.apply(Lower(layout))
 
     @invariant()
     def graph_is_whole_and_means_what_the_twin_computes(self) -> None:

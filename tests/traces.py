@@ -29,11 +29,12 @@ def traced(model: nn.Module, example_inputs: Any = None) -> Graph:
     try:
         key = _key(model, example_inputs)
         known = _KNOWN.get(key)
-    except TypeError:  # something that cannot be told apart from others
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # something that cannot be told apart from others
         return trace(model, example_inputs)
     if known is None:
         graph = trace(model, example_inputs)
-        if _plain(graph, model):
+        # What was computed from a parameter, and is part of the call, cannot be copied.
+        if _plain(graph, model) and all(t.grad_fn is None for t in graph.example):
             with _LOCK:
                 _KNOWN[key] = copy.deepcopy(graph)
         return graph
