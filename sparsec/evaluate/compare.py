@@ -145,8 +145,10 @@ def window_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
     logits [length, vocabulary] of any float dtype, tokens [length].
     """
-    pairs = in_parts(logits[:-1], tokens[1:], vocabulary=logits.shape[-1])
-    return torch.cat([F.cross_entropy(rows.float(), targets, reduction="none") for rows, targets in pairs])
+    losses = torch.empty(len(tokens) - 1, device=logits.device)
+    for rows, targets, found in in_parts(logits[:-1], tokens[1:], losses, vocabulary=logits.shape[-1]):
+        found.copy_(F.cross_entropy(rows.float(), targets, reduction="none"))
+    return losses
 
 
 def agreement(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,14 +156,14 @@ def agreement(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
     logits, reference: [rows, vocabulary]. NaN is not among them.
     """
-    first, among = [], []
-    for rows, others in in_parts(logits, reference, vocabulary=logits.shape[-1]):
+    first, among = (torch.empty(len(logits), dtype=torch.bool, device=logits.device) for _ in range(2))
+    for rows, others, equal, near in in_parts(logits, reference, first, among, vocabulary=logits.shape[-1]):
         wanted = others.argmax(dim=-1)
-        first.append(rows.argmax(dim=-1) == wanted)
+        equal.copy_(rows.argmax(dim=-1) == wanted)
         value = rows.gather(1, wanted[:, None])
         above = (rows <= value).logical_not_().sum(dim=-1)
-        among.append((above < TOP) & ~value[:, 0].isnan())
-    return torch.cat(first), torch.cat(among)
+        near.copy_((above < TOP) & ~value[:, 0].isnan())
+    return first, among
 
 
 class _Tally:
