@@ -58,6 +58,7 @@ def missing() -> list[str]:
     return []
 
 
+@functools.cache  # asked at every product
 def unsupported(layout: str, dtype: torch.dtype) -> str:
     """Why no Triton kernel serves a layout (such as csr16, `Packed.describe`) with values of a type, "" where one does."""
     if dtype == torch.float64:

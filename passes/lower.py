@@ -21,6 +21,7 @@ from sparsec.lowering.setting import calibrated, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_positive
 from sparsec.pipeline.selection import matches, select
+from sparsec.pipeline.spec import unparse_one
 
 AUTO = "auto"
 OBJECTIVES = ("latency", "bytes")
@@ -194,18 +195,13 @@ class Lower(Pass):
             select_kernel(problem)
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name
-            way_out = f"or leave it dense with lower({_word(wanted)}, ignore=({owner!r},))"
+            way_out = f"or leave it dense with {unparse_one(replace(self, ignore=(*self.ignore, owner)))}"
             if weight.grown:
                 way_out = f"{weight.grown:,} of its pruned values came back after freeze, so prune again, {way_out}"
             raise type(error)(f"{weight.name}: {error}; {way_out}") from error
 
     def _rows(self, context: Context) -> int:
         return self.tokens or context.rows
-
-
-def _word(layout: Layout) -> str:
-    """As a specification spells it: quoted where it is no name of Python."""
-    return str(layout) if str(layout).isidentifier() else repr(str(layout))
 
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:

@@ -1,6 +1,6 @@
 """Which other modules of the process hold a model's weights too: what consumes the model must leave those alone.
 
-Found by one walk over the objects that Python's garbage collector knows, some 20 ms for half a million of them.
+Found by one walk over the objects that Python's garbage collector knows: 0.16 s for 400,000 of them (EPYC, Zen 3).
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import traces
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Whole texts that tests compare with are written anew on request only."""
-    parser.addoption("--slow", action="store_true", help="also the tests that take long")
+    parser.addoption("--slow", action="store_true", help="also the tests that take more than 15 seconds")
     parser.addoption("--trace-anew", action="store_true", help="trace every model anew, as users do; slower")
     parser.addoption("--refresh-goldens", action="store_true", help="write tests/golden anew instead of comparing")
 
@@ -43,7 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not items or not items[0].config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes long; pytest --slow runs it, as .ci/run does"))
+                item.add_marker(
+                    pytest.mark.skip(reason="takes more than 15 seconds; pytest --slow runs it, as .ci/run does")
+                )
     items.sort(key=lambda item: item.path.name not in _LONG)
 
 
@@ -64,7 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def models_are_traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`compile` of a model that looks like an earlier one takes the graph of that."""
     if not request.config.getoption("--trace-anew"):
-        monkeypatch.setattr("sparsec.compiler.trace", traces.traced)
+        from traces import traced  # imports triton, for which pytest_configure has to come first
+
+        monkeypatch.setattr("sparsec.compiler.trace", traced)
 
 
 def _refuse_checkout_on_path() -> None:

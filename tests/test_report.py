@@ -14,7 +14,7 @@ import report_cases
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel
 
 import sparsec
 from sparsec import memory
@@ -127,6 +127,16 @@ def test_a_tied_table_that_is_most_of_the_model_is_named_with_a_way_out_that_wor
     untied = sparsec.compile(model, passes.format(targets)).sparsec
     assert untied.graph.weights["lm_head.weight"].format == "bitmap"
     assert tied_table(untied.report()) is None
+
+
+def test_a_table_with_two_names_and_no_head_is_none_of_these() -> None:
+    config = T5Config(vocab_size=2048, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    found = sparsec.compile(T5EncoderModel(config), "magnitude(0.5),freeze,lower(bitmap)").sparsec.report()
+    (table,) = (row for row in found.layers if row.aliases)
+    assert (table.name, table.aliases) == ("shared.weight", ("encoder.embed_tokens.weight",))
+    assert table.bytes_held > found.bytes_dense / 2
+    assert dense_reason(table) == "embedding: looked up, not multiplied"
+    assert tied_table(found) is None
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ passes = st.one_of(
     st.just(Sparsity()),
     st.builds(Flops, context=st.integers(1, 10**6)),
     st.builds(
-        Lower, st.sampled_from(["bitmap", "csr", "csr8", "csr32", "nm", "nm2:4", "bsr", "bsr8x3"]), targets=names
+        Lower,
+        st.sampled_from(["bitmap", "csr", "csr8", "csr32", "nm", "nm2:4", "bsr", "bsr8x3"]),
+        targets=names,
+        ignore=ignores,
     ),
     st.builds(Lower, objective=st.sampled_from(["latency", "bytes"]), tokens=st.integers(1, 512), targets=names),
     st.builds(Lower, st.just("dense"), targets=names, ignore=ignores),

@@ -78,6 +78,7 @@ def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof] | None) ->
         kernel=", ".join(kernels) or None,
         reason=weight.reason,
         executed=bool(ops),
+        multiplied=graph.is_linear(weight.name),
         speedup_predicted=expected[0] if expected is not None else None,
         binds=expected[1] if expected is not None else None,
         block=next((op.block for op in ops), None),

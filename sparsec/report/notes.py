@@ -62,7 +62,7 @@ def verdicts(report: ReportData) -> list[str]:
 
 def tied_table(report: ReportData) -> str | None:
     """Where a dense weight that embedding and head share is most of the model: how much of it, and the way out."""
-    rows = [r for r in report.layers if r.kind == "embedding" and r.aliases and not r.packed]
+    rows = [r for r in report.layers if r.kind == "embedding" and r.multiplied and not r.packed]
     row = max(rows, key=lambda r: r.bytes_held, default=None)
     if row is None or row.bytes_held <= report.bytes_dense / 2:
         return None

@@ -36,6 +36,7 @@ class LayerRow:
     kernel: str | None  # None where nothing but torch runs
     reason: str | None  # why it is dense, where that needs saying, or why it has the format that was chosen for it
     executed: bool  # in the traced call
+    multiplied: bool  # by it a linear product multiplies; a table too, where it is tied to a head
     speedup_measured: float | None = None
     speedup_predicted: float | None = None  # by the cost model
     criterion: str | None = None  # the pass that pruned it; None where none did

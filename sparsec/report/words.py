@@ -23,7 +23,7 @@ def dense_reason(row: LayerRow) -> str | None:
     match row.kind:
         case "linear" | "conv1d":
             return "no pass pruned it"
-        case "embedding" if row.flops_dense:
+        case "embedding" if row.multiplied:
             return "no pass pruned it; tied to a product's weight, so pruning one prunes the other"
         case "embedding":
             return "embedding: looked up, not multiplied"
