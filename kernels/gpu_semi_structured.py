@@ -28,7 +28,9 @@ NAME = "nm_cusparselt"
 MANY = 64
 """Rows of x from which on it serves; fewer go by gathers or through an expanded matrix."""
 LAYOUTS = ("nm1:4", "nm2:4")
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.bfloat16,)
+"""Not float16: with torch 2.11 on an H200, 72 rows of x by a weight of 1024x2048 ended in an illegal instruction, after which
+nothing runs on the GPU in the process."""
 SIDE, FILLED = 16, 8
 """What the sizes of a weight are multiples of, and what rows of x are filled up to a multiple of."""
 SWITCH = "SPARSEC_SEMI_STRUCTURED"
@@ -76,7 +78,7 @@ def unsupported(layout: str, dtype: torch.dtype, shape: tuple[int, int], tokens:
     if layout not in LAYOUTS:
         return f"serves {' and '.join(LAYOUTS)}, not {layout or 'an unknown pattern'}"
     if dtype not in DTYPES:
-        return f"serves float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"serves bfloat16, not {str(dtype).removeprefix('torch.')}"
     if any(n % SIDE for n in shape):
         return f"takes sizes that are multiples of {SIDE}, not {shape[0]}x{shape[1]}"
     return ""

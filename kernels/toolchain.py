@@ -73,7 +73,9 @@ class Toolchain:
 
     def key(self) -> str:
         """Changes whenever a library built earlier must not be used."""
-        digest = hashlib.sha256(f"{self} {torch.__version__} {source_key()}".encode())
+        # Where torch lies makes no other library.
+        flags = str((_COMMON, self.files, _link_flags(self.machine))).replace(str(Path(torch.__file__).parent), "")
+        digest = hashlib.sha256(f"{self} {flags} {torch.__version__} {source_key()}".encode())
         return digest.hexdigest()[:16]
 
     def check(self) -> None:
@@ -200,7 +202,9 @@ def library_name() -> str:
 def _link_flags(machine: str) -> list[str]:
     if "darwin" in machine:
         return ["-pthread", "-undefined", "dynamic_lookup"]
-    return ["-pthread", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+    # Where a compiler takes in libstdc++ itself, that copy stays this library's own: half of it bound to the process's other copy
+    # ended every refusal in a segmentation fault.
+    return ["-pthread", "-Wl,--exclude-libs,ALL", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
 
 
 def _run(commands: list[list[str]], patience: float, folder: Path | None = None) -> str:

@@ -67,6 +67,15 @@ def test_every_type_and_number_of_rows_is_right(name: str) -> None:
         assert_right(torch.randn(tokens, kept.shape[1]).to(dtype), packed, kept, bias)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: what its libraries do with large weights, nothing else shows")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_weights_are_multiplied_right_on_a_gpu(dtype: torch.dtype) -> None:
+    """Regression: cuSPARSELt ended a float16 product of 2:4 weights in an illegal instruction."""
+    packed, kept = some(LAYOUTS["nm2:4"], 1024, 2048, 0.5, dtype)
+    for tokens in (17, 65, 512):
+        assert_right(torch.randn(tokens, 2048).to(dtype), packed, kept, torch.randn(1024).to(dtype))
+
+
 @needs_triton
 @settings(max_examples=60)
 @given(

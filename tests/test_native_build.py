@@ -199,6 +199,29 @@ if [ -n "$link" ]; then sleep 1; cp {real} "$out"; else : > "$out"; fi
     assert log.read_text().count("-shared") == 1
 
 
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("nm"), reason="needs Linux and nm")
+def test_a_compiler_that_takes_in_the_cpp_library_keeps_it_within(tmp_path: Path) -> None:
+    """Regression: half of a libstdc++ taken in was bound to the process's own, and every refusal was a segmentation fault."""
+    source, library = tmp_path / "refuses.cpp", tmp_path / "refuses.so"
+    source.write_text(
+        '#include <sstream>\nextern "C" int refuse(long n) { std::ostringstream s; s << n; return s.str().size(); }\n'
+    )
+    command = [*toolchain.find().command, "-fPIC", "-shared", "-static-libstdc++", str(source), "-o", str(library)]
+
+    def exported(*flags: str) -> set[str]:
+        subprocess.run([*command, *flags], check=True)
+        listed = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True)
+        return {line.split()[-1] for line in listed.stdout.splitlines()}
+
+    number = "_ZNSolsEl"  # std::ostream::operator<<(long)
+    if number not in exported():
+        pytest.skip("this compiler has no libstdc++ to take in")
+    found = exported(*toolchain._link_flags(toolchain.find().machine))
+    assert "refuse" in found
+    assert number not in found
+
+
 def test_the_key_changes_with_whatever_makes_a_library_stale(fresh: pytest.MonkeyPatch) -> None:
     chain = toolchain.Toolchain(("g++",), "g++ 12", "x86_64-linux-gnu")
     keys = [

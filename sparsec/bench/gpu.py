@@ -20,7 +20,7 @@ from sparsec.bench.cases import Case
 from sparsec.command import DTYPES
 from sparsec.cost import Calibration, Work
 from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, take_turns
-from sparsec.errors import SparsecError
+from sparsec.errors import KernelError, SparsecError
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
@@ -82,6 +82,10 @@ class Measured:
         self.left_out.extend(other.left_out)
 
 
+class DeviceLostError(KernelError):
+    """Nothing runs on the GPU any more in this process."""
+
+
 class Deadline:
     """Says when the time is over that a run may take."""
 
@@ -116,8 +120,9 @@ def check(
                     )
                     found = gpu.product(x, packed, bias)
                     yield Checked(str(wanted), dtype, count, _error(found, x, weight, bias))
-                except Exception as error:  # of triton, of the driver, of torch: after some of which nothing works
+                except Exception as error:  # of triton, of the driver, of torch
                     yield Checked(str(wanted), dtype, count, None, said(error))
+                    go_on(f"{wanted} {dtype}, {count} rows", error, device)
 
 
 def _error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float | None:
@@ -125,6 +130,16 @@ def _error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> flo
     exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     worst = float(((found.double() - exact).abs() / tolerance(x, weight, bias)).nan_to_num(nan=math.inf).max())
     return worst if math.isfinite(worst) else None
+
+
+def go_on(what: str, error: Exception, device: torch.device) -> None:
+    """Raises DeviceLostError where nothing runs on the device after an error, as after an illegal access or instruction."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except torch.AcceleratorError:
+        raise DeviceLostError(f"{what}: {said(error)}; nothing runs on the GPU after that in this process") from error
 
 
 def said(error: Exception) -> str:
@@ -159,7 +174,10 @@ def measure(
             select(Problem.of(packed, case.rows))
             dense = dense or Replay(dense_calls(weight, x, rotate_bytes), device)
             config, replay, tried = _fastest(packed, weight, x, rotate_bytes, tune)
+        except DeviceLostError:
+            raise
         except Exception as error:  # of the formats, of triton, of the driver, of torch
+            go_on(f"{case.out_features}x{case.in_features} as {wanted}, {case.rows} rows", error, device)
             why = str(error) if isinstance(error, SparsecError) else said(error)
             found.left_out.append(f"{case.out_features}x{case.in_features} as {wanted}, {case.rows} rows: {why}")
             continue
@@ -172,7 +190,9 @@ def measure(
     try:
         base, *times = take_turns([dense, *(replay for *_, replay in named)], rounds)
     except Exception as error:  # of the driver, of torch
-        found.left_out.append(f"{case.out_features}x{case.in_features}, {case.rows} rows: {said(error)}")
+        where = f"{case.out_features}x{case.in_features}, {case.rows} rows"
+        go_on(where, error, device)
+        found.left_out.append(f"{where}: {said(error)}")
         return found
     for (layout, kernel, work, config, _), own in zip(named, times, strict=True):
         spread = Spread.of(own)
@@ -219,6 +239,7 @@ def _fastest(packed: Packed, weight: Tensor, x: Tensor, rotate_bytes: int, tune:
                 replay = Replay(calls, x.device) if number else first
                 tried.append((min(replay.seconds() for _ in range(3)), number, replay))
         except Exception as failed:  # of triton, of the driver, of torch
+            go_on(f"configuration {number} of {bucket!r}", failed, x.device)
             found.left_out.append(f"configuration {number} of {bucket!r}: {said(failed)}")
     gpu_launch.prefer(before)
     if not tried:
@@ -250,8 +271,10 @@ def table_all(
         ):
             try:
                 measured = measure(case, device, rounds)
+            except DeviceLostError:
+                raise
             except Exception as error:  # of the driver, of torch
-                measured = Measured(
-                    left_out=[f"{case.out_features}x{case.in_features}, {case.rows} rows: {said(error)}"]
-                )
+                where = f"{case.out_features}x{case.in_features}, {case.rows} rows"
+                go_on(where, error, device)
+                measured = Measured(left_out=[f"{where}: {said(error)}"])
         yield measured

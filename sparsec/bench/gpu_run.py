@@ -11,19 +11,21 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsec.bench import arguments
-from sparsec.bench.cases import cases, pattern_of
+from sparsec.bench.cases import Asked, cases, pattern_of
 from sparsec.bench.gpu import (
     CHECKED_ROWS,
     LONG_ROWS,
     SPLIT,
     Checked,
     Deadline,
+    DeviceLostError,
     Line,
     Measured,
     check,
@@ -78,18 +80,39 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
     device = torch.device(DEVICE)
     folder: Path = options.out or Path("sparsec-bench-cuda")
     folder.mkdir(parents=True, exist_ok=True)
-    budget = options.budget or BUDGET
-    whole, table, calibrating = (Deadline(budget * share) for share in (1, FOR_TABLE, FOR_CALIBRATION))
-    compiling = Deadline(budget - FOR_COMPILING)
     gpu.take_tuned()  # so that nothing takes it later on: here all is tuned anew
     gpu_launch.prefer({})
     report = Report(folder, machine(), device)
+    try:
+        _stages(options, report, formats, progress)
+    except DeviceLostError as error:
+        report.left_out.append(str(error))
+        raise KernelError(f"{error}; what was found before is in {folder}") from error
+    finally:
+        report.write()
+    print(report.markdown())
+    print(f"written to {folder}")
+    wrong = report.wrong()
+    if wrong:
+        raise KernelError(
+            f"{len(wrong)} products are wrong on this GPU: {', '.join(f'{c.layout} {c.dtype}' for c in wrong[:5])}"
+        )
+
+
+def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked], progress: Progress | None) -> None:
+    """Checks, table, calibration, models. Raises DeviceLostError where a stage leaves the GPU unusable."""
+    device = report.device
+    budget = options.budget or BUDGET
+    whole, table, calibrating = (Deadline(budget * share) for share in (1, FOR_TABLE, FOR_CALIBRATION))
+    compiling = Deadline(budget - FOR_COMPILING)
     for dtype, rows in CHECKED_ROWS.items():
         if table.over:
             report.left_out.append(f"no time was left to check {dtype}; give more with --budget")
             continue
-        report.checked += check(Layout.checked(), [dtype], rows, device)
-        report.checked += check(SPLIT, [dtype], (1,), device, LONG_ROWS)
+        for product in chain(
+            check(Layout.checked(), [dtype], rows, device), check(SPLIT, [dtype], (1,), device, LONG_ROWS)
+        ):
+            report.checked.append(product)
         report.write()
     todo = cases(
         arguments.read_shapes(options.shapes or SHAPES),
@@ -122,20 +145,14 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
             report.left_out.append(f"{model}: {said(error)}")
         gc.collect()  # what recorded a graph of it still names the model
         report.write()
-    print(report.markdown())
-    print(f"written to {folder}")
-    wrong = report.wrong()
-    if wrong:
-        raise KernelError(
-            f"{len(wrong)} products are wrong on this GPU: {', '.join(f'{c.layout} {c.dtype}' for c in wrong[:5])}"
-        )
 
 
 class Report:
     """What was found so far, as JSON and as Markdown in one folder."""
 
     def __init__(self, folder: Path, found: Machine, device: torch.device) -> None:
-        self._folder, self._machine, self._device = folder, found, device
+        self.device = device
+        self._folder, self._machine = folder, found
         reading = 1 << 30 if device.type == "cuda" else 1 << 20
         self.bandwidth = reading / read_seconds(device, reading)
         self.checked: list[Checked] = []
@@ -167,7 +184,7 @@ class Report:
                 progress(what, done, total)
 
         try:
-            found = calibrate([TYPES[dtype]], device=self._device.type, force=True, progress=watched)
+            found = calibrate([TYPES[dtype]], device=self.device.type, force=True, progress=watched)
             assert found is not None
             save(found.calibration, self._folder / "cost.json")
         except Exception as error:  # of triton, of the driver, of torch
@@ -187,7 +204,7 @@ class Report:
         content = {
             "schema": SCHEMA,
             "machine": asdict(self._machine),
-            "gpu": _gpu(self._device, self._clocks),
+            "gpu": _gpu(self.device, self._clocks),
             "read_bytes_per_second": self.bandwidth,
             "checked": [asdict(c) for c in self.checked],
             "table": [_record(line) for line in self.lines],
@@ -202,7 +219,7 @@ class Report:
 
     def markdown(self) -> str:
         """All tables."""
-        facts = _gpu(self._device, self._clocks)
+        facts = _gpu(self.device, self._clocks)
         lines = [
             f"# sparsec on {facts['name']}",
             "",
