@@ -19,7 +19,7 @@ from sparsec.data import Text, load_model
 from sparsec.errors import DataError
 from sparsec.evaluate import Windows, compare, cut, evaluate
 from sparsec.evaluate.__main__ import main
-from sparsec.evaluate.compare import agreement, window_loss
+from sparsec.evaluate.compare import agreement, token_losses
 from sparsec.evaluate.output import _buckets
 from sparsec.evaluate.saved import Saved, fingerprint
 
@@ -59,11 +59,11 @@ def slow_loss(logits: Tensor, tokens: Tensor) -> float:
     seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_window_loss_is_the_definition(length: int, vocabulary: int, seed: int, dtype: torch.dtype) -> None:
+def test_the_loss_of_a_window_is_the_definition(length: int, vocabulary: int, seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(length, vocabulary, generator=generator)).to(dtype)
     tokens = torch.randint(vocabulary, (length,), generator=generator)
-    loss = window_loss(logits, tokens)
+    loss = token_losses(logits[:-1], tokens[1:])
     assert loss.shape == (length - 1,)
     assert float(loss.double().mean()) == pytest.approx(slow_loss(logits, tokens), rel=1e-5, abs=1e-6)
 

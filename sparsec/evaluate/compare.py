@@ -4,7 +4,7 @@ Perplexity as in the SparseGPT and Wanda papers' code: mean cross-entropy over t
 mean over windows. Against the reference, at every position: whether the most likely next token is the same (top-1), whether the
 reference's is among the model's five most likely (top-5), and KL(reference || model) of the two distributions in nats.
 
-One window's logits of the reference and of one other model are in memory at a time.
+A part of one window's logits is in memory at a time (logits.py), of every model the same rows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsec.arguments import checked, shown
 from sparsec.errors import DataError
+from sparsec.evaluate.logits import Partwise, logits_in_parts, part_rows
 from sparsec.evaluate.saved import Saved
 from sparsec.evaluate.windows import Windows
 from sparsec.metrics import in_parts, kl_rows
@@ -90,18 +91,29 @@ def compare(
             break
         if progress is not None:
             progress(what, index, windows.count)
-        reference: Tensor | None = None
-        for name, model in models.items():
-            window = windows.tokens[index].to(next(model.parameters()).device)
-            logits = _logits(name, model, window)
-            if reference is not None and reference.shape != logits.shape:
-                raise DataError(
-                    f"{name}: its vocabulary is {logits.shape[-1]}, that of {next(iter(models))} is {reference.shape[-1]}; only "
-                    "models with the same tokens can be compared"
-                )
-            tallies[name].add(logits, window, reference)
-            reference = logits if reference is None else reference
-            del logits
+        window = windows.tokens[index]
+        rows = part_rows(next(iter(models.values())), len(window))
+        parts = [
+            logits_in_parts(name, model, window.to(next(model.parameters()).device), rows)
+            for name, model in models.items()
+        ]
+        measured = {name: torch.zeros(len(_Tally.NAMES), len(window)) for name in models}
+        place = 0
+        for found in zip(*parts, strict=True):
+            reference, here = found[0], slice(place, place + len(found[0]))
+            for (name, out), logits in zip(measured.items(), found, strict=True):
+                if reference.shape != logits.shape:
+                    raise DataError(
+                        f"{name}: its vocabulary is {logits.shape[-1]}, that of {next(iter(models))} is {reference.shape[-1]}; "
+                        "only models with the same tokens can be compared"
+                    )
+                same = logits is reference
+                out[:, here] = _rows(logits, window[place + 1 : here.stop + 1], None if same else reference)
+                tallies[name].dtype = str(logits.dtype).removeprefix("torch.")
+            place = here.stop
+            del found, reference, logits  # before the next ones are computed
+        for name, out in measured.items():
+            tallies[name].add(out)
         if saved is not None:
             saved.keep(tallies, index + 1)
     if progress is not None:
@@ -117,37 +129,38 @@ def evaluate(model: Any, windows: Windows, progress: Progress | None = None, wha
 
 def _check_model(name: str, model: Any) -> None:
     weights = getattr(model, "parameters", None)
-    called = callable(model) and callable(weights) and not isinstance(model, type | torch.jit.ScriptModule)
-    if not called or next(model.parameters(), None) is None:
+    called = callable(model) and not isinstance(model, type | torch.jit.ScriptModule)
+    if not (called or isinstance(model, Partwise)) or not callable(weights) or next(model.parameters(), None) is None:
         raise DataError(
             f"{name}: a causal language model (a torch.nn.Module with weights) is evaluated, got {shown(model)}"
         )
 
 
-def _logits(name: str, model: Any, window: Tensor) -> Tensor:
-    """[length, vocabulary]. DataError for a model that is no causal language model of transformers."""
-    try:
-        out = model(input_ids=window[None], use_cache=False)
-    except TypeError as error:
-        raise DataError(
-            f"{name}: a causal language model of transformers is evaluated; {type(model).__name__} is none ({error})"
-        ) from error
-    logits = getattr(out, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise DataError(
-            f"{name}: {type(model).__name__} gives no logits, so it is no causal language model; evaluate one that is"
-        )
-    return logits[0]
+def _rows(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+    """Loss, KL, top-1 and top-5 of each row of logits, float32 [4, rows].
 
-
-def window_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood of tokens[1:] in nats, float32 [length - 1].
-
-    logits [length, vocabulary] of any float dtype, tokens [length].
+    targets: the token that follows each row; the last row of a window has none, and a loss of 0. reference: logits to compare with;
+    None for the reference itself, whose KL is 0 and whose agreement is 1.
     """
-    losses = torch.empty(len(tokens) - 1, device=logits.device)
-    for rows, targets, found in in_parts(logits[:-1], tokens[1:], losses, vocabulary=logits.shape[-1]):
-        found.copy_(F.cross_entropy(rows.float(), targets, reduction="none"))
+    found = torch.ones(4, len(logits))
+    found[:2] = 0
+    found[0, : len(targets)] = token_losses(logits[: len(targets)], targets.to(logits.device)).cpu()
+    if reference is not None:
+        reference = reference.to(logits.device)
+        found[1] = kl_rows(reference, logits).cpu()
+        first, among = agreement(logits, reference)
+        found[2], found[3] = first.cpu(), among.cpu()
+    return found
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of the target [rows] of each row in nats, float32 [rows].
+
+    logits [rows, vocabulary] of any float dtype.
+    """
+    losses = torch.empty(len(targets), device=logits.device)
+    for rows, wanted, found in in_parts(logits, targets, losses, vocabulary=logits.shape[-1]):
+        found.copy_(F.cross_entropy(rows.float(), wanted, reduction="none"))
     return losses
 
 
@@ -178,21 +191,11 @@ class _Tally:
         )  # loss (its last unused), KL, top-1: sums over windows
         self.dtype = ""
 
-    def add(self, logits: Tensor, tokens: Tensor, reference: Tensor | None) -> None:
-        """One window. reference: logits to compare with; None for the reference itself."""
-        loss = window_loss(logits, tokens).double().cpu()
-        rows = len(tokens)
-        kl, top1, top5 = torch.zeros(rows), torch.ones(rows), torch.ones(rows)
-        if reference is not None:
-            reference = reference.to(logits.device)
-            kl = kl_rows(reference, logits).cpu()
-            first, among = agreement(logits, reference)
-            top1, top5 = first.float().cpu(), among.float().cpu()
-        self.positions[0, :-1] += loss
-        self.positions[1] += kl
-        self.positions[2] += top1
-        self.windows.append([float(each.double().mean()) for each in (loss, kl, top1, top5)])
-        self.dtype = str(logits.dtype).removeprefix("torch.")
+    def add(self, found: Tensor) -> None:
+        """One window. found: loss (its last unused), KL, top-1 and top-5 of each row [4, length]."""
+        self.positions += found[:3].double()
+        losses, *others = found.double()
+        self.windows.append([float(each.mean()) for each in (losses[:-1], *others)])
 
     def evaluation(self) -> Evaluation:
         """Means."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparsec.errors import DataError
+from sparsec.evaluate.logits import logits_in_parts
 
 
 @dataclass
 class KeptLogits:
-    """Called like a language model: it runs `model` and keeps what that gives; after `forget()` it gives that again, in order.
+    """Gives logits in parts: it runs `model` and keeps what that gives; after `forget()` it gives that again, in order.
 
     The file is nameless and gone when this is.
     """
@@ -25,12 +25,13 @@ class KeptLogits:
 
     def __post_init__(self) -> None:
         self._anchor: Tensor = next(self.model.parameters()).detach().new_empty(0)  # tells device and dtype
+        self.config = getattr(self.model, "config", None)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self._next = 0
 
     def forget(self) -> Self:
-        """Lets go of the model, and begins again at the first call."""
+        """Lets go of the model, and begins again at the first window."""
         self.model, self._next = None, 0
         self._file.seek(0)
         return self
@@ -39,11 +40,17 @@ class KeptLogits:
         """One without values."""
         yield nn.Parameter(self._anchor, requires_grad=False)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return SimpleNamespace(logits=self._read() if self.model is None else self._keep(*args, **kwargs))
+    def logits_in_parts(self, window: Tensor, rows: int) -> Iterator[Tensor]:
+        """[rows, vocabulary] and fewer in the last one, of the next window. window: tokens [length]."""
+        if self.model is not None:
+            for part in logits_in_parts("dense", self.model, window, rows):
+                self._keep(part)
+                yield part
+            return
+        for _ in range(0, len(window), rows):
+            yield self._read()
 
-    def _keep(self, *args: Any, **kwargs: Any) -> Tensor:
-        logits: Tensor = self.model(*args, **kwargs).logits
+    def _keep(self, logits: Tensor) -> None:
         self._shapes.append((logits.shape, logits.dtype))
         try:
             self._file.write(logits.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
@@ -52,7 +59,6 @@ class KeptLogits:
                 f"the dense model's logits do not fit into {tempfile.gettempdir()} ({error.strerror or error}); set TMPDIR to a "
                 "folder with more room, or take fewer --eval-windows"
             ) from error
-        return logits
 
     def _read(self) -> Tensor:
         shape, dtype = self._shapes[self._next]

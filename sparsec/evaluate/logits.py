@@ -1,0 +1,99 @@
+"""A language model's logits on a window, a part of the rows at a time: all of a large vocabulary take as much memory as the model.
+
+The body of the model runs once, and the rest of its forward, from the head on, for each part.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sparsec.errors import DataError
+
+LOGITS = 1 << 24
+"""Of one part at most: 64 MB of float32."""
+
+
+@runtime_checkable
+class Partwise(Protocol):
+    """What gives logits in parts by itself."""
+
+    def logits_in_parts(self, window: Tensor, rows: int) -> Iterator[Tensor]:
+        """[rows, vocabulary] and fewer in the last one. window: tokens [length]."""
+        ...
+
+
+def part_rows(model: Any, length: int) -> int:
+    """Rows of a part for windows of a length; all where the model does not tell its vocabulary."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    return min(length, max(1, LOGITS // vocabulary)) if isinstance(vocabulary, int) and vocabulary > 0 else length
+
+
+def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterator[Tensor]:
+    """[rows, vocabulary] and fewer in the last one, in order; one model's parts are to be taken before its next window's.
+
+    window: tokens [length]. DataError for a model that is no causal language model of transformers.
+    """
+    if isinstance(model, Partwise):
+        yield from model.logits_in_parts(window, rows)
+        return
+    if rows >= len(window) or not _splits(model):
+        yield from torch.split(_logits(name, model, window), rows)
+        return
+    places = torch.split(torch.arange(len(window), device=window.device), rows)
+    body: nn.Module = model.base_model
+    found: list[Any] = []
+    hook = body.register_forward_hook(lambda module, args, out: found.append(out))
+    try:
+        first = _logits(name, model, window, logits_to_keep=places[0])
+    finally:
+        hook.remove()
+    if len(found) != 1 or len(first) != len(places[0]):  # not the forward that is known here
+        yield from torch.split(_logits(name, model, window), rows)
+        return
+    yield first
+    del first
+    for place in places[1:]:
+        own = body.__dict__.get("forward")
+        body.__dict__["forward"] = lambda *args, **kwargs: found[0]
+        try:
+            part = _logits(name, model, window, logits_to_keep=place)
+        finally:
+            if own is None:
+                del body.__dict__["forward"]
+            else:
+                body.__dict__["forward"] = own
+        yield part
+        del part
+
+
+def _splits(model: Any) -> bool:
+    """Whether its forward takes the rows that logits are wanted of, and has a body apart from the head."""
+    body = getattr(model, "base_model", None)
+    forward = getattr(model, "forward", None)
+    return (
+        isinstance(body, nn.Module)
+        and body is not model
+        and callable(forward)
+        and "logits_to_keep" in inspect.signature(forward).parameters
+    )
+
+
+def _logits(name: str, model: Any, window: Tensor, **kept: Tensor) -> Tensor:
+    """[length, vocabulary], or of the rows that are to be kept. DataError for a model that is no causal language model."""
+    try:
+        out = model(input_ids=window[None], use_cache=False, **kept)
+    except TypeError as error:
+        raise DataError(
+            f"{name}: a causal language model of transformers is evaluated; {type(model).__name__} is none ({error})"
+        ) from error
+    logits = getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise DataError(
+            f"{name}: {type(model).__name__} gives no logits, so it is no causal language model; evaluate one that is"
+        )
+    return logits[0]
