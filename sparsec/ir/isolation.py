@@ -5,13 +5,16 @@ torch.export has state of the whole process, so that one trace runs at a time. O
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import logging
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +24,6 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from sparsec.ir.names import is_plain, lookup
-
-try:
-    from torch.export import _trace as _PRINTING  # of a graph that fails, what there is of it
-except ImportError:  # it is no promise of torch's
-    _PRINTING = None  # type: ignore[assignment]
 
 _LOCK = threading.RLock()
 _WRITES_NAME = "_format_target"  # a function of torch.fx that not every release may have
@@ -130,15 +128,25 @@ def _no_logs_of_torch() -> Iterator[None]:
     handlers = {h for each in (logging.root, *loggers) if isinstance(each, logging.Logger) for h in each.handlers}
     for handler in handlers:
         handler.addFilter(unheard)
-    if _PRINTING is not None:
-        vars(_PRINTING)["print"] = lambda *args, **how: None if threading.get_ident() == mine else print(*args, **how)
+    printing = _printing()
+    if printing is not None:
+        vars(printing)["print"] = lambda *args, **how: None if threading.get_ident() == mine else print(*args, **how)
     try:
         yield
     finally:
-        if _PRINTING is not None:
-            vars(_PRINTING).pop("print", None)
+        if printing is not None:
+            vars(printing).pop("print", None)
         for handler in handlers:
             handler.removeFilter(unheard)
+
+
+@functools.cache
+def _printing() -> ModuleType | None:
+    """What prints, of a graph that fails, what there is of it. Imported when first traced: it takes two seconds."""
+    try:
+        return importlib.import_module("torch.export._trace")
+    except ImportError:  # it is no promise of torch's
+        return None
 
 
 def _of_torch(hook: Callable[..., Any]) -> bool:
