@@ -46,7 +46,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class Compiled:
     """What `compiled.sparsec` holds: how the model came to be what it is. A plain object, no submodule."""
 
-    graph: Graph
+    kept: Graph  # as it was when somebody last asked for `graph`
     pipeline: Pipeline
     records: tuple[PassRecord, ...]
     trace_seconds: float
@@ -54,6 +54,12 @@ class Compiled:
     notes: tuple[str, ...]  # what tracing and emission had to say
     model: weakref.ref[nn.Module]  # the compiled model
     shares: bool = False  # it holds tensors of the model that it was compiled from, and writes to none of them
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, true of the model as it is now: it may have been moved, converted or trained since it was compiled."""
+        self._follow()
+        return self.kept
 
     def report(self) -> Report:
         """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields.
@@ -68,12 +74,17 @@ class Compiled:
         )
 
     def _now(self) -> tuple[Graph, tuple[str, ...], list[str]]:
-        """The graph made true of its weights, with records of its own; what became of them since; what it does not show."""
-        model = self.model()
-        odd = [] if model is None else rebind(self.graph, model)
-        _refresh(self.graph)
-        now = self.graph.view()
+        """The graph, with records of its own; what became of its weights since; what it does not show."""
+        odd = self._follow()
+        now = self.kept.view()
         return now, settle(now), odd_text(odd, "lowered" in now.facts)
+
+    def _follow(self) -> list[str]:
+        """Lets the graph hold what the model holds now; returns the names that no longer mean the same."""
+        model = self.model()
+        odd = [] if model is None else rebind(self.kept, model)
+        _refresh(self.kept)
+        return odd
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own does, which it stands before, after a warning where pruned weights grew again."""
@@ -90,7 +101,7 @@ class Compiled:
         twin = None if model is None else memo.get(id(model), model)
         for module in () if model is None else model.modules():
             if isinstance(module, SparseLinear) and module.follow is not None and id(module) in memo:
-                memo[id(module)].follow = follower(copied["graph"], module.follow.args[1])
+                memo[id(module)].follow = follower(copied["kept"], module.follow.args[1])
         return Compiled(**copied, model=self.model if twin is None else weakref.ref(twin))
 
     def __reduce__(self) -> NoReturn:
@@ -100,7 +111,7 @@ class Compiled:
         )
 
     def __repr__(self) -> str:
-        lowered = sum(w.packed is not None for w in self.graph.weights.values())
+        lowered = sum(w.packed is not None for w in self.kept.weights.values())
         return f"<sparsec {str(self.pipeline)!r}: {lowered} weights lowered; .report() tells more>"
 
 
@@ -329,7 +340,8 @@ def _refresh(graph: Graph) -> None:
     for weight in list(graph.weights.values()):
         held = graph.tensor(weight.name) if weight.packed is None else next(iter(weight.packed.tensors().values()))
         dtype = held.dtype if weight.packed is None else weight.packed.dtype
-        graph.update(weight.name, dtype=dtype)
+        if dtype != weight.dtype:
+            graph.update(weight.name, dtype=dtype)
         for op in graph.products_of(weight.name):
             if op.kernel_of(weight.name) is None:  # torch's own, whatever becomes of the weight
                 continue
@@ -337,7 +349,9 @@ def _refresh(graph: Graph) -> None:
                 problem = Problem("dense", *weight.matrix_shape, 1, dtype, held.device.type)
             else:
                 problem = Problem.of(weight.packed)
-            graph.ops[op.node] = op.with_kernel(weight.name, select(problem).name)
+            kernel = select(problem).name
+            if kernel != op.kernel_of(weight.name):
+                graph.ops[op.node] = op.with_kernel(weight.name, kernel)
 
 
 def _refuse(model: nn.Module) -> None:

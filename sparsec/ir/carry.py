@@ -20,6 +20,7 @@ def rebind(graph: Graph, model: nn.Module) -> list[str]:
 
     `load_state_dict(assign=True)` and assignments put other parameters in place of those that were traced.
     """
+    _move(graph, model)
     held = dict(model.named_parameters(remove_duplicate=False))
     odd, known, taken = [], set[str](), set[int]()
     for weight in graph.weights.values():
@@ -41,6 +42,27 @@ def rebind(graph: Graph, model: nn.Module) -> list[str]:
             owner, _, leaf = weight.name.rpartition(".")
             graph.module.get_submodule(owner).register_parameter(leaf, first)
     return [*odd, *(name for name in held if name not in known)]
+
+
+def _move(graph: Graph, model: nn.Module) -> None:
+    """Buffers, the graph's own constants and its example follow a model that was moved or converted."""
+    parameters, held = dict(model.named_parameters()), dict(model.named_buffers(remove_duplicate=False))
+    device = next((t.device for t in (*parameters.values(), *held.values())), None)
+    if device is None or device.type == "meta":
+        return
+    before = next((t.device for t in graph.example), device)
+    for name, own in list(graph.module.named_buffers(remove_duplicate=False)):
+        new = own.to(device) if name not in held and own.device == before else held.get(name)
+        if new is not None and new is not own and new.shape == own.shape:
+            owner, _, leaf = name.rpartition(".")
+            graph.module.get_submodule(owner).register_buffer(leaf, new)
+    became = {}
+    for weight in graph.weights.values():
+        now = parameters.get(weight.name) if weight.packed is None else weight.packed.values
+        if now is not None:
+            became[weight.dtype] = now.dtype
+    if any(t.device != device or became.get(t.dtype, t.dtype) != t.dtype for t in graph.example):
+        graph.example = tuple(t.to(device, became.get(t.dtype, t.dtype)) for t in graph.example)
 
 
 def carry(old: Graph, new: Graph) -> list[str]:

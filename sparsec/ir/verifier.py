@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils.weak import TensorWeakRef
 
 from sparsec import serial
 from sparsec.errors import FormatError
@@ -33,8 +34,25 @@ def problems(graph: Graph, recompute: bool = False) -> list[str]:
     return found
 
 
-def snapshot(graph: Graph, contents: bool = False) -> Hashable:
-    """Changes when the dataflow, a mask or a stored tensor does; facts do not count.
+class _Held:
+    """A tensor as it is now; equal to another of the same tensor in the same state. Keeps no tensor alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Not its id, which another tensor may have once this one is gone.
+        self._tensor = TensorWeakRef(tensor)
+        self._state = (None if tensor.is_inference() else tensor._version, _pointer(tensor))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Held):
+            return NotImplemented
+        tensor = self._tensor()
+        return tensor is not None and tensor is other._tensor() and self._state == other._state
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def snapshot(graph: Graph, contents: bool = False) -> tuple[Any, ...]:
+    """Another than before when the dataflow, a mask or a stored tensor is; facts do not count. To be compared by ==.
 
     Tensors are told apart by identity and version, which `.data` can get around; with `contents` also by a hash of their values.
     """
@@ -42,10 +60,8 @@ def snapshot(graph: Graph, contents: bool = False) -> Hashable:
     held = [t for w in graph.weights.values() if w.packed is not None for t in w.packed.tensors().values()]
     masks = [w.mask for w in graph.weights.values() if w.mask is not None]
     tensors = [*graph.module.parameters(), *graph.module.buffers(), *held, *masks]
-    state = tuple((id(t), None if t.is_inference() else t._version, _pointer(t)) for t in tensors)
-    if contents:
-        state += tuple((i, _hash(t), 0) for i, t in enumerate(tensors))
-    return nodes, state, tuple((w.name, w.frozen) for w in graph.weights.values())
+    hashes = tuple(map(_hash, tensors)) if contents else ()
+    return nodes, tuple(map(_Held, tensors)), hashes, tuple((w.name, w.frozen) for w in graph.weights.values())
 
 
 def outputs_differ(before: Any, after: Any, exact: bool) -> str:
