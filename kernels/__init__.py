@@ -8,7 +8,7 @@ from __future__ import annotations
 from sparsec.kernels.loader import NativeStatus, force_isa, status
 from sparsec.kernels.ops import operator, operator_args
 from sparsec.kernels.reference import tolerance
-from sparsec.kernels.registry import KERNELS, Kernel, Problem, select
+from sparsec.kernels.registry import KERNELS, Kernel, Problem, add, known, select
 from sparsec.kernels.sparse_linear import SparseLinear
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "NativeStatus",
     "Problem",
     "SparseLinear",
+    "add",
     "force_isa",
+    "known",
     "operator",
     "operator_args",
     "select",

@@ -17,7 +17,7 @@ from sparsec.errors import KernelError
 from sparsec.kernels import loader
 from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.derivatives import mapped, transformed
-from sparsec.kernels.ops import LIBRARY, has_native, loads_native
+from sparsec.kernels.ops import LIBRARY, loads_native
 from sparsec.kernels.reference import check_operands, check_x
 
 NAME = "dense_linear"
@@ -31,7 +31,7 @@ dense_linear: OpOverload = torch.ops.sparsec.dense_linear.default
 @functools.cache
 def native_serves(name: str) -> bool:
     """Whether the native library implements the operator `sparsec::name`; loads it, and may build it, at the first call."""
-    return loader.status().built and has_native(name)
+    return loader.status().built and loader.has_native(name)
 
 
 def check_dense_call(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

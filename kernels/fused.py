@@ -22,7 +22,8 @@ from sparsec.formats.parts import DENSE, Part, unflatten
 from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.derivatives import mapped, transformed, without_derivatives
-from sparsec.kernels.ops import LIBRARY, OPERATORS, loads_native
+from sparsec.kernels.ops import LIBRARY, loads_native, operator_of
+from sparsec.kernels.registry import foreign
 
 NAME = "fused_linear"
 INFERENCE = "inference_linear"
@@ -39,7 +40,7 @@ inference_single: OpOverload = torch.ops.sparsec.inference_single.default
 
 def part_operator(part: Part[Tensor]) -> OpOverload:
     """The operator that computes one part by itself."""
-    return dense_linear if part.format == DENSE else OPERATORS[part.format]
+    return dense_linear if part.format == DENSE else operator_of(part.format)
 
 
 def _separately(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
@@ -64,6 +65,9 @@ def _single(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> Tens
 def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
     """Each part's own gradients: x and bias of a packed part, the weight too of a dense one."""
     if transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
+        return _separately(x, tensors, layout)
+    # Another package's kernel, which the native library would pass by.
+    if any(foreign(part.format, "cpu") for part in unflatten(tensors, layout)):
         return _separately(x, tensors, layout)
     with torch._C._AutoDispatchBelowAutograd():
         out: list[Tensor] = fused_linear(x, tensors, layout)

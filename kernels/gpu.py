@@ -14,6 +14,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,8 @@ from torch import Tensor
 from sparsec import cache
 from sparsec.errors import CacheError, KernelError
 from sparsec.formats.base import Packed
-from sparsec.formats.bitmap import Bitmap
-from sparsec.formats.bsr import BSR
-from sparsec.formats.csr import CSR
 from sparsec.formats.layout import Layout
 from sparsec.formats.nm import NM
-from sparsec.formats.wcsr import WIDEST, WarpCSR
 from sparsec.kernels import gpu_launch, gpu_semi_structured
 
 OLDEST = (8, 0)
@@ -126,10 +123,28 @@ def take_tuned() -> None:
 
 
 def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x [..., in] @ W.T + bias -> [..., out] by the kernel of W's format; arguments are checked already.
+    """x [..., in] @ W.T + bias -> [..., out] by the Triton kernel of W's format; arguments are checked already.
 
     Raises KernelError where an offset would pass 32 bits.
     """
+    take_tuned()
+    return _flat(x, packed, bias, kernel_of(packed.format))
+
+
+def semi_structured(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
+    """The same by cuSPARSELt, and by Triton where that takes no weight now: what it refuses is named, and not asked again."""
+
+    def run(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
+        triton = import_module("sparsec.kernels.gpu_nm")
+        found = gpu_semi_structured.linear(x, packed, bias, triton.expand)
+        return kernel_of(NM.format)(x, packed, bias) if found is None else found
+
+    return _flat(x, packed, bias, run)
+
+
+def _flat(
+    x: Tensor, packed: Packed, bias: Tensor | None, run: Callable[[Tensor, Any, Tensor | None], Tensor]
+) -> Tensor:
     out_features, in_features = packed.shape
     tokens, shape = math.prod(x.shape[:-1]), (*x.shape[:-1], out_features)
     if not tokens * out_features:
@@ -150,7 +165,7 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if strided:
         raise KernelError(f"{packed.format}_linear: {strided[0]} has gaps in memory; call .contiguous() on it")
     bias = None if bias is None else bias.contiguous()
-    return kernel_of(packed)(x.reshape(tokens, in_features).contiguous(), packed, bias).view(shape)
+    return run(x.reshape(tokens, in_features).contiguous(), packed, bias).view(shape)
 
 
 def largest(packed: Packed) -> int:
@@ -158,58 +173,21 @@ def largest(packed: Packed) -> int:
     return max(t.numel() for t in packed.tensors().values())
 
 
-def kernel_of(packed: Packed) -> Callable[[Tensor, Any, Tensor | None], Tensor]:
+def kernel_of(format_name: str) -> Callable[[Tensor, Any, Tensor | None], Tensor]:
     """The function (x [tokens, in], packed, bias) -> [tokens, out] that launches the kernels of a format."""
     # Here and not above: importing them imports triton.
-    match packed:
-        case CSR():
-            from sparsec.kernels.gpu_csr import csr
-
-            return csr
-        case WarpCSR():
-            from sparsec.kernels.gpu_wcsr import wcsr
-
-            return wcsr
-        case Bitmap():
-            from sparsec.kernels.gpu_bitmap import bitmap
-
-            return bitmap
-        case BSR():
-            from sparsec.kernels.gpu_bsr import bsr
-
-            return bsr
-        case NM():
-            from sparsec.kernels.gpu_nm import nm
-
-            return nm
-    raise KernelError(f"format {packed.format!r} has no Triton kernel")
-
-
-RELAID: dict[tuple[str, str], type[WarpCSR] | type[CSR]] = {("cuda", "csr"): WarpCSR, ("cpu", "wcsr"): CSR}
-"""(device type, format) -> the format with kernels there that holds the same: CSR is laid out for one kind of machine."""
-
-
-def for_device(packed: Packed, device: str) -> Packed:
-    """The same matrix in the format that a type of device has kernels for; the very same object where it is that already."""
-    kind = RELAID.get((device, packed.format))
-    if kind is None or packed.dtype not in kind.dtypes or (kind is WarpCSR and packed.shape[1] > WIDEST):
-        return packed
-    dense = packed.unpack()
-    kept = dense != 0
-    # Which zeros were kept cannot be told from padding; so many are again, and the number of kept weights stays what it was.
-    zeros = packed.nnz - int(kept.count_nonzero())
-    if zeros:
-        kept.view(-1)[(~kept).view(-1).nonzero()[:zeros, 0]] = True
-    return kind.pack(dense, kept)
+    found: Callable[[Tensor, Any, Tensor | None], Tensor] = getattr(
+        import_module(f"sparsec.kernels.gpu_{format_name}"), format_name
+    )
+    return found
 
 
 _warned: set[str] = set()
 
 
-def refuses(packed: Packed) -> bool:
-    """Whether the reference has to serve on a CUDA device; the first time, one warning says why."""
+def warn_of_reference(packed: Packed) -> None:
+    """One warning for each reason why the reference has to serve on a CUDA device."""
     reason = "; ".join(missing()) or unsupported(packed.describe(), packed.dtype)
     if reason and reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"sparsec runs on its slow reference kernels on this GPU: {reason}", RuntimeWarning, stacklevel=3)
-    return bool(reason)

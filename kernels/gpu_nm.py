@@ -1,5 +1,4 @@
-"""N:M on a GPU: few rows of x by gathers within a group, many through an expanded matrix and torch's dense product, or 2:4 by
-the library for it.
+"""N:M on a GPU: few rows of x by gathers within a group, many through an expanded matrix and torch's dense product.
 
 A program takes a panel of 16 rows of W, in tiles of one dimension as the panel lies in memory: slot by slot, 16 rows in each.
 """
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from sparsec.formats.nm import INDEX_BITS, NM
 from sparsec.formats.panels import panel_count
-from sparsec.kernels import gpu_semi_structured
 from sparsec.kernels.gpu_launch import FEW, Config, Launch, pick, rows_at_once, splits
 from sparsec.kernels.gpu_sums import Partial
 
@@ -95,8 +93,7 @@ def nm_expand_kernel(
 def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
     """x [tokens, in] @ W.T + bias -> [tokens, out]."""
     if x.shape[0] > FEW:
-        found = gpu_semi_structured.linear(x, packed, bias, expand)
-        return F.linear(x, expand(packed), bias) if found is None else found
+        return F.linear(x, expand(packed), bias)
     tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
     choices = ONE if m <= 2 else SEVERAL

@@ -124,7 +124,6 @@ def linear(x: Tensor, packed: NM, bias: Tensor | None, expand: Callable[[NM], Te
         said = str(error).partition("\n")[0]
         rows, (out_features, in_features) = x.shape[0], packed.shape
         _refused.append(f"cuSPARSELt refused {packed.describe()} of {out_features}x{in_features}, {rows} rows: {said}")
-        _twins.clear()
         text = f"2:4 products of many rows go through expanded weights: {_refused[0]}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return None

@@ -18,6 +18,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sparsec import cache, files
 from sparsec.arguments import checked
 from sparsec.errors import BuildError, CacheError, KernelError, UnsafeCacheError
@@ -123,6 +125,11 @@ def status() -> NativeStatus:
     """
     loaded = _loaded()
     return loaded if isinstance(loaded, NativeStatus) else _describe(loaded)
+
+
+def has_native(name: str) -> bool:
+    """Whether the loaded native library implements the operator `sparsec::name`; loads nothing."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsec::{name}", "CPU"))
 
 
 def asked() -> bool:

@@ -1,7 +1,7 @@
 """The operators: schema, shape rule and gradient of every format, defined once, whatever machine executes them.
 
-The reference is the implementation for every device; the native library replaces it on the CPU when it is loaded, and Triton
-kernels on CUDA devices that have them. So a graph holds the same operator names with and without a compiler. All formats
+The implementation for every device asks the table of kernels (registry.py); the native library, once it is loaded, replaces it on
+the CPU. So a graph holds the same operator names with and without a compiler. All formats
 follow one rule: operator `<format>_linear` takes `(x, *packed.tensors().values(), bias, *packed.scalars().values())`, and
 everything here is made from that.
 
@@ -10,6 +10,7 @@ Derivatives are for x and bias. Packed values are constants: a call whose values
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -22,9 +23,10 @@ from sparsec.arguments import checked
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.kernels import autocast, gpu, loader
+from sparsec.kernels import autocast, loader
 from sparsec.kernels.derivatives import Argument, Product, mapped, refuse_constants, transformed
 from sparsec.kernels.reference import check_call, reference_linear
+from sparsec.kernels.registry import dispatch, foreign
 
 # Operators live as long as the library object.
 LIBRARY = torch.library.Library("sparsec", "DEF")  # type: ignore[no-untyped-call]
@@ -33,10 +35,28 @@ LIBRARY = torch.library.Library("sparsec", "DEF")  # type: ignore[no-untyped-cal
 @checked
 def operator(packed: Packed) -> OpOverload:
     """The operator that multiplies by a packed matrix. KernelError for a format without one."""
-    try:
-        return OPERATORS[packed.format]
-    except KeyError:
-        raise KernelError(f"format {packed.format!r} has no operator; those with one: {', '.join(OPERATORS)}") from None
+    return operator_of(packed.format)
+
+
+def operator_of(format_name: str) -> OpOverload:
+    """That of a format; the first question about a format that a package offers defines it."""
+    if format_name not in OPERATORS:
+        if format_name not in FORMATS:
+            raise KernelError(f"format {format_name!r} has no operator; those with one: {', '.join(OPERATORS)}")
+        OPERATORS[format_name] = _define(FORMATS[format_name])
+    if foreign(format_name, "cpu"):
+        _ask_table(format_name)
+    return OPERATORS[format_name]
+
+
+@functools.cache
+def _ask_table(format_name: str) -> None:
+    """From now on the table is asked at every call on a CPU too, before the native library."""
+
+    def implementation(x: Tensor, *args: Argument) -> Tensor:
+        return dispatch(x, *packed_and_bias(format_name, args))
+
+    torch.library.impl(LIBRARY, f"{format_name}_linear", "BackendSelect")(implementation)
 
 
 @checked
@@ -67,15 +87,10 @@ def explain(format_name: str, error: RuntimeError, x: Tensor, args: Sequence[Arg
         raise KernelError(name + reason.partition("\n")[0])
 
 
-def has_native(name: str) -> bool:
-    """Whether the loaded native library implements the operator `sparsec::name`; loads nothing."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsec::{name}", "CPU"))
-
-
 def loads_native(x: Tensor, name: str) -> bool:
     """Whether this first call on a CPU brought a native implementation, which is then the one to call."""
     # Without the last question an operator that the library lacks would call itself for ever.
-    return x.device.type == "cpu" and not loader.asked() and loader.status().built and has_native(name)
+    return x.device.type == "cpu" and not loader.asked() and loader.status().built and loader.has_native(name)
 
 
 def _define(kind: type[Packed]) -> OpOverload:
@@ -90,17 +105,7 @@ def _define(kind: type[Packed]) -> OpOverload:
     bias_at = len(kind.tensor_names) + 1  # from x on
 
     def implementation(x: Tensor, *args: Argument) -> Tensor:
-        if loads_native(x, name):
-            return cast(Tensor, op(x, *args))
-        return reference_linear(x, *packed_and_bias(kind.format, args))
-
-    def on_gpu(x: Tensor, *args: Argument) -> Tensor:
-        packed, bias = packed_and_bias(kind.format, args)
-        check_call(x, packed, bias)
-        if gpu.refuses(packed):
-            return reference_linear(x, packed, bias)
-        gpu.take_tuned()
-        return gpu.product(x, packed, bias)
+        return dispatch(x, *packed_and_bias(kind.format, args))
 
     def fake(x: Tensor, *args: Argument) -> Tensor:
         packed, bias = packed_and_bias(kind.format, args)
@@ -121,7 +126,7 @@ def _define(kind: type[Packed]) -> OpOverload:
             return cast(Tensor, op(x, *args))
 
     torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(implementation)
-    torch.library.impl(LIBRARY, name, "CUDA")(on_gpu)
+    torch.library.impl(LIBRARY, name, "CUDA")(implementation)
     torch.library.register_fake(f"sparsec::{name}", fake, lib=LIBRARY)
     autocast.follow(LIBRARY, name, op)
     torch.library.impl(LIBRARY, name, "Autograd")(with_derivatives)

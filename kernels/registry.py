@@ -1,24 +1,42 @@
-"""Which kernel serves which problem: an explicit ordered table, the fastest first.
+"""Which kernel serves which problem: an explicit ordered table, the fastest first. What `select` returns is what runs.
 
-Kernels of one format share its operator. The dispatcher picks the implementation by device; this table says which one
-that is, and why the others cannot.
+Every format has one operator, so that graphs hold the same names everywhere. Its implementations ask this table (`dispatch`). The
+native library is the one that is not asked about at every call: where no package offers a kernel for the CPU, it is the first of
+its format there, and torch goes to it at once.
+
+A package offers a kernel by an entry point of the group `sparsec.kernels` that names a `Kernel`:
+
+    [project.entry-points."sparsec.kernels"]
+    my_kernel = "my_package.my_module:MY_KERNEL"
+
+Those offered come before sparsec's own of their format; `refuses` says what they are not for.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch._ops import OpOverload
+import torch.nn.functional as F
+from torch import Tensor
 
 from sparsec.arguments import checked
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS, NM, WarpCSR
 from sparsec.formats.base import Packed
+from sparsec.formats.layout import for_device
+from sparsec.formats.parts import Part, flatten
 from sparsec.kernels import gpu, gpu_semi_structured, loader
-from sparsec.kernels.dense import dense_linear
-from sparsec.kernels.ops import OPERATORS, has_native
+from sparsec.kernels.reference import check_call, dense_product
+from sparsec.offered import offered
+
+ENTRY_POINTS = "sparsec.kernels"
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -31,39 +49,48 @@ class Problem:
     tokens: int = 1
     dtype: torch.dtype = torch.float32
     device: str = "cpu"  # device type
-    density: float = 0.5
     layout: str = ""  # the format with its parameters, such as csr8, where they are known
 
     @classmethod
     @checked
     def of(cls, packed: Packed, tokens: int = 1) -> Problem:
         """The problem that a packed matrix poses."""
-        device = next(iter(packed.tensors().values())).device.type
-        return cls(packed.format, *packed.shape, tokens, packed.dtype, device, 1.0 - packed.sparsity, packed.describe())
+        return cls(packed.format, *packed.shape, tokens, packed.dtype, packed.values.device.type, packed.describe())
 
     def __str__(self) -> str:
         dtype, rows = str(self.dtype).removeprefix("torch."), f"{self.tokens} row{'s' * (self.tokens != 1)} of x"
         return f"{self.layout or self.format} of {self.out_features}x{self.in_features} in {dtype} on {self.device}, for {rows}"
 
 
-@dataclass(frozen=True)
+def always() -> list[str]:
+    """Of a kernel that can run on every machine."""
+    return []
+
+
+def serves_all(problem: Problem) -> str:
+    """Of a kernel that refuses no problem of its format, types and devices."""
+    return ""
+
+
+@dataclass(frozen=True, eq=False)
 class Kernel:
-    """One implementation of a format's operator."""
+    """One way to multiply by the packed matrices of a format: what it accepts, and how it is run."""
 
     name: str
     format: str
-    op: OpOverload
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None  # None: every device
-    missing: Callable[[], list[str]]
-    refuses: Callable[[Problem], str] = lambda problem: ""  # why not, where it is not format, type or device
+    run: Callable[[Tensor, Any, Tensor | None], Tensor]
+    """(x [..., in], packed matrix or dense weight, bias or None) -> [..., out]. They fit each other by then."""
+    missing: Callable[[], list[str]] = always  # why it cannot run on this machine
+    refuses: Callable[[Problem], str] = serves_all  # why not, where it is not format, type or device
 
     def available(self) -> list[str]:
         """Why it cannot run on this machine; empty when it can. May build the native library."""
         return self.missing()
 
-    def unsupported(self, problem: Problem) -> list[str]:
-        """Why it cannot serve the problem; empty when it can."""
+    def unfit(self, problem: Problem) -> list[str]:
+        """Why the problem is not for it, whatever the machine; empty when it is."""
         reasons = []
         if problem.format != self.format:
             reasons.append(f"serves format {self.format}, not {problem.format}")
@@ -74,8 +101,12 @@ class Kernel:
             reasons.append(f"runs on {', '.join(self.devices)}, not {problem.device}")
         if not reasons and (reason := self.refuses(problem)):
             reasons.append(reason)
-        # Last, and only where it matters, since asking may start a build.
-        return reasons or self.available()
+        return reasons
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        """Why it cannot serve the problem here; empty when it can."""
+        # The machine last, and only where it matters, since asking may start a build.
+        return self.unfit(problem) or self.available()
 
 
 def native_missing(operator_name: str) -> Callable[[], list[str]]:
@@ -85,32 +116,53 @@ def native_missing(operator_name: str) -> Callable[[], list[str]]:
         status = loader.status()
         if status.reason is not None:
             return [status.reason]
-        if not has_native(operator_name):
+        if not loader.has_native(operator_name):
             return [f"{status.path} has no {operator_name}; build it again with python -m sparsec.kernels.build"]
         return []
 
     return reasons
 
 
+def _native(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    part = Part(packed.format, tuple(packed.tensors().values()), bias, tuple(packed.scalars().values()))
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = torch.ops.sparsec.inference_single(x, *flatten([part]))
+    return out
+
+
+def _reference(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return dense_product(x, packed.unpack(), bias)
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.sparsec.dense_linear(x, weight, bias)
+    return out
+
+
 def _of_format(kind: type[Packed]) -> tuple[Kernel, ...]:
-    """The kernels of a format and their slow twin."""
-    name, op = kind.format, OPERATORS[kind.format]
+    """The kernels of one of sparsec's formats, and their slow twin."""
+    name, dtypes = kind.format, kind.dtypes
     triton = Kernel(
-        *(f"{name}_triton", name, op, kind.dtypes, ("cuda",), gpu.missing),
+        *(f"{name}_triton", name, dtypes, ("cuda",), gpu.product, gpu.missing),
         refuses=lambda problem: gpu.unsupported(problem.layout, problem.dtype),
     )
     if kind is WarpCSR:  # a layout for warps: elsewhere csr serves
-        return (triton, Kernel(f"{name}_reference", name, op, kind.dtypes, ("cuda",), list))
+        return (triton, Kernel(f"{name}_reference", name, dtypes, ("cuda",), _reference))
     return (
-        Kernel(f"{name}_cpu", name, op, kind.dtypes, ("cpu",), native_missing(f"{name}_linear")),
-        *([_semi_structured(op)] if kind is NM else []),
+        Kernel(f"{name}_cpu", name, dtypes, ("cpu",), _native, native_missing(f"{name}_linear")),
+        *([_semi_structured()] if kind is NM else []),
         triton,
-        Kernel(f"{name}_reference", name, op, kind.dtypes, None, list),
+        reference_kernel(kind),
     )
 
 
-def _semi_structured(op: OpOverload) -> Kernel:
-    """Of 2:4: what takes many rows of x to the library for it, and is reached through the Triton kernels."""
+def reference_kernel(kind: type[Packed]) -> Kernel:
+    """The last of every format: expands the matrix and multiplies, on every device."""
+    return Kernel(f"{kind.format}_reference", kind.format, kind.dtypes, None, _reference)
+
+
+def _semi_structured() -> Kernel:
+    """Of 2:4: takes many rows of x to the library for it."""
 
     def refuses(problem: Problem) -> str:
         shape = (problem.out_features, problem.in_features)
@@ -119,28 +171,95 @@ def _semi_structured(op: OpOverload) -> Kernel:
     def reasons() -> list[str]:
         return gpu.missing() or gpu_semi_structured.missing()
 
-    return Kernel(gpu_semi_structured.NAME, NM.format, op, gpu_semi_structured.DTYPES, ("cuda",), reasons, refuses)
+    name, dtypes = gpu_semi_structured.NAME, gpu_semi_structured.DTYPES
+    return Kernel(name, NM.format, dtypes, ("cuda",), gpu.semi_structured, reasons, refuses)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 KERNELS: tuple[Kernel, ...] = (
     *(kernel for kind in FORMATS.values() for kernel in _of_format(kind)),
-    Kernel("dense_cpu", "dense", dense_linear, _FLOATS, ("cpu",), native_missing("dense_linear")),
-    Kernel("dense_torch", "dense", torch.ops.aten.linear.default, _FLOATS, None, list),
+    Kernel("dense_cpu", DENSE, _FLOATS, ("cpu",), _dense, native_missing("dense_linear")),
+    Kernel("dense_torch", DENSE, _FLOATS, None, F.linear),
 )
+"""Sparsec's own."""
+_added: list[Kernel] = []
 
 
 @checked
-def select(problem: Problem, kernels: tuple[Kernel, ...] = KERNELS) -> Kernel:
-    """The first kernel that serves the problem.
+def add(kernel: Kernel) -> None:
+    """Puts a kernel before all others of its format. KernelError for a name that is taken."""
+    if any(k.name == kernel.name for k in known()):
+        raise KernelError(f"the name {kernel.name!r} is taken by another kernel; give yours one of its own")
+    _added.insert(0, kernel)
+    _table.cache_clear()
+
+
+def known() -> tuple[Kernel, ...]:
+    """Every kernel, in the order in which they are asked: those of other packages, then sparsec's own."""
+    return _table(tuple(FORMATS))
+
+
+@functools.cache
+def _table(formats: tuple[str, ...]) -> tuple[Kernel, ...]:
+    own = {kernel.format for kernel in KERNELS}
+    references = [reference_kernel(FORMATS[name]) for name in formats if name not in own]
+    return (*_added, *_offered(), *KERNELS, *references)
+
+
+@functools.cache
+def _offered() -> tuple[Kernel, ...]:
+    found: dict[str, Kernel] = {}
+    for what, kernel in offered(ENTRY_POINTS):
+        if not isinstance(kernel, Kernel):
+            warnings.warn(f"{what} is no sparsec.kernels.Kernel and is left out", stacklevel=2)
+        elif kernel.name in found or any(k.name == kernel.name for k in KERNELS):
+            raise KernelError(f"{what} offers a kernel {kernel.name!r}, but that name is taken")
+        else:
+            found[kernel.name] = kernel
+    return tuple(found.values())
+
+
+def foreign(format_name: str, device: str) -> bool:
+    """Whether a package offers a kernel for a format on a type of device."""
+    others = [*_added, *_offered()]
+    return any(k.format == format_name and (k.devices is None or device in k.devices) for k in others)
+
+
+@checked
+def select(problem: Problem, kernels: tuple[Kernel, ...] | None = None) -> Kernel:
+    """The first kernel that serves the problem here; kernels: among which, all known ones by default.
 
     When none does, KernelError lists every kernel of the format with its reasons, and all kernels where none is of that format.
     """
-    refusals = []
-    for kernel in [k for k in kernels if k.format == problem.format] or kernels:
-        reasons = kernel.unsupported(problem)
-        if not reasons:
+    table = known() if kernels is None else kernels
+    for kernel in _fitting(problem, table):
+        if not kernel.available():  # which may change: a library that refused once is not asked again
             return kernel
-        refusals.append(f"  {kernel.name}: {'; '.join(reasons)}")
+    listed = [k for k in table if k.format == problem.format] or table
+    refusals = [f"  {kernel.name}: {'; '.join(kernel.unsupported(problem))}" for kernel in listed]
     raise KernelError(f"no kernel serves {problem}:\n" + "\n".join(refusals))
+
+
+@functools.lru_cache(4096)
+def _fitting(problem: Problem, kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    return tuple(kernel for kernel in kernels if not kernel.unfit(problem))
+
+
+def dispatch(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., in] @ W.T + bias -> [..., out] by the kernel that `select` names. KernelError for arguments that do not fit.
+
+    A matrix that is laid out for another kind of machine, and has no kernel here, is laid out anew at every call.
+    """
+    check_call(x, packed, bias)
+    tokens = math.prod(x.shape[:-1])
+    try:
+        kernel = select(Problem.of(packed, tokens))
+    except KernelError:
+        there = for_device(packed, x.device.type)
+        if there is packed:
+            raise
+        return dispatch(x, there, bias)
+    if x.device.type == "cuda" and kernel.run is _reference:
+        gpu.warn_of_reference(packed)
+    return kernel.run(x, packed, bias)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
-from sparsec.formats.parts import FORMAT_NUMBERS
+from sparsec.formats.layout import for_device
+from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
-from sparsec.kernels.gpu import for_device
 from sparsec.kernels.group import Grouped
 from sparsec.kernels.loading import loadable
-from sparsec.kernels.ops import OPERATORS, explain, operator
-from sparsec.kernels.registry import Problem, select
+from sparsec.kernels.ops import explain, operator, operator_of
+from sparsec.kernels.registry import Problem, foreign, select
 from sparsec.kernels.weight_view import WeightView, written
 
 
@@ -77,7 +77,8 @@ class SparseLinear(Grouped, nn.Module):
         self._names = tuple(packed.tensors())
         self._scalars = packed.scalars()
         self._scalar_args = tuple(self._scalars.values())
-        number = FORMAT_NUMBERS[packed.format]
+        number = format_number(packed.format)
+        self._asks = foreign(packed.format, "cpu")
         self._layouts = tuple((number, has_bias, *self._scalar_args) for has_bias in (0, 1))
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
@@ -121,7 +122,9 @@ class SparseLinear(Grouped, nn.Module):
         return out
 
     def part(self) -> tuple[list[Tensor], tuple[int, ...]]:
-        """What a group multiplies by for this module."""
+        """What a group multiplies by for this module. KeyError where it has to compute by itself."""
+        if self._asks:  # another package's kernel, which the native library would pass by
+            raise KeyError(self.format)
         buffers = self._buffers
         tensors = [buffers[n] for n in self._names]
         bias = self._parameters["bias"]
@@ -210,7 +213,7 @@ class SparseLinear(Grouped, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._op = OPERATORS[self.format]
+        self._op = operator_of(self.format)
 
     def extra_repr(self) -> str:
         packed = self.packed

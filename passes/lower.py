@@ -10,12 +10,11 @@ from typing import ClassVar, Literal
 from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError
 from sparsec.formats import WarpCSR
-from sparsec.formats.layout import DENSE, Layout
+from sparsec.formats.layout import DENSE, Layout, for_device
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem, gpu_semi_structured
 from sparsec.kernels import select as select_kernel
-from sparsec.kernels.gpu import for_device
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
 from sparsec.lowering.setting import calibrated, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult

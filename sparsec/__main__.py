@@ -11,7 +11,7 @@ from sparsec.command import guarded
 from sparsec.commands import COMMANDS, find
 from sparsec.errors import SparsecError
 from sparsec.formats import FORMATS
-from sparsec.kernels import KERNELS
+from sparsec.kernels import known
 from sparsec.machine import machine
 from sparsec.pipeline.spec import signature
 from sparsec.pipeline.table import known_passes
@@ -79,7 +79,7 @@ def overview() -> str:
     for name, kind in FORMATS.items():
         lines += paragraph(f"{kind.__doc__}".strip().splitlines()[0], f"{name:<12}")
     lines += heading("Kernels")
-    for kernel in KERNELS:
+    for kernel in known():
         devices = ", ".join(kernel.devices) if kernel.devices else "every device"
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
         text = f"{here.kernels[kernel.name]}: format {kernel.format}, {devices}, {dtypes}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sparsec.kernels import KERNELS, status
+from sparsec.kernels import known, status
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def machine() -> Machine:
         versions={name: _version(name) for name in PACKAGES},
         commit=_commit(),
         threads=torch.get_num_threads(),
-        kernels={kernel.name: "; ".join(kernel.available()) or "ready" for kernel in KERNELS},
+        kernels={kernel.name: "; ".join(kernel.available()) or "ready" for kernel in known()},
         native=_native(),
         load=load(),
     )

@@ -70,7 +70,7 @@ def invented() -> Calibration:
 def served(monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel, ...]:
     """As if there were a GPU."""
     here = tuple(replace(k, missing=list) if k.name.endswith("_triton") else k for k in KERNELS)
-    monkeypatch.setattr(measure_gpu, "KERNELS", here)
+    monkeypatch.setattr(measure_gpu, "known", lambda: here)
     monkeypatch.setattr(choice, "select", lambda problem: sparsec.kernels.select(problem, here))
     return here
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +64,16 @@ def test_write_a_pass(run: Run) -> None:
     compiled = run("write_a_pass")
     assert compiled.sparsec.records[0].spec == "random_mask(0.5, seed=1)"
     assert sparsities(compiled, "mlp") == {0.5}
+
+
+def test_write_a_format(tmp_path: Path) -> None:
+    """In a process of its own: what it adds to the tables would be there for all other tests."""
+    example = ROOT / "examples" / "write_a_format.py"
+    assert len(example.read_text().splitlines()) < 100
+    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "flat[flat_reference]" in done.stdout
+    assert "flat, 90.0% zero, flat_sums)" in done.stdout
+    assert float(done.stdout.rpartition("off by ")[2]) < 1e-5
 
 
 def test_inspect_ir(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 import sparsec
 from sparsec.errors import KernelError
 from sparsec.formats import CSR, Packed, WarpCSR
+from sparsec.formats.layout import for_device
 from sparsec.kernels import KERNELS, Problem, gpu, gpu_launch, operator, operator_args, select, tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,8 +233,10 @@ def test_what_no_kernel_serves_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_warned", set())
     packed = some(LAYOUTS["csr8"], 4, 4, 0.5, torch.float32)[0]
     with pytest.warns(RuntimeWarning, match="slow reference kernels on this GPU"):
-        assert gpu.refuses(packed)
-    assert gpu.refuses(packed)  # and says nothing more
+        gpu.warn_of_reference(packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gpu.warn_of_reference(packed)  # and says nothing more
 
 
 def test_an_old_device_and_a_missing_triton_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,32 +263,38 @@ def test_csr_is_laid_out_for_each_kind_of_device(
 ) -> None:
     packed, kept = some(LAYOUTS["csr8" if seed % 2 else "csr16"], out_features, in_features, density, dtype, seed)
     for device, kind in (("cuda", WarpCSR), ("cpu", CSR)):
-        there = gpu.for_device(packed, device)
+        there = for_device(packed, device)
         there.check()
         if device == "cuda":
             assert isinstance(there, kind)
         assert torch.equal(there.unpack(), kept)
         assert (there.nnz, there.dtype, there.shape) == (packed.nnz, packed.dtype, packed.shape)
-        back = gpu.for_device(there, "cpu")
-        assert isinstance(back, CSR)
-        assert torch.equal(back.unpack(), kept)
+        back = for_device(there, "cpu")
+        assert back.describe() == packed.describe()
+        assert torch.equal(back.unpack().view(dtype=torch.uint8), kept.view(dtype=torch.uint8))
     bitmap = some(LAYOUTS["bitmap"], 4, 4, 0.5, dtype)[0]
-    assert gpu.for_device(bitmap, "cuda") is bitmap
+    assert for_device(bitmap, "cuda") is bitmap
 
 
 def test_zeros_that_were_kept_stay_counted_on_another_device() -> None:
-    packed = CSR.pack(torch.tensor([[0.0, 1.0, 0.0, 2.0]]), torch.tensor([[True, True, False, True]]))
-    there = gpu.for_device(packed, "cuda")
-    there.check()
-    assert there.nnz == 3
+    weight, mask = torch.tensor([[0.0, 1.0, -0.0, 2.0, -0.0]]), torch.tensor([[True, True, False, True, True]])
+    for bits in (8, 16):
+        packed = CSR.pack(weight, mask, index_bits=bits)
+        there = for_device(packed, "cuda")
+        there.check()
+        assert (there.describe(), there.nnz) == (f"wcsr{bits}", 4)
+        back = for_device(there, "cpu")
+        assert (back.describe(), back.nnz) == (f"csr{bits}", 4)
+        assert torch.equal(torch.signbit(back.unpack()), torch.signbit(packed.unpack()))
+        assert int(torch.signbit(back.unpack()).sum()) == 1
 
 
 def test_what_warp_csr_cannot_hold_stays_csr() -> None:
     wide = torch.zeros(1, 70_000)
     packed = CSR.pack(wide, wide == 1)
-    assert gpu.for_device(packed, "cuda") is packed
+    assert for_device(packed, "cuda") is packed
     double = CSR.pack(wide[:, :8].double(), wide[:, :8] == 0)
-    assert gpu.for_device(double, "cuda") is double
+    assert for_device(double, "cuda") is double
 
 
 @every_layout
@@ -359,7 +369,7 @@ def test_a_matrix_that_keeps_zeros_is_whole_on_every_device(
     mask = torch.rand(weight.shape, generator=generator) >= share
     packed = CSR.pack(weight, mask)
     for device in ("cuda", "cpu", "cuda"):
-        packed = gpu.for_device(packed, device)
+        packed = for_device(packed, device)
         packed.check()
         assert packed.nnz == int(mask.count_nonzero())
         assert torch.equal(packed.unpack(), torch.where(mask, weight, 0))

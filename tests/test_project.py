@@ -18,7 +18,7 @@ MODULES = modules()
 IMPORTS = {name: imports(name, path, set(MODULES)) for name, path in MODULES.items()}
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("arguments", "cache", "errors", "files", "kv_cache", "metrics", "patterns", "progress", "serial"),
+    ("arguments", "cache", "errors", "files", "kv_cache", "metrics", "offered", "patterns", "progress", "serial"),
     ("formats",),
     ("ir",),
     ("kernels",),

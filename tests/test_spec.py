@@ -260,7 +260,7 @@ class Halve(Sparsity):
 )
 def test_a_broken_entry_point_is_left_out_and_named(monkeypatch, loaded: object, message: str) -> None:
     known_passes.cache_clear()
-    monkeypatch.setattr("sparsec.pipeline.table.entry_points", lambda group: [_Entry("thing", loaded)])
+    monkeypatch.setattr("sparsec.offered.entry_points", lambda group: [_Entry("thing", loaded)])
     with pytest.warns(UserWarning, match=f"'thing' .*third.party:Thing.*{message}"):
         assert "thing" not in known_passes()
     known_passes.cache_clear()
@@ -268,7 +268,7 @@ def test_a_broken_entry_point_is_left_out_and_named(monkeypatch, loaded: object,
 
 def test_an_entry_point_cannot_take_the_name_of_another_pass(monkeypatch) -> None:
     known_passes.cache_clear()
-    monkeypatch.setattr("sparsec.pipeline.table.entry_points", lambda group: [_Entry("thing", Freeze)])
+    monkeypatch.setattr("sparsec.offered.entry_points", lambda group: [_Entry("thing", Freeze)])
     with pytest.raises(SpecError, match="name is taken"):
         known_passes()
     known_passes.cache_clear()
@@ -276,6 +276,6 @@ def test_an_entry_point_cannot_take_the_name_of_another_pass(monkeypatch) -> Non
 
 def test_a_third_party_pass_is_found_by_its_entry_point(monkeypatch) -> None:
     known_passes.cache_clear()
-    monkeypatch.setattr("sparsec.pipeline.table.entry_points", lambda group: [_Entry("halve", Halve)])
+    monkeypatch.setattr("sparsec.offered.entry_points", lambda group: [_Entry("halve", Halve)])
     assert Pipeline.parse("halve").passes == (Halve(),)
     known_passes.cache_clear()

@@ -24,6 +24,7 @@ from sparsec.errors import KernelError, SparsecError
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
+from sparsec.kernels.registry import dispatch
 from sparsec.latency import Spread, ratio
 from sparsec.progress import Progress, stage
 
@@ -107,6 +108,7 @@ def check(
 ) -> Iterator[Checked]:
     """Every kernel on a weight of a shape with a bias, at every number of rows; one that fails is wrong, and the others go on."""
     generator = torch.Generator(device).manual_seed(0)
+    run = dispatch if device.type == "cuda" else gpu.product  # as a model does, or through Triton's interpreter
     for wanted in layouts:
         for dtype in dtypes:
             made = None
@@ -118,7 +120,7 @@ def check(
                         torch.randn(*size, device=device, generator=generator).to(DTYPES[dtype])
                         for size in (shape[:1], (count, shape[1]))
                     )
-                    found = gpu.product(x, packed, bias)
+                    found = run(x, packed, bias)
                     yield Checked(str(wanted), dtype, count, _error(found, x, weight, bias))
                 except Exception as error:  # of triton, of the driver, of torch
                     yield Checked(str(wanted), dtype, count, None, said(error))

@@ -27,7 +27,7 @@ from sparsec.cost.timing import (
 )
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
-from sparsec.kernels import KERNELS, Kernel, Problem
+from sparsec.kernels import Kernel, Problem, known
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.dense_linear import DTYPES as DENSE_DTYPES
@@ -97,7 +97,7 @@ def measure_kernels(
 def _matrices(shape: tuple[int, int], density: float, generator: torch.Generator) -> Iterator[tuple[Kernel, Packed]]:
     for layout in Layout.calibrated("cpu", 1 - density):
         problem = Problem(layout.format, *shape, layout=str(layout))
-        serving = [k for k in KERNELS if not k.name.endswith("_reference") and not k.unsupported(problem)]
+        serving = [k for k in known() if not k.name.endswith("_reference") and not k.unsupported(problem)]
         if serving:
             mask = layout.sample_mask(shape, 1 - density, generator)
             packed = layout.pack(mask.float(), mask)

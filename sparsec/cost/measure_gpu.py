@@ -18,7 +18,7 @@ from sparsec.cost.model import KernelCost, Read, Work
 from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds, take_turns
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
-from sparsec.kernels import KERNELS, Kernel, Problem, gpu_semi_structured
+from sparsec.kernels import Kernel, Problem, gpu_semi_structured, known
 from sparsec.progress import Progress
 
 
@@ -119,7 +119,7 @@ def _packed(
 def _kernel(packed: Packed, rows: int) -> Kernel | None:
     """The one that serves so many rows on a GPU."""
     problem = replace(Problem.of(packed, rows), device="cuda")
-    return next((k for k in KERNELS if k.format == packed.format and not k.unsupported(problem)), None)
+    return next((k for k in known() if k.format == packed.format and not k.unsupported(problem)), None)
 
 
 def _say(progress: Progress | None, what: str, done: int, total: int) -> None:

@@ -79,7 +79,7 @@ class RowsRate:
 class KernelCost:
     """One kernel on one machine with one dtype; times are seconds, of weights that lie in memory and not in a cache."""
 
-    kernel: str  # as in sparsec.kernels.KERNELS
+    kernel: str  # as in sparsec.kernels.known()
     format: str  # as a packed matrix describes itself: csr8, bitmap, bsr16x16, dense; nm for all N:M
     dtype: str  # "float32"
     call: float  # the module's call, waking threads, the first bytes to arrive

@@ -62,12 +62,16 @@ class Packed(ABC):
 
     parameters: ClassVar[tuple[str, ...]] = ("",)
     """Some that are often used, for messages and lists."""
-    checked: ClassVar[tuple[str, ...]] = ("",)
+    checked: ClassVar[tuple[str, ...]] = ()
     """Those that are compiled ahead of time for GPUs, and checked on them."""
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("",), "cuda": ("",)}
     """Those whose constants the cost model measures, by type of device; others have the constants of a relative."""
     one_cost: ClassVar[bool] = False
     """Whether all parameters have the same constants."""
+    twins: ClassVar[Mapping[str, str]] = {}
+    """Type of device -> the format that holds the same matrices and has kernels there, where this one has none."""
+    widest: ClassVar[int | None] = None
+    """Columns that it reaches at most; None: any number."""
 
     values: Tensor
 
@@ -102,9 +106,9 @@ class Packed(ABC):
         return {name: getattr(self, name) for name in self.scalar_names}
 
     @classmethod
-    @abstractmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> Self:
         """The inverse of `tensors()` and `scalars()`; does not check."""
+        return cls(**tensors, **{name: int(number) for name, number in scalars.items()})
 
     @property
     @abstractmethod
@@ -137,9 +141,9 @@ class Packed(ABC):
             what = f"{self.title} [{self.shape[0]}x{self.shape[1]}]"
             raise FormatError(f"{what}: {'; '.join(faults)}; pack the matrix again from its dense weight")
 
-    @abstractmethod
     def describe(self) -> str:
         """The format with its parameters, such as `csr16`."""
+        return self.format
 
     @property
     def dtype(self) -> torch.dtype:

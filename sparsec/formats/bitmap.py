@@ -6,7 +6,6 @@ one expansion by 16 bits and one multiply-add serve 16 outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -29,6 +28,7 @@ class Bitmap(Packed):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "bits", "panel_ptr")
     scalar_names: ClassVar[tuple[str, ...]] = ("out_features", "in_features")
+    checked: ClassVar[tuple[str, ...]] = ("",)
 
     values: Tensor  # [nnz + 16]: 16 zeros at the end, so that a load of a whole register never leaves the memory
     bits: Tensor  # [panels, in_features], int16 (read as unsigned): bit l of bits[p, k] set <=> row 16p + l keeps column k
@@ -66,17 +66,10 @@ class Bitmap(Packed):
     def nnz(self) -> int:
         return self.values.numel() - LANES
 
-    @classmethod
-    def from_parts(cls, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> Self:
-        return cls(**tensors, out_features=int(scalars["out_features"]), in_features=int(scalars["in_features"]))
-
     def unpack(self) -> Tensor:
         flags = unpack_bits(self.bits)
         panels = self.values.new_zeros(flags.shape).masked_scatter(flags, self.values)
         return from_panels(panels, self.out_features)
-
-    def describe(self) -> str:
-        return self.format
 
     def fields(self) -> list[Field]:
         panels = panel_count(self.out_features)

@@ -42,6 +42,7 @@ class CSR(Packed):
     parameters: ClassVar[tuple[str, ...]] = ("8", "16", "32")
     checked: ClassVar[tuple[str, ...]] = ("16", "32")
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("8", "16"), "cuda": ("32",)}
+    twins: ClassVar[Mapping[str, str]] = {"cuda": "wcsr"}
 
     values: Tensor  # [stored]: the kept weights, and with 8-bit columns the zeros that bridge gaps
     col_idx: Tensor  # [stored]: columns in int16 (read as unsigned) or int32; distances in uint8, at a row's first the column

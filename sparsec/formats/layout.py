@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from sparsec.errors import FormatError, SpecError
-from sparsec.formats import FORMATS
+from sparsec.formats import FORMATS, take_offered
 from sparsec.formats.base import Packed, Plan
 from sparsec.formats.faults import check_pack
+from sparsec.formats.positions import bits_of
 from sparsec.patterns import Pattern
 
 DENSE = "dense"
@@ -39,6 +40,7 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> Self:
         """From its spelling. SpecError, with the nearest right one, for what is no layout."""
+        take_offered()
         found = _SPELLING.fullmatch(text) if isinstance(text, str) else None
         name = found["format"] if found is not None else None
         if found is None or name not in (DENSE, *FORMATS):
@@ -59,12 +61,14 @@ class Layout:
     @classmethod
     def candidates(cls, mask: Tensor, device: str) -> Iterator[Self]:
         """Those worth a look for a mask [out, in] on a type of device, where the best is to be chosen."""
+        take_offered()
         for name, kind in FORMATS.items():
             yield from (cls(name, parameters) for parameters in kind.candidates(mask, device))
 
     @classmethod
     def calibrated(cls, device: str, sparsity: float) -> Iterator[Self]:
         """Those that the cost model measures at a sparsity on a type of device."""
+        take_offered()
         for name, kind in FORMATS.items():
             for layout in (cls(name, parameters) for parameters in kind.calibrated.get(device, ())):
                 own = layout.pattern.sparsity
@@ -139,7 +143,26 @@ def sample_mask(pattern: Pattern, shape: tuple[int, int], sparsity: float, gener
     return scores >= sparsity if pattern == Pattern() else pattern.mask(scores, sparsity)
 
 
+def for_device(packed: Packed, device: str) -> Packed:
+    """The same matrix in the format that a type of device has kernels for; the very same object where it is that already.
+
+    CSR is laid out for one kind of machine. What comes back is what went: csr8 and -0.0 stay what they are, and as many weights
+    are kept; which of the other zeros were kept is not told from padding, so that a zero may count for another one.
+    """
+    kind = FORMATS.get(packed.twins.get(device, ""))
+    if kind is None or packed.dtype not in kind.dtypes or (kind.widest is not None and packed.shape[1] > kind.widest):
+        return packed
+    dense = packed.unpack()
+    kept = bits_of(dense) != 0
+    zeros = packed.nnz - int(kept.count_nonzero())
+    if zeros:
+        kept.view(-1)[(~kept).view(-1).nonzero()[:zeros, 0]] = True
+    parameters = Layout.of(packed).parameters
+    return Layout(kind.format, parameters if parameters in kind.parameters else "").pack(dense, kept)
+
+
 def spellings() -> tuple[str, ...]:
     """Layouts that are often used, for messages and lists."""
+    take_offered()
     named = [f"{name}{parameters}" for name, kind in FORMATS.items() for parameters in kind.parameters]
     return (*named, DENSE)

@@ -19,7 +19,7 @@ from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
 from sparsec.formats.panels import LANES, from_panels, panel_count, to_panels
-from sparsec.formats.positions import flat_positions
+from sparsec.formats.positions import bits_of, flat_positions
 from sparsec.patterns import Pattern
 
 INDEX_BITS: dict[int, int] = {4: 2, 8: 3}
@@ -110,7 +110,7 @@ class NM(Packed):
     def unpack(self) -> Tensor:
         panels, groups, _, lanes = self.values.shape
         # As integers: torch 2.13 scatters half types through fp32, which changes the bits of a NaN.
-        numbers = self.values.view(torch.int16 if self.values.element_size() == 2 else torch.int32)
+        numbers = bits_of(self.values)
         dense = numbers.new_zeros(panels, groups, self.m, lanes).scatter(2, self.columns(), numbers)
         return from_panels(dense.view(self.values.dtype).flatten(1, 2), self.out_features)
 

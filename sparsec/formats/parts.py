@@ -7,6 +7,7 @@ functions serve the operator (whose tensors are tensors) and the graph (whose te
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -17,6 +18,8 @@ from sparsec.formats import FORMATS
 DENSE = "dense"
 FORMAT_NUMBERS: dict[str, int] = {DENSE: 0, "csr": 1, "bitmap": 2, "bsr": 3, "nm": 4, "wcsr": 5}
 """Part of the operator's interface: the native library has the same numbers, all but that of wcsr, which is for GPUs."""
+_FOREIGN = 1 << 30
+"""Numbers of other packages' formats begin here: the native library knows none of them, so that each computes by itself."""
 
 T = TypeVar("T")
 
@@ -34,6 +37,13 @@ class Part(Generic[T]):
     def arguments(self) -> tuple[T | int | None, ...]:
         """What the format's own operator takes after x."""
         return (*self.tensors, self.bias, *self.scalars)
+
+
+def format_number(format_name: str) -> int:
+    """The same in every process."""
+    if format_name in FORMAT_NUMBERS:
+        return FORMAT_NUMBERS[format_name]
+    return _FOREIGN | zlib.crc32(format_name.encode()) >> 2
 
 
 def tensor_count(format_name: str) -> int:
@@ -54,13 +64,13 @@ def flatten(parts: Iterable[Part[T]]) -> tuple[list[T], list[int]]:
         tensors += part.tensors
         if part.bias is not None:
             tensors.append(part.bias)
-        layout += (FORMAT_NUMBERS[part.format], int(part.bias is not None), *part.scalars)
+        layout += (format_number(part.format), int(part.bias is not None), *part.scalars)
     return tensors, layout
 
 
 def unflatten(tensors: Sequence[T], layout: Sequence[int]) -> list[Part[T]]:
     """The inverse of `flatten`. FormatError, with the place, for a layout that is none or does not fit the tensors."""
-    names = {number: name for name, number in FORMAT_NUMBERS.items()}
+    names = {format_number(name): name for name in (*FORMAT_NUMBERS, *FORMATS)}
     parts: list[Part[T]] = []
     at = word = 0
     while word < len(layout):

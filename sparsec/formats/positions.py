@@ -33,6 +33,11 @@ def columns(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return positions.remainder_(width).to(dtype)
 
 
+def bits_of(values: Tensor) -> Tensor:
+    """The same memory as integers, in which -0.0 and every NaN have bits of their own."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
 def unsigned(numbers: Tensor) -> Tensor:
     """Stored numbers as int64, those of 16 bits read as unsigned."""
     wide = numbers.to(torch.int64)

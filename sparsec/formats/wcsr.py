@@ -19,7 +19,7 @@ from sparsec.errors import FormatError
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.csr import csr_rows, index_options
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
-from sparsec.formats.positions import flat_positions, starts, unsigned
+from sparsec.formats.positions import bits_of, flat_positions, starts, unsigned
 
 STEPS = 8
 """Weights that a thread reads at once, and groups of a chunk."""
@@ -30,7 +30,6 @@ REACH = 255
 WIDEST = 2**16
 SAVES = 0.9
 """8 bits cost an eighth more instructions a weight than 16, so the bytes must be worth it."""
-_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +44,8 @@ class WarpCSR(Packed):
     parameters: ClassVar[tuple[str, ...]] = ("8", "16")
     checked: ClassVar[tuple[str, ...]] = ("8", "16")
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cuda": ("8", "16")}
+    twins: ClassVar[Mapping[str, str]] = {"cpu": "csr"}
+    widest: ClassVar[int | None] = WIDEST
 
     values: Tensor  # [stored]
     col_idx: Tensor  # [stored]: columns in int16 (read as unsigned), or distances from the base in uint8
@@ -121,7 +122,7 @@ class WarpCSR(Packed):
     def unpack(self) -> Tensor:
         out_features, in_features = self.shape
         # As integers, so that -0.0 and every NaN keep their bits. Padding is +0.0: it goes to a place that is cut off.
-        numbers = self.values.view(_INTEGERS[self.values.element_size()])
+        numbers = bits_of(self.values)
         places = csr_rows(self.row_ptr, numbers.numel()) * in_features + self.columns()
         end = out_features * in_features
         dense = numbers.new_zeros(end + 1).index_copy(0, torch.where(numbers != 0, places, end), numbers)
@@ -158,7 +159,7 @@ class WarpCSR(Packed):
         if len(outside):
             at = int(outside[0])
             return [f"col_idx must lie in [0, {self.in_features}), got {int(columns[at])} at entry {at}"]
-        live = self.values.view(_INTEGERS[self.values.element_size()]) != 0
+        live = bits_of(self.values) != 0
         rows = csr_rows(self.row_ptr, self.values.numel())[live]
         places = (rows * self.in_features + columns[live]).sort().values
         twice = (places.diff() == 0).nonzero()

@@ -27,6 +27,7 @@ from torch._ops import OpOverload
 
 from sparsec import kernels
 from sparsec.errors import CompileError, KernelError
+from sparsec.formats import parts
 from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.inductor import attention, chains
@@ -35,7 +36,9 @@ from sparsec.kernels.chain import NAME as CHAIN
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import inference_linear, inference_single
-from sparsec.kernels.ops import OPERATORS, has_native
+from sparsec.kernels.loader import has_native
+from sparsec.kernels.ops import OPERATORS
+from sparsec.kernels.registry import foreign
 
 SLOT = "post_grad_custom_pre_pass"
 _FORMATS: dict[Any, str] = {
@@ -106,7 +109,7 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
         order = {node: i for i, node in enumerate(graph.nodes)}
         readers: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            if node.op == "call_function" and node.target in _FORMATS and not node.kwargs:
+            if _is_product(node):
                 readers.setdefault(node.args[0], []).append(node)
         for nodes in readers.values():
             first = order[nodes[0]]
@@ -122,8 +125,17 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
 
     def uuid(self) -> Any:
         """For inductor's cache of compiled graphs."""
-        files = [module.__file__ for module in (sys.modules[__name__], attention, chains, kernels.chain)]
+        files = [
+            module.__file__
+            for module in (sys.modules[__name__], attention, chains, kernels.chain, kernels.fused, parts)
+        ]
         return get_hash_for_files(tuple(files)), has_native(ATTENTION), has_native(CHAIN)
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Of a format that the native library alone computes."""
+    name = _FORMATS.get(node.target) if node.op == "call_function" and not node.kwargs else None
+    return name is not None and not foreign(name, "cpu")
 
 
 def _fuse(graph: fx.Graph, members: Sequence[fx.Node]) -> list[fx.Node]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 
 from sparsec.errors import SpecError
+from sparsec.offered import offered
 from sparsec.pipeline.base import Pass
 
 ENTRY_POINTS = "sparsec.passes"
@@ -28,19 +28,11 @@ def known_passes() -> dict[str, type[Pass]]:
     """
     # By name, at run time: passes import this layer, so this layer must not import them.
     table: dict[str, type[Pass]] = {cls.name: cls for cls in import_module("sparsec.passes").PASSES}
-    for entry in entry_points(group=ENTRY_POINTS):
-        what = f"entry point {entry.name!r} of group {ENTRY_POINTS!r} ({entry.value})"
-        try:
-            cls = entry.load()
-        except Exception as error:  # whatever a stranger's module raises while it is imported
-            warnings.warn(f"{what} does not load and is left out: {type(error).__name__}: {error}", stacklevel=2)
-            continue
+    for what, cls in offered(ENTRY_POINTS):
         if not (isinstance(cls, type) and issubclass(cls, Pass)):
             warnings.warn(f"{what} is no subclass of sparsec.Pass and is left out", stacklevel=2)
             continue
         if cls.name in table:
-            raise SpecError(
-                f"entry point {entry.name!r} offers a pass {cls.name!r}, but that name is taken by {table[cls.name]!r}"
-            )
+            raise SpecError(f"{what} offers a pass {cls.name!r}, but that name is taken by {table[cls.name]!r}")
         table[cls.name] = cls
     return table

@@ -1,0 +1,143 @@
+"""Formats and kernels that packages offer: found, run, named, and asked before sparsec's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from project import ROOT
+
+from sparsec import formats, kernels
+from sparsec.errors import ArgumentError, FormatError, KernelError
+
+# What is added to the tables stays there: so these run in processes of their own, in which packages are pretended.
+PRETENDED = """
+import importlib.metadata, runpy, sys, warnings
+from types import SimpleNamespace
+
+import torch
+
+asked = []
+
+def offer(**groups):
+    def entries(group):
+        asked.append(group)
+        found = groups.get(group.replace("sparsec.", ""), ())
+        return [SimpleNamespace(name=n, value="package:" + n, load=lambda v=v: v()) for n, v in found]
+    sys.modules["sparsec.offered"].entry_points = entries
+
+import sparsec.offered
+"""
+OTHERS = """
+sys.modules["__main__"].__dict__["runs"] = runs = []
+from sparsec.kernels import Kernel
+from sparsec.kernels.reference import dense_product
+
+def mine(x, packed, bias):
+    runs.append(packed.describe())
+    return dense_product(x, packed.unpack(), bias)
+
+offer(kernels=[
+    ("mine", lambda: Kernel("bitmap_mine", "bitmap", (torch.float32,), ("cpu",), mine, refuses=lambda p: "few" * (p.tokens < 3))),
+    ("broken", lambda: 1 / 0),
+    ("odd", lambda: int),
+])
+import sparsec
+model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU())
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(32, 48), torch.nn.Linear(32, 16)
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], -1)
+two, x = Two().eval(), torch.randn(5, 32)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    made = sparsec.compile(two, "magnitude(0.5),freeze,fuse,lower(bitmap)", example_inputs=x)
+print([str(w.message) for w in said if "entry point" in str(w.message)])
+expected = sparsec.compile(two, "magnitude(0.5),freeze", example_inputs=x)
+with torch.no_grad():
+    for call in (made, made.sparsec.graph.run, torch.compile(made, backend="sparsec")):
+        for rows, ran in ((5, 2), (1, 0)):
+            runs.clear()
+            torch.testing.assert_close(call(x[:rows]), expected(x[:rows]), rtol=1e-4, atol=1e-5)
+            assert runs == ["bitmap"] * ran, (call, rows, runs)
+assert "bitmap_mine" not in repr(made.a), made.a  # which tells of one row
+print("right")
+"""
+FORMATS = """
+flat = runpy.run_path(sys.argv[1])
+offer(formats=[("flat", lambda: flat["Flat"]), ("again", lambda: flat["Flat"]), ("number", lambda: 3)],
+      kernels=[("sums", lambda: flat["FLAT_SUMS"])])
+import sparsec
+from sparsec.formats.layout import Layout, spellings
+assert not [group for group in asked if group == "sparsec.formats"], "nobody asked for a format yet"
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert str(Layout.parse("flat")) == "flat" and "flat" in spellings()
+print([str(w.message) for w in said])
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(32, 48), torch.nn.Linear(32, 16)
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], -1)
+two, x = Two().eval(), torch.randn(5, 32)
+passes = "magnitude(0.5, scope='layer'),freeze,sparsity,flops,fuse,"
+made = sparsec.compile(two, passes + "lower(flat)", example_inputs=x, verify="probe")
+expected = sparsec.compile(two, passes + "lower(dense)", example_inputs=x)
+with torch.no_grad():
+    for call in (made, made.sparsec.graph.run, torch.compile(made, backend="sparsec")):
+        torch.testing.assert_close(call(x), expected(x), rtol=1e-4, atol=1e-5)
+    again = sparsec.compile(two, passes + "lower(flat)", example_inputs=x)
+    again.load_state_dict(made.state_dict())
+    torch.testing.assert_close(again(x), made(x))
+    half = made.to(torch.bfloat16)
+    assert {row.kernel for row in half.sparsec.report().layers if row.packed} == {"flat_reference"}
+    half(x.bfloat16())
+sparsec.compile(two, passes + "lower(auto)", example_inputs=x)
+print("right")
+"""
+
+
+def ran(script: str) -> str:
+    command = [sys.executable, "-c", PRETENDED + script, ROOT / "examples" / "write_a_format.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("right\n")
+    return done.stdout
+
+
+def test_a_kernel_of_another_package_comes_first_wherever_a_product_is_called() -> None:
+    said = ran(OTHERS)
+    assert (
+        "'broken' of group 'sparsec.kernels' (package:broken) does not load and is left out: ZeroDivisionError" in said
+    )
+    assert "'odd' of group 'sparsec.kernels' (package:odd) is no sparsec.kernels.Kernel and is left out" in said
+
+
+def test_a_format_of_another_package_goes_through_compile_report_and_load() -> None:
+    said = ran(FORMATS)
+    assert "'number' of group 'sparsec.formats' (package:number) is left out: 3 is no format" in said
+
+
+def test_what_cannot_be_added_is_refused() -> None:
+    class Other(formats.CSR):
+        pass
+
+    class Loud(formats.CSR):
+        format = "CSR"
+
+    with pytest.raises(FormatError, match="the name 'csr' is taken by CSR"):
+        formats.add(Other)
+    with pytest.raises(FormatError, match="the format 'CSR' must be called by small letters"):
+        formats.add(Loud)
+    with pytest.raises(FormatError, match="is no format: it must be a subclass"):
+        formats.add(formats.Packed)
+    first = kernels.KERNELS[0]
+    with pytest.raises(KernelError, match=f"the name '{first.name}' is taken"):
+        kernels.add(first)
+    with pytest.raises(ArgumentError, match="kernel must be a Kernel"):
+        kernels.add(torch.nn.Linear)
