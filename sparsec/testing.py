@@ -11,7 +11,7 @@ def test_my_pass_keeps_its_promises(case):
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from sparsec.calibrate import CalibrationData
 from sparsec.errors import MissingExtraError
+from sparsec.formats import Packed
+from sparsec.formats.layout import Layout
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
+from sparsec.kernels import Kernel, Problem, tolerance
 from sparsec.pipeline import Context, Effect, Pass, PassRecord, Pipeline
 
 try:
@@ -169,6 +172,54 @@ def check_pass(
             assert weight.name in before
             assert torch.equal(before[weight.name], weight.mask), f"{weight.name}: a second run changed the mask"  # type: ignore[arg-type]
     return graph, record
+
+
+def check_format(layout: Layout | str, weight: Tensor, mask: Tensor) -> Packed:
+    """Packs weight [out, in] where mask [out, in] is True, and raises unless the format keeps its promises; returns what it holds.
+
+    Held: what comes back is `where(mask, weight, 0)` bit for bit; bytes, number of values and parameters are those foretold; the
+    tensors and scalars make the same matrix again; its own check finds nothing wrong.
+    """
+    layout = Layout.parse(layout) if isinstance(layout, str) else layout
+    settled, plan = layout.planned(mask, weight.dtype)
+    assert layout.misfits(weight, mask) == []
+    packed = layout.pack(weight, mask)
+    packed.check()
+    assert Layout.of(packed) == settled, f"{packed.describe()} is not {settled}"
+    assert (packed.nbytes, packed.values.numel()) == (plan.nbytes, plan.stored), f"foretold: {plan}"
+    assert packed.nnz == int(mask.sum())
+    kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
+    for found in (packed, type(packed).from_parts(packed.tensors(), packed.scalars())):
+        assert (found.shape, found.dtype) == (tuple(weight.shape), weight.dtype)
+        assert torch.equal(_bits(found.unpack()), _bits(kept)), "other values came back"
+    return packed
+
+
+def check_kernel(
+    kernel: Kernel, layout: Layout | str, shape: tuple[int, int] = (48, 96), rows: Sequence[int] = (0, 1, 2, 7, 65)
+) -> None:
+    """Raises unless a kernel's products with a random weight [out, in] are right within rounding, for every type that it serves.
+
+    rows: of x. What the kernel refuses is left out; it must serve something.
+    """
+    layout = Layout.parse(layout) if isinstance(layout, str) else layout
+    generator = torch.Generator().manual_seed(0)
+    mask, served = layout.sample_mask(shape, 0.5, generator), 0
+    for dtype in kernel.dtypes:
+        weight = torch.randn(shape, generator=generator).to(dtype).masked_fill_(~mask, 0)
+        packed = layout.pack(weight, mask)
+        for count in rows:
+            if kernel.unfit(Problem.of(packed, count)):
+                continue
+            served += 1
+            x = torch.randn(count, shape[1], generator=generator).to(dtype)
+            for bias in (None, torch.randn(shape[0], generator=generator).to(dtype)):
+                found = kernel.run(x, packed, bias)
+                assert (found.shape, found.dtype) == ((count, shape[0]), dtype)
+                exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+                wrong = ~((found.double() - exact).abs() <= tolerance(x, weight, bias))
+                assert not wrong.any(), f"{kernel.name}: {dtype}, {count} rows: {wrong.nonzero()[:5].tolist()}"
+    assert served, f"{kernel.name} refuses every product with {layout}"
 
 
 def _bits(tensor: Tensor) -> Tensor:

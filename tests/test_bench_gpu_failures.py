@@ -31,6 +31,7 @@ def test_a_product_after_which_nothing_runs_ends_the_run_and_is_named(
         report.checked.append(bench.Checked("bitmap", "bf16", 1, 0.1))
         bench.go_on("nm2:4 fp16, 65 rows", torch.AcceleratorError("CUDA error: an illegal instruction"), gpu_like)
 
+    monkeypatch.setenv("SPARSEC_NATIVE", "0")  # as the run has it from then on
     gpu_like = torch.device("cuda")
     bench.go_on("a case", RuntimeError("one that harms nothing else"), DEVICE)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)

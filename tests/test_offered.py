@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from project import ROOT
 
 from sparsec import formats, kernels
 from sparsec.errors import ArgumentError, FormatError, KernelError
+from sparsec.formats.layout import Layout
+from sparsec.testing import check_format, check_kernel
 
 # What is added to the tables stays there: so these run in processes of their own, in which packages are pretended.
 PRETENDED = """
@@ -78,6 +81,9 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     assert str(Layout.parse("flat")) == "flat" and "flat" in spellings()
 print([str(w.message) for w in said])
+from sparsec.testing import check_format, check_kernel
+check_format("flat", torch.randn(5, 7), torch.rand(5, 7) < 0.5)
+check_kernel(flat["FLAT_SUMS"], "flat")
 class Two(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -141,3 +147,34 @@ def test_what_cannot_be_added_is_refused() -> None:
         kernels.add(first)
     with pytest.raises(ArgumentError, match="kernel must be a Kernel"):
         kernels.add(torch.nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in kernels.KERNELS if k.devices != ("cuda",) and k.format != "dense"], ids=lambda k: k.name
+)
+def test_own_kernels_keep_what_others_are_held_to(kernel: kernels.Kernel) -> None:
+    if kernel.available():
+        pytest.skip(f"no native kernels: {kernel.available()[0]}")
+    kind = formats.FORMATS[kernel.format]
+    for parameters in kind.parameters:
+        check_kernel(kernel, Layout(kernel.format, parameters))
+
+
+def test_a_kernel_and_a_format_that_break_their_promises_are_found() -> None:
+    first = kernels.KERNELS[0]
+    off = replace(first, run=lambda x, packed, bias: first.run(x, packed, bias) * 1.01)
+    with pytest.raises(AssertionError, match=f"{first.name}: torch.float32, 1 rows"):
+        check_kernel(off, "csr16")
+    with pytest.raises(AssertionError, match="refuses every product"):
+        check_kernel(replace(first, refuses=lambda problem: "never"), "csr16")
+
+    class Lossy(formats.Bitmap):
+        def unpack(self) -> torch.Tensor:
+            return super().unpack().abs()
+
+    layout = Layout.parse("bitmap")
+    weight, mask = -torch.ones(4, 8), torch.rand(4, 8) < 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(formats.FORMATS, "bitmap", Lossy)
+        with pytest.raises(AssertionError, match="other values came back"):
+            check_format(layout, weight, mask)

@@ -54,7 +54,7 @@ def test_make_targets_of_the_readme_exist(words: list[str]) -> None:
 def test_everything_that_can_be_run_is_run() -> None:
     assert {"demo", "test"} <= {words[1] for words in TARGETS}
     assert [words for words in COMMANDS if words not in MODULES and words not in TARGETS] == []
-    assert {kind for kind, _ in BLOCKS} <= {"sh", "python"}
+    assert {kind for kind, _ in BLOCKS} <= {"sh", "python", "toml"}
 
 
 def test_files_that_the_pages_name_exist() -> None:

@@ -79,8 +79,10 @@ def compare(
 
     models: by name, the reference first. saved: takes over the windows that it holds, and gets every one that is done. seconds: no
     window but the first begins after so many; `losses` tells how many were run.
-    Raises DataError for models of different vocabularies.
+    Raises DataError for no models, and for models of different vocabularies.
     """
+    if not models:
+        raise DataError("models: at least one is compared, by name, and there is none")
     tallies = {name: _Tally(windows.length) for name in models}
     done = 0 if saved is None else saved.restore(tallies, windows.count)
     begin = perf_counter()

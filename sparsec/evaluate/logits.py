@@ -41,11 +41,11 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
     if isinstance(model, Partwise):
         yield from model.logits_in_parts(window, rows)
         return
-    if rows >= len(window) or not _splits(model):
+    body = _body(model)
+    if rows >= len(window) or body is None:
         yield from torch.split(_logits(name, model, window), rows)
         return
     places = torch.split(torch.arange(len(window), device=window.device), rows)
-    body: nn.Module = model.base_model
     found: list[Any] = []
     hook = body.register_forward_hook(lambda module, args, out: found.append(out))
     try:
@@ -71,16 +71,12 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
         del part
 
 
-def _splits(model: Any) -> bool:
-    """Whether its forward takes the rows that logits are wanted of, and has a body apart from the head."""
-    body = getattr(model, "base_model", None)
-    forward = getattr(model, "forward", None)
-    return (
-        isinstance(body, nn.Module)
-        and body is not model
-        and callable(forward)
-        and "logits_to_keep" in inspect.signature(forward).parameters
-    )
+def _body(model: Any) -> nn.Module | None:
+    """What a model runs before its head; None where its forward does not take the rows that logits are wanted of."""
+    forward, decoder = getattr(model, "forward", None), getattr(model, "get_decoder", None)
+    body = decoder() if callable(decoder) else getattr(model, "base_model", None)
+    takes = callable(forward) and "logits_to_keep" in inspect.signature(forward).parameters
+    return body if takes and isinstance(body, nn.Module) and body is not model else None
 
 
 def _logits(name: str, model: Any, window: Tensor, **kept: Tensor) -> Tensor:

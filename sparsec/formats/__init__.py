@@ -51,4 +51,4 @@ def take_offered() -> None:
             warnings.warn(f"{what} is left out: {error}", stacklevel=2)
 
 
-__all__ = ["BSR", "CSR", "FORMATS", "NM", "Bitmap", "Packed", "WarpCSR", "add", "take_offered"]
+__all__ = ["BSR", "CSR", "FORMATS", "NM", "Bitmap", "Packed", "WarpCSR", "add"]
