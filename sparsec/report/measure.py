@@ -124,6 +124,7 @@ class _Run:
         with self.clock.stage("evaluating", budgeted=True):
             seconds = self.clock.share(0.5) if windows is None else None
             self.evaluations |= compare_outputs(models, wanted, self.progress, "perplexity", seconds=seconds)
+        memory.trim()  # of a large vocabulary's logits, before more variants are built
         if windows is None:
             done = len(self.evaluations["dense"].losses)
             self.clock.counted("evaluating", done, wanted.count, "windows")
