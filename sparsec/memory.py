@@ -30,6 +30,10 @@ _STATM = Path(
 )  # Linux; elsewhere the standard library knows only the peak, which says nothing of a difference
 
 
+_MAPS = Path("/proc/self/maps")
+_DONTNEED = 4  # of madvise, on Linux
+
+
 @dataclass(frozen=True)
 class Held:
     """Bytes of the tensors that a module holds, each storage once."""
@@ -150,6 +154,35 @@ def trim() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def let_go(tensor: Tensor, others: Iterable[Tensor]) -> None:
+    """Hands the pages of a tensor that nobody needs any more back to the system, where they are those of a file that was mapped.
+
+    Such a mapping goes as a whole, once no tensor of the file is left; until then what was written to a weight stays in memory.
+    Nothing may read the tensor afterwards; where one of `others` lies in the same memory, all stays as it is.
+    """
+    library = _glibc()
+    if library is None or tensor.device.type != "cpu" or not tensor.is_contiguous() or not _MAPS.exists():
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    begin, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    last = tensor.data_ptr() + tensor.nbytes
+    shared = any(
+        t.device.type == "cpu" and t.data_ptr() < last and tensor.data_ptr() < t.data_ptr() + t.nbytes for t in others
+    )
+    if begin < end and not shared and _of_a_file(begin, end):
+        library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+
+
+def _of_a_file(begin: int, end: int) -> bool:
+    """Whether these addresses lie in one private mapping of a file."""
+    for line in _MAPS.read_text(errors="replace").splitlines():
+        place, rights, _, _, inode, *_ = line.split()
+        low, high = (int(number, 16) for number in place.split("-"))
+        if low <= begin < high:
+            return end <= high and rights.endswith("p") and inode != "0"
+    return False
 
 
 @cache

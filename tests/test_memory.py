@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,3 +72,26 @@ def test_resident_memory_follows_what_is_held_and_freed() -> None:
     assert after is not None
     assert 0.9 * size < held - before < 1.5 * size
     assert after - before < 0.1 * size
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_pages_of_a_mapped_file_that_was_written_to_go_back_and_neighbours_stay(tmp_path: Path) -> None:
+    """Regression: lowering in place kept every pruned dense weight in memory, as long as another tensor of its file was there."""
+    path, count = tmp_path / "weights", 8 << 20
+    whole = torch.randn(2 * count)
+    path.write_bytes(whole.numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=2 * count)
+    first, second = mapped[:count], mapped[count:]
+    mapped.mul_(2)
+    before = memory.resident()
+    memory.let_go(first, [mapped[:5]])
+    assert torch.equal(first, 2 * whole[:count]), "another tensor lies there"
+    memory.let_go(first, [second])
+    after = memory.resident()
+    assert before is not None
+    assert after is not None
+    assert before - after > 0.9 * first.nbytes
+    assert torch.equal(second, 2 * whole[count:])
+    plain = torch.ones(count)
+    memory.let_go(plain, [])
+    assert bool((plain == 1).all()), "memory of no file is the allocator's"

@@ -22,6 +22,8 @@ from sparsec.report.collect import Report
 
 SCARCE = 0.4  # of the machine's memory, from which on the dense model has it for itself
 ON_SPARSEC = "fuse,lower(dense)"
+TRIM = 16
+"""Weights that are unpacked between two times that freed memory is handed back."""
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -130,7 +132,9 @@ def without_values(dense: Model) -> Model:
 def filled(model: Model, made: Any) -> Model:
     """`model` with the weights of a pruned or lowered one, dense."""
     graph = made.sparsec.graph
-    for weight in graph.weights.values():
+    for i, weight in enumerate(graph.weights.values()):
+        if i % TRIM == 0:
+            memory.trim()  # what unpacking took lies between the matrices that stay
         if weight.packed is None:
             tensor = graph.tensor(weight.name)
         else:
