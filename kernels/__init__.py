@@ -5,11 +5,11 @@ Importing this package builds nothing; the first product on a CPU, or the first 
 
 from __future__ import annotations
 
-from sparsec.kernels.loader import NativeStatus, force_isa, status
+from sparsec.kernels.library.loader import NativeStatus, force_isa, status
+from sparsec.kernels.modules.sparse_linear import SparseLinear
 from sparsec.kernels.ops import operator, operator_args
 from sparsec.kernels.reference import tolerance
 from sparsec.kernels.registry import KERNELS, Kernel, Problem, add, known, select
-from sparsec.kernels.sparse_linear import SparseLinear
 
 __all__ = [
     "KERNELS",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
 from sparsec.kernels.derivatives import without_derivatives
 from sparsec.kernels.ops import LIBRARY, loads_native
+from sparsec.private import OpOverload
 
 NAME = "decode_attention"
 

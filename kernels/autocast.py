@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+
+from sparsec import private
+from sparsec.private import OpOverload
 
 DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 """Types of devices whose autocast is followed, and torch's names for it."""
@@ -21,12 +23,12 @@ DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 def follow(library: torch.library.Library, name: str, op: OpOverload) -> None:
     """Makes an operator `(x, values or weight, ...) -> Tensor` do under autocast what a linear does."""
     for device, key in DEVICES.items():
-        off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        off = private.DispatchKeySet(getattr(private.DispatchKey, key))
         torch.library.impl(library, name, key)(partial(_product, op, device, off))
 
 
 def _product(op: OpOverload, device: str, off: Any, x: Tensor, values: Tensor, *args: Any) -> Tensor:
-    with torch._C._ExcludeDispatchKeyGuard(off):
+    with private.without_keys(off):
         # As autocast: neither what is wider than fp32 nor what is no floating-point number is touched.
         if not all(t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device for t in (x, values)):
             out: Tensor = op(x, values, *args)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsec.errors import SparsecError
-from sparsec.kernels import toolchain
-from sparsec.kernels.loader import NativeStatus, status
+from sparsec.kernels.library import toolchain
+from sparsec.kernels.library.loader import NativeStatus, status
 
 __all__ = ["NativeStatus", "main", "status"]
 

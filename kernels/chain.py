@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from sparsec.errors import KernelError
 from sparsec.formats.parts import unflatten
 from sparsec.kernels.derivatives import without_derivatives
 from sparsec.kernels.fused import part_operator
 from sparsec.kernels.ops import LIBRARY, loads_native
+from sparsec.private import OpOverload
 
 NAME = "chain"
 SINGLE = "single_chain"

@@ -11,14 +11,15 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload
 
+from sparsec import private
 from sparsec.errors import KernelError
-from sparsec.kernels import loader
 from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.derivatives import mapped, transformed
+from sparsec.kernels.library import loader
 from sparsec.kernels.ops import LIBRARY, loads_native
 from sparsec.kernels.reference import check_operands, check_x
+from sparsec.private import OpOverload
 
 NAME = "dense_linear"
 
@@ -63,7 +64,7 @@ def _with_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))):
         check_dense_call(x, weight, bias)
         return F.linear(x, weight, bias)
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         out: Tensor = dense_linear(x, weight, bias)
     return out
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
 
+from sparsec import private
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
 from sparsec.kernels.reference import accumulation_dtype
+from sparsec.private import OpOverload, pytree
 
 Argument = Tensor | int | None
 Split = Callable[[Sequence[Argument]], tuple[Packed, Tensor | None]]
 """From what an operator takes after x to the packed matrix and the bias."""
 
-_transforms = torch._C._functorch.peek_interpreter_stack
+_transforms = private.peek_interpreter_stack
 
 
 def transformed() -> bool:
@@ -57,10 +57,11 @@ def without_derivatives(library: torch.library.Library, op: OpOverload) -> None:
 
     def check(*args: Any) -> Any:
         if (torch.is_grad_enabled() or transformed()) and (
-            _transforms() is not None or any(wants_gradient(t) for t in tree_leaves(args) if isinstance(t, Tensor))
+            _transforms() is not None
+            or any(wants_gradient(t) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
         ):
             raise refused()
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             return op(*args)
 
     def mapped(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -99,7 +100,7 @@ class Product(torch.autograd.Function):
         tensors = [a for a in args if isinstance(a, Tensor) and a is not bias]
         ctx.save_for_backward(*tensors)
         ctx.rest, ctx.split = [None if isinstance(a, Tensor) else a for a in args], split
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             out: Tensor = op(x, *args)
         return out
 

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
+from sparsec import private
 from sparsec.formats.parts import DENSE, Part, unflatten
 from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.derivatives import mapped, transformed, without_derivatives
 from sparsec.kernels.ops import LIBRARY, loads_native, operator_of
 from sparsec.kernels.registry import foreign
+from sparsec.private import OpOverload
 
 NAME = "fused_linear"
 INFERENCE = "inference_linear"
@@ -69,7 +70,7 @@ def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int])
     # Another package's kernel, which the native library would pass by.
     if any(foreign(part.format, "cpu") for part in unflatten(tensors, layout)):
         return _separately(x, tensors, layout)
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         out: list[Tensor] = fused_linear(x, tensors, layout)
     return out
 

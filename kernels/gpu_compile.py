@@ -23,7 +23,7 @@ from sparsec.errors import KernelError, SparsecError, SpecError
 from sparsec.formats import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import gpu
-from sparsec.kernels.gpu_launch import Config, Launch, interpreted, recording
+from sparsec.kernels.gpu.launch import Config, Launch, interpreted, recording
 
 ARCHITECTURES = (80, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -17,16 +17,18 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
+from sparsec import private
 from sparsec.arguments import checked
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
-from sparsec.kernels import autocast, loader
+from sparsec.kernels import autocast
 from sparsec.kernels.derivatives import Argument, Product, mapped, refuse_constants, transformed
+from sparsec.kernels.library import loader
 from sparsec.kernels.reference import check_call, reference_linear
 from sparsec.kernels.registry import dispatch, foreign
+from sparsec.private import OpOverload
 
 # Operators live as long as the library object.
 LIBRARY = torch.library.Library("sparsec", "DEF")  # type: ignore[no-untyped-call]
@@ -122,7 +124,7 @@ def _define(kind: type[Packed]) -> OpOverload:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias)):
             out: Tensor = Product.apply(x, bias, op, split, args)  # type: ignore[no-untyped-call]
             return out
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             return cast(Tensor, op(x, *args))
 
     torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(implementation)

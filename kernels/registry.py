@@ -25,13 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsec import private
 from sparsec.arguments import checked
 from sparsec.errors import KernelError
 from sparsec.formats import FORMATS, NM, WarpCSR
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import for_device
 from sparsec.formats.parts import Part, flatten
-from sparsec.kernels import gpu, gpu_semi_structured, loader
+from sparsec.kernels import gpu
+from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
+from sparsec.kernels.library import loader
 from sparsec.kernels.reference import check_call, dense_product
 from sparsec.offered import offered
 
@@ -125,7 +128,7 @@ def native_missing(operator_name: str) -> Callable[[], list[str]]:
 
 def _native(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     part = Part(packed.format, tuple(packed.tensors().values()), bias, tuple(packed.scalars().values()))
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         out: Tensor = torch.ops.sparsec.inference_single(x, *flatten([part]))
     return out
 
@@ -172,7 +175,7 @@ def _semi_structured() -> Kernel:
         return gpu.missing() or gpu_semi_structured.missing()
 
     name, dtypes = gpu_semi_structured.NAME, gpu_semi_structured.DTYPES
-    return Kernel(name, NM.format, dtypes, ("cuda",), gpu.semi_structured, reasons, refuses)
+    return Kernel(name, NM.format, dtypes, ("cuda",), gpu.cusparselt, reasons, refuses)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

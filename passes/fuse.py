@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from sparsec import private
 from sparsec.ir.facts import Op
 from sparsec.ir.graph import Graph
 from sparsec.lowering import dense_readers, fuse_products
@@ -20,6 +20,7 @@ from sparsec.lowering.fuse import bias_of
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_ignore, check_patterns
 from sparsec.pipeline.selection import select
+from sparsec.private import OpOverload
 
 _Key = tuple[fx.Node, str, torch.dtype, int]
 
@@ -130,4 +131,4 @@ def _writes_before(graph: fx.Graph) -> dict[fx.Node, int]:
 def _may_write(target: Any) -> bool:
     if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
-    return isinstance(target, torch._ops.HigherOrderOperator)
+    return isinstance(target, private.HigherOrderOperator)

@@ -13,8 +13,9 @@ from sparsec.formats import WarpCSR
 from sparsec.formats.layout import DENSE, Layout, for_device
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.kernels import Problem, gpu_semi_structured
+from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
+from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
 from sparsec.lowering.setting import calibrated, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 
 from sparsec import __version__
-from sparsec.command import guarded
-from sparsec.commands import COMMANDS, find
+from sparsec.console.command import guarded
+from sparsec.console.commands import COMMANDS, find
+from sparsec.console.table import heading, paragraph
 from sparsec.errors import SparsecError
 from sparsec.formats import FORMATS
 from sparsec.kernels import known
 from sparsec.machine import machine
 from sparsec.pipeline.spec import signature
 from sparsec.pipeline.table import known_passes
-from sparsec.report.table import heading, paragraph
 from sparsec.report.text import machine_lines
 
 PROG = "python -m sparsec"

@@ -19,9 +19,9 @@ from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.dense import dense_linear
-from sparsec.kernels.dense_linear import DenseLinear
-from sparsec.kernels.group import Group, Grouped
-from sparsec.kernels.loading import guard_loading
+from sparsec.kernels.modules.dense_linear import DenseLinear
+from sparsec.kernels.modules.group import Group, Grouped
+from sparsec.kernels.modules.loading import guard_loading
 from sparsec.lowering import repack
 
 _HOOKS = (

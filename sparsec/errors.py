@@ -84,6 +84,10 @@ class DataError(SparsecError):
     """A model or text that cannot be found or read."""
 
 
+class TorchVersionError(SparsecError, ImportError):
+    """The torch that is installed lacks something; names it, and the releases that are tested."""
+
+
 class MissingExtraError(SparsecError, ImportError):
     """An optional package is needed; names the extra that installs it."""
 

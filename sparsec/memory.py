@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparsec.kernels.gpu_semi_structured import beside
+from sparsec.kernels.gpu.semi_structured import beside
+from sparsec.private import is_traceable_wrapper_subclass
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -17,6 +17,9 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("u
 FOLDERS = {"sparsec": ROOT / "sparsec", "sparsec.passes": ROOT / "passes", "sparsec.kernels": ROOT / "kernels"}
 """Import name of each mapped folder."""
 
+MODULES_OF_PRIVATE_NAMES = (ROOT / "sparsec" / "private.py", ROOT / "sparsec" / "inductor" / "names.py")
+"""The only ones that name what is no promise of torch's."""
+
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its import name; a package is its `__init__.py`."""

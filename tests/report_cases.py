@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsec.compiler
-from sparsec.latency import Spread
 from sparsec.machine import Machine
 from sparsec.report.collect import Report
 from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample, Stage, Variant
+from sparsec.timing.latency import Spread
 
 SPEC = "magnitude(0.3, targets=('mlp', 'model.layers.0.self_attn.*')),freeze,sparsity,flops(context=32),lower(csr32)"
 

@@ -18,14 +18,14 @@ from sparsec.bench.cases import Case, asked, cases, pattern_of
 from sparsec.bench.kernels import Measured, measure
 from sparsec.bench.models import shapes
 from sparsec.bench.output import SCHEMA, cells, doubts, record
-from sparsec.bench.rotation import Protocol, Rotation
-from sparsec.bench.timing import SLOW_REPEATS, Contender, Timing, interleaved, speedup
 from sparsec.cost import Calibration, calibrate
 from sparsec.cost.model import Work
 from sparsec.formats.layout import sample_mask
-from sparsec.latency import Spread
 from sparsec.machine import machine
 from sparsec.patterns import Pattern
+from sparsec.timing.latency import Spread
+from sparsec.timing.rotation import Protocol, Rotation
+from sparsec.timing.turns import SLOW_REPEATS, Contender, Timing, interleaved, speedup
 
 UNSTRUCTURED = ("csr8", "csr16", "csr32", "bitmap", "dense", "auto")
 SMALL = Protocol(100_000)

@@ -18,16 +18,17 @@ from sparsec.bench import gpu_run
 from sparsec.bench.__main__ import main
 from sparsec.bench.cases import Case, asked, cases
 from sparsec.bench.gpu_models import NO_TIME, Decoded, decode, headlines
-from sparsec.cost import replay
 from sparsec.cost.calibration import Found, load_file
 from sparsec.cost.model import KernelCost, Rate, RowsRate
 from sparsec.errors import KernelError
 from sparsec.formats import Packed
 from sparsec.formats.layout import Layout
-from sparsec.kernels import gpu, gpu_launch
-from sparsec.latency import Spread
+from sparsec.kernels import gpu
+from sparsec.kernels.gpu import launch as gpu_launch
 from sparsec.machine import machine
-from sparsec.recorded import Decoder
+from sparsec.timing import replay
+from sparsec.timing.latency import Spread
+from sparsec.timing.recorded import Decoder
 
 FIXTURE = Path(__file__).parent / "calibration.json"
 COST = (1e-4, 0.0, 1e-9, Rate(0.0, 0.0), (), 0.0)

@@ -24,7 +24,7 @@ from sparsec.inductor.attention import ATTENTION, read_cache_once
 from sparsec.kernels import force_isa, status
 from sparsec.kernels.attention import decode_attention, reference_attention
 from sparsec.kernels.chain import CODES, DTYPES, PRODUCT, chain, reference_chain, single_chain
-from sparsec.kernels.loader import library
+from sparsec.kernels.library.loader import library
 
 pytestmark = pytest.mark.skipif(not status().built, reason="no native kernels")
 ISAS = library().usable if status().built else []

@@ -20,15 +20,16 @@ import torch
 
 import sparsec.__main__ as overview
 import sparsec.report.__main__ as command
-from sparsec.commands import COMMANDS
+from sparsec.console.commands import COMMANDS
+from sparsec.console.progress import StageLines, shown_progress
 from sparsec.errors import DataError
-from sparsec.kernels import KERNELS, loader
+from sparsec.kernels import KERNELS
+from sparsec.kernels.library import loader
 from sparsec.passes import PASSES
 from sparsec.pipeline import Pipeline
 from sparsec.progress import stage
 from sparsec.report import schema
-from sparsec.report.plan import QUICK, Effort
-from sparsec.report.progress import StageLines, shown_progress
+from sparsec.study.plan import QUICK, Effort
 
 TEXT = "Every layer says why it is dense. " * 8
 COUNT = ["tiny", "--no-measure"]

@@ -11,7 +11,7 @@ import pytest
 from project import PYPROJECT, modules
 
 import sparsec.__main__ as overview
-from sparsec.commands import COMMANDS, Command, find
+from sparsec.console.commands import COMMANDS, Command, find
 from sparsec.errors import SpecError
 
 NAMES = [command.name for command in COMMANDS]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparsec
-from sparsec import latency
 from sparsec.cost import __main__ as cli
 from sparsec.cost import calibration as cal
 from sparsec.cost import choice, measure_gpu
@@ -25,10 +24,11 @@ from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
 from sparsec.errors import CalibrationError, KernelError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Kernel, Problem, gpu, status
-from sparsec.latency import layer_speedups, replayed_speedup
 from sparsec.lowering.setting import unpredicted
 from sparsec.machine import gpu_clock
 from sparsec.report.__main__ import main as report
+from sparsec.timing import latency
+from sparsec.timing.latency import layer_speedups, replayed_speedup
 
 FIXTURE = Path(__file__).parent / "calibration.json"
 SMALL = measure_gpu.Sizes(

@@ -17,10 +17,10 @@ import sparsec
 from sparsec.errors import KernelError
 from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import problems
-from sparsec.kernels import dense_linear as module_file
 from sparsec.kernels import tolerance
 from sparsec.kernels.dense import check_dense_call, dense_linear
-from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.kernels.modules import dense_linear as module_file
+from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.lowering import no_dense_kernel, setting
 
 

@@ -18,8 +18,8 @@ from sparsec.kernels import SparseLinear
 from sparsec.kernels.attention import decode_attention
 from sparsec.kernels.chain import chain, single_chain
 from sparsec.kernels.dense import dense_linear
-from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.kernels.fused import fused_linear, inference_linear, inference_single
+from sparsec.kernels.modules.dense_linear import DenseLinear
 
 Function = Callable[[Tensor], Tensor]
 torch.manual_seed(0)

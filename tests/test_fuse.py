@@ -21,8 +21,8 @@ from sparsec.formats.parts import Part, flatten, unflatten
 from sparsec.ir.printer import graph_text
 from sparsec.ir.verifier import problems
 from sparsec.kernels import SparseLinear
-from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.kernels.fused import fused_linear
+from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.passes import Fuse
 from sparsec.pipeline import Context, Pipeline
 from sparsec.testing import check_pass

@@ -19,7 +19,8 @@ import sparsec
 from sparsec.errors import KernelError
 from sparsec.formats import CSR, Packed, WarpCSR
 from sparsec.formats.layout import for_device
-from sparsec.kernels import KERNELS, Problem, gpu, gpu_launch, operator, operator_args, select, tolerance
+from sparsec.kernels import KERNELS, Problem, gpu, operator, operator_args, select, tolerance
+from sparsec.kernels.gpu import launch as gpu_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,7 +139,7 @@ def test_products_split_over_programs_add_up(name: str, size: tuple[int, int], m
 def test_rows_of_any_number_of_turns_are_right(
     name: str, counts: list[int], far: bool, splits: int, tokens: int, dtype: torch.dtype, seed: int
 ) -> None:
-    from sparsec.kernels import gpu_sums
+    from sparsec.kernels.gpu import sums as gpu_sums
 
     generator = torch.Generator().manual_seed(seed)
     columns = 5000 if far else 300

@@ -25,7 +25,7 @@ from sparsec.cost import measure_gpu
 from sparsec.formats import NM
 from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Problem, SparseLinear, gpu, select, tolerance
-from sparsec.kernels import gpu_semi_structured as semi
+from sparsec.kernels.gpu import semi_structured as semi
 from sparsec.memory import held
 
 pytestmark = [
@@ -118,7 +118,7 @@ def test_many_rows_are_multiplied_by_the_library(
         bias = torch.randn(16 * rows, generator=generator).to(dtype) if with_bias else None
         dense = packed.unpack()
         for _ in range(2):
-            out = gpu.semi_structured(x, packed, bias)
+            out = gpu.cusparselt(x, packed, bias)
             exact = x.double() @ dense.double().t() + (0 if bias is None else bias.double())
             assert out.shape == exact.shape
             assert out.is_contiguous()
@@ -143,7 +143,7 @@ def test_many_rows_are_multiplied_by_the_library(
 )
 def test_what_it_is_not_for_goes_another_way(library: Library, packed: NM, tokens: int) -> None:
     x = torch.randn(tokens, packed.shape[1]).to(packed.dtype)
-    out = gpu.semi_structured(x, packed, None)
+    out = gpu.cusparselt(x, packed, None)
     assert not library.weights
     assert bool(
         ((out.double() - x.double() @ packed.unpack().double().t()).abs() <= tolerance(x, packed.unpack(), None)).all()
@@ -169,14 +169,14 @@ def test_a_weight_that_is_refused_is_named_once_and_expanded(library: Library) -
     packed, x = weight(), torch.randn(64, 48).bfloat16()
     said = "go through expanded weights: cuSPARSELt refused nm2:4 of 32x48, 64 rows: architecture mismatch$"
     with pytest.warns(RuntimeWarning, match=said):
-        out = gpu.semi_structured(x, packed, None)
+        out = gpu.cusparselt(x, packed, None)
     assert bool(
         ((out.double() - x.double() @ packed.unpack().double().t()).abs() <= tolerance(x, packed.unpack(), None)).all()
     )
     library.refusal = ""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(gpu.semi_structured(x, packed, None), out)
+        assert torch.equal(gpu.cusparselt(x, packed, None), out)
     assert not library.weights
     assert "refused" in semi.missing()[0]
 
@@ -185,13 +185,13 @@ def test_values_written_anew_are_compressed_anew_and_nothing_outlives_its_weight
     packed, x = weight(), torch.randn(64, 48).bfloat16()
     gc.collect()
     before = len(semi._twins)
-    first = gpu.semi_structured(x, packed, None)
+    first = gpu.cusparselt(x, packed, None)
     # The operator is handed the same memory by other tensors, in a compiled model.
     again = NM.from_parts({n: t.detach() for n, t in packed.tensors().items()}, packed.scalars())
-    assert torch.equal(gpu.semi_structured(x, again, None), first)
+    assert torch.equal(gpu.cusparselt(x, again, None), first)
     assert len(library.weights) == 1
     packed.values.mul_(2)
-    assert torch.equal(gpu.semi_structured(x, packed, None), 2 * first)
+    assert torch.equal(gpu.cusparselt(x, packed, None), 2 * first)
     assert len(library.weights) == 2
     assert len(semi._twins) == before + 1
     del packed, again
@@ -204,12 +204,12 @@ def test_while_a_graph_is_recorded_nothing_is_made_or_searched(
 ) -> None:
     packed, x = weight(), torch.randn(300, 48).bfloat16()
     monkeypatch.setattr(semi, "_recording", lambda: True)
-    expanded = gpu.semi_structured(x, packed, None)
+    expanded = gpu.cusparselt(x, packed, None)
     assert not library.weights
     monkeypatch.setattr(semi, "_recording", lambda: False)
-    gpu.semi_structured(x[:64], packed, None)
+    gpu.cusparselt(x[:64], packed, None)
     monkeypatch.setattr(semi, "_recording", lambda: True)
-    torch.testing.assert_close(gpu.semi_structured(x, packed, None), expanded)
+    torch.testing.assert_close(gpu.cusparselt(x, packed, None), expanded)
     assert library.plans[-1] == semi.UNTRIED
     assert library.searched == 1
 
@@ -255,9 +255,9 @@ def test_lowering_says_what_the_second_form_takes(library: Library, monkeypatch:
 def test_the_second_form_counts_as_memory_once_it_is_there(library: Library) -> None:
     module = SparseLinear(weight(64, 64))
     before = held(module).total
-    gpu.semi_structured(torch.randn(63, 64).bfloat16(), module.packed, None)
+    gpu.cusparselt(torch.randn(63, 64).bfloat16(), module.packed, None)
     assert held(module).total == before
-    gpu.semi_structured(torch.randn(64, 64).bfloat16(), module.packed, None)
+    gpu.cusparselt(torch.randn(64, 64).bfloat16(), module.packed, None)
     assert held(module).total == before + semi.held_bytes(module.packed)
 
 
@@ -267,7 +267,7 @@ def test_it_is_made_where_no_pool_of_this_thread_is_in_use(library: Library, mon
     monkeypatch.setattr(
         torch, "_cslt_compress", lambda dense: (threads.append(threading.get_ident()), compress(dense))[1]
     )
-    gpu.semi_structured(torch.randn(64, 48).bfloat16(), weight(), None)
+    gpu.cusparselt(torch.randn(64, 48).bfloat16(), weight(), None)
     assert len(threads) == 1
     assert threads[0] != threading.get_ident()
 
@@ -279,7 +279,7 @@ def test_weights_in_one_memory_are_told_apart(library: Library) -> None:
     for i, packed in enumerate((a, b)):
         view = NM.from_parts({n: t[i] for n, t in both.items()}, packed.scalars())
         for _ in range(2):
-            assert torch.equal(gpu.semi_structured(x, view, None), gpu.semi_structured(x, packed, None))
+            assert torch.equal(gpu.cusparselt(x, view, None), gpu.cusparselt(x, packed, None))
     assert semi.beside(both["values"].untyped_storage()) == 2 * semi.held_bytes(a)
 
 
@@ -288,7 +288,7 @@ def test_a_form_that_is_made_anew_lies_where_the_old_one_did(library: Library) -
     packed, x = weight(), torch.randn(64, 48).bfloat16()
     addresses = []
     for _ in range(2):
-        gpu.semi_structured(x, packed, None)
+        gpu.cusparselt(x, packed, None)
         ((_, found),) = semi._twins[packed.values.untyped_storage()].values()
         addresses.append(found.data_ptr())
         packed.index.add_(0)
@@ -308,26 +308,26 @@ def test_no_room_is_no_refusal_and_a_dead_device_no_way_on(library: Library, mon
             patch.setattr(torch, "_cslt_compress", fails)
             if isinstance(error, torch.OutOfMemoryError):
                 with pytest.warns(RuntimeWarning, match="no room for cuSPARSELt's form of a 2:4 weight"):
-                    out = gpu.semi_structured(x, packed, None)
+                    out = gpu.cusparselt(x, packed, None)
                 assert bool(((out.double() - expanded).abs() <= tolerance(x, packed.unpack(), None)).all())
             else:
                 with pytest.raises(torch.AcceleratorError):
-                    gpu.semi_structured(x, packed, None)
+                    gpu.cusparselt(x, packed, None)
         assert semi.missing() == []
-    gpu.semi_structured(x, packed, None)
+    gpu.cusparselt(x, packed, None)
     assert len(library.weights) == 1
 
 
 def test_a_product_that_fails_at_other_rows_is_expanded(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = weight(), torch.randn(200, 48).bfloat16()
-    first = gpu.semi_structured(x[:64], packed, None)
+    first = gpu.cusparselt(x[:64], packed, None)
 
     def fails(*args: object, **options: object) -> Tensor:
         raise RuntimeError("operation not supported")
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", fails)
     with pytest.warns(RuntimeWarning, match="nm2:4 of 32x48, 200 rows: operation not supported"):
-        out = gpu.semi_structured(x, packed, None)
+        out = gpu.cusparselt(x, packed, None)
     torch.testing.assert_close(out[:64], first)
     assert semi.beside(packed.values.untyped_storage()) > 0, "a recorded graph may still read it"
 

@@ -22,10 +22,11 @@ import sparsec
 from sparsec.errors import KernelError
 from sparsec.formats import CSR
 from sparsec.formats.parts import unflatten
-from sparsec.kernels import SparseLinear, group
-from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.kernels import SparseLinear
 from sparsec.kernels.fused import fused_linear
-from sparsec.kernels.group import Group, Grouped
+from sparsec.kernels.modules import group
+from sparsec.kernels.modules.dense_linear import DenseLinear
+from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.testing import masked_twin
 
 SPEC = "magnitude(0.4),freeze,sparsity,flops,fuse,lower(csr)"

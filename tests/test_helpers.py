@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsec.formats import Packed
 from sparsec.kernels import operator, operator_args, status
 from sparsec.kernels.attention import decode_attention
-from sparsec.kernels.loader import library
+from sparsec.kernels.library.loader import library
 
 pytestmark = pytest.mark.skipif(not status().built, reason="the reference kernels run in torch's own threads")
 BUSY = "while True: pass"

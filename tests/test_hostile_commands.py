@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sparsec.__main__ as overview
-from sparsec.commands import COMMANDS, Command
+from sparsec.console.commands import COMMANDS, Command
 from sparsec.errors import DataError
 
 WORDS = ("", " ", "x", "-1", "0", "1.5", "nan", "1e400", "9" * 30, "\udce9", "=", ",", "'", "x" * 5000)

@@ -23,8 +23,8 @@ from sparsec.errors import CompileError
 from sparsec.inductor import SLOT, FuseProducts
 from sparsec.inductor import sparsec as backend
 from sparsec.kernels import SparseLinear
-from sparsec.kernels.dense_linear import DenseLinear
 from sparsec.kernels.fused import inference_linear, inference_single
+from sparsec.kernels.modules.dense_linear import DenseLinear
 
 KINDS = [*(layout for name, layout in LAYOUTS.items() if not name.startswith("wcsr")), None]
 """Every way to pack a matrix, and dense."""

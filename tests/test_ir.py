@@ -19,7 +19,7 @@ from sparsec.ir.graph import Graph
 from sparsec.ir.printer import diff_text, graph_text
 from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import outputs_differ, problems, snapshot
-from sparsec.kernels import loader
+from sparsec.kernels.library import loader
 from sparsec.pipeline import Context, Pipeline
 from sparsec.pipeline.instruments import DumpIR, PrintIR, Timing
 

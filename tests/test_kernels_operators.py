@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsec.errors import KernelError
 from sparsec.formats import CSR, FORMATS
 from sparsec.kernels import KERNELS, Problem, gpu, operator, operator_args, select, status
-from sparsec.kernels.loader import has_native
+from sparsec.kernels.library.loader import has_native
 from sparsec.kernels.ops import OPERATORS, explain, packed_and_bias
 from sparsec.kernels.reference import reference_linear
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsec.formats import Packed
 from sparsec.kernels import force_isa, operator, operator_args, status, tolerance
-from sparsec.kernels.loader import library
+from sparsec.kernels.library.loader import library
 from sparsec.kernels.reference import reference_linear
 
 NATIVE = ("amx", "vbmi2", "avx512", "avx2", "portable")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsec.latency import WARM_UP, Spread, compare, interleaved, layer_speedups
+from sparsec.timing.latency import WARM_UP, Spread, compare, interleaved, layer_speedups
 
 
 def test_models_take_turns() -> None:

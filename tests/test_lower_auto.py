@@ -22,7 +22,7 @@ from sparsec.cost.model import KernelCost, Rate
 from sparsec.errors import CalibrationError, FormatError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear, status
-from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.kernels.modules.dense_linear import DenseLinear
 
 FIXTURE = load_file(Path(__file__).parent / "calibration.json")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sparsec.errors import BuildError, KernelError
-from sparsec.kernels import build, loader, toolchain
+from sparsec.kernels import build
+from sparsec.kernels.library import loader, toolchain
 
 CHECKOUT = Path(__file__).parent.parent
 HAS_COMPILER = any(shutil.which(name) for name in toolchain.CANDIDATES)
@@ -53,7 +54,7 @@ PRODUCT = """
 import torch
 from sparsec.formats import CSR
 import sparsec.kernels as k
-from sparsec.kernels import loader
+from sparsec.kernels.library import loader
 assert not loader.asked(), "importing must not build"
 m = k.SparseLinear(CSR.pack(torch.eye(3), torch.eye(3, dtype=torch.bool)))
 x = torch.arange(3.0)

@@ -12,7 +12,8 @@ from test_native_build import WORKS, script
 
 from sparsec import cache
 from sparsec.errors import UnsafeCacheError
-from sparsec.kernels import build, loader, programs, toolchain
+from sparsec.kernels import build
+from sparsec.kernels.library import loader, programs, toolchain
 
 fresh = test_native_build.fresh
 

@@ -12,27 +12,50 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-from project import FOLDERS, PYPROJECT, ROOT, build_wheel, clean_copy, imports, modules, text_files
+from project import (
+    FOLDERS,
+    MODULES_OF_PRIVATE_NAMES,
+    PYPROJECT,
+    ROOT,
+    build_wheel,
+    clean_copy,
+    imports,
+    modules,
+    text_files,
+)
 
 MODULES = modules()
 IMPORTS = {name: imports(name, path, set(MODULES)) for name, path in MODULES.items()}
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("arguments", "cache", "errors", "files", "kv_cache", "metrics", "offered", "patterns", "progress", "serial"),
+    (
+        "arguments",
+        "cache",
+        "errors",
+        "files",
+        "kv_cache",
+        "metrics",
+        "offered",
+        "patterns",
+        "private",
+        "progress",
+        "serial",
+    ),
     ("formats",),
     ("ir",),
     ("kernels",),
     ("holders", "machine", "memory"),
+    ("timing",),
     ("cost",),
     ("data", "calibrate"),
     ("pipeline",),
     ("lowering",),
     ("passes",),
-    ("emitter", "evaluate", "inductor", "latency", "recorded", "wrapped"),
-    ("report.collect", "report.text", "report.schema", "report"),
+    ("console",),
+    ("emitter", "evaluate", "inductor", "wrapped"),
+    ("report",),
     ("compiler", "checkpoint"),
-    ("report.measure", "report.variants", "report.figures", "command", "evaluate.output"),
-    ("commands",),
+    ("study",),
     ("", "__main__", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
 )
 """Imports go to an earlier line or stay in their own. A name stands for all below it, the longest one wins."""
@@ -67,6 +90,33 @@ def offences(text: str) -> list[str]:
     """What a committed text may not hold."""
     found = [f"{what}: {m.group()!r}" for what, pattern in FORBIDDEN.items() for m in pattern.finditer(text)]
     return found + [f"host {host!r} is not in HOSTS" for host in URL.findall(text) if host not in HOSTS]
+
+
+@pytest.mark.parametrize("name", sorted(n for n, path in MODULES.items() if path not in MODULES_OF_PRIVATE_NAMES))
+def test_private_names_of_torch_stand_in_one_place(name: str) -> None:
+    text = MODULES[name].read_text("utf-8")
+    found = re.findall(
+        r"(?<!optional\()(?<!\")torch(?:\.\w+)*?\._[A-Za-z]\w*(?:\.\w+)*|(?:from|import) torch[\w.]*\._\w+", text
+    )
+    assert [each for each in found if not each.startswith("torch.ops.aten.")] == []
+
+
+def room(module: str) -> str:
+    """The folder that a module stands in, or itself where it stands in none; a command is by itself, since nobody imports it."""
+    parts = module.split(".")
+    own = module.endswith("__main__") or (len(parts) < 3 and MODULES[module].name != "__init__.py")
+    return module if own else ".".join(parts[:2])
+
+
+def test_no_room_leads_back_to_itself() -> None:
+    """A circle of folders is one that no list of layers shows: each of its imports may go down."""
+    ways: dict[str, set[str]] = {}
+    for name, others in IMPORTS.items():
+        ways.setdefault(room(name), set()).update(room(other) for other in others)
+    try:
+        list(TopologicalSorter({name: others - {name} for name, others in ways.items()}).static_order())
+    except CycleError as error:
+        raise AssertionError(f"these rooms import each other: {' <- '.join(error.args[1])}") from error
 
 
 def test_packages_list_names_every_package_on_disk() -> None:

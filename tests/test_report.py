@@ -23,9 +23,9 @@ from sparsec.errors import DataError
 from sparsec.report import schema
 from sparsec.report.notes import merged, tied_table
 from sparsec.report.roles import by_role, middle, most
-from sparsec.report.sample import read_prompt
 from sparsec.report.text import render
 from sparsec.report.words import dense_reason, pays_from, storage
+from sparsec.study.sample import read_prompt
 
 GOLDEN = Path(__file__).parent / "golden" / "report.txt"
 

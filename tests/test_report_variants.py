@@ -14,14 +14,14 @@ from sparsec import memory
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.evaluate import Windows, compare
 from sparsec.kernels import SparseLinear
-from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.pipeline import Pipeline
-from sparsec.report import variants
-from sparsec.report.clock import Clock
-from sparsec.report.kept_logits import KeptLogits
-from sparsec.report.layers import time_layers
-from sparsec.report.measure import measured_report
-from sparsec.report.plan import QUICK, plan
+from sparsec.study import variants
+from sparsec.study.clock import Clock
+from sparsec.study.kept_logits import KeptLogits
+from sparsec.study.layers import time_layers
+from sparsec.study.measure import measured_report
+from sparsec.study.plan import QUICK, plan
 
 PASSES = "magnitude(0.6),freeze,sparsity,flops,fuse,lower(bitmap)"
 
@@ -122,7 +122,7 @@ def test_kept_logits_come_again_in_order() -> None:
 def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny_model("llama")
     lowered = sparsec.compile(model, "magnitude(0.5, scope='layer'),freeze,lower(bitmap)")
-    monkeypatch.setattr("sparsec.report.layers.COLD", 1)
+    monkeypatch.setattr("sparsec.study.layers.COLD", 1)
     for dense in (model, None):
         found = time_layers(lowered, dense, rounds=2)
         assert found.timed < found.products

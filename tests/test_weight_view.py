@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import sparsec
 from sparsec.errors import WeightError
 from sparsec.kernels import SparseLinear
-from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.kernels.modules.dense_linear import DenseLinear
 
 
 def layer() -> SparseLinear:

@@ -14,16 +14,16 @@ from sparsec.bench.end_to_end import Effort, run, variants
 from sparsec.bench.end_to_end_output import Run
 from sparsec.bench.kernels import Result, measure
 from sparsec.bench.room import require_room
-from sparsec.bench.rotation import Protocol, Rotation
 from sparsec.bench.sources import source
-from sparsec.command import DTYPES, guarded, write
+from sparsec.console.command import DTYPES, guarded, write
+from sparsec.console.progress import shown_progress
+from sparsec.console.table import paragraph
 from sparsec.cost import Found, calibrate
 from sparsec.kernels import status
 from sparsec.machine import machine
 from sparsec.progress import Progress, stage
-from sparsec.report.progress import shown_progress
-from sparsec.report.table import paragraph
 from sparsec.report.text import machine_lines
+from sparsec.timing.rotation import Protocol, Rotation
 
 
 def main(argv: Sequence[str] | None = None, prog: str = arguments.PROG) -> int:

@@ -20,11 +20,11 @@ from torch.nn.functional import linear
 
 from sparsec.bench.models import random_model
 from sparsec.compiler import compile
+from sparsec.console.table import paragraph, table, times
 from sparsec.formats import Bitmap
 from sparsec.kernels import operator, operator_args
 from sparsec.pipeline.base import PassRecord
 from sparsec.progress import Progress
-from sparsec.report.table import paragraph, table, times
 
 SHAPES, LAYERS, SPARSITY = "1024x1024", 48, 0.5
 MODEL_LAYERS = 3  # that passes run on

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
+from sparsec import private
 from sparsec.bench.session import Session
 from sparsec.bench.shares import Shares, shares
 from sparsec.compiler import DEFAULT_PASSES, compile
 from sparsec.errors import DataError
-from sparsec.latency import WARM_UP, Spread, interleaved, ratio
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
-from sparsec.report.variants import ON_SPARSEC, masked
 from sparsec.report.words import dense_bound
+from sparsec.study.variants import ON_SPARSEC, masked
+from sparsec.timing.latency import WARM_UP, Spread, interleaved, ratio
 
 PLACEHOLDER = "{sparsity}"
 PASSES = DEFAULT_PASSES.replace("magnitude(0.5)", f"magnitude({PLACEHOLDER})")
@@ -134,7 +135,7 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
     prompt = torch.randint(model.config.vocab_size, (1, effort.prompt_tokens), generator=generator)
     kinds = [(variant, compiled) for variant in models for compiled in ((False, True) if effort.compiled else (False,))]
     # Every compiled variant and every shape is one more version of the same forward.
-    with torch._dynamo.config.patch(recompile_limit=4 * len(kinds) + 8):
+    with private.optional("torch._dynamo.config").patch(recompile_limit=4 * len(kinds) + 8):
         sessions = [
             Session(models[v], prompt, effort.positions, v.backend if compiled else None) for v, compiled in kinds
         ]

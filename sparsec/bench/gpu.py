@@ -17,16 +17,17 @@ from torch import Tensor
 
 from sparsec import files
 from sparsec.bench.cases import Case
-from sparsec.command import DTYPES
+from sparsec.console.command import DTYPES
 from sparsec.cost import Calibration, Work
-from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, take_turns
 from sparsec.errors import KernelError, SparsecError
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
-from sparsec.kernels import Problem, gpu, gpu_launch, select, tolerance
+from sparsec.kernels import Problem, gpu, select, tolerance
+from sparsec.kernels.gpu import launch as gpu_launch
 from sparsec.kernels.registry import dispatch
-from sparsec.latency import Spread, ratio
 from sparsec.progress import Progress, stage
+from sparsec.timing.latency import Spread, ratio
+from sparsec.timing.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, take_turns
 
 CHECKED_ROWS = {"bf16": (1, 2, 4, 9, 17, 65, 512), "fp16": (1, 9, 65), "fp32": (1, 9, 65)}
 """By type: rows of x on both sides of every switch; fewer where a type changes no more than conversions, as each is compiled."""

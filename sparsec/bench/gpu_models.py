@@ -14,11 +14,11 @@ import torch
 
 from sparsec.bench.gpu import Deadline, said
 from sparsec.bench.models import random_model
-from sparsec.command import DTYPES
 from sparsec.compiler import compile
-from sparsec.latency import Spread, ratio
+from sparsec.console.command import DTYPES
 from sparsec.progress import Progress
-from sparsec.recorded import Decoder
+from sparsec.timing.latency import Spread, ratio
+from sparsec.timing.recorded import Decoder
 
 PROMPT_TOKENS = 64
 TOKENS = 16

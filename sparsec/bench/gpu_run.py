@@ -35,15 +35,16 @@ from sparsec.bench.gpu import (
     table_all,
 )
 from sparsec.bench.gpu_models import PASSES, Decoded, decode, headlines
-from sparsec.command import DTYPES as TYPES
+from sparsec.console.command import DTYPES as TYPES
 from sparsec.cost import Calibration, calibrate
 from sparsec.cost.calibration import save
-from sparsec.cost.replay import read_seconds
 from sparsec.errors import CacheError, KernelError, SpecError
 from sparsec.formats.layout import Layout
-from sparsec.kernels import gpu, gpu_launch
+from sparsec.kernels import gpu
+from sparsec.kernels.gpu import launch as gpu_launch
 from sparsec.machine import Machine, gpu_clock, machine
 from sparsec.progress import Progress
+from sparsec.timing.replay import read_seconds
 
 DEVICE = "cuda"
 SCHEMA = "sparsec.bench.cuda/1"

@@ -21,9 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsec.bench.cases import Asked, Case
-from sparsec.bench.rotation import Rotation
-from sparsec.bench.timing import Contender, Timing, interleaved, speedup
-from sparsec.command import DTYPES
+from sparsec.console.command import DTYPES
 from sparsec.cost import Calibration, Work
 from sparsec.cost.choice import TORCH, Setting, choose
 from sparsec.cost.model import Roof
@@ -33,9 +31,11 @@ from sparsec.formats.layout import DENSE, Layout, sample_mask
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
-from sparsec.kernels.dense_linear import DTYPES as DTYPES_SERVED
-from sparsec.kernels.dense_linear import DenseLinear
-from sparsec.latency import Spread
+from sparsec.kernels.modules.dense_linear import DTYPES as DTYPES_SERVED
+from sparsec.kernels.modules.dense_linear import DenseLinear
+from sparsec.timing.latency import Spread
+from sparsec.timing.rotation import Rotation
+from sparsec.timing.turns import Contender, Timing, interleaved, speedup
 
 READ_BYTES = (
     1 << 26

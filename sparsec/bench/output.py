@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.bench.kernels import Result
-from sparsec.bench.timing import SLOW_REPEATS, SLOW_SECONDS, Timing
-from sparsec.latency import Spread
+from sparsec.console.table import paragraph, percent, table, times
 from sparsec.machine import Machine
-from sparsec.report.table import paragraph, percent, table, times
+from sparsec.timing.latency import Spread
+from sparsec.timing.turns import SLOW_REPEATS, SLOW_SECONDS, Timing
 
 SCHEMA = "sparsec.bench/4"
 HEADER = (

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import fx
-from torch._ops import OpOverload
 
 from sparsec.calibrate.data import CalibrationData
+from sparsec.private import OpOverload
 
 
 def views_of_weights(steps: Sequence[fx.Node]) -> set[fx.Node]:

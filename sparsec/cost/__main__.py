@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from sparsec.command import DTYPES, MAX_THREADS, guarded, writable
+from sparsec.console.command import DTYPES, MAX_THREADS, guarded, writable
+from sparsec.console.progress import shown_progress
+from sparsec.console.table import heading, paragraph, table
 from sparsec.cost.calibration import Calibration, Found, calibrate, save
 from sparsec.errors import DataError, KernelError
 from sparsec.kernels import gpu
-from sparsec.report.progress import shown_progress
-from sparsec.report.table import heading, paragraph, table
 
 PROG = "python -m sparsec.cost"
 EXAMPLES = """

@@ -30,8 +30,8 @@ from sparsec.formats.layout import Layout
 from sparsec.kernels import Kernel, Problem, known
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
-from sparsec.kernels.dense_linear import DTYPES as DENSE_DTYPES
-from sparsec.kernels.dense_linear import DenseLinear
+from sparsec.kernels.modules.dense_linear import DTYPES as DENSE_DTYPES
+from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.progress import Progress
 
 DENSITIES = (0.5, 0.3, 0.1)

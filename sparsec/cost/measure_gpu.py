@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Read, Work
-from sparsec.cost.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds, take_turns
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
-from sparsec.kernels import Kernel, Problem, gpu_semi_structured, known
+from sparsec.kernels import Kernel, Problem, known
+from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.progress import Progress
+from sparsec.timing.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds, take_turns
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from sparsec.formats import CSR
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear
-from sparsec.kernels.group import Group
+from sparsec.kernels.modules.group import Group
 
 MIN_ARENA, MAX_ARENA = 1 << 28, 1 << 30  # bytes
 UNKNOWN_CACHE = 1 << 26

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sparsec.command import (
+from sparsec.compiler import compile, extend
+from sparsec.console.command import (
     DTYPES,
     add_bos,
     add_calibration,
@@ -25,7 +26,7 @@ from sparsec.command import (
     writable,
     write,
 )
-from sparsec.compiler import compile, extend
+from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.errors import DataError
 from sparsec.evaluate.compare import compare
@@ -34,7 +35,6 @@ from sparsec.evaluate.saved import Saved, fingerprint
 from sparsec.evaluate.windows import Windows, cut
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress, stage
-from sparsec.report.progress import shown_progress
 
 LENGTH = 2048
 PROG = "python -m sparsec.evaluate"

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsec.console.table import heading, paragraph, table
 from sparsec.evaluate.compare import Evaluation
 from sparsec.evaluate.windows import Windows
-from sparsec.report.table import heading, paragraph, table
 
 _DIGITS = 4
 

@@ -19,26 +19,23 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.exc import InductorError
-from torch._ops import OpOverload
 
-from sparsec import kernels
+from sparsec import kernels, private
 from sparsec.errors import CompileError, KernelError
 from sparsec.formats import parts
 from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.inductor import attention, chains
+from sparsec.inductor.names import CustomGraphPass, InductorError, compile_fx, get_hash_for_files, list_mode_options
 from sparsec.kernels.attention import NAME as ATTENTION
 from sparsec.kernels.chain import NAME as CHAIN
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import inference_linear, inference_single
-from sparsec.kernels.loader import has_native
+from sparsec.kernels.library.loader import has_native
 from sparsec.kernels.ops import OPERATORS
 from sparsec.kernels.registry import foreign
+from sparsec.private import OpOverload
 
 SLOT = "post_grad_custom_pre_pass"
 _FORMATS: dict[Any, str] = {
@@ -93,7 +90,7 @@ def _past_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
             )
         if torch.is_grad_enabled():
             return compiled(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             return compiled(*args)
 
     return call

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.pattern_matcher import stable_topological_sort
 
+from sparsec.inductor.names import stable_topological_sort
 from sparsec.kernels.chain import CODES, DTYPES, PRODUCT, chain, single_chain
 from sparsec.kernels.fused import inference_linear, inference_single
 

@@ -17,16 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from sparsec import private
 from sparsec.errors import TraceError
 from sparsec.ir.example_inputs import Call
 from sparsec.ir.inline import inline_regions
 from sparsec.ir.isolation import one_at_a_time, traceable
 from sparsec.ir.parts import advice
-
-try:
-    from torch.fx._lazy_graph_module import _use_lazy_graph_module as _uncoded
-except ImportError:  # it is no promise of torch's
-    _uncoded = nullcontext  # type: ignore[assignment]
 
 RUNGS: dict[str, tuple[str, ...]] = {"dynamic": ("batch", "length"), "dynamic batch": ("batch",), "static": ()}
 """Names of the sizes that a rung leaves open, by the dimension they stand at."""
@@ -60,7 +56,8 @@ def export(model: nn.Module, call: Call) -> Exported:
         tried.append(dims)
         try:
             # Of the graphs on the way to the last one nobody runs the code, so that none is written: a tenth of the time.
-            with one_at_a_time(), traceable(model), _uncoded(True):
+            uncoded = private.optional("torch.fx._lazy_graph_module._use_lazy_graph_module") or nullcontext
+            with one_at_a_time(), traceable(model), uncoded(True):
                 return _flat(_export(model, call, dims), call, rung, dims)
         except Exception as error:
             failures.append(f"  {rung}: {_reason(error)}")

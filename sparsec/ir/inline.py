@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsec import private
+from sparsec.private import FakeTensorMode, HigherOrderOperator, TorchDispatchMode
 
 _Casts = Callable[[fx.Node], dict[fx.Node, torch.dtype]]
 
@@ -93,7 +93,7 @@ def _no_casts(call: fx.Node) -> dict[fx.Node, torch.dtype]:
 
 def _casts(device: str, dtype: torch.dtype, call: fx.Node) -> dict[fx.Node, torch.dtype]:
     """Which tensors of a call torch casts under autocast, and to what, by calling it once with tensors without contents."""
-    if not isinstance(call.target, torch._ops.OpOverload):
+    if not isinstance(call.target, private.OpOverload):
         return {}
     with FakeTensorMode() as mode:
         values = {node: _example(node.meta.get("val")) for node in call.all_input_nodes}

@@ -5,16 +5,13 @@ torch.export has state of the whole process, so that one trace runs at a time. O
 
 from __future__ import annotations
 
-import functools
 import gc
-import importlib
 import logging
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,11 +20,11 @@ import torch.fx.graph as fx_graph
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from sparsec import private
 from sparsec.ir.names import is_plain, lookup
 
 _LOCK = threading.RLock()
-_WRITES_NAME = "_format_target"  # a function of torch.fx that not every release may have
-_NO_STACKS = "do_not_emit_stack_traces"  # a setting of torch.fx that not every release has
+_WRITES_NAME, _NO_STACKS = "_format_target", "do_not_emit_stack_traces"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOOKS_OF_ALL = (
     "_global_forward_pre_hooks",
@@ -62,7 +59,7 @@ def one_at_a_time() -> Iterator[None]:
     """The settings of the process that a trace needs; the second of two threads waits for the first."""
     with _LOCK, ExitStack() as stack:
         # Nothing reads where a node came from in the source, and little of what a trace makes is garbage: a seventh or more in all.
-        traces, collects = getattr(fx_config, _NO_STACKS, None), gc.isenabled()
+        traces, collects = private.optional(f"torch.fx.config.{_NO_STACKS}"), gc.isenabled()
         if traces is not None:
             setattr(fx_config, _NO_STACKS, True)
             stack.callback(setattr, fx_config, _NO_STACKS, traces)
@@ -128,7 +125,7 @@ def _no_logs_of_torch() -> Iterator[None]:
     handlers = {h for each in (logging.root, *loggers) if isinstance(each, logging.Logger) for h in each.handlers}
     for handler in handlers:
         handler.addFilter(unheard)
-    printing = _printing()
+    printing = private.optional("torch.export._trace")  # prints, of a graph that fails, what there is of it
     if printing is not None:
         vars(printing)["print"] = lambda *args, **how: None if threading.get_ident() == mine else print(*args, **how)
     try:
@@ -140,15 +137,6 @@ def _no_logs_of_torch() -> Iterator[None]:
             handler.removeFilter(unheard)
 
 
-@functools.cache
-def _printing() -> ModuleType | None:
-    """What prints, of a graph that fails, what there is of it. Imported when first traced: it takes two seconds."""
-    try:
-        return importlib.import_module("torch.export._trace")
-    except ImportError:  # it is no promise of torch's
-        return None
-
-
 def _of_torch(hook: Callable[..., Any]) -> bool:
     """Whether a hook is a part of the model's computation: those of torch.nn.utils compute a weight from its parts."""
     kinds = [cls.__module__ for cls in type(hook).__mro__]
@@ -158,7 +146,7 @@ def _of_torch(hook: Callable[..., Any]) -> bool:
 @contextmanager
 def _names_of_any_kind() -> Iterator[None]:
     """Code that torch.fx writes looks modules up by name where `self.class.weight` would be no Python; export has it written."""
-    written: Callable[[str, str], str] | None = getattr(fx_graph, _WRITES_NAME, None)
+    written: Callable[[str, str], str] | None = private.optional(f"torch.fx.graph.{_WRITES_NAME}")
     if written is None:
         yield
         return

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from sparsec.ir.names import is_plain, lookup
+from sparsec.private import pytree
 
 
 class OutputCodeGen(fx.graph.CodeGen):

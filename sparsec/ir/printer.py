@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsec import private
 from sparsec.arguments import checked
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph
@@ -170,6 +171,6 @@ def _argument(value: Any) -> str:
 
 
 def _target(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, private.OpOverload):
         return target._schema.name.partition("::")[2]
     return str(getattr(target, "__name__", target))

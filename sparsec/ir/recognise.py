@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsec import private
 from sparsec.formats.parts import unflatten
 from sparsec.ir.facts import OpKind
 
@@ -170,7 +171,7 @@ def owner_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
 def op_name(node: fx.Node) -> tuple[str, str]:
     """(namespace, name) of the operator a node calls: ("aten", "linear"); ("", "getitem") for a Python function."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, private.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
         return namespace, name
     return "", getattr(target, "__name__", str(target))

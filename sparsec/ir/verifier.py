@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
 from sparsec import serial
@@ -18,6 +17,7 @@ from sparsec.errors import FormatError
 from sparsec.formats.parts import unflatten
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph, fetch
+from sparsec.private import pytree
 
 
 def problems(graph: Graph, recompute: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ from sparsec.ir.graph import Graph
 from sparsec.kernels import gpu, status
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
-from sparsec.kernels.dense_linear import DTYPES
+from sparsec.kernels.modules.dense_linear import DTYPES
 from sparsec.lowering.dense import no_dense_kernel
 from sparsec.progress import Progress
 

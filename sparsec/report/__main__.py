@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from sparsec.command import (
+from sparsec.compiler import DEFAULT_PASSES, compile
+from sparsec.console.command import (
     DTYPES,
     add_bos,
     add_calibration,
@@ -26,15 +27,14 @@ from sparsec.command import (
     writable_folder,
     write,
 )
-from sparsec.compiler import DEFAULT_PASSES, compile
+from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.evaluate import evaluate
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
-from sparsec.report.measure import measured_report
-from sparsec.report.plan import QUICK, Effort, Plan, plan
-from sparsec.report.progress import shown_progress
 from sparsec.report.schema import document, layers_csv
+from sparsec.study.measure import measured_report
+from sparsec.study.plan import QUICK, Effort, Plan, plan
 
 PROG = "python -m sparsec.report"
 EXAMPLES = f"""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sparsec.console.table import heading, paragraph, percent, shorten, table
 from sparsec.report.records import LayerRow
 from sparsec.report.roles import by_role
-from sparsec.report.table import heading, paragraph, percent, shorten, table
 
 _NAME = 48
 _MEASURES = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsec.latency import Spread
 from sparsec.machine import Machine
 from sparsec.pipeline.base import PassRecord
+from sparsec.timing.latency import Spread
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from sparsec.latency import Spread
 from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
 from sparsec.report.words import dense_reason
+from sparsec.timing.latency import Spread
 
 VERSION = "sparsec.report/1"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-from sparsec.latency import Spread
+from sparsec.console.table import mega, percent, table, times
 from sparsec.report.notes import SHOWN, all_notes, for_quality
 from sparsec.report.records import ReportData
-from sparsec.report.table import mega, percent, table, times
+from sparsec.timing.latency import Spread
 
 LINES, COLUMNS = 24, 80
 

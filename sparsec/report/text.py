@@ -5,16 +5,16 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
+from sparsec.console.table import heading, mega, paragraph, percent, shorten, table, times
 from sparsec.data.tiny import RANDOM
-from sparsec.latency import Spread
 from sparsec.machine import Machine
 from sparsec.report.notes import all_notes, merged
 from sparsec.report.pruning import pruning_lines
 from sparsec.report.records import GroupRow, LayerRow, ReportData, ratio, total
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import perplexity, summary_lines
-from sparsec.report.table import heading, mega, paragraph, percent, shorten, table, times
 from sparsec.report.words import chosen_because, dense_bound, dense_reason, storage
+from sparsec.timing.latency import Spread
 
 _NAME = 30
 

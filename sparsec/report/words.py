@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sparsec.console.table import mega, percent
 from sparsec.report.records import LayerRow, ReportData
-from sparsec.report.table import mega, percent
 
 
 def dense_reason(row: LayerRow) -> str | None:

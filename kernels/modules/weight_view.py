@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from sparsec import private
 from sparsec.errors import WeightError
+from sparsec.private import pytree
 
 
 def written(layer: str) -> WeightError:
@@ -45,10 +46,10 @@ class WeightView(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # which follows no versions
-            with torch._C.DisableTorchFunctionSubclass():
+            with private.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        views = [t for t in tree_leaves((args, kwargs)) if isinstance(t, WeightView)]
-        with torch._C.DisableTorchFunctionSubclass():
+        views = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, WeightView)]
+        with private.DisableTorchFunctionSubclass():
             before = [view._version for view in views]
             result = func(*args, **kwargs)
             for view, version in zip(views, before, strict=True):
@@ -69,7 +70,7 @@ class WeightView(Tensor):
         super().__setattr__(name, value)
 
     def _plain(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with private.DisableTorchFunctionSubclass():
             return self.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -87,7 +88,7 @@ def _guarded(result: Any, views: list[WeightView]) -> Any:
     if isinstance(result, np.ndarray):
         result.flags.writeable = False
     elif isinstance(result, Tensor) and result.layout == torch.strided:
-        if torch._C._functorch.is_functorch_wrapped_tensor(result):
+        if private.is_functorch_wrapped_tensor(result):
             return result
         memory = result.untyped_storage()._cdata
         for view in views:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsec import private
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import NAME, fused_linear
@@ -146,7 +147,7 @@ class Group:
             return None
         # These flags are the process's: a plain tensor comes from another thread than the one that exports.
         if (not compiling or type(x) is Tensor) and (
-            torch.is_grad_enabled() or transformed() or torch._C._is_any_autocast_enabled()
+            torch.is_grad_enabled() or transformed() or private.any_autocast()
         ):
             return None
         if index:
@@ -162,7 +163,7 @@ class Group:
             return None
         version, memory = x._version, 0 if torch.compiler.is_compiling() else x.data_ptr()
         try:
-            with torch._C._AutoDispatchBelowAutograd():
+            with private.below_autograd():
                 results: list[Any] = fused_linear(x, plan.tensors, plan.layout)
         except RuntimeError:
             # A member on another device or of another dtype, say. Whose fault it is shows where that one is called.

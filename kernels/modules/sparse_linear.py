@@ -9,16 +9,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparsec import private
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import for_device
 from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
-from sparsec.kernels.group import Grouped
-from sparsec.kernels.loading import loadable
+from sparsec.kernels.modules.group import Grouped
+from sparsec.kernels.modules.loading import loadable
+from sparsec.kernels.modules.weight_view import WeightView, written
 from sparsec.kernels.ops import explain, operator, operator_of
 from sparsec.kernels.registry import Problem, foreign, select
-from sparsec.kernels.weight_view import WeightView, written
 
 
 class SparseLinear(Grouped, nn.Module):
@@ -114,7 +115,7 @@ class SparseLinear(Grouped, nn.Module):
                 out = self._op(x, *args)
             else:
                 # Without gradients the operator's autograd layer (in Python, 10 us and more) has nothing to do.
-                with torch._C._AutoDispatchBelowAutograd():
+                with private.below_autograd():
                     out = self._op(x, *args)
         except RuntimeError as error:
             explain(self.format, error, x, args)
@@ -202,7 +203,7 @@ class SparseLinear(Grouped, nn.Module):
             new = self._buffers[name]
             if new is old or old is None or new is None:
                 continue
-            if torch._has_compatible_shallow_copy_type(old, new):  # not between meta and a real device
+            if private.same_kind(old, new):  # not between meta and a real device
                 old.data = new.data
                 torch.autograd.graph.increment_version(old)
                 self._buffers[name] = old

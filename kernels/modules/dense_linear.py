@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsec import private
 from sparsec.formats.parts import DENSE, FORMAT_NUMBERS
 from sparsec.kernels.dense import NAME, check_dense_call, dense_linear, native_serves
 from sparsec.kernels.derivatives import transformed
-from sparsec.kernels.group import Grouped
+from sparsec.kernels.modules.group import Grouped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernel serves."""
@@ -49,7 +50,7 @@ class DenseLinear(Grouped, nn.Linear):
             or (not torch.compiler.is_compiling() and transformed())
             or not x.is_cpu
             or weight.dtype not in DTYPES
-            or torch._C._is_any_autocast_enabled()
+            or private.any_autocast()
             or not weight.is_contiguous()
         ):
             return F.linear(x, weight, bias)
@@ -59,7 +60,7 @@ class DenseLinear(Grouped, nn.Linear):
         if not native_serves(NAME):
             return F.linear(x, weight, bias)
         try:
-            with torch._C._AutoDispatchBelowAutograd():
+            with private.below_autograd():
                 out: Tensor = dense_linear(x, weight, bias)
         except RuntimeError:
             check_dense_call(x, weight, bias)  # says it better than the native library

@@ -18,12 +18,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from sparsec import cache, files
+from sparsec import cache, files, private
 from sparsec.arguments import checked
 from sparsec.errors import BuildError, CacheError, KernelError, UnsafeCacheError
-from sparsec.kernels import toolchain
+from sparsec.kernels.library import toolchain
 
 REFERENCE = "reference"
 SYMBOLS = (
@@ -129,7 +127,7 @@ def status() -> NativeStatus:
 
 def has_native(name: str) -> bool:
     """Whether the loaded native library implements the operator `sparsec::name`; loads nothing."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsec::{name}", "CPU"))
+    return bool(private.has_kernel(f"sparsec::{name}", "CPU"))
 
 
 def asked() -> bool:

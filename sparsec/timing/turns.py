@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsec.latency import Spread
+from sparsec.timing.latency import Spread
 
 MIN_BATCH_SECONDS = 0.002  # shorter measurements are lost in the timer and in the waking of threads
 SLOW_SECONDS = 0.5

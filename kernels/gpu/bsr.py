@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats.bsr import BSR
-from sparsec.kernels.gpu_launch import Config, Launch, fitting, interpreted, pick, splits
-from sparsec.kernels.gpu_sums import Partial, multiply
+from sparsec.kernels.gpu.launch import Config, Launch, fitting, interpreted, pick, splits
+from sparsec.kernels.gpu.sums import Partial, multiply
 
 PRODUCT = (Config({}), Config({}, warps=2), Config({}, warps=8), Config({}, stages=3))
 MATRIX = (Config({}, stages=3), Config({}, stages=4), Config({}, warps=8, stages=3), Config({}, warps=2))

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats.csr import CSR
-from sparsec.kernels.gpu_launch import FEW, Config, Launch
-from sparsec.kernels.gpu_sums import row_by_row
+from sparsec.kernels.gpu.launch import FEW, Config, Launch
+from sparsec.kernels.gpu.sums import row_by_row
 
 EXPAND = Config({"TILE": 512}, warps=2)
 

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats.wcsr import WarpCSR
-from sparsec.kernels.gpu_launch import FEW, Config, Launch, interpreted
-from sparsec.kernels.gpu_sums import row_by_row
+from sparsec.kernels.gpu.launch import FEW, Config, Launch, interpreted
+from sparsec.kernels.gpu.sums import row_by_row
 
 EXPAND = Config({"TILE": 1024}, warps=2)
 

@@ -18,9 +18,9 @@ import torch
 
 from sparsec import cache, files
 from sparsec.errors import BuildError
-from sparsec.kernels import programs
+from sparsec.kernels.library import programs
 
-SOURCES = Path(__file__).parent / "native"
+SOURCES = Path(__file__).parents[1] / "native"
 CANDIDATES = ("c++", "g++", "clang++")
 WAY_OUT = (
     "install a C++17 compiler (Debian: apt install g++, macOS: xcode-select --install) or name one in CXX; "

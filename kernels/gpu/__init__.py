@@ -27,7 +27,8 @@ from sparsec.errors import CacheError, KernelError
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.formats.nm import NM
-from sparsec.kernels import gpu_launch, gpu_semi_structured
+from sparsec.kernels.gpu import launch as gpu_launch
+from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 
 OLDEST = (8, 0)
 """The compute capability from which on a device is served: Ampere."""
@@ -87,7 +88,7 @@ def triton_version() -> str:
 
 def digest() -> str:
     """Of what the kernels are made from: their sources, the version of triton, and whether the library for 2:4 is there."""
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("gpu*.py"))]
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     found = triton_version()
     library = "" if gpu_semi_structured.absent() else "cuSPARSELt"
     return hashlib.sha256(b"".join([*sources, found.encode(), library.encode()])).hexdigest()[:16]
@@ -131,11 +132,11 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return _flat(x, packed, bias, kernel_of(packed.format))
 
 
-def semi_structured(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
+def cusparselt(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
     """The same by cuSPARSELt, and by Triton where that takes no weight now: what it refuses is named, and not asked again."""
 
     def run(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-        triton = import_module("sparsec.kernels.gpu_nm")
+        triton = import_module("sparsec.kernels.gpu.nm")
         found = gpu_semi_structured.linear(x, packed, bias, triton.expand)
         return kernel_of(NM.format)(x, packed, bias) if found is None else found
 
@@ -177,7 +178,7 @@ def kernel_of(format_name: str) -> Callable[[Tensor, Any, Tensor | None], Tensor
     """The function (x [tokens, in], packed, bias) -> [tokens, out] that launches the kernels of a format."""
     # Here and not above: importing them imports triton.
     found: Callable[[Tensor, Any, Tensor | None], Tensor] = getattr(
-        import_module(f"sparsec.kernels.gpu_{format_name}"), format_name
+        import_module(f"sparsec.kernels.gpu.{format_name}"), format_name
     )
     return found
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparsec.ir.facts import MATRIX_KINDS
 from sparsec.ir.graph import Graph
-from sparsec.latency import layer_speedups
 from sparsec.progress import Progress
+from sparsec.timing.latency import layer_speedups
 
 COLD = (
     128 << 20

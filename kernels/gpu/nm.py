@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sparsec.formats.nm import INDEX_BITS, NM
 from sparsec.formats.panels import panel_count
-from sparsec.kernels.gpu_launch import FEW, Config, Launch, pick, rows_at_once, splits
-from sparsec.kernels.gpu_sums import Partial
+from sparsec.kernels.gpu.launch import FEW, Config, Launch, pick, rows_at_once, splits
+from sparsec.kernels.gpu.sums import Partial
 
 ONE = (Config({"TILE": 1024}), Config({"TILE": 512}, warps=2), Config({"TILE": 2048}), Config({"TILE": 2048}, warps=8))
 """For one or two rows of x."""

@@ -19,20 +19,20 @@ from sparsec.data import LoadedModel
 from sparsec.evaluate import Evaluation, Windows
 from sparsec.evaluate import compare as compare_outputs
 from sparsec.formats.csr import VALUE_DTYPES
-from sparsec.latency import Comparison, compare
 from sparsec.lowering.setting import unpredicted
 from sparsec.machine import gpu_clock, machine
 from sparsec.pipeline import Instrument, Pipeline
 from sparsec.progress import Progress
-from sparsec.report.clock import Clock
 from sparsec.report.collect import Report
-from sparsec.report.figures import counted, with_measurements
-from sparsec.report.kept_logits import KeptLogits
-from sparsec.report.layers import LayerTimes, time_layers
-from sparsec.report.plan import MIN_REPEATS, Effort, Plan
 from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample
-from sparsec.report.sample import continuation
-from sparsec.report.variants import SCARCE, Builder, filled, masked, scarce, split, warm_up, without_values
+from sparsec.study.clock import Clock
+from sparsec.study.figures import counted, with_measurements
+from sparsec.study.kept_logits import KeptLogits
+from sparsec.study.layers import LayerTimes, time_layers
+from sparsec.study.plan import MIN_REPEATS, Effort, Plan
+from sparsec.study.sample import continuation
+from sparsec.study.variants import SCARCE, Builder, filled, masked, scarce, split, warm_up, without_values
+from sparsec.timing.latency import Comparison, compare
 
 
 def measured_report(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsec import private
 from sparsec.formats.base import Packed
 from sparsec.formats.nm import NM
 
@@ -52,7 +53,8 @@ def absent() -> list[str]:
     """Why the library is not there, or not wanted; empty when it is."""
     if os.environ.get(SWITCH) == "0":
         return [f"{SWITCH}=0 turns it off"]
-    return [] if torch.backends.cusparselt.is_available() else ["this torch was built without cuSPARSELt"]
+    there = torch.backends.cusparselt.is_available() and private.optional("torch._cslt_sparse_mm") is not None
+    return [] if there else ["this torch was built without cuSPARSELt"]
 
 
 def missing() -> list[str]:
@@ -158,7 +160,8 @@ def _compressed(packed: NM, expand: Callable[[NM], Tensor]) -> Tensor | None:
 def _compress(packed: NM, expand: Callable[[NM], Tensor]) -> Tensor:
     dense = expand(packed)
     with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
-        return torch._cslt_compress(dense)
+        found: Tensor = private.optional("torch._cslt_compress")(dense)
+        return found
 
 
 @cache
@@ -196,14 +199,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if key not in _plans and not _recording():
             _plans[key] = _search(weight, turned, bias)
         algorithm, splits, mode = _plans.get(key, UNTRIED)
-        out = torch._cslt_sparse_mm(
+        out: Tensor = private.optional("torch._cslt_sparse_mm")(
             weight, turned, bias=bias, transpose_result=True, alg_id=algorithm, split_k=splits, split_k_mode=mode
         )
     return out[:tokens]
 
 
 def _search(weight: Tensor, turned: Tensor, bias: Tensor | None) -> Plan:
-    algorithm, splits, mode, _ = torch._C._cusparselt.mm_search(weight, turned, bias, None, None, True)  # type: ignore[attr-defined]
+    search = private.optional("torch._C._cusparselt.mm_search")
+    if search is None:
+        return UNTRIED
+    algorithm, splits, mode, _ = search(weight, turned, bias, None, None, True)
     return algorithm, splits, mode
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparsec.evaluate import Evaluation
-from sparsec.latency import Comparison, Spread
 from sparsec.report.records import VARIANTS, Variant, ratio
-from sparsec.report.variants import Built
+from sparsec.study.variants import Built
+from sparsec.timing.latency import Comparison, Spread
 
 
 def counted(built: Built, measuring: bool) -> dict[str, Variant]:

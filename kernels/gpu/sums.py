@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.formats import Packed
-from sparsec.kernels.gpu_launch import Config, Launch, pick, rows_at_once, splits
+from sparsec.kernels.gpu.launch import Config, Launch, pick, rows_at_once, splits
 
 CONFIG = Config({"BLOCK": 256})
 ONE = (

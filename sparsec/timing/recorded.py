@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsec.cost.replay import Replay
 from sparsec.kv_cache import cache_argument
+from sparsec.timing.replay import Replay
 
 BEFORE = 2
 """Tokens decoded before a graph is there: a first one, and one where none could be recorded."""

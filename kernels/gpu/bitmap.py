@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparsec.formats.bitmap import Bitmap
 from sparsec.formats.panels import LANES
-from sparsec.kernels.gpu_launch import MANY, Config, Launch, interpreted, pick, rows_at_once, splits
-from sparsec.kernels.gpu_sums import Partial, multiply
+from sparsec.kernels.gpu.launch import MANY, Config, Launch, interpreted, pick, rows_at_once, splits
+from sparsec.kernels.gpu.sums import Partial, multiply
 
 PRODUCT = (
     Config({"TILE": 256}),

@@ -9,8 +9,8 @@ import torch
 from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
 from sparsec.evaluate import Windows, cut
-from sparsec.latency import WARM_UP
-from sparsec.report.sample import Prompt, read_prompt
+from sparsec.study.sample import Prompt, read_prompt
+from sparsec.timing.latency import WARM_UP
 
 MIN_REPEATS = 20
 

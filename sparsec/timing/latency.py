@@ -1,8 +1,8 @@
 """Latency, always as a comparison: the models take turns, so that a slow moment of a shared machine meets all of them.
 
 Prefill is one forward over a prompt; decode is one token with the key-value cache of that prompt, batch 1. Under no_grad, as
-`generate()` runs, and not under inference_mode, where fused products are not shared (kernels/group.py). On a GPU time is told by
-events; there a token is one replay of a CUDA graph (sparsec/recorded.py), and a layer one of several by cold copies of it.
+`generate()` runs, and not under inference_mode, where fused products are not shared (kernels/modules/group.py). On a GPU time is
+told by events; there a token is one replay of a CUDA graph (recorded.py), and a layer one of several by cold copies of it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsec.cost.replay import ROTATE_BYTES, Replay, copies, take_turns
 from sparsec.kv_cache import cache_argument, cache_of
 from sparsec.progress import Progress
-from sparsec.recorded import Decoder
+from sparsec.timing.recorded import Decoder
+from sparsec.timing.replay import ROTATE_BYTES, Replay, copies, take_turns
 
 WARM_UP = 2
 LEAST = 3  # rounds, whatever the time budget says: a median needs them

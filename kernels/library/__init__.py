@@ -1,0 +1,1 @@
+"""The native library: found, built, loaded."""

@@ -1,0 +1,1 @@
+"""What every command shows and takes: tables, progress, options, and the table of the commands."""

@@ -1,0 +1,93 @@
+"""Names of torch that are no promise of torch's, in one place: nobody else in sparsec names one.
+
+What sparsec cannot do without is looked up when it is imported, and an error says which torch it was and which are tested. What
+makes something faster or quieter is looked up when it is wanted; where it is missing, `absent()` says what that costs. Names of
+torch's compiler: sparsec/inductor/names.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from sparsec.errors import TorchVersionError
+
+TESTED = "torch 2.11 to 2.13"
+
+try:
+    from torch._C import (
+        DisableTorchFunctionSubclass,
+        DispatchKey,
+        DispatchKeySet,
+    )
+    from torch._C import _AutoDispatchBelowAutograd as below_autograd
+    from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
+    from torch._C import _ExcludeDispatchKeyGuard as without_keys
+    from torch._C import _is_any_autocast_enabled as any_autocast
+    from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+    from torch._ops import HigherOrderOperator, OpOverload
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+    same_kind = torch._has_compatible_shallow_copy_type
+except (ImportError, AttributeError) as error:
+    raise TorchVersionError(
+        f"sparsec does not run with torch {torch.__version__} ({error}); {TESTED} are tested: install one of them, or a newer "
+        "sparsec"
+    ) from error
+
+OPTIONAL = {
+    "torch.export._trace": "where a trace fails, torch prints what there was of the graph",
+    "torch.fx._lazy_graph_module._use_lazy_graph_module": "tracing takes longer: code is written for every graph in between",
+    "torch.fx.config.do_not_emit_stack_traces": "tracing takes longer: every node keeps the stack it came from",
+    "torch.fx.graph._format_target": "a model with modules called by keywords of Python is not traced",
+    "torch._cslt_compress": "2:4 weights are expanded for many rows of x on a GPU",
+    "torch._cslt_sparse_mm": "2:4 weights are expanded for many rows of x on a GPU",
+    "torch._C._cusparselt.mm_search": "cuSPARSELt takes its first algorithm, which may not be the fastest",
+    "torch._dynamo.config": "sparsec bench --compile cannot compile many variants of one model",
+}
+"""What a missing one costs."""
+
+
+def optional(path: str) -> Any:
+    """A name of OPTIONAL; None where this torch has none."""
+    assert path in OPTIONAL, path
+    module, _, name = path.rpartition(".")
+    try:
+        held = importlib.import_module(module)
+        return getattr(held, name) if hasattr(held, name) else importlib.import_module(path)
+    except ImportError:  # built into torch, or not there
+        return functools.reduce(lambda held, part: getattr(held, part, None), path.split(".")[1:], torch)
+
+
+def absent() -> list[str]:
+    """What this torch lacks, and what that costs. Imports all of it, which takes seconds."""
+    return [
+        f"torch {torch.__version__} has no {path}: {cost}" for path, cost in OPTIONAL.items() if optional(path) is None
+    ]
+
+
+__all__ = [
+    "DisableTorchFunctionSubclass",
+    "DispatchKey",
+    "DispatchKeySet",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "TorchDispatchMode",
+    "absent",
+    "any_autocast",
+    "below_autograd",
+    "has_kernel",
+    "is_functorch_wrapped_tensor",
+    "is_traceable_wrapper_subclass",
+    "optional",
+    "peek_interpreter_stack",
+    "pytree",
+    "same_kind",
+    "without_keys",
+]
