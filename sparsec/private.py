@@ -61,7 +61,8 @@ def optional(path: str) -> Any:
         held = importlib.import_module(module)
         return getattr(held, name) if hasattr(held, name) else importlib.import_module(path)
     except ImportError:  # built into torch, or not there
-        return functools.reduce(lambda held, part: getattr(held, part, None), path.split(".")[1:], torch)
+        built_in: Any = torch
+        return functools.reduce(lambda held, part: getattr(held, part, None), path.split(".")[1:], built_in)
 
 
 def absent() -> list[str]:

@@ -36,6 +36,8 @@ def _stands(folder: Path, dotted: str) -> bool:
     module, _, name = dotted.rpartition(".")
     place = folder.joinpath(*module.split("."))
     files = [f for end in (".py", ".pyi", "/__init__.py", "/__init__.pyi") if (f := Path(f"{place}{end}")).is_file()]
+    if module == "torch":  # its functions are written down with the extension module
+        files += folder.joinpath("torch", "_C").glob("*.pyi")
     # Where an extension module has no stub of its own, whoever uses it names it.
     files = files or [*folder.joinpath("torch").rglob("*.py"), *folder.joinpath("torch").rglob("*.pyi")]
     if place.joinpath(f"{name}.py").is_file():
