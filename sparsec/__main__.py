@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sparsec import __version__
+from sparsec import __version__, private
 from sparsec.console.command import guarded
 from sparsec.console.commands import COMMANDS, find
 from sparsec.console.table import heading, paragraph
@@ -84,6 +84,7 @@ def overview() -> str:
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
         text = f"{here.kernels[kernel.name]}: format {kernel.format}, {devices}, {dtypes}"
         lines += paragraph(text, f"{kernel.name:<18}")
+    lines += [line for what in private.absent() for line in paragraph(what, "missing     ")]
     return "\n".join(lines + machine_lines(here))
 
 

@@ -67,8 +67,9 @@ def optional(path: str) -> Any:
 
 def absent() -> list[str]:
     """What this torch lacks, and what that costs. Imports all of it, which takes seconds."""
+    wanted = {path: cost for path, cost in OPTIONAL.items() if torch.version.cuda is not None or "_cus" not in path}
     return [
-        f"torch {torch.__version__} has no {path}: {cost}" for path, cost in OPTIONAL.items() if optional(path) is None
+        f"torch {torch.__version__} has no {path}: {cost}" for path, cost in wanted.items() if optional(path) is None
     ]
 
 

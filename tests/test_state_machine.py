@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 
 import pytest
 import torch
@@ -136,15 +138,5 @@ TestPassSequences = PassSequences.TestCase
 def test_the_machine_has_a_rule_for_every_pass() -> None:
     from sparsec.passes import PASSES
 
-    assert {cls.name for cls in PASSES} == {
-        "magnitude",
-        "wanda",
-        "sparsegpt",
-        "zeros",
-        "mask",
-        "freeze",
-        "sparsity",
-        "flops",
-        "fuse",
-        "lower",
-    }
+    rules = inspect.getsource(PassSequences)
+    assert [cls.__name__ for cls in PASSES if not re.search(rf"\b{cls.__name__}\b", rules)] == []
