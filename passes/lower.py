@@ -174,6 +174,7 @@ class Lower(Pass):
         assert mask is not None
         packed = layout.pack(matrix, mask)
         packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
+        del matrix, mask  # the dense weight's memory goes back only where nobody holds it
         kernel = select_kernel(Problem.of(packed, self._rows(context)))
         if plan is not None:
             graph.update(weight.name, reason=plan.reason)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparsec import private
 from sparsec.kernels.gpu.semi_structured import beside
 from sparsec.private import is_traceable_wrapper_subclass
 
@@ -31,6 +32,8 @@ _STATM = Path(
 
 
 _MAPS = Path("/proc/self/maps")
+ALONE = 2
+"""Uses of a tensor's memory where nobody else holds it: the tensor's own, and that of who asks."""
 _DONTNEED = 4  # of madvise, on Linux
 
 
@@ -160,9 +163,12 @@ def let_go(tensor: Tensor, others: Iterable[Tensor]) -> None:
     """Hands the pages of a tensor that nobody needs any more back to the system, where they are those of a file that was mapped.
 
     Such a mapping goes as a whole, once no tensor of the file is left; until then what was written to a weight stays in memory.
-    Nothing may read the tensor afterwards; where one of `others` lies in the same memory, all stays as it is.
+    Nothing may read the tensor afterwards; where one of `others` lies in the same memory, or anybody else holds it (a state dict
+    that was loaded, say), all stays as it is.
     """
-    library = _glibc()
+    library, uses = _glibc(), private.optional("torch._C._storage_Use_Count")
+    if uses is None or uses(tensor.untyped_storage()._cdata) > ALONE:
+        return
     if library is None or tensor.device.type != "cpu" or not tensor.is_contiguous() or not _MAPS.exists():
         return
     page = os.sysconf("SC_PAGE_SIZE")

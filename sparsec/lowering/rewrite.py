@@ -135,5 +135,5 @@ def _drop(graph: Graph, name: str, free: bool) -> None:
     owner, _, leaf = name.rpartition(".")
     delattr(graph.module.get_submodule(owner), leaf)
     if free and isinstance(tensor, nn.Parameter):
-        let_go(tensor.data, [*graph.module.parameters(), *graph.module.buffers()])
+        let_go(tensor, [*graph.module.parameters(), *graph.module.buffers()])
         tensor.data = tensor.data.new_empty(0)
