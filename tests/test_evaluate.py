@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,3 +329,31 @@ def test_rows_of_a_part_keep_to_64_megabytes() -> None:
     assert part_rows(config, 512) == 64
     assert part_rows(SimpleNamespace(config=SimpleNamespace(vocab_size=10**9)), 512) == 1
     assert part_rows(SimpleNamespace(), 512) == 512
+
+
+def test_threads_that_use_one_model_at_once_get_their_own_logits() -> None:
+    """Regression: what one evaluation kept of the body was given to whoever called the model meanwhile."""
+    model, _ = tiny_model("llama")
+    texts = [torch.randint(2, 60, (12,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    with torch.no_grad():
+        wanted = [model(input_ids=t[None], use_cache=False).logits[0] for t in texts]
+    wrong: list[int] = []
+
+    def evaluates(i: int) -> None:
+        for _ in range(8):
+            if not torch.allclose(split(model, texts[i], 2), wanted[i], atol=1e-5):
+                wrong.append(i)
+
+    def calls(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(30):
+                if not torch.allclose(model(input_ids=texts[i][None]).logits[0], wanted[i], atol=1e-5):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=f, args=(i,)) for i, f in enumerate((evaluates, evaluates, calls, calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert not any("forward" in vars(m) for m in model.modules())

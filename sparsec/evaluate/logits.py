@@ -6,7 +6,9 @@ The body of the model runs once, and the rest of its forward, from the head on, 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +18,7 @@ from sparsec.errors import DataError
 
 LOGITS = 1 << 24
 """Of one part at most: 64 MB of float32."""
+_PATCHING = threading.Lock()
 
 
 @runtime_checkable
@@ -47,7 +50,13 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
         return
     places = torch.split(torch.arange(len(window), device=window.device), rows)
     found: list[Any] = []
-    hook = body.register_forward_hook(lambda module, args, out: found.append(out))
+    mine = threading.get_ident()
+
+    def remember(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() == mine:
+            found.append(out)
+
+    hook = body.register_forward_hook(remember)
     try:
         first = _logits(name, model, window, logits_to_keep=places[0])
     finally:
@@ -58,17 +67,26 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
     yield first
     del first
     for place in places[1:]:
-        own = body.__dict__.get("forward")
-        body.__dict__["forward"] = lambda *args, **kwargs: found[0]
-        try:
+        with _giving(body, found[0]):
             part = _logits(name, model, window, logits_to_keep=place)
+        yield part
+        del part
+
+
+@contextmanager
+def _giving(body: nn.Module, out: Any) -> Iterator[None]:
+    """In this thread a call of the body gives what it gave before; all others call it as ever."""
+    mine = threading.get_ident()
+    with _PATCHING:
+        own, forward = body.__dict__.get("forward"), body.forward
+        body.__dict__["forward"] = lambda *a, **k: out if threading.get_ident() == mine else forward(*a, **k)
+        try:
+            yield
         finally:
             if own is None:
                 del body.__dict__["forward"]
             else:
                 body.__dict__["forward"] = own
-        yield part
-        del part
 
 
 def _body(model: Any) -> nn.Module | None:
