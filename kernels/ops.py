@@ -27,7 +27,7 @@ from sparsec.kernels import autocast
 from sparsec.kernels.derivatives import Argument, Product, mapped, refuse_constants, transformed
 from sparsec.kernels.library import loader
 from sparsec.kernels.reference import check_call, reference_linear
-from sparsec.kernels.registry import dispatch, foreign
+from sparsec.kernels.registry import added_to, dispatch, foreign
 from sparsec.private import OpOverload
 
 # Operators live as long as the library object.
@@ -141,3 +141,11 @@ def _define(kind: type[Packed]) -> OpOverload:
 OPERATORS: dict[str, OpOverload] = {name: _define(kind) for name, kind in FORMATS.items()}
 """By the format's name."""
 csr_linear: OpOverload = OPERATORS["csr"]
+
+
+def _follow(format_name: str) -> None:
+    if format_name in OPERATORS:
+        operator_of(format_name)
+
+
+added_to.append(_follow)

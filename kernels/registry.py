@@ -186,16 +186,21 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("dense_torch", DENSE, _FLOATS, None, F.linear),
 )
 """Sparsec's own."""
-_added: list[Kernel] = []
+added: list[Kernel] = []
+"""By `add`, the last one first."""
+added_to: list[Callable[[str], None]] = []
+"""Called with the format of a kernel that was added."""
 
 
 @checked
 def add(kernel: Kernel) -> None:
-    """Puts a kernel before all others of its format. KernelError for a name that is taken."""
+    """Puts a kernel before all others of its format, for models too that are lowered already. KernelError for a taken name."""
     if any(k.name == kernel.name for k in known()):
         raise KernelError(f"the name {kernel.name!r} is taken by another kernel; give yours one of its own")
-    _added.insert(0, kernel)
+    added.insert(0, kernel)
     _table.cache_clear()
+    for follow in added_to:
+        follow(kernel.format)
 
 
 def known() -> tuple[Kernel, ...]:
@@ -207,7 +212,7 @@ def known() -> tuple[Kernel, ...]:
 def _table(formats: tuple[str, ...]) -> tuple[Kernel, ...]:
     own = {kernel.format for kernel in KERNELS}
     references = [reference_kernel(FORMATS[name]) for name in formats if name not in own]
-    return (*_added, *_offered(), *KERNELS, *references)
+    return (*added, *_offered(), *KERNELS, *references)
 
 
 @functools.cache
@@ -225,7 +230,7 @@ def _offered() -> tuple[Kernel, ...]:
 
 def foreign(format_name: str, device: str) -> bool:
     """Whether a package offers a kernel for a format on a type of device."""
-    others = [*_added, *_offered()]
+    others = [*added, *_offered()]
     return any(k.format == format_name and (k.devices is None or device in k.devices) for k in others)
 
 

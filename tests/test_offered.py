@@ -68,6 +68,14 @@ with torch.no_grad():
             torch.testing.assert_close(call(x[:rows]), expected(x[:rows]), rtol=1e-4, atol=1e-5)
             assert runs == ["bitmap"] * ran, (call, rows, runs)
 assert "bitmap_mine" not in repr(made.a), made.a  # which tells of one row
+# One that is added when a model runs already serves it from then on.
+late = sparsec.compile(two, "magnitude(0.5),freeze,fuse,lower(csr)", example_inputs=x)
+with torch.no_grad():
+    late(x)
+    sparsec.kernels.add(Kernel("csr_mine", "csr", (torch.float32,), ("cpu",), mine))
+    runs.clear()
+    torch.testing.assert_close(late(x), expected(x), rtol=1e-4, atol=1e-5)
+assert runs == ["csr16"] * 2 and "csr_mine" in repr(late.a), (runs, late.a)
 print("right")
 """
 FORMATS = """

@@ -29,6 +29,7 @@ from sparsec import private
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import NAME, fused_linear
+from sparsec.kernels.registry import added
 
 
 class Grouped:
@@ -61,9 +62,10 @@ class Grouped:
 class _Plan:
     """What a group multiplies by. Each member asks for itself whether that still is what it holds."""
 
-    __slots__ = ("layout", "members", "tensors")
+    __slots__ = ("kernels", "layout", "members", "tensors")
 
     def __init__(self, members: Sequence[Grouped]) -> None:
+        self.kernels = len(added)  # those of other packages that there were
         parts = [member.part() for member in members]
         self.members = [_Holding(member) for member in members]
         self.tensors = [t for own, _ in parts for t in own]
@@ -181,7 +183,7 @@ class Group:
         """
         for plan in self._plans:  # a loop, since another thread may end it meanwhile
             first = self._members[0]
-            if first is not None and first() is leader and plan.members[0].held():
+            if first is not None and first() is leader and plan.members[0].held() and plan.kernels == len(added):
                 return plan
         self._plans.clear()
         members = [member for known in self._members if known is not None and (member := known()) is not None]

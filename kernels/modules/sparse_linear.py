@@ -79,7 +79,6 @@ class SparseLinear(Grouped, nn.Module):
         self._scalars = packed.scalars()
         self._scalar_args = tuple(self._scalars.values())
         number = format_number(packed.format)
-        self._asks = foreign(packed.format, "cpu")
         self._layouts = tuple((number, has_bias, *self._scalar_args) for has_bias in (0, 1))
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
@@ -124,7 +123,7 @@ class SparseLinear(Grouped, nn.Module):
 
     def part(self) -> tuple[list[Tensor], tuple[int, ...]]:
         """What a group multiplies by for this module. KeyError where it has to compute by itself."""
-        if self._asks:  # another package's kernel, which the native library would pass by
+        if foreign(self.format, "cpu"):  # another package's kernel, which the native library would pass by
             raise KeyError(self.format)
         buffers = self._buffers
         tensors = [buffers[n] for n in self._names]
