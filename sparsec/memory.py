@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsec import private
 from sparsec.kernels.gpu.semi_structured import beside
 from sparsec.private import is_traceable_wrapper_subclass
 
@@ -29,12 +28,6 @@ Model = TypeVar("Model", bound=nn.Module)
 _STATM = Path(
     "/proc/self/statm"
 )  # Linux; elsewhere the standard library knows only the peak, which says nothing of a difference
-
-
-_MAPS = Path("/proc/self/maps")
-ALONE = 2
-"""Uses of a tensor's memory where nobody else holds it: the tensor's own, and that of who asks."""
-_DONTNEED = 4  # of madvise, on Linux
 
 
 @dataclass(frozen=True)
@@ -157,38 +150,6 @@ def trim() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
-
-
-def let_go(tensor: Tensor, others: Iterable[Tensor]) -> None:
-    """Hands the pages of a tensor that nobody needs any more back to the system, where they are those of a file that was mapped.
-
-    Such a mapping goes as a whole, once no tensor of the file is left; until then what was written to a weight stays in memory.
-    Nothing may read the tensor afterwards; where one of `others` lies in the same memory, or anybody else holds it (a state dict
-    that was loaded, say), all stays as it is.
-    """
-    library, uses = _glibc(), private.optional("torch._C._storage_Use_Count")
-    if uses is None or uses(tensor.untyped_storage()._cdata) > ALONE:
-        return
-    if library is None or tensor.device.type != "cpu" or not tensor.is_contiguous() or not _MAPS.exists():
-        return
-    page = os.sysconf("SC_PAGE_SIZE")
-    begin, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
-    last = tensor.data_ptr() + tensor.nbytes
-    shared = any(
-        t.device.type == "cpu" and t.data_ptr() < last and tensor.data_ptr() < t.data_ptr() + t.nbytes for t in others
-    )
-    if begin < end and not shared and _of_a_file(begin, end):
-        library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
-
-
-def _of_a_file(begin: int, end: int) -> bool:
-    """Whether these addresses lie in one private mapping of a file."""
-    for line in _MAPS.read_text(errors="replace").splitlines():
-        place, rights, _, _, inode, *_ = line.split()
-        low, high = (int(number, 16) for number in place.split("-"))
-        if low <= begin < high:
-            return end <= high and rights.endswith("p") and inode != "0"
-    return False
 
 
 @cache

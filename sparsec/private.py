@@ -48,7 +48,6 @@ OPTIONAL = {
     "torch._cslt_compress": "2:4 weights are expanded for many rows of x on a GPU",
     "torch._cslt_sparse_mm": "2:4 weights are expanded for many rows of x on a GPU",
     "torch._C._cusparselt.mm_search": "cuSPARSELt takes its first algorithm, which may not be the fastest",
-    "torch._C._storage_Use_Count": "a mapped weight that is packed in place stays in memory until all of its file goes",
     "torch._dynamo.config": "sparsec bench --compile cannot compile many variants of one model",
 }
 """What a missing one costs."""

@@ -94,7 +94,10 @@ def _body(model: Any) -> nn.Module | None:
     forward, decoder = getattr(model, "forward", None), getattr(model, "get_decoder", None)
     body = decoder() if callable(decoder) else getattr(model, "base_model", None)
     takes = callable(forward) and "logits_to_keep" in inspect.signature(forward).parameters
-    return body if takes and isinstance(body, nn.Module) and body is not model else None
+    if not takes or not isinstance(body, nn.Module) or body is model:
+        return None
+    # A hook would run once more on what the body gave, and one on the model may mix rows.
+    return None if body._forward_hooks or model._forward_hooks else body
 
 
 def _logits(name: str, model: Any, window: Tensor, **kept: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from sparsec.formats.parts import Part, flatten, unflatten
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem, operator, select
-from sparsec.memory import let_go
 
 
 def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str, free: bool = False) -> Weight:
@@ -135,5 +134,4 @@ def _drop(graph: Graph, name: str, free: bool) -> None:
     owner, _, leaf = name.rpartition(".")
     delattr(graph.module.get_submodule(owner), leaf)
     if free and isinstance(tensor, nn.Parameter):
-        let_go(tensor, [*graph.module.parameters(), *graph.module.buffers()])
         tensor.data = tensor.data.new_empty(0)
