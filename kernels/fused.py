@@ -23,7 +23,7 @@ from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.derivatives import mapped, transformed, without_derivatives
 from sparsec.kernels.ops import LIBRARY, loads_native, operator_of
-from sparsec.kernels.registry import foreign
+from sparsec.kernels.registry import foreign, others
 from sparsec.private import OpOverload
 
 NAME = "fused_linear"
@@ -68,7 +68,7 @@ def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int])
     if transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
         return _separately(x, tensors, layout)
     # Another package's kernel, which the native library would pass by.
-    if any(foreign(part.format, "cpu") for part in unflatten(tensors, layout)):
+    if others() and any(foreign(part.format, "cpu") for part in unflatten(tensors, layout)):
         return _separately(x, tensors, layout)
     with private.below_autograd():
         out: list[Tensor] = fused_linear(x, tensors, layout)

@@ -1,9 +1,8 @@
 """The operators: schema, shape rule and gradient of every format, defined once, whatever machine executes them.
 
 The implementation for every device asks the table of kernels (registry.py); the native library, once it is loaded, replaces it on
-the CPU. So a graph holds the same operator names with and without a compiler. All formats
-follow one rule: operator `<format>_linear` takes `(x, *packed.tensors().values(), bias, *packed.scalars().values())`, and
-everything here is made from that.
+the CPU. So a graph holds the same operator names with and without a compiler. All formats follow one rule: operator
+`<format>_linear` takes `(x, *packed.tensors().values(), bias, *packed.scalars().values())`, and everything here is made from that.
 
 Derivatives are for x and bias. Packed values are constants: a call whose values ask for a gradient is refused.
 """
@@ -51,14 +50,16 @@ def operator_of(format_name: str) -> OpOverload:
     return OPERATORS[format_name]
 
 
+def _by_table(format_name: str, x: Tensor, *args: Argument) -> Tensor:
+    """What an operator does: the product by the kernel that the table names."""
+    return dispatch(x, *packed_and_bias(format_name, args))
+
+
 @functools.cache
 def _ask_table(format_name: str) -> None:
     """From now on the table is asked at every call on a CPU too, before the native library."""
 
-    def implementation(x: Tensor, *args: Argument) -> Tensor:
-        return dispatch(x, *packed_and_bias(format_name, args))
-
-    torch.library.impl(LIBRARY, f"{format_name}_linear", "BackendSelect")(implementation)
+    torch.library.impl(LIBRARY, f"{format_name}_linear", "BackendSelect")(partial(_by_table, format_name))
 
 
 @checked
@@ -106,8 +107,7 @@ def _define(kind: type[Packed]) -> OpOverload:
     op: OpOverload = getattr(torch.ops.sparsec, name).default
     bias_at = len(kind.tensor_names) + 1  # from x on
 
-    def implementation(x: Tensor, *args: Argument) -> Tensor:
-        return dispatch(x, *packed_and_bias(kind.format, args))
+    implementation = partial(_by_table, kind.format)
 
     def fake(x: Tensor, *args: Argument) -> Tensor:
         packed, bias = packed_and_bias(kind.format, args)

@@ -194,7 +194,10 @@ added_to: list[Callable[[str], None]] = []
 
 @checked
 def add(kernel: Kernel) -> None:
-    """Puts a kernel before all others of its format, for models too that are lowered already. KernelError for a taken name."""
+    """Puts a kernel before all others of its format, for models too that are lowered already. KernelError for a taken name.
+
+    What torch.compile(backend="sparsec") has compiled by then keeps its kernels until it is compiled again.
+    """
     if any(k.name == kernel.name for k in known()):
         raise KernelError(f"the name {kernel.name!r} is taken by another kernel; give yours one of its own")
     added.insert(0, kernel)
@@ -212,7 +215,7 @@ def known() -> tuple[Kernel, ...]:
 def _table(formats: tuple[str, ...]) -> tuple[Kernel, ...]:
     own = {kernel.format for kernel in KERNELS}
     references = [reference_kernel(FORMATS[name]) for name in formats if name not in own]
-    return (*added, *_offered(), *KERNELS, *references)
+    return (*others(), *KERNELS, *references)
 
 
 @functools.cache
@@ -228,10 +231,14 @@ def _offered() -> tuple[Kernel, ...]:
     return tuple(found.values())
 
 
+def others() -> tuple[Kernel, ...]:
+    """The kernels of other packages."""
+    return (*added, *_offered())
+
+
 def foreign(format_name: str, device: str) -> bool:
     """Whether a package offers a kernel for a format on a type of device."""
-    others = [*added, *_offered()]
-    return any(k.format == format_name and (k.devices is None or device in k.devices) for k in others)
+    return any(k.format == format_name and (k.devices is None or device in k.devices) for k in others())
 
 
 @checked

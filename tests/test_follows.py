@@ -77,3 +77,11 @@ def test_a_snapshot_tells_a_tensor_from_another_at_its_address() -> None:
         gc.collect()
         graph.replace_tensor("up.weight", values)
         assert snapshot(graph) != before
+
+
+@torch.no_grad()
+def test_a_buffer_of_another_shape_is_followed() -> None:
+    x = torch.randn(3, 16)
+    made = sparsec.compile(Scaled().eval(), "magnitude(0.5),freeze", example_inputs=x)
+    made.scale = torch.linspace(0, 2, 32)
+    torch.testing.assert_close(made.sparsec.graph.run(x), made(x))

@@ -32,6 +32,14 @@ def offer(**groups):
     sys.modules["sparsec.offered"].entry_points = entries
 
 import sparsec.offered
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(32, 48), torch.nn.Linear(32, 16)
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], -1)
+two, x = Two().eval(), torch.randn(5, 32)
 """
 OTHERS = """
 sys.modules["__main__"].__dict__["runs"] = runs = []
@@ -48,14 +56,6 @@ offer(kernels=[
     ("odd", lambda: int),
 ])
 import sparsec
-model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU())
-class Two(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = torch.nn.Linear(32, 48), torch.nn.Linear(32, 16)
-    def forward(self, x):
-        return torch.cat([self.a(x), self.b(x)], -1)
-two, x = Two().eval(), torch.randn(5, 32)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     made = sparsec.compile(two, "magnitude(0.5),freeze,fuse,lower(bitmap)", example_inputs=x)
@@ -69,10 +69,13 @@ with torch.no_grad():
             assert runs == ["bitmap"] * ran, (call, rows, runs)
 assert "bitmap_mine" not in repr(made.a), made.a  # which tells of one row
 # One that is added when a model runs already serves it from then on.
+from sparsec.inductor import FuseProducts
 late = sparsec.compile(two, "magnitude(0.5),freeze,fuse,lower(csr)", example_inputs=x)
 with torch.no_grad():
     late(x)
+    key = FuseProducts().uuid()
     sparsec.kernels.add(Kernel("csr_mine", "csr", (torch.float32,), ("cpu",), mine))
+    assert FuseProducts().uuid() != key, "a graph that was kept on disk would call another kernel"
     runs.clear()
     torch.testing.assert_close(late(x), expected(x), rtol=1e-4, atol=1e-5)
 assert runs == ["csr16"] * 2 and "csr_mine" in repr(late.a), (runs, late.a)
@@ -92,13 +95,6 @@ print([str(w.message) for w in said])
 from sparsec.testing import check_format, check_kernel
 check_format("flat", torch.randn(5, 7), torch.rand(5, 7) < 0.5)
 check_kernel(flat["FLAT_SUMS"], "flat")
-class Two(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = torch.nn.Linear(32, 48), torch.nn.Linear(32, 16)
-    def forward(self, x):
-        return torch.cat([self.a(x), self.b(x)], -1)
-two, x = Two().eval(), torch.randn(5, 32)
 passes = "magnitude(0.5, scope='layer'),freeze,sparsity,flops,fuse,"
 made = sparsec.compile(two, passes + "lower(flat)", example_inputs=x, verify="probe")
 expected = sparsec.compile(two, passes + "lower(dense)", example_inputs=x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from private_names import lacking, wanted
+from project import PYPROJECT
 
 from sparsec import private
 
@@ -45,6 +47,12 @@ def test_what_is_missing_and_not_needed_is_listed_with_its_cost(monkeypatch: pyt
         in (private.absent())
     )
     assert private.optional(path) is None
+
+
+def test_the_tested_releases_are_those_that_are_admitted() -> None:
+    (bounds,) = [each for each in PYPROJECT["project"]["dependencies"] if each.startswith("torch>")]
+    oldest, newest = re.fullmatch(r"torch 2\.(\d+) to 2\.(\d+)", private.TESTED).groups()
+    assert bounds == f"torch>=2.{oldest},<2.{int(newest) + 1}"
 
 
 def test_names_are_looked_up_in_an_unpacked_wheel(tmp_path: Path) -> None:

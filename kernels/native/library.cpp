@@ -89,7 +89,7 @@ Tensor single_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, int
 
 }  // namespace
 
-// ---- for kernels/library/loader.py, through ctypes -------------------------------------------------------------------------------------
+// ---- for kernels/library/loader.py, through ctypes ------------------------------------------------------------------------------
 
 // Name of the i-th instruction set of this library, best first; null past the end.
 SPARSEC_EXPORT const char* sparsec_isa(int64_t i) {

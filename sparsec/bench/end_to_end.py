@@ -11,6 +11,7 @@ on sparsec's kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,7 +136,8 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
     prompt = torch.randint(model.config.vocab_size, (1, effort.prompt_tokens), generator=generator)
     kinds = [(variant, compiled) for variant in models for compiled in ((False, True) if effort.compiled else (False,))]
     # Every compiled variant and every shape is one more version of the same forward.
-    with private.optional("torch._dynamo.config").patch(recompile_limit=4 * len(kinds) + 8):
+    config = private.optional("torch._dynamo.config") if effort.compiled else None
+    with nullcontext() if config is None else config.patch(recompile_limit=4 * len(kinds) + 8):
         sessions = [
             Session(models[v], prompt, effort.positions, v.backend if compiled else None) for v, compiled in kinds
         ]

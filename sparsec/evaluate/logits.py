@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsec.errors import DataError
+from sparsec.private import pytree
 
 LOGITS = 1 << 24
 """Of one part at most: 64 MB of float32."""
-_PATCHING = threading.Lock()
+_PATCHING = threading.RLock()
 
 
 @runtime_checkable
@@ -54,7 +55,7 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
 
     def remember(module: nn.Module, args: Any, out: Any) -> None:
         if threading.get_ident() == mine:
-            found.append(out)
+            found.append(_copied(out))
 
     hook = body.register_forward_hook(remember)
     try:
@@ -67,10 +68,15 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
     yield first
     del first
     for place in places[1:]:
-        with _giving(body, found[0]):
+        with _giving(body, _copied(found[0])):
             part = _logits(name, model, window, logits_to_keep=place)
         yield part
         del part
+
+
+def _copied(out: Any) -> Any:
+    """With tensors of its own: what stands before the head may write to them."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, out)
 
 
 @contextmanager

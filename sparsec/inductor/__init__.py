@@ -34,7 +34,7 @@ from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import inference_linear, inference_single
 from sparsec.kernels.library.loader import has_native
 from sparsec.kernels.ops import OPERATORS
-from sparsec.kernels.registry import foreign
+from sparsec.kernels.registry import foreign, others
 from sparsec.private import OpOverload
 
 SLOT = "post_grad_custom_pre_pass"
@@ -126,7 +126,7 @@ class FuseProducts(CustomGraphPass):  # type: ignore[misc]
             module.__file__
             for module in (sys.modules[__name__], attention, chains, kernels.chain, kernels.fused, parts)
         ]
-        return get_hash_for_files(tuple(files)), has_native(ATTENTION), has_native(CHAIN)
+        return get_hash_for_files(tuple(files)), has_native(ATTENTION), has_native(CHAIN), [k.name for k in others()]
 
 
 def _is_product(node: fx.Node) -> bool:

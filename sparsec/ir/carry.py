@@ -53,7 +53,7 @@ def _move(graph: Graph, model: nn.Module) -> None:
     before = next((t.device for t in graph.example), device)
     for name, own in list(graph.module.named_buffers(remove_duplicate=False)):
         new = own.to(device) if name not in held and own.device == before else held.get(name)
-        if new is not None and new is not own and new.shape == own.shape:
+        if new is not None and new is not own:
             owner, _, leaf = name.rpartition(".")
             graph.module.get_submodule(owner).register_buffer(leaf, new)
     became = {}
