@@ -109,14 +109,15 @@ def mixing(model: nn.Module) -> None:
 
 
 def writing(model: nn.Module) -> None:
-    """What stands before the head writes to what the body gave."""
-    head = model.get_output_embeddings()
+    """What stands before the head writes to what the body gave, as the forwards of some models do."""
 
-    def scale(module: nn.Module, args: Any) -> None:
-        hidden = args[0]
-        (hidden if hidden._base is None else hidden._base).mul_(1.5)
+    def forward(input_ids: Tensor, use_cache: bool = False, logits_to_keep: int | Tensor = 0) -> Any:
+        hidden = model.model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+        hidden.mul_(1.5)
+        kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return SimpleNamespace(logits=model.lm_head(hidden[:, kept]))
 
-    head.register_forward_pre_hook(scale)
+    model.forward = forward
 
 
 @pytest.mark.parametrize("changed", [hooked, mixing, writing])
