@@ -132,14 +132,14 @@ def test_time_is_counted_once_where_it_is_spent(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    compile_model = end_to_end.compile
+    seen: dict[Variant, Any] = {}
+    build = end_to_end.compiled_by
 
-    def spy(model: Any, passes: Any, **rest: Any) -> Any:
-        seen[passes] = compile_model(model, passes, **rest)
-        return seen[passes]
+    def spy(*given: Any, **rest: Any) -> Any:
+        seen.update(build(*given, **rest))
+        return seen
 
-    monkeypatch.setattr(end_to_end, "compile", spy)
+    monkeypatch.setattr(end_to_end, "compiled_by", spy)
     effort = Effort(prompt_tokens=4, new_tokens=2, repeats=2)
     wanted = variants("magnitude({sparsity}),freeze,lower(bitmap)", [0.5, 0.7])
     modes = run(tiny_model(), wanted, effort)

@@ -73,6 +73,26 @@ def test_the_masked_model_has_stock_modules_and_the_zeros_of_the_lowered_one(nam
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in found.named_parameters())
 
 
+def test_what_several_passes_make_shares_its_pruning_where_they_lower_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, call = tiny_model("llama")
+    compiled: list[str] = []
+    compile_model = variants.compile
+    monkeypatch.setattr(
+        variants,
+        "compile",
+        lambda dense, passes, **rest: compiled.append(passes) or compile_model(dense, passes, **rest),
+    )
+    pruning = "magnitude(0.5),freeze"
+    specs = {str(i): Pipeline.parse(f"{pruning}{rest}") for i, rest in enumerate(("", ",lower(csr)", ",lower(bitmap)"))}
+    specs["other"] = Pipeline.parse("magnitude(0.6),freeze,lower(csr)")
+    made = variants.compiled_by(specs, model)
+    assert [str(p) for p in compiled] == [str(Pipeline.parse(pruning)), str(specs["other"])]
+    assert [str(m.sparsec.pipeline) for m in made.values()] == [str(p) for p in specs.values()]
+    with torch.no_grad():
+        first, *others = (made[key](**call(2, 5)).logits for key in "012")
+    assert all(torch.allclose(first, other, atol=1e-5) for other in others)
+
+
 def loaded() -> LoadedModel:
     return load_model("tiny")
 

@@ -21,12 +21,12 @@ import torch
 from sparsec import private
 from sparsec.bench.session import Session
 from sparsec.bench.shares import Shares, shares
-from sparsec.compiler import DEFAULT_PASSES, compile
+from sparsec.compiler import DEFAULT_PASSES
 from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 from sparsec.report.words import dense_bound
-from sparsec.study.variants import ON_SPARSEC, masked
+from sparsec.study.variants import ON_SPARSEC, compiled_by, masked
 from sparsec.timing.latency import WARM_UP, Spread, interleaved, ratio
 
 PLACEHOLDER = "{sparsity}"
@@ -128,9 +128,8 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
             f"prompt and decoded tokens need {effort.positions} positions, the model has {limit}; take fewer --prompt-tokens, "
             "--new-tokens or --repeats"
         )
-    models = {DENSE: model, MASKED: model, DENSE_ON_SPARSEC: model}
-    for variant in (DENSE_ON_SPARSEC, *wanted):  # what is equal they share
-        models[variant] = compile(model, variant.passes, progress=progress, copy="changed")
+    specs = {v: Pipeline.parse(v.passes or "") for v in (DENSE_ON_SPARSEC, *wanted)}
+    models = {DENSE: model, MASKED: model, **compiled_by(specs, model, progress=progress)}
     models[MASKED] = masked(model, models[wanted[0]])
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, effort.prompt_tokens), generator=generator)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from sparsec.compiler import compile, extend
 from sparsec.console.command import (
     DTYPES,
     add_bos,
@@ -34,7 +33,8 @@ from sparsec.evaluate.output import document, text
 from sparsec.evaluate.saved import Saved, fingerprint
 from sparsec.evaluate.windows import Windows, cut
 from sparsec.pipeline import Pipeline
-from sparsec.progress import Progress, stage
+from sparsec.progress import stage
+from sparsec.study.variants import compiled_by
 
 LENGTH = 2048
 PROG = "python -m sparsec.evaluate"
@@ -119,7 +119,8 @@ def _run(args: argparse.Namespace) -> None:
         names = _names(loaded, pipelines)
         models: Mapping[str, Any] = dict(zip(names, [each.model for each in loaded], strict=False))
         if saved is None or saved.done < windows.count:
-            built = _built(loaded[0], pipelines, names[len(loaded) :], drawn, progress)
+            specs = dict(zip(names[len(loaded) :], pipelines, strict=True))
+            built = compiled_by(specs, loaded[0].model, drawn, progress)
             models = {**models, **built}
             notes += _told(built)
         else:
@@ -192,29 +193,6 @@ def _told(built: Mapping[str, Any]) -> list[str]:
         for note in (note for record in model.sparsec.records for note in record.notes):
             found.setdefault(note, []).append(name)
     return [f"{'; '.join(names)}: {note}" for note, names in found.items()]
-
-
-def _built(
-    loaded: LoadedModel,
-    pipelines: Sequence[Pipeline],
-    names: Sequence[str],
-    drawn: tuple[torch.Tensor, str] | None,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """What each of the pipelines makes of the model. Those that differ in how they lower alone share their pruning."""
-    found: dict[str, Any] = {}
-    shared, masked = "", loaded.model  # the last pruning: its passes, and what they made
-    for name, pipeline in zip(names, pipelines, strict=True):
-        before = pipeline.before("lower")
-        if before.passes and shared != str(before):
-            shared, masked = str(before), compile(loaded.model, before, calibration=drawn, progress=progress)
-        if not before.passes:
-            found[name] = compile(loaded.model, pipeline, calibration=drawn, progress=progress)
-        elif before == pipeline:
-            found[name] = masked
-        else:
-            found[name] = extend(masked, Pipeline(pipeline.passes[len(before.passes) :]), progress=progress)
-    return found
 
 
 if __name__ == "__main__":

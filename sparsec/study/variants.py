@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from sparsec import memory
+from sparsec.calibrate.draw import CalibrationInput
 from sparsec.compiler import compile, extend
 from sparsec.emitter import put
 from sparsec.machine import memory_bytes
 from sparsec.pipeline import Pipeline
+from sparsec.progress import Progress
 from sparsec.report.collect import Report
 
 SCARCE = 0.4  # of the machine's memory, from which on the dense model has it for itself
@@ -26,6 +28,7 @@ TRIM = 16
 """Weights that are unpacked between two times that freed memory is handed back."""
 
 T = TypeVar("T")
+Key = TypeVar("Key")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -116,6 +119,25 @@ class Builder:
         built = build()
         after = memory.resident(self.device)
         return built, None if before is None or after is None else after - before
+
+
+def compiled_by(
+    specs: Mapping[Key, Pipeline], dense: Any, calibration: CalibrationInput = None, progress: Progress | None = None
+) -> dict[Key, Any]:
+    """What each of several passes makes of one model, sharing every tensor that is equal; those in a row that differ in how they
+    lower alone share their pruning."""
+    prunings = [split(pipeline)[0] for pipeline in specs.values()]
+    found: dict[Key, Any] = {}
+    last: tuple[Pipeline, Any] | None = None
+    for key, pipeline in specs.items():
+        before, rest = split(pipeline)
+        if not before.passes or prunings.count(before) == 1:
+            found[key] = compile(dense, pipeline, calibration=calibration, copy="changed", progress=progress)
+            continue
+        if last is None or last[0] != before:
+            last = before, compile(dense, before, calibration=calibration, copy="changed", progress=progress)
+        found[key] = last[1] if rest is None else extend(last[1], rest, progress=progress)
+    return found
 
 
 def masked(dense: Model, made: Any) -> Model:
