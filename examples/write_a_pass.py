@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sparsec
 from sparsec.data import load_model
-from sparsec.patterns import unstructured
+from sparsec.patterns import Pattern
 from sparsec.pipeline import select
 from sparsec.pipeline.options import check_sparsity
 
@@ -42,8 +42,7 @@ class RandomMask(sparsec.Pass):
         chosen = select(graph, None, ())
         for i, weight in enumerate(chosen):
             context.step(self.name, i, len(chosen))
-            scores = self._scores(weight.shape, i)
-            (mask,) = unstructured([lambda scores=scores: scores], self.sparsity, [weight.mask])
+            mask = Pattern().mask(self._scores(weight.shape, i), self.sparsity, weight.mask)
             graph.update(weight.name, mask=mask, pattern="unstructured", frozen=False, nnz=None)
         return sparsec.PassResult(changed=bool(chosen), summary=f"{len(chosen)} matrices masked at random")
 

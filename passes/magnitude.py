@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.patterns import Pattern, blocks, unstructured, unstructured_rows
+from sparsec.patterns import Compared, Pattern
 from sparsec.pipeline.allocation import Share
 from sparsec.pipeline.base import Context, PassResult
 from sparsec.pipeline.options import check_choice
@@ -71,18 +71,12 @@ class Magnitude(PruningPass):
         matrices = [m for w in chosen for m in graph.matrices(w.name)]
         old: list[Tensor | None] = [m for w in chosen for m in graph.mask_matrices(w.name)]
         if self._scope == "global" and pattern.nm is None:
-            scores = [partial(_same, m) for m in matrices]
-            if pattern.block:
-                return blocks(scores, self.share, old, pattern.block)
-            return unstructured(scores, self.share, old)
+            return pattern.masks([partial(_same, m) for m in matrices], self.share, old)
+        compared: Compared = "row" if self._scope == "row" else "layer"
         masks = []
         for i, (name, matrix, before) in enumerate(zip(names, matrices, old, strict=True)):
             context.step("magnitude", i, len(matrices))
-            share = shares[name].sparsity
-            if self._scope == "row" and pattern.nm is None:
-                masks.append(unstructured_rows(matrix, share, before))
-            else:
-                masks.append(pattern.mask(matrix, share, before))
+            masks.append(pattern.mask(matrix, shares[name].sparsity, before, compared))
         return masks
 
 

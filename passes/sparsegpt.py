@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sparsec.calibrate import Statistics
 from sparsec.errors import ActivationError, SpecError
-from sparsec.patterns import Pattern, prune_count
+from sparsec.patterns import Pattern
 from sparsec.pipeline.options import check_positive
 from sparsec.pipeline.pruning import CalibratedPruning
 
@@ -144,6 +145,7 @@ def solve(
     if old is not None:
         weights.masked_fill_(~old, 0)
     turned = weights.t().contiguous()  # a column is then in one piece
+    parts = [(slice(top - n, top), share) for top, n, share in zip(accumulate(rows), rows, shares, strict=True)]
     for start in range(0, in_features, block_size):
         end = min(start + block_size, in_features)
         local = factor[start:end, start:end]
@@ -158,12 +160,10 @@ def solve(
                 if i % wide == 0:  # N:M masks see the updates of the groups before them
                     group = slice(i, i + wide)
                     scores = columns[group].t() / local.diagonal()[group]
-                    before = None if old is None else old[:, start:end][:, group]
-                    done = kept[:, group]
-                    if pattern.nm is not None:
-                        done.copy_(pattern.mask(scores, shares[0], before))
-                    else:
-                        _choose(done, scores, shares, pattern, mask, start, rows, before)
+                    these = slice(start + i, min(start + i + wide, end))
+                    for part, share in parts:
+                        before = None if old is None else old[part, these]
+                        pattern.extend(mask[part], these, scores[part], share, before)
                 column = columns[i]
                 error = column.masked_fill(kept[:, i], 0) / local[i, i]
                 columns[i:last] -= torch.outer(local[i, i:last], error)
@@ -184,26 +184,3 @@ def _step(out_features: int, wide: int) -> int:
     """
     step = max(_FOR_ONE_THREAD // max(1, out_features), 8)
     return max(1, step // wide) * wide
-
-
-def _choose(
-    done: Tensor,
-    scores: Tensor,
-    shares: Sequence[float],
-    pattern: Pattern,
-    mask: Tensor,
-    start: int,
-    rows: Sequence[int],
-    old: Tensor | None,
-) -> None:
-    """Masks of one block of columns, for each of the matrices; so many zeros that all columns so far have their share."""
-    end, top = start + scores.shape[1], 0
-    for count, sparsity in zip(rows, shares, strict=True):
-        part = slice(top, top + count)
-        top += count
-        unit = pattern.block[0] * pattern.block[1] if pattern.block is not None else 1
-        gone = mask[part, :start].numel() - int(mask[part, :start].count_nonzero())
-        total = scores[part].numel() // unit
-        wanted = prune_count(sparsity, mask[part, :end].numel() // unit) - gone // unit
-        share = min(max(wanted, 0), total) / max(1, total)
-        done[part] = pattern.mask(scores[part], share, None if old is None else old[part])

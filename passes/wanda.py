@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from sparsec.calibrate import Statistics
-from sparsec.patterns import Pattern, unstructured_rows
 from sparsec.pipeline.pruning import CalibratedPruning
 
 
@@ -22,15 +20,6 @@ class Wanda(CalibratedPruning):
 
     name: ClassVar[str] = "wanda"
 
-    def prune(
-        self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], shares: Sequence[float], statistics: Statistics
-    ) -> tuple[list[Tensor], None, list[str]]:
+    def scores(self, matrix: Tensor, statistics: Statistics) -> Tensor:
         """By the norms alone."""
-        pattern, norms = Pattern.parse(self.pattern), statistics.norms
-        masks = []
-        for matrix, before, share in zip(matrices, old, shares, strict=True):
-            scores = matrix.detach().float().abs() * norms
-            free = pattern == Pattern()
-            masks.append(unstructured_rows(scores, share, before) if free else pattern.mask(scores, share, before))
-        dead = int((norms == 0).sum())
-        return masks, None, [f"{dead} of {len(norms)} input columns are zero in all of the text"] if dead else []
+        return matrix.detach().float().abs() * statistics.norms

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ operation may wait milliseconds for one of them.
 """
 
 _CHUNK_ELSEWHERE = 1 << 20  # where every operation is a launch
+
+Compared = Literal["layer", "row"]
 
 _PATTERN = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block:(?P<r>\d+)x(?P<c>\d+)|unstructured")
 
@@ -88,13 +90,43 @@ class Pattern:
             return torch.equal(tiles.any(2), tiles.all(2))
         return True
 
-    def mask(self, scores: Tensor, sparsity: float, old: Tensor | None = None) -> Tensor:
-        """Mask of one matrix whose weights are compared with each other. scores, old and the result: [out, in]."""
+    def mask(self, scores: Tensor, sparsity: float, old: Tensor | None = None, compared: Compared = "layer") -> Tensor:
+        """Mask of one matrix. scores, old and the result: [out, in].
+
+        compared: weights with all of the matrix, or with those of their row; what a pattern groups goes together either way.
+        """
         if self.nm is not None:
             return _nm(scores, *self.nm, old)
+        if compared == "row" and self.block is None:
+            return _rows(scores, sparsity, old)
+        return self.masks([lambda: scores], sparsity, [old])[0]
+
+    def masks(
+        self, scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Masks of several weights that are compared with each other, `sparsity` in all; each N:M group by itself.
+
+        scores: one function per weight that gives its scores, any shape where the pattern is unstructured. They are called several
+        times, one after the other, and their results are never kept together. old: of the same shape, or None, per weight.
+        """
+        if self.nm is not None:
+            return [_nm(score(), *self.nm, before) for score, before in zip(scores, old, strict=True)]
         if self.block is not None:
-            return blocks([lambda: scores], sparsity, [old], self.block)[0]
-        return unstructured([lambda: scores], sparsity, [old])[0]
+            return _blocks(scores, sparsity, old, self.block)
+        return _unstructured(scores, sparsity, old)
+
+    def extend(self, mask: Tensor, columns: slice, scores: Tensor, sparsity: float, old: Tensor | None = None) -> None:
+        """Chooses further columns of a mask [out, in] that is chosen from left to right, in place.
+
+        So many zeros that all columns up to the last of these have `sparsity` together. scores, old: of these columns.
+        """
+        if self.nm is None:
+            unit = self.block[0] * self.block[1] if self.block is not None else 1
+            before, total = mask[:, : columns.start], scores.numel() // unit
+            gone = before.numel() - int(before.count_nonzero())
+            wanted = prune_count(sparsity, mask[:, : columns.stop].numel() // unit) - gone // unit
+            sparsity = min(max(wanted, 0), total) / max(1, total)
+        mask[:, columns] = self.mask(scores, sparsity, old)
 
 
 def prune_count(sparsity: float, total: int) -> int:
@@ -102,7 +134,7 @@ def prune_count(sparsity: float, total: int) -> int:
     return round(sparsity * total)
 
 
-def unstructured_rows(scores: Tensor, sparsity: float, old: Tensor | None = None) -> Tensor:
+def _rows(scores: Tensor, sparsity: float, old: Tensor | None) -> Tensor:
     """Mask [rows, n] with exactly `round(sparsity * n)` zeros in every row, more only where `old` has more.
 
     scores: [rows, n]. old: bool [rows, n] or None.
@@ -137,12 +169,10 @@ def _above_in_rows(keys: Tensor, zeros: int) -> Tensor:
     return mask
 
 
-def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None]) -> list[Tensor]:
-    """Masks over several weights compared with each other: exactly `round(sparsity * total)` zeros together.
-
-    scores: one function per weight that gives its scores, any shape. They are called several times, one after the other, and their
-    results are never kept together; beside them and the masks, the search holds a chunk of keys and 2**16 counters.
-    old: a bool mask of the same shape, or None, per weight.
+def _unstructured(
+    scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Exactly `round(sparsity * total)` zeros together. Beside scores and masks it holds a chunk of keys and 2**16 counters.
 
     The threshold is found digit by digit (radix selection): non-negative IEEE numbers order as their bit patterns do, and half
     types widen to float32 without loss.
@@ -170,7 +200,7 @@ def unstructured(scores: Sequence[Callable[[], Tensor]], sparsity: float, old: S
     return masks
 
 
-def blocks(
+def _blocks(
     scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None], block: tuple[int, int]
 ) -> list[Tensor]:
     """Masks over several matrices [out, in], whole blocks r x c at a time: `round(sparsity * blocks)` blocks go together.
@@ -186,7 +216,7 @@ def blocks(
         return _tiles(values, r, c).square().mean(dim=(1, 3))
 
     left = [None if before is None else _tiles(before, r, c).any(dim=3).any(dim=1) for before in old]
-    small = unstructured([partial(score_of, s, o) for s, o in zip(scores, old, strict=True)], sparsity, left)
+    small = _unstructured([partial(score_of, s, o) for s, o in zip(scores, old, strict=True)], sparsity, left)
     masks = [mask.repeat_interleave(r, 0).repeat_interleave(c, 1) for mask in small]
     return [m if before is None else m & before for m, before in zip(masks, old, strict=True)]
 

@@ -13,7 +13,7 @@ from traces import traced as trace
 
 from sparsec import patterns
 from sparsec.passes import Magnitude
-from sparsec.patterns import prune_count, unstructured, unstructured_rows
+from sparsec.patterns import Pattern, prune_count
 from sparsec.pipeline import Context
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -75,7 +75,7 @@ def test_threshold_search_agrees_with_sorting_everything(case, chunk: int) -> No
     scores, old, sparsity = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patterns, "CHUNK", chunk)
-        masks = unstructured([lambda s=s: s for s in scores], sparsity, old)
+        masks = Pattern().masks([lambda s=s: s for s in scores], sparsity, old)
     for mask, expected in zip(masks, by_sorting(scores, old, sparsity), strict=True):
         assert torch.equal(mask, expected)
 
@@ -86,7 +86,7 @@ def test_rows_are_pruned_like_matrices_of_one_row(case, chunk: int) -> None:
     scores, old, sparsity = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patterns, "CHUNK", chunk)
-        mask = unstructured_rows(scores[0], sparsity, old[0])
+        mask = Pattern().mask(scores[0], sparsity, old[0], "row")
     for i, row in enumerate(scores[0]):
         before = None if old[0] is None else old[0][i]
         assert torch.equal(mask[i], by_sorting([row], [before], sparsity)[0])
@@ -95,7 +95,7 @@ def test_rows_are_pruned_like_matrices_of_one_row(case, chunk: int) -> None:
 @given(case=scored())
 def test_number_of_zeros_is_exact(case) -> None:
     scores, old, sparsity = case
-    masks = unstructured([lambda s=s: s for s in scores], sparsity, old)
+    masks = Pattern().masks([lambda s=s: s for s in scores], sparsity, old)
     removed = sum(int((~m).sum()) for m in old if m is not None)
     wanted = prune_count(sparsity, sum(s.numel() for s in scores))
     assert sum(int((~m).sum()) for m in masks) == max(wanted, removed)
@@ -106,21 +106,21 @@ def test_weights_of_different_dtypes_are_compared_by_value(case, data) -> None:
     scores, old, sparsity = case
     mixed = [s.to(data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))) for s in scores]
     for mask, expected in zip(
-        unstructured([lambda s=s: s for s in mixed], sparsity, old), by_sorting(mixed, old, sparsity), strict=True
+        Pattern().masks([lambda s=s: s for s in mixed], sparsity, old), by_sorting(mixed, old, sparsity), strict=True
     ):
         assert torch.equal(mask, expected)
 
 
 def test_old_masks_are_not_handed_out_for_change() -> None:
     old = torch.tensor([True, False])
-    mask = unstructured([lambda: torch.ones(2)], 0.0, [old])[0]
+    mask = Pattern().masks([lambda: torch.ones(2)], 0.0, [old])[0]
     mask[:] = False
     assert old.tolist() == [True, False]
 
 
 def test_global_threshold_needs_scratch_below_five_percent_of_the_weights() -> None:
     weights = [torch.randn(1536, 576) for _ in range(30)]  # 27M weights, 106 MB
-    peak = _peak_allocation(lambda: unstructured([lambda w=w: w for w in weights], 0.5, [None] * len(weights)))
+    peak = _peak_allocation(lambda: Pattern().masks([lambda w=w: w for w in weights], 0.5, [None] * len(weights)))
     masks = sum(w.numel() for w in weights)
     assert peak - masks < 0.05 * sum(w.nbytes for w in weights)
 
@@ -168,6 +168,6 @@ def test_the_search_opens_no_parallel_region(dtype: torch.dtype) -> None:
     """Each would wait for a thread whose CPU another process has."""
     matrix, old = torch.randn(200, 400).to(dtype), torch.rand(200, 400) < 0.9
     with Sizes() as sizes:
-        unstructured([lambda: matrix], 0.5, [old])
-        unstructured_rows(matrix, 0.5)
+        Pattern().masks([lambda: matrix], 0.5, [old])
+        Pattern().mask(matrix, 0.5, compared="row")
     assert sizes.large <= {"aten.empty.memory_format"}

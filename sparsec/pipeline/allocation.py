@@ -27,7 +27,7 @@ from sparsec.errors import ActivationError, PipelineError, SelectionError, SpecE
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.metrics import divergence
-from sparsec.patterns import Pattern, blocks, unstructured, unstructured_rows
+from sparsec.patterns import Pattern
 from sparsec.pipeline.base import Context
 from sparsec.pipeline.options import check_choice, check_sparsity
 from sparsec.pipeline.selection import matches
@@ -153,9 +153,8 @@ def _by_threshold(graph: Graph, chosen: Sequence[Weight], sparsity: float, patte
     names = [w.name for w in chosen for _ in graph.matrices(w.name)]
     scores = [lambda m=m: m for w in chosen for m in graph.matrices(w.name)]
     old: list[Tensor | None] = [m for w in chosen for m in graph.mask_matrices(w.name)]
-    masks = blocks(scores, sparsity, old, pattern.block) if pattern.block else unstructured(scores, sparsity, old)
     kept = dict.fromkeys(names, 0)
-    for name, mask in zip(names, masks, strict=True):
+    for name, mask in zip(names, pattern.masks(scores, sparsity, old), strict=True):
         kept[name] += serial.count(mask)
     return {w.name: Share(1 - kept[w.name] / w.numel) for w in chosen}
 
@@ -311,9 +310,8 @@ def _sensitivities(graph: Graph, chosen: Sequence[Weight], sparsity: float, cont
 
 def _smallest(graph: Graph, weight: Weight, norms: Mapping[str, list[Tensor]], sparsity: float) -> list[Tensor]:
     scores = _scores(graph, weight, norms)
-    return [
-        unstructured_rows(s, sparsity, old) for s, old in zip(scores, graph.mask_matrices(weight.name), strict=True)
-    ]
+    pairs = zip(scores, graph.mask_matrices(weight.name), strict=True)
+    return [Pattern().mask(s, sparsity, old, "row") for s, old in pairs]
 
 
 @contextmanager

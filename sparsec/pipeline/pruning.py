@@ -5,7 +5,6 @@ An algorithm is a subclass that says how much a weight matters; everything else 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -161,14 +160,26 @@ class CalibratedPruning(PruningPass):
         """Always."""
         return True
 
-    @abstractmethod
+    def scores(self, matrix: Tensor, statistics: Statistics) -> Tensor:
+        """How much each weight of a matrix [out, in] matters, compared within its row; the larger in absolute value the more."""
+        raise NotImplementedError(f"{type(self).__name__} gives no scores: it needs `scores`, or a `prune` of its own")
+
     def prune(
         self, matrices: Sequence[Tensor], old: Sequence[Tensor | None], shares: Sequence[float], statistics: Statistics
     ) -> tuple[list[Tensor], list[Tensor] | None, list[str]]:
         """Masks [out, in], new weights where they change, and notes, for matrices [out, in] that read the same values.
 
-        old: earlier masks; what they removed is zero in the matrices. shares: how sparse each of them shall be.
+        old: earlier masks; what they removed is zero in the matrices. shares: how sparse each of them shall be. By `scores`; a pass
+        that changes weights while it chooses has its own.
         """
+        pattern = Pattern.parse(self.pattern)
+        masks = [
+            pattern.mask(self.scores(matrix, statistics), share, before, "row")
+            for matrix, before, share in zip(matrices, old, shares, strict=True)
+        ]
+        dead = int((statistics.norms == 0).sum())
+        columns = len(statistics.norms)
+        return masks, None, [f"{dead} of {columns} input columns are zero in all of the text"] if dead else []
 
     def scratch(self, rows: int, in_features: int) -> int:
         """Bytes that `prune` takes beside what it is given and gives back, for matrices of so many rows in all."""
