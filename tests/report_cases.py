@@ -13,7 +13,7 @@ import sparsec.compiler
 from sparsec.machine import Machine
 from sparsec.report.collect import Report
 from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample, Stage, Variant
-from sparsec.timing.latency import Spread
+from sparsec.timing.spread import Spread
 
 SPEC = "magnitude(0.3, targets=('mlp', 'model.layers.0.self_attn.*')),freeze,sparsity,flops(context=32),lower(csr32)"
 

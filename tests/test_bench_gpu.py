@@ -27,8 +27,8 @@ from sparsec.kernels import gpu
 from sparsec.kernels.gpu import launch as gpu_launch
 from sparsec.machine import machine
 from sparsec.timing import replay
-from sparsec.timing.latency import Spread
 from sparsec.timing.recorded import Decoder
+from sparsec.timing.spread import Spread
 
 FIXTURE = Path(__file__).parent / "calibration.json"
 COST = (1e-4, 0.0, 1e-9, Rate(0.0, 0.0), (), 0.0)
@@ -263,7 +263,7 @@ def test_a_case_that_fails_is_named_and_the_next_one_begins(monkeypatch: pytest.
 
 
 def test_after_a_fault_of_the_device_what_was_found_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*rest: object) -> None:
+    def fails(*given: object, **options: object) -> None:
         raise RuntimeError("illegal access")
 
     (case,) = cases({(16, 32): None}, [asked("wcsr16")], [0.5], ["bf16"], [1])

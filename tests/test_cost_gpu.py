@@ -252,10 +252,10 @@ def test_commands_name_the_device_that_is_missing(capsys: pytest.CaptureFixture[
 def test_layers_on_a_gpu_are_timed_by_replays_of_cold_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = nn.Linear(512, 2048), nn.Linear(512, 64)
     assert replayed_speedup([slow], [fast], rounds=5, rotate_bytes=1 << 22) > 1
-    monkeypatch.setattr(latency, "take_turns", lambda replays, rounds: [[3.0] * rounds, [1.5] * rounds])
+    assert layer_speedups({}, 2) == {}
+    monkeypatch.setattr(latency, "take_turns", lambda cases, rounds, warm_up: [[3.0] * rounds, [1.5] * rounds])
     both = replayed_speedup([slow, slow], [fast], rounds=5, rotate_bytes=1 << 22)
     assert both == 4, "seconds a call, of two layers against one"
-    assert layer_speedups({}, 2) == {}
 
 
 def test_a_problem_of_a_gpu_is_served_by_its_kernels(served: tuple[Kernel, ...]) -> None:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparsec
-from sparsec.cost import timing
+from sparsec.cost import trials
 from sparsec.cost.calibration import load_file
 from sparsec.cost.measure import measure_kernels
 from sparsec.cost.model import Work
-from sparsec.cost.timing import Arena, dense_contender, last_level_cache, time_cold, time_walk
+from sparsec.cost.trials import dense_trial, time_cold, time_walk
 from sparsec.kernels import status
 from sparsec.report.predict import predict
+from sparsec.timing.arena import Arena, last_level_cache
 
 FIXTURE = Path(__file__).parent / "calibration.json"
 
@@ -64,8 +65,8 @@ def test_every_call_of_a_cold_timing_has_weights_of_its_own() -> None:
             seen.append(self.weight.data_ptr())
             return x
 
-    contender = dense_contender("k", Layer, 32, 64, torch.float32)
-    (sample,) = time_cold([contender], rows=3, arena=Arena(), rounds=4, dtype=torch.float32)
+    tried = dense_trial("k", Layer, 32, 64, torch.float32)
+    (sample,) = time_cold([tried], rows=3, arena=Arena(), rounds=4, dtype=torch.float32)
     assert len(seen) == len(set(seen)) == 6
     assert sample.rows == 3
     assert sample.work == Work(32, 64, 2048, 8192)
@@ -84,10 +85,10 @@ def test_a_walk_goes_through_all_kernels_in_every_round_as_a_model_does(monkeypa
             seen.append((self.weight.shape[0], self.weight.data_ptr()))
             return x
 
-    monkeypatch.setattr(timing, "last_level_cache", lambda: 40_000)
+    monkeypatch.setattr(trials, "last_level_cache", lambda: 40_000)
     sizes = (8, 16, 32)  # 14,336 bytes of weights in all
-    contenders = [dense_contender("k", Layer, n, 64, torch.float32) for n in sizes]
-    samples = time_walk(contenders, Arena(), rounds=10, dtype=torch.float32)
+    tried = [dense_trial("k", Layer, n, 64, torch.float32) for n in sizes]
+    samples = time_walk(tried, Arena(), rounds=10, dtype=torch.float32)
     assert [s.work.out_features for s in samples] == list(sizes)
     rounds = [seen[i : i + 3] for i in range(0, len(seen), 3)]
     assert len(rounds) == 12
@@ -98,7 +99,7 @@ def test_a_walk_goes_through_all_kernels_in_every_round_as_a_model_does(monkeypa
 
 @pytest.mark.skipif(not status().built, reason="times native kernels")
 def test_a_member_of_a_group_costs_more_than_nothing_and_less_than_a_call_alone() -> None:
-    assert 0 < timing.time_member(20, torch.float32, lambda: None) < 100e-6
+    assert 0 < trials.time_member(20, torch.float32, lambda: None) < 100e-6
 
 
 @given(member=st.floats(0, 1e-3), call=st.floats(1e-6, 1e-4))

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsec.timing.latency import WARM_UP, Spread, compare, interleaved, layer_speedups
+from sparsec.timing.latency import compare, layer_speedups
+from sparsec.timing.spread import Spread
+from sparsec.timing.turns import WARM_UP, take_turns
 
 
 def test_models_take_turns() -> None:
     order: list[str] = []
-    cases = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    times = interleaved(cases, repeats=4)
+    times = take_turns([lambda name=name: order.append(name) or name for name in "abc"], rounds=4)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert rounds == (["abc", "bca", "cab"] * 2)[: 4 + WARM_UP]
-    assert {name: len(t) for name, t in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert times == [["a"] * 4, ["b"] * 4, ["c"] * 4]
 
 
 def test_quartiles() -> None:

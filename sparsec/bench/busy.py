@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter, sleep
+from time import sleep
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from sparsec.formats import Bitmap
 from sparsec.kernels import operator, operator_args
 from sparsec.pipeline.base import PassRecord
 from sparsec.progress import Progress
+from sparsec.timing.turns import clocked, take_turns
 
 SHAPES, LAYERS, SPARSITY = "1024x1024", 48, 0.5
 MODEL_LAYERS = 3  # that passes run on
@@ -122,11 +123,10 @@ def products(
         if progress is not None:
             progress(f"{shape[0]}x{shape[1]} {'busy' if busy else 'idle'}", turn, 2 * ROUNDS)
         with competitor(busy):
-            _seconds(run_dense), _seconds(run_sparse)
-            for _ in range(repeats):
-                seconds.setdefault((busy, False), []).append(_seconds(run_dense))
-                seconds.setdefault((busy, True), []).append(_seconds(run_sparse))
-    found = {key: median(times) for key, times in seconds.items()}
+            taken = take_turns([clocked(run_dense), clocked(run_sparse)], repeats, warm_up=1)
+        for own, kind in zip(taken, (False, True), strict=True):
+            seconds.setdefault((busy, kind), []).extend(own)
+    found = {key: median(own) for key, own in seconds.items()}
     return Products(
         shape,
         dtype,
@@ -164,12 +164,6 @@ def _records(model: nn.Module, spec: str, calibration: torch.Tensor, busy: bool)
         done: Any = compile(model, spec, calibration=calibration if "magnitude" not in spec else None)
     records: tuple[PassRecord, ...] = done.sparsec.records
     return records
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    start = perf_counter()
-    call()
-    return perf_counter() - start
 
 
 def text(walks: Sequence[Products], passes: Sequence[PassTime]) -> list[str]:

@@ -27,7 +27,8 @@ from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 from sparsec.report.words import dense_bound
 from sparsec.study.variants import ON_SPARSEC, compiled_by, masked
-from sparsec.timing.latency import WARM_UP, Spread, interleaved, ratio
+from sparsec.timing.spread import Spread, ratio
+from sparsec.timing.turns import WARM_UP, clocked, take_turns
 
 PLACEHOLDER = "{sparsity}"
 PASSES = DEFAULT_PASSES.replace("magnitude(0.5)", f"magnitude({PLACEHOLDER})")
@@ -186,4 +187,6 @@ def _prefill(mode: Mode) -> tuple[float, ...]:
 def _rounds(
     calls: Sequence[Callable[[], None]], repeats: int, progress: Progress | None, what: str
 ) -> list[list[float]]:
-    return list(interleaved({str(i): call for i, call in enumerate(calls)}, repeats, progress, what).values())
+    """Milliseconds."""
+    times = take_turns([clocked(call) for call in calls], repeats, WARM_UP, progress, what)
+    return [[1e3 * t for t in own] for own in times]

@@ -10,7 +10,7 @@ from typing import Any
 from sparsec.bench.end_to_end import SHARE_TOKENS, Effort, Headline, Mode, headlines
 from sparsec.console.table import paragraph, table, times
 from sparsec.machine import Machine
-from sparsec.timing.latency import Spread, ratio
+from sparsec.timing.spread import Spread, ratio
 
 SCHEMA = "sparsec.bench.end_to_end/1"
 HEADER = ("mode", "cache", "prefill ms", "quartiles", "speedup", "ms/token", "quartiles", "speedup", "tokens/s")

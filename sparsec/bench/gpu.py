@@ -26,8 +26,9 @@ from sparsec.kernels import Problem, gpu, select, tolerance
 from sparsec.kernels.gpu import launch as gpu_launch
 from sparsec.kernels.registry import dispatch
 from sparsec.progress import Progress, stage
-from sparsec.timing.latency import Spread, ratio
-from sparsec.timing.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, take_turns
+from sparsec.timing.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls
+from sparsec.timing.spread import Spread, ratio
+from sparsec.timing.turns import take_turns
 
 CHECKED_ROWS = {"bf16": (1, 2, 4, 9, 17, 65, 512), "fp16": (1, 9, 65), "fp32": (1, 9, 65)}
 """By type: rows of x on both sides of every switch; fewer where a type changes no more than conversions, as each is compiled."""
@@ -191,7 +192,7 @@ def measure(
     if dense is None:
         return found
     try:
-        base, *times = take_turns([dense, *(replay for *_, replay in named)], rounds)
+        base, *times = take_turns([r.seconds for r in (dense, *(replay for *_, replay in named))], rounds, warm_up=1)
     except Exception as error:  # of the driver, of torch
         where = f"{case.out_features}x{case.in_features}, {case.rows} rows"
         go_on(where, error, device)

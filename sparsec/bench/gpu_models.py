@@ -6,8 +6,10 @@ torch.compile; the headline is the best sparse mode against the best dense one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +19,13 @@ from sparsec.bench.models import random_model
 from sparsec.compiler import compile
 from sparsec.console.command import DTYPES
 from sparsec.progress import Progress
-from sparsec.timing.latency import Spread, ratio
 from sparsec.timing.recorded import Decoder
+from sparsec.timing.spread import Spread, ratio
+from sparsec.timing.turns import WARM_UP, take_turns
 
 PROMPT_TOKENS = 64
 TOKENS = 16
 """Decoded in each round."""
-WARM_UP = 2
 NO_TIME = "no time was left; give more with --budget"
 PASSES = "magnitude({sparsity}, scope='layer'),freeze,sparsity,lower(wcsr)"
 
@@ -90,19 +92,14 @@ def decode(
                 if variant == "dense" and not way:
                     raise
                 found.append(_without(name, dense, dtype, variant, way, said(error)))
-        times: dict[str, list[float]] = {variant: [] for variant in decoders}
-        for turn in range(WARM_UP + rounds):
-            for variant, decoder in list(decoders.items()):
-                try:
-                    seconds = decoder.seconds(tokens)
-                except Exception as error:  # of the driver, of torch
-                    del decoders[variant], times[variant]
-                    found.append(_without(name, dense, dtype, variant, way, said(error)))
-                    continue
-                if turn >= WARM_UP:
-                    times[variant].append(seconds)
-        base = times.get("dense")
+        failed: dict[str, str] = {}
+        cases = [partial(_seconds, variant, decoder, tokens, failed) for variant, decoder in decoders.items()]
+        times = dict(zip(decoders, take_turns(cases, rounds), strict=True))
+        found += [_without(name, dense, dtype, variant, way, why) for variant, why in failed.items()]
+        base = None if "dense" in failed else times.get("dense")
         for variant, decoder in decoders.items():
+            if variant in failed:
+                continue
             own = times[variant]
             found.append(
                 Decoded(
@@ -118,6 +115,16 @@ def decode(
                 )
             )
     return found
+
+
+def _seconds(variant: str, decoder: Decoder, tokens: int, failed: dict[str, str]) -> float:
+    """Per token; one that fails is named, and not run again."""
+    if variant not in failed:
+        try:
+            return decoder.seconds(tokens)
+        except Exception as error:  # of the driver, of torch
+            failed[variant] = said(error)
+    return math.nan
 
 
 def headlines(found: Sequence[Decoded]) -> list[str]:

@@ -33,9 +33,9 @@ from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.modules.dense_linear import DTYPES as DTYPES_SERVED
 from sparsec.kernels.modules.dense_linear import DenseLinear
-from sparsec.timing.latency import Spread
+from sparsec.timing.calls import CallTimes, Contender, time_calls
 from sparsec.timing.rotation import Rotation
-from sparsec.timing.turns import Contender, Timing, interleaved, speedup
+from sparsec.timing.spread import Spread, ratio
 
 READ_BYTES = (
     1 << 26
@@ -59,11 +59,11 @@ class Result:
     format: str  # as it describes itself
     asked: str  # as --formats names it
     kernel: str
-    dense: Timing
-    masked: Timing  # F.linear of the weight with the zeros
-    dense_on_sparsec: Timing | None  # sparsec's dense kernel; None where it is not built
-    sparse: Timing
-    torch_sparse: Timing | None
+    dense: CallTimes
+    masked: CallTimes  # F.linear of the weight with the zeros
+    dense_on_sparsec: CallTimes | None  # sparsec's dense kernel; None where it is not built
+    sparse: CallTimes
+    torch_sparse: CallTimes | None
     bandwidth: float  # bytes per second, by plain reading in the same rounds
     bound: Bound
     predicted: float | None  # speedup by the cost model, of weights that lie in memory; None without a calibration
@@ -71,22 +71,22 @@ class Result:
     @property
     def speedup(self) -> Spread:
         """Against F.linear."""
-        return speedup(self.dense, self.sparse)
+        return ratio(self.dense.rounds, self.sparse.rounds)
 
     @property
     def masked_speedup(self) -> Spread:
         """Of zeros that no kernel skips."""
-        return speedup(self.dense, self.masked)
+        return ratio(self.dense.rounds, self.masked.rounds)
 
     @property
     def zeros_speedup(self) -> Spread | None:
         """Against sparsec's dense kernel: the part that zeros give."""
-        return None if self.dense_on_sparsec is None else speedup(self.dense_on_sparsec, self.sparse)
+        return None if self.dense_on_sparsec is None else ratio(self.dense_on_sparsec.rounds, self.sparse.rounds)
 
     @property
     def torch_sparse_speedup(self) -> Spread | None:
         """Of torch.sparse against F.linear."""
-        return None if self.torch_sparse is None else speedup(self.dense, self.torch_sparse)
+        return None if self.torch_sparse is None else ratio(self.dense.rounds, self.torch_sparse.rounds)
 
     @property
     def speedup_bytes(self) -> float:
@@ -149,7 +149,7 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
     contenders = [*baselines, *readers, *(_contender(e, weight, x, rotation, str(i)) for i, e in enumerate(entries))]
     other = _torch_sparse(weight, x, rotation)
     contenders += [] if other is None else [other]
-    timings = interleaved(contenders, repeats, whole_stacks=rotation.protocol.layers is not None)
+    timings = time_calls(contenders, repeats, whole_stacks=rotation.protocol.layers is not None)
     before = len(baselines) + len(readers)
     bandwidth = max(t.bytes_per_second for t in timings[:before])
     last = None if other is None else timings[-1]

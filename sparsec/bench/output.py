@@ -12,8 +12,8 @@ from typing import Any
 from sparsec.bench.kernels import Result
 from sparsec.console.table import paragraph, percent, table, times
 from sparsec.machine import Machine
-from sparsec.timing.latency import Spread
-from sparsec.timing.turns import SLOW_REPEATS, SLOW_SECONDS, Timing
+from sparsec.timing.calls import SLOW_REPEATS, SLOW_SECONDS, CallTimes
+from sparsec.timing.spread import Spread
 
 SCHEMA = "sparsec.bench/4"
 HEADER = (
@@ -168,7 +168,7 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
         writer.writerows(records)
 
 
-def _timing(name: str, timing: Timing) -> dict[str, Any]:
+def _timing(name: str, timing: CallTimes) -> dict[str, Any]:
     return {
         f"{name}_bytes": timing.nbytes,
         f"{name}_copies": timing.copies,

@@ -14,11 +14,10 @@ from torch import nn
 
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Read
-from sparsec.cost.timing import (
-    Arena,
-    Contender,
-    dense_contender,
-    packed_contender,
+from sparsec.cost.trials import (
+    Trial,
+    dense_trial,
+    packed_trial,
     time_cold,
     time_member,
     time_read,
@@ -33,6 +32,7 @@ from sparsec.kernels.dense import native_serves
 from sparsec.kernels.modules.dense_linear import DTYPES as DENSE_DTYPES
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.progress import Progress
+from sparsec.timing.arena import Arena
 
 DENSITIES = (0.5, 0.3, 0.1)
 SHAPES = ((192, 576), (576, 576), (576, 1536), (1536, 576), (2048, 768), (768, 3072))
@@ -59,7 +59,7 @@ def measure_reads(progress: Progress | None = None) -> tuple[Read, ...]:
 def measure_member(dtype: torch.dtype) -> float:
     """Seconds that a member of a group costs beside the work on its matrix."""
     arena = Arena()
-    big = dense_contender("dense_torch", _as_it_is, 1024, 1024, dtype).make(arena)
+    big = dense_trial("dense_torch", _as_it_is, 1024, 1024, dtype).make(arena)
     return time_member(MEMBER_ROUNDS, dtype, partial(big, torch.ones(1, 1024, dtype=dtype)))
 
 
@@ -77,19 +77,19 @@ def measure_kernels(
         (shape, d): list(_matrices(shape, d, generator)) for shape, d in COLD
     }
     for dtype in dtypes:
-        walk = [c for case, found in packed.items() for c in _contenders(case[0], found, dtype)]
-        say = partial(_say, progress, f"walking through {str(dtype).removeprefix('torch.')} layers")
-        for contender, sample in zip(walk, time_walk(walk, arena, WALK_ROUNDS, dtype, say), strict=True):
-            samples.setdefault((contender.kernel, contender.format, dtype), []).append(sample)
+        walk = [c for case, found in packed.items() for c in _trials(case[0], found, dtype)]
+        what = f"calibrating: walking through {str(dtype).removeprefix('torch.')} layers"
+        for trial, sample in zip(walk, time_walk(walk, arena, WALK_ROUNDS, dtype, progress, what), strict=True):
+            samples.setdefault((trial.kernel, trial.format, dtype), []).append(sample)
     for i, (case, timer, rounds) in enumerate(timers):
         _say(progress, "timing kernels", i, len(timers))
         if case not in packed:
             packed[case] = list(_matrices(case[0], case[1], generator))
         for dtype in dtypes:
-            contenders = _contenders(case[0], packed[case], dtype)
-            times = timer(contenders, arena=arena, rounds=rounds, dtype=dtype)
-            for contender, sample in zip(contenders, times, strict=True):
-                samples.setdefault((contender.kernel, contender.format, dtype), []).append(sample)
+            trials = _trials(case[0], packed[case], dtype)
+            times = timer(trials, arena=arena, rounds=rounds, dtype=dtype)
+            for trial, sample in zip(trials, times, strict=True):
+                samples.setdefault((trial.kernel, trial.format, dtype), []).append(sample)
     _say(progress, "timing kernels", len(timers), len(timers))
     return [fit(k, f, str(d).removeprefix("torch."), found, read_per_byte) for (k, f, d), found in samples.items()]
 
@@ -104,11 +104,11 @@ def _matrices(shape: tuple[int, int], density: float, generator: torch.Generator
             yield from ((kernel, packed) for kernel in serving)
 
 
-def _contenders(shape: tuple[int, int], packed: Sequence[tuple[Kernel, Packed]], dtype: torch.dtype) -> list[Contender]:
-    found = [dense_contender("dense_torch", _as_it_is, *shape, dtype)]
+def _trials(shape: tuple[int, int], packed: Sequence[tuple[Kernel, Packed]], dtype: torch.dtype) -> list[Trial]:
+    found = [dense_trial("dense_torch", _as_it_is, *shape, dtype)]
     if dtype in DENSE_DTYPES and native_serves(DENSE_OPERATOR):
-        found.append(dense_contender("dense_cpu", DenseLinear, *shape, dtype))
-    return found + [packed_contender(k.name, p, dtype) for k, p in packed if dtype in k.dtypes]
+        found.append(dense_trial("dense_cpu", DenseLinear, *shape, dtype))
+    return found + [packed_trial(k.name, p, dtype) for k, p in packed if dtype in k.dtypes]
 
 
 def _as_it_is(linear: nn.Linear) -> nn.Module:

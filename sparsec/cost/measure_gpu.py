@@ -20,7 +20,8 @@ from sparsec.formats.layout import Layout
 from sparsec.kernels import Kernel, Problem, known
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.progress import Progress
-from sparsec.timing.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds, take_turns
+from sparsec.timing.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds
+from sparsec.timing.turns import take_turns
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def measure_kernels(
         for j, (shape, density, rows, warm) in enumerate(todo):
             _say(progress, "timing kernels", i * len(todo) + j, len(dtypes) * len(todo))
             x = torch.ones(rows, shape[1], dtype=dtype, device=device)
-            named = list(_contenders(shape, density, x, warm, sizes, generator))
-            times = take_turns([replay for *_, replay in named], sizes.rounds)
+            named = list(_trials(shape, density, x, warm, sizes, generator))
+            times = take_turns([replay.seconds for *_, replay in named], sizes.rounds, warm_up=1)
             for (kernel, layout, work, _), own in zip(named, times, strict=True):
                 sample = Sample(work, rows, statistics.median(own), warm)
                 samples.setdefault((kernel, layout), []).append(sample)
@@ -83,7 +84,7 @@ def measure_kernels(
     return found
 
 
-def _contenders(
+def _trials(
     shape: tuple[int, int], density: float, x: Tensor, warm: bool, sizes: Sizes, generator: torch.Generator
 ) -> Iterator[tuple[str, str, Work, Replay]]:
     """(kernel, format as it describes itself, work, calls) of all that multiply by a weight of that shape."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sparsec.machine import Machine
 from sparsec.pipeline.base import PassRecord
-from sparsec.timing.latency import Spread
+from sparsec.timing.spread import Spread
 
 
 @dataclass(frozen=True)

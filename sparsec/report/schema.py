@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
 from sparsec.report.words import dense_reason
-from sparsec.timing.latency import Spread
+from sparsec.timing.spread import Spread
 
 VERSION = "sparsec.report/1"
 

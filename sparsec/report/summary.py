@@ -7,7 +7,7 @@ import textwrap
 from sparsec.console.table import mega, percent, table, times
 from sparsec.report.notes import SHOWN, all_notes, for_quality
 from sparsec.report.records import ReportData
-from sparsec.timing.latency import Spread
+from sparsec.timing.spread import Spread
 
 LINES, COLUMNS = 24, 80
 

@@ -14,7 +14,7 @@ from sparsec.report.records import GroupRow, LayerRow, ReportData, ratio, total
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import perplexity, summary_lines
 from sparsec.report.words import chosen_because, dense_bound, dense_reason, storage
-from sparsec.timing.latency import Spread
+from sparsec.timing.spread import Spread
 
 _NAME = 30
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from sparsec.evaluate import Evaluation
 from sparsec.report.records import VARIANTS, Variant, ratio
 from sparsec.study.variants import Built
-from sparsec.timing.latency import Comparison, Spread
+from sparsec.timing.latency import Comparison
+from sparsec.timing.spread import Spread
 
 
 def counted(built: Built, measuring: bool) -> dict[str, Variant]:

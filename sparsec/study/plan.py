@@ -10,7 +10,7 @@ from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
 from sparsec.evaluate import Windows, cut
 from sparsec.study.sample import Prompt, read_prompt
-from sparsec.timing.latency import WARM_UP
+from sparsec.timing.turns import WARM_UP
 
 MIN_REPEATS = 20
 

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,58 +20,9 @@ from torch import Tensor, nn
 from sparsec.kv_cache import cache_argument, cache_of
 from sparsec.progress import Progress
 from sparsec.timing.recorded import Decoder
-from sparsec.timing.replay import ROTATE_BYTES, Replay, copies, take_turns
-
-WARM_UP = 2
-LEAST = 3  # rounds, whatever the time budget says: a median needs them
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of repeated measurements."""
-
-    median: float
-    lower: float
-    upper: float
-    repeats: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """From at least one value."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1)
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, lower, upper, len(values))
-
-
-def interleaved(
-    cases: Mapping[str, Callable[[], float | None]],
-    repeats: int,
-    progress: Progress | None = None,
-    what: str = "timing",
-    seconds: float | None = None,
-) -> dict[str, list[float]]:
-    """Milliseconds of each case, `repeats` times. In every round all cases run once, in turning order.
-
-    A case that returns seconds has timed itself. seconds: no round begins after so many, but for the least that a median needs.
-    """
-    names = list(cases)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    begin = perf_counter()
-    for turn in range(WARM_UP + repeats):
-        if seconds is not None and turn >= WARM_UP + LEAST and perf_counter() - begin > seconds:
-            break
-        if progress is not None:
-            progress(what, turn, WARM_UP + repeats)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = perf_counter()
-            told = cases[name]()
-            elapsed = perf_counter() - start if told is None else told
-            if turn >= WARM_UP:
-                times[name].append(1e3 * elapsed)
-    if progress is not None:
-        progress(what, WARM_UP + repeats, WARM_UP + repeats)
-    return times
+from sparsec.timing.replay import ROTATE_BYTES, Replay, copies
+from sparsec.timing.spread import Spread, ratio
+from sparsec.timing.turns import WARM_UP, clocked, take_turns
 
 
 @dataclass(frozen=True)
@@ -130,13 +80,11 @@ def compare(
     """
     half = None if seconds is None else seconds / 2
     on_gpu = any(next(model.parameters()).is_cuda for model in models.values())
-    prefill = interleaved(
-        {n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill", half
-    )
+    prefill = _by_name({n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill", half)
     notes: list[str] = []
     if on_gpu:
         decoders = {name: Decoder(model, prompt, WARM_UP + decode_repeats) for name, model in models.items()}
-        cases: dict[str, Callable[[], float | None]] = {name: d.seconds for name, d in decoders.items()}
+        cases: dict[str, Callable[[], float]] = {name: d.seconds for name, d in decoders.items()}
         notes = [
             f"decoding of {name}: {d.note}, so its launches are in its times" for name, d in decoders.items() if d.note
         ]
@@ -145,7 +93,7 @@ def compare(
         )
     else:
         cases = {name: _decode(model, prompt) for name, model in models.items()}
-    decode = interleaved(cases, decode_repeats, progress, "timing decode", half)
+    decode = _by_name(cases, decode_repeats, progress, "timing decode", half)
     return Comparison(
         {name: Latency(Spread.of(prefill[name]), Spread.of(decode[name])) for name in models},
         _ratios(prefill),
@@ -156,9 +104,12 @@ def compare(
     )
 
 
-def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
-    """How many times as fast as `base`, by round."""
-    return Spread.of([b / t for b, t in zip(base, other, strict=True)])
+def _by_name(
+    cases: Mapping[str, Callable[[], float]], rounds: int, progress: Progress | None, what: str, seconds: float | None
+) -> dict[str, list[float]]:
+    """Milliseconds, by name and round."""
+    times = take_turns(list(cases.values()), rounds, WARM_UP, progress, what, seconds)
+    return {name: [1e3 * t for t in own] for name, own in zip(cases, times, strict=True)}
 
 
 def _apart(base: Spread, own: Spread) -> Spread:
@@ -171,22 +122,16 @@ def _ratios(times: Mapping[str, list[float]]) -> dict[str, Spread]:
     return {name: ratio(base, own) for name, own in times.items()}
 
 
-def _prefill(model: Any, prompt: Tensor) -> Callable[[], float | None]:
+def _prefill(model: Any, prompt: Tensor) -> Callable[[], float]:
     prompt = prompt.to(next(model.parameters()).device)
-
-    def run() -> float | None:
-        if prompt.is_cuda:
-            return Replay.several(forward, 1, prompt.device)
-        forward()
-        return None
 
     def forward() -> None:
         model(input_ids=prompt, use_cache=True)
 
-    return run
+    return partial(Replay.several, forward, 1, prompt.device)
 
 
-def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
+def _decode(model: Any, prompt: Tensor) -> Callable[[], float]:
     """Every call decodes one token further, as generation does."""
     state = model(input_ids=prompt, use_cache=True)
     takes = cache_argument(model)
@@ -198,7 +143,7 @@ def _decode(model: Any, prompt: Tensor) -> Callable[[], None]:
         out = model(input_ids=token, use_cache=True, **{takes: cache})
         cache, token = cache_of(out), out.logits[:, -1:].argmax(dim=-1)
 
-    return run
+    return clocked(run)
 
 
 @torch.no_grad()
@@ -218,23 +163,14 @@ def layer_speedups(
     """
     if any(dense[0].weight.is_cuda for dense, _ in pairs.values()):
         return _replayed_speedups(pairs, rounds, progress)
-    found: dict[str, list[float]] = {name: [] for name in pairs}
     rows = {name: _row(dense[0]) for name, (dense, _) in pairs.items()}
-    begin = perf_counter()
-    for turn in range(WARM_UP + rounds):
-        if seconds is not None and turn >= WARM_UP + LEAST and perf_counter() - begin > seconds:
-            break
-        if progress is not None:
-            progress("timing layers", turn, WARM_UP + rounds)
-        taken: dict[int, dict[str, float]] = {}
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            taken[side] = {name: _call_seconds(pair[side], rows[name]) for name, pair in pairs.items()}
-        if turn >= WARM_UP:
-            for name, values in found.items():
-                values.append(taken[0][name] / taken[1][name])
-    if progress is not None:
-        progress("timing layers", WARM_UP + rounds, WARM_UP + rounds)
-    return {name: statistics.median(values) for name, values in found.items()}
+
+    def walk(side: int) -> dict[str, float]:
+        return {name: clocked(partial(_through, pair[side], rows[name]))() for name, pair in pairs.items()}
+
+    dense, other = take_turns([partial(walk, 0), partial(walk, 1)], rounds, WARM_UP, progress, "timing layers", seconds)
+    times = list(zip(dense, other, strict=True))
+    return {name: statistics.median(ours[name] / theirs[name] for ours, theirs in times) for name in pairs}
 
 
 def _row(dense: nn.Module) -> Tensor:
@@ -244,11 +180,9 @@ def _row(dense: nn.Module) -> Tensor:
     return torch.randn(1, in_features, dtype=weight.dtype, device=weight.device)
 
 
-def _call_seconds(modules: Sequence[nn.Module], x: Tensor) -> float:
-    start = perf_counter()
+def _through(modules: Sequence[nn.Module], x: Tensor) -> None:
     for module in modules:
         module(x)
-    return perf_counter() - start
 
 
 def _replayed_speedups(
@@ -274,5 +208,5 @@ def replayed_speedup(
         nbytes = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
         twins = [copy.deepcopy(m) for _ in range(copies(nbytes, rotate_bytes)) for m in modules]
         replays.append(Replay([partial(twin, x) for twin in twins], x.device))
-    ours, theirs = take_turns(replays, rounds)
+    ours, theirs = take_turns([r.seconds for r in replays], rounds, warm_up=1)
     return statistics.median(a * len(dense) / (b * len(other)) for a, b in zip(ours, theirs, strict=True))

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from sparsec.formats.base import Packed
 from sparsec.kernels import gpu, operator, operator_args
+from sparsec.timing.turns import take_turns
 
 ROTATE_BYTES = 1 << 29
 """Of copies of a weight that a contender walks through, so that each is cold in L2: eight times that of the largest GPUs."""
 MAX_COPIES = 1024
 """As each is recorded. Of weights of less than 64 kB these do not fill the L2 cache of the largest GPUs, which then stay warm."""
-
-Call = Callable[[], Tensor]
 
 
 class Replay:
@@ -75,30 +74,19 @@ class Replay:
         return float(begin.elapsed_time(end)) / 1e3 / times
 
 
-def take_turns(replays: Sequence[Replay], rounds: int) -> list[list[float]]:
-    """Seconds per call of each, by round; the first round warms up and does not count."""
-    found: list[list[float]] = [[] for _ in replays]
-    for turn in range(rounds + 1):
-        for times, replay in zip(found, replays, strict=True):
-            seconds = replay.seconds()
-            if turn:
-                times.append(seconds)
-    return found
-
-
 def copies(nbytes: int, rotate_bytes: int) -> int:
     """Of a weight of so many bytes, for `rotate_bytes` in all."""
     return min(MAX_COPIES, max(1, -(-rotate_bytes // max(1, nbytes))))
 
 
-def dense_calls(weight: Tensor, x: Tensor, rotate_bytes: int) -> list[Call]:
+def dense_calls(weight: Tensor, x: Tensor, rotate_bytes: int) -> list[Callable[[], Tensor]]:
     """`F.linear` by cold copies of a weight [out, in]."""
     return [partial(F.linear, x, weight.clone()) for _ in range(copies(weight.nbytes, rotate_bytes))]
 
 
-def packed_calls(packed: Packed, x: Tensor, rotate_bytes: int) -> list[Call]:
+def packed_calls(packed: Packed, x: Tensor, rotate_bytes: int) -> list[Callable[[], Tensor]]:
     """The product by cold copies of a packed weight."""
-    calls: list[Call] = []
+    calls: list[Callable[[], Tensor]] = []
     for _ in range(copies(packed.nbytes, rotate_bytes)):
         tensors = {name: t.clone() for name, t in packed.tensors().items()}
         twin = type(packed).from_parts(tensors, packed.scalars())
@@ -113,4 +101,4 @@ def read_seconds(device: torch.device, nbytes: int) -> float:
     """Of plain reading, the best of some sums over so many bytes, again and again."""
     memory = torch.ones(nbytes // 4, device=device)
     replay = Replay([memory.sum], device)
-    return min(replay.seconds() for _ in range(5))
+    return min(take_turns([replay.seconds], 5, warm_up=0)[0])

@@ -1,92 +1,55 @@
-"""Contenders that take turns: every round times each once, so that a slow moment of a shared machine meets all of them."""
+"""The one way in which times are taken: all cases take turns, so that a slow moment of a shared machine meets all of them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from time import perf_counter
+from typing import TypeVar
 
-from torch import Tensor
+from sparsec.progress import Progress
 
-from sparsec.timing.latency import Spread
+WARM_UP = 2
+LEAST = 3  # rounds, whatever the time budget says: a median needs them
 
-MIN_BATCH_SECONDS = 0.002  # shorter measurements are lost in the timer and in the waking of threads
-SLOW_SECONDS = 0.5
-SLOW_REPEATS = 3
-WARM_UP = 3
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One call per copy of the weight, walked through in order."""
-
-    calls: Sequence[Callable[[], Tensor]]
-    nbytes: int  # of one copy
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call."""
+def take_turns(
+    cases: Sequence[Callable[[], T]],
+    rounds: int,
+    warm_up: int = WARM_UP,
+    progress: Progress | None = None,
+    what: str = "timing",
+    seconds: float | None = None,
+) -> list[list[T]]:
+    """What each case returns, as a rule seconds, by round. In every round all run once, and each round begins with another one.
 
-    seconds: Spread
-    nbytes: int  # that one call reads of the weight
-    copies: int  # that were walked through
-    rounds: tuple[float, ...]  # seconds per call, by round; fewer for a contender whose calls are slow
-
-    @property
-    def bytes_per_second(self) -> float:
-        """Weight bytes read."""
-        return self.nbytes / self.seconds.median
-
-    @property
-    def slow(self) -> bool:
-        """Whether it was measured only a few times, since one call takes so long."""
-        return self.seconds.median > SLOW_SECONDS
-
-
-def speedup(base: Timing, other: Timing) -> Spread:
-    """How many times as fast as `base`, per round."""
-    return Spread.of([b / t for b, t in zip(base.rounds, other.rounds, strict=False)])
-
-
-def interleaved(contenders: Sequence[Contender], repeats: int, whole_stacks: bool = False) -> list[Timing]:
-    """Every contender once per round, each time on the next copies of its weight, for long enough to be measurable.
-
-    whole_stacks: a measurement goes through all copies as often as it takes, as a model goes through its layers.
+    The rounds that warm up do not count. seconds: no round begins after so many, but for the least that a median needs.
     """
-    batches, limits = zip(*(_effort(c, repeats, whole_stacks) for c in contenders), strict=True)
-    seconds: list[list[float]] = [[] for _ in contenders]
-    positions = [0] * len(contenders)
-    for turn in range(repeats):
-        for i, contender in enumerate(contenders):
-            if turn >= limits[i]:
-                continue
-            copies = len(contender.calls)
-            chosen = [contender.calls[(positions[i] + k) % copies] for k in range(batches[i])]
-            positions[i] += batches[i]
-            start = time.perf_counter()
-            for call in chosen:
-                call()
-            seconds[i].append((time.perf_counter() - start) / batches[i])
-    return [
-        Timing(Spread.of(times), c.nbytes, len(c.calls), tuple(times))
-        for c, times in zip(contenders, seconds, strict=True)
-    ]
+    found: list[list[T]] = [[] for _ in cases]
+    total, begin = warm_up + rounds, perf_counter()
+    step = max(1, len(cases) // total)  # of many cases each part comes first once
+    for turn in range(total):
+        if seconds is not None and turn >= warm_up + LEAST and perf_counter() - begin > seconds:
+            break
+        if progress is not None:
+            progress(what, turn, total)
+        for i in range(len(cases)):
+            at = (i + turn * step) % len(cases)
+            told = cases[at]()
+            if turn >= warm_up:
+                found[at].append(told)
+    if progress is not None:
+        progress(what, total, total)
+    return found
 
 
-def _effort(contender: Contender, repeats: int, whole_stacks: bool) -> tuple[int, int]:
-    """(calls per measurement, number of measurements)."""
-    once = _seconds(contender.calls[0])
-    if once > SLOW_SECONDS:
-        return 1, min(repeats, SLOW_REPEATS)
-    for call in contender.calls[:WARM_UP]:
+def clocked(call: Callable[[], object]) -> Callable[[], float]:
+    """A case of one call, by the clock."""
+
+    def seconds() -> float:
+        start = perf_counter()
         call()
-    once = min(once, _seconds(contender.calls[-1]))
-    batch = max(1, int(MIN_BATCH_SECONDS / max(1e-7, once)))
-    return -(-batch // len(contender.calls)) * len(contender.calls) if whole_stacks else batch, repeats
+        return perf_counter() - start
 
-
-def _seconds(call: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return seconds
