@@ -17,7 +17,7 @@ from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
-from sparsec.lowering.setting import calibrated, dense_kernels, no_own_kernel
+from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_positive
 from sparsec.pipeline.selection import matches, select
@@ -142,9 +142,9 @@ class Lower(Pass):
         setting = Setting(self.objective, rows)
         notes: list[str] = []
         if self.objective == "latency":
-            calibration, notes = calibrated(graph, weights, context.progress)
+            constants, notes = constants_for(graph, weights, context.progress)
             working_set = sum(w.nbytes for w in graph.weights.values() if graph.is_linear(w.name))
-            setting = Setting(self.objective, rows, calibration, working_set)
+            setting = Setting(self.objective, rows, constants, working_set)
             if self.tokens is None and rows > 1:
                 notes.append(
                     f"formats are chosen for {rows} tokens at a time, since the model does not generate; for another workload "

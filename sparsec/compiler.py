@@ -33,7 +33,7 @@ from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Pr
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.progress import stage
 from sparsec.report.collect import Report, collect
-from sparsec.report.predict import known_calibration, predict
+from sparsec.report.predict import known_constants, predict
 from sparsec.wrapped import odd_text, refuse_meta, refuse_wrapper, traced_again
 
 DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
@@ -68,7 +68,7 @@ class Compiled:
         """
         model = self.model()
         now, changes, odd = self._now()
-        predicted = predict(now, known_calibration(now))
+        predicted = predict(now, known_constants(now))
         return collect(
             now, self.records, (*self.notes, *changes, *odd), None if model is None else held(model).total, predicted
         )

@@ -52,8 +52,8 @@ class KernelError(SparsecError, RuntimeError):
     """No kernel serves the request; lists every kernel with its reasons."""
 
 
-class CalibrationError(SparsecError, ValueError):
-    """A calibration of the cost model that is missing, damaged, or of another version."""
+class ConstantsError(SparsecError, ValueError):
+    """Constants of the cost model whose file is missing, damaged, or of another version."""
 
 
 class BuildError(SparsecError, RuntimeError):

@@ -18,7 +18,7 @@ from sparsec.bench.cases import Case, asked, cases, pattern_of
 from sparsec.bench.kernels import Measured, measure
 from sparsec.bench.models import shapes
 from sparsec.bench.output import SCHEMA, cells, doubts, record
-from sparsec.cost import Calibration, calibrate
+from sparsec.cost import Constants, machine_constants
 from sparsec.cost.model import Work
 from sparsec.formats.layout import sample_mask
 from sparsec.machine import machine
@@ -38,15 +38,15 @@ def case(
     return Case(64, 96, pattern or pattern_of(formats[0]) or Pattern(), sparsity, dtype, rows, formats)
 
 
-def measured(wanted: Case, protocol: Protocol = SMALL, known: Calibration | None = None) -> Measured:
-    return measure(wanted, Rotation(protocol), repeats=3, calibration=known)
+def measured(wanted: Case, protocol: Protocol = SMALL, known: Constants | None = None) -> Measured:
+    return measure(wanted, Rotation(protocol), repeats=3, constants=known)
 
 
 @pytest.fixture(scope="module")
-def known() -> Calibration:
-    found = calibrate([torch.float32], measuring=False)
+def known() -> Constants:
+    found = machine_constants([torch.float32], measuring=False)
     assert found is not None
-    return found.calibration
+    return found.constants
 
 
 def test_a_measurement_counts_bytes_and_copies_of_every_format() -> None:
@@ -72,7 +72,7 @@ def test_a_measurement_counts_bytes_and_copies_of_every_format() -> None:
     assert by_label["dense"].sparse.nbytes == dense
 
 
-def test_the_highest_roof_binds_and_its_share_is_of_the_time_taken(known: Calibration) -> None:
+def test_the_highest_roof_binds_and_its_share_is_of_the_time_taken(known: Constants) -> None:
     for rows in (1, 8):
         for r in measured(case("bitmap", "csr8", "dense", rows=rows), known=known).results:
             stored = known.predict(r.kernel, r.format, torch.float32, _work(r.format, r.sparse.nbytes), rows)

@@ -18,7 +18,7 @@ from sparsec.bench import gpu_run
 from sparsec.bench.__main__ import main
 from sparsec.bench.cases import Case, asked, cases
 from sparsec.bench.gpu_models import NO_TIME, Decoded, decode, headlines
-from sparsec.cost.calibration import Found, load_file
+from sparsec.cost.constants import Found, load_file
 from sparsec.cost.model import KernelCost, Rate, RowsRate
 from sparsec.errors import KernelError
 from sparsec.formats import Packed
@@ -150,8 +150,10 @@ def test_models_are_timed_dense_and_sparse_and_everything_is_written(
     report.checked = list(bench.check(laid("wcsr8"), ["bf16"], [1], DEVICE, shape=(16, 32)))
     report.add(bench.measure(case, DEVICE, 2, rotate_bytes=2000, tune=False))
     known = replace(load_file(FIXTURE), kernels=(KernelCost("wcsr_triton", "wcsr8", "bfloat16", *COST),))
-    monkeypatch.setattr(gpu_run, "calibrate", lambda dtypes, **options: Found(known, "a test", ("it was busy",)))
-    report.calibrate("bf16", bench.Deadline(99), None)
+    monkeypatch.setattr(
+        gpu_run, "machine_constants", lambda dtypes, **options: Found(known, "a test", ("it was busy",))
+    )
+    report.measure_constants("bf16", bench.Deadline(99), None)
     many = replace(report.lines[0], case=replace(case, rows=8))
     eight = replace(known, kernels=(replace(known.kernels[0], rows=(RowsRate(8, Rate(1e-3, 0.0)),)),))
     (line,) = bench.predicted([many], eight)
@@ -183,9 +185,9 @@ def test_what_a_run_has_no_time_for_is_said(tmp_path: Path, monkeypatch: pytest.
         progress("timing kernels", 0, 9)
         raise AssertionError("nothing more is begun")
 
-    monkeypatch.setattr(gpu_run, "calibrate", slow)
+    monkeypatch.setattr(gpu_run, "machine_constants", slow)
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.calibrate("bf16", bench.Deadline(0), None)
+    report.measure_constants("bf16", bench.Deadline(0), None)
     assert report.left_out == ["the cost model: TimeoutError: no time was left for it; give more with --budget"]
     found = decode("tiny", "fp32", [0.5, 0.9], DEVICE, 1, 1, bench.Deadline(0), bench.Deadline(0), model=tiny, tokens=1)
     said = [(m.variant, m.mode, m.note) for m in found if m.seconds is None]
@@ -352,7 +354,9 @@ def test_the_one_command_goes_through_all_its_stages(
     monkeypatch.setattr(gpu_run, "PASSES", "magnitude({sparsity}, scope='layer'),freeze,lower(csr)")
     monkeypatch.setattr(gpu_run, "check", lambda *args: bench.check(*args[:4], args[4] if args[4:] else (16, 32)))
     monkeypatch.setattr(gpu_run, "decode", partial(decode, model=tiny, tokens=1))
-    monkeypatch.setattr(gpu_run, "calibrate", lambda *args, **options: (_ for _ in ()).throw(KernelError("not here")))
+    monkeypatch.setattr(
+        gpu_run, "machine_constants", lambda *args, **options: (_ for _ in ()).throw(KernelError("not here"))
+    )
     monkeypatch.setenv("SPARSEC_NATIVE", "0")
     asked = ["--device", "cuda", "--shapes", "16x32", "--formats", "wcsr16,nm2:4", "--rows", "1,4", "--dtypes", "bf16"]
     assert main([*asked, "--sparsity", "0.5", "--repeats", "2", "--out", str(tmp_path / "found")]) == 0

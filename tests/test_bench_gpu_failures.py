@@ -11,7 +11,7 @@ import torch
 
 from sparsec.bench import gpu as bench
 from sparsec.bench import gpu_run
-from sparsec.cost.calibration import Found
+from sparsec.cost.constants import Found
 from sparsec.errors import KernelError
 from sparsec.kernels import gpu
 from sparsec.machine import machine
@@ -53,8 +53,8 @@ def test_a_cost_model_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch:
     def fails(dtypes: list[torch.dtype], **options: object) -> Found:
         raise KernelError("no kernel serves it\nand more")
 
-    monkeypatch.setattr(gpu_run, "calibrate", fails)
+    monkeypatch.setattr(gpu_run, "machine_constants", fails)
     report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.calibrate("bf16", bench.Deadline(99), None)
-    assert report.calibration is None
+    report.measure_constants("bf16", bench.Deadline(99), None)
+    assert report.constants is None
     assert report.left_out == ["the cost model: KernelError: no kernel serves it"]

@@ -13,11 +13,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsec.cost import __main__ as cli
-from sparsec.cost import calibration as cal
-from sparsec.cost.calibration import Calibration, Found, Key, from_json, load_file, save, to_json
+from sparsec.cost import constants as cal
+from sparsec.cost.constants import Constants, Found, Key, from_json, load_file, save, to_json
 from sparsec.cost.fit import Sample, fit, non_negative
 from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
-from sparsec.errors import CalibrationError
+from sparsec.errors import ConstantsError
 from sparsec.formats import CSR
 from sparsec.kernels import status
 
@@ -42,8 +42,8 @@ costs = st.builds(
     seconds,
 )
 works = st.builds(Work, st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 10**7), st.integers(0, 10**8))
-calibrations = st.builds(
-    Calibration,
+some_constants = st.builds(
+    Constants,
     st.builds(
         Key, st.text(max_size=8), st.text(max_size=8), st.integers(1, 99), st.text(max_size=8), st.text(max_size=8)
     ),
@@ -147,8 +147,8 @@ def test_non_negative_least_squares_is_no_worse_than_any_other_point(
     assert ((a @ x - b) ** 2).sum() <= ((a @ other - b) ** 2).sum() + 1e-6
 
 
-@given(calibrations)
-def test_json_reads_back_as_the_same_calibration(found: Calibration) -> None:
+@given(some_constants)
+def test_json_reads_back_as_the_same_calibration(found: Constants) -> None:
     assert from_json(to_json(found)) == found
 
 
@@ -159,7 +159,7 @@ def test_a_file_with_any_byte_changed_is_refused_or_says_the_same(at: int, byte:
     data[at] = byte
     try:
         found = from_json(data.decode())
-    except (CalibrationError, UnicodeDecodeError):
+    except (ConstantsError, UnicodeDecodeError):
         return
     assert found == load_file(FIXTURE), "a change in white space only"
 
@@ -174,7 +174,7 @@ def test_a_file_with_any_byte_changed_is_refused_or_says_the_same(at: int, byte:
     )
 )
 def test_any_other_text_is_refused(text: str) -> None:
-    with pytest.raises(CalibrationError):
+    with pytest.raises(ConstantsError):
         from_json(text)
 
 
@@ -197,7 +197,7 @@ def test_a_wrong_content_is_refused_even_with_a_right_checksum(change, message: 
     del content["sha256"]
     change(content)
     content["sha256"] = cal._checksum(content)
-    with pytest.raises(CalibrationError) as caught:
+    with pytest.raises(ConstantsError) as caught:
         from_json(json.dumps(content))
     assert message in str(caught.value)
 
@@ -214,7 +214,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Key:
     return Key.here()
 
 
-def fake_measure(key: Key, dtypes: list[torch.dtype], progress: object = None) -> Calibration:
+def fake_measure(key: Key, dtypes: list[torch.dtype], progress: object = None) -> Constants:
     fake_measure.calls.append(tuple(dtypes))
     known = load_file(FIXTURE)
     names = {str(d).removeprefix("torch.") for d in dtypes}
@@ -226,20 +226,20 @@ fake_measure.load = 0.0  # type: ignore[attr-defined]
 
 
 def ask(*dtypes: torch.dtype, **options: bool) -> Found:
-    found = cal.calibrate(list(dtypes or (torch.float32,)), **options)
+    found = cal.machine_constants(list(dtypes or (torch.float32,)), **options)
     assert found is not None
     return found
 
 
 def test_a_machine_is_measured_once_and_a_dtype_when_it_is_first_asked_for(here: Key) -> None:
-    assert cal.calibrate([torch.float32], measuring=False) is None
+    assert cal.machine_constants([torch.float32], measuring=False) is None
     first = ask()
     assert first.source == "measured now"
     assert ask() == replace(first, source=str(here.file()))
     both = ask(torch.float32, torch.bfloat16)
     assert fake_measure.calls == [(torch.float32,), (torch.bfloat16,)]
-    assert both.calibration.dtypes == {"float32", "bfloat16"}
-    assert ask(torch.bfloat16, measuring=False).calibration == both.calibration
+    assert both.constants.dtypes == {"float32", "bfloat16"}
+    assert ask(torch.bfloat16, measuring=False).constants == both.constants
     ask(force=True)
     assert len(fake_measure.calls) == 3
 
@@ -259,7 +259,7 @@ def test_a_file_of_another_machine_is_not_believed(here: Key) -> None:
     save(replace(load_file(FIXTURE)), here.file())
     found = ask()
     assert "was measured elsewhere" in found.notices[0]
-    assert found.calibration.key == here
+    assert found.constants.key == here
 
 
 def test_what_was_measured_on_a_busy_machine_is_said_and_measured_anew_once_it_is_idle(
@@ -280,7 +280,7 @@ def test_a_folder_that_cannot_be_written_is_a_notice(here: Key, tmp_path: Path) 
     (tmp_path / "sparsec").write_text("a file where the folder should be")
     found = ask()
     assert "cannot be kept" in found.notices[0]
-    assert found.calibration.dtypes == {"float32"}
+    assert found.constants.dtypes == {"float32"}
 
 
 def test_more_threads_than_cores_are_a_notice(here: Key, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,13 +294,13 @@ def test_more_threads_than_cores_are_a_notice(here: Key, monkeypatch: pytest.Mon
 def test_a_named_file_is_taken_as_it_is_or_refused(here: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cal.VARIABLE, str(FIXTURE))
     found = ask()
-    assert found.calibration == load_file(FIXTURE)
+    assert found.constants == load_file(FIXTURE)
     assert "was measured elsewhere (processor A Processor, here" in found.notices[-1]
     bad = tmp_path / "bad.json"
     bad.write_text(FIXTURE.read_text()[:-100])
     for path, why in ((bad, "is damaged"), (tmp_path / "none.json", "cannot be read")):
         monkeypatch.setenv(cal.VARIABLE, str(path))
-        with pytest.raises(CalibrationError, match=why) as caught:
+        with pytest.raises(ConstantsError, match=why) as caught:
             ask()
         assert str(caught.value).startswith(f"SPARSEC_CALIBRATION={path}: ")
         assert "unset SPARSEC_CALIBRATION" in str(caught.value)

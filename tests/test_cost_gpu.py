@@ -15,13 +15,13 @@ from torch import nn
 
 import sparsec
 from sparsec.cost import __main__ as cli
-from sparsec.cost import calibration as cal
 from sparsec.cost import choice, measure_gpu
-from sparsec.cost.calibration import Calibration, Key, from_json, load_file, save, to_json
+from sparsec.cost import constants as cal
 from sparsec.cost.choice import TORCH, Setting, choose, sparse_candidates
+from sparsec.cost.constants import Constants, Key, from_json, load_file, save, to_json
 from sparsec.cost.fit import Sample, fit
 from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
-from sparsec.errors import CalibrationError, KernelError
+from sparsec.errors import ConstantsError, KernelError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Kernel, Problem, gpu, status
 from sparsec.lowering.setting import unpredicted
@@ -47,7 +47,7 @@ BANDWIDTH, INSTRUCTIONS = 4.0e12, 20e12
 """Of an invented GPU: bytes and instructions of lanes a second."""
 
 
-def invented() -> Calibration:
+def invented() -> Constants:
     """Dense and 16-bit lists at the bandwidth; a bitmap that decodes 20 instructions a position."""
 
     def cost(kernel: str, layout: str, decode: Rate, per_byte: float = 1 / BANDWIDTH) -> KernelCost:
@@ -63,7 +63,7 @@ def invented() -> Calibration:
         cost("nm_triton", "nm", Rate(15 / INSTRUCTIONS, 0.0)),
     )
     key = Key("cuda", "A GPU", "sm_90", 1, "2.13.0", "0123")
-    return Calibration(key, 0.0, (Read(1 << 30, 1 / BANDWIDTH),), None, kernels)
+    return Constants(key, 0.0, (Read(1 << 30, 1 / BANDWIDTH),), None, kernels)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_every_kernel_is_measured_by_cold_and_warm_and_many_rows(served: tuple[K
         assert cost.dtype == "bfloat16"
         assert [r.rows for r in cost.rows] == [3]
         assert cost.predict(measure_gpu.Work.dense(64, 64, torch.bfloat16)).seconds > 0
-    known = Calibration(Key.here("cuda"), 0.0, reads, None, tuple(found))
+    known = Constants(Key.here("cuda"), 0.0, reads, None, tuple(found))
     assert from_json(to_json(known)) == known
 
 
@@ -200,27 +200,25 @@ def test_a_gpu_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (here.device, here.processor, here.isa, here.kernels) == ("cuda", "A GPU", "sm_90", "0123")
     assert here.file() != Key.here().file()
     monkeypatch.setattr(cal, "measure", lambda key, dtypes, progress: replace(invented(), key=key))
-    assert cal.calibrate([torch.bfloat16], device="cuda", measuring=False) is None
-    found = cal.calibrate([torch.bfloat16], device="cuda")
-    assert found.calibration == replace(invented(), key=here)
-    assert cal.calibrate([torch.bfloat16], device="cuda", measuring=False).calibration == found.calibration
-    poor = replace(found.calibration, kernels=(replace(invented().kernels[0], error=0.9),))
+    assert cal.machine_constants([torch.bfloat16], device="cuda", measuring=False) is None
+    found = cal.machine_constants([torch.bfloat16], device="cuda")
+    assert found.constants == replace(invented(), key=here)
+    assert cal.machine_constants([torch.bfloat16], device="cuda", measuring=False).constants == found.constants
+    poor = replace(found.constants, kernels=(replace(invented().kernels[0], error=0.9),))
     assert "python -m sparsec.cost --device cuda --force" in cal.remarks(poor)[0]
 
 
 def test_a_calibration_of_the_other_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cal.VARIABLE, str(FIXTURE))
-    with pytest.raises(
-        CalibrationError, match=r"measured on cpu, and cuda is asked for; write it with .*--device cuda"
-    ):
-        cal.calibrate([torch.bfloat16], device="cuda")
+    with pytest.raises(ConstantsError, match=r"measured on cpu, and cuda is asked for; write it with .*--device cuda"):
+        cal.machine_constants([torch.bfloat16], device="cuda")
     path = tmp_path / "gpu.json"
     save(invented(), path)
     monkeypatch.setenv(cal.VARIABLE, str(path))
-    with pytest.raises(CalibrationError, match="was measured on cuda, and cpu is asked for"):
-        cal.calibrate([torch.bfloat16])
-    taken = cal.calibrate([torch.bfloat16], device="cuda")
-    assert taken.calibration == load_file(path) == invented()
+    with pytest.raises(ConstantsError, match="was measured on cuda, and cpu is asked for"):
+        cal.machine_constants([torch.bfloat16])
+    taken = cal.machine_constants([torch.bfloat16], device="cuda")
+    assert taken.constants == load_file(path) == invented()
     assert "was measured elsewhere (processor A GPU" in taken.notices[-1]
     shown = cli.lines(taken)
     assert ["cuda", "A", "GPU"] in [line.split() for line in shown]

@@ -1,4 +1,4 @@
-"""Calibration by measuring: what is timed, in which order, on which memory, and what a fused product is predicted to take."""
+"""Constants by measuring: what is timed, in which order, on which memory, and what a fused product is predicted to take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 import sparsec
 from sparsec.cost import trials
-from sparsec.cost.calibration import load_file
+from sparsec.cost.constants import load_file
 from sparsec.cost.measure import measure_kernels
 from sparsec.cost.model import Work
 from sparsec.cost.trials import dense_trial, time_cold, time_walk

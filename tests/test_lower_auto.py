@@ -16,10 +16,10 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import sparsec
 import sparsec.passes.lower
-from sparsec.cost.calibration import Calibration, load_file
 from sparsec.cost.choice import CLOSE, MARGIN, OWN, TORCH, Choice, Setting, choose, dense_candidates, sparse_candidates
+from sparsec.cost.constants import Constants, load_file
 from sparsec.cost.model import KernelCost, Rate
-from sparsec.errors import CalibrationError, FormatError
+from sparsec.errors import ConstantsError, FormatError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear, status
 from sparsec.kernels.modules.dense_linear import DenseLinear
@@ -45,7 +45,7 @@ def masked(draw: st.DrawFn) -> Tensor:
 
 
 @st.composite
-def calibrations(draw: st.DrawFn) -> Calibration:
+def some_constants(draw: st.DrawFn) -> Constants:
     """The fixture, every kernel made faster or slower."""
 
     def scaled(k: KernelCost) -> KernelCost:
@@ -57,8 +57,8 @@ def calibrations(draw: st.DrawFn) -> Calibration:
 
 
 @native
-@given(mask=masked(), known=calibrations(), rows=st.sampled_from([1, 3, 8, 100]))
-def test_nothing_is_chosen_that_is_predicted_slower_than_dense(mask: Tensor, known: Calibration, rows: int) -> None:
+@given(mask=masked(), known=some_constants(), rows=st.sampled_from([1, 3, 8, 100]))
+def test_nothing_is_chosen_that_is_predicted_slower_than_dense(mask: Tensor, known: Constants, rows: int) -> None:
     weight, setting = mask.float(), Setting("latency", rows, known)
     best = choose(weight, mask, setting, (TORCH, OWN)).best
     dense = {c.kernel: c.prediction.seconds for c in dense_candidates(weight, setting, (TORCH, OWN)) if c.prediction}
@@ -212,7 +212,7 @@ def test_a_bad_calibration_is_refused_before_anything_is_packed(
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
     monkeypatch.setenv("SPARSEC_CALIBRATION", str(bad))
-    with pytest.raises(CalibrationError, match="is no calibration of this version"):
+    with pytest.raises(ConstantsError, match="is no calibration of this version"):
         sparsec.compile(model(), "magnitude(0.6),freeze,lower(auto)", example_inputs=torch.randn(2, 576))
 
 

@@ -18,7 +18,7 @@ from sparsec.bench.sources import source
 from sparsec.console.command import DTYPES, guarded, write
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import paragraph
-from sparsec.cost import Found, calibrate
+from sparsec.cost import Found, machine_constants
 from sparsec.kernels import status
 from sparsec.machine import machine
 from sparsec.progress import Progress, stage
@@ -82,7 +82,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
         with stage(
             progress, f"{i} of {len(todo)}: {case.out_features}x{case.in_features}, {case.rows} rows, {case.dtype}"
         ):
-            measured = measure(case, rotation, options.repeats or 20, known.calibration if known else None)
+            measured = measure(case, rotation, options.repeats or 20, known.constants if known else None)
         results += measured.results
         left_out += measured.left_out
     print("\n".join([*output.text(results), *output.accuracy(results), *paragraph(output.LEGEND)]))
@@ -135,7 +135,7 @@ def _calibration(todo: Sequence[Case], progress: Progress | None) -> Found | Non
         return None
     choosing = any(f == AUTO for case in todo for f in case.formats)
     dtypes = list(dict.fromkeys(DTYPES[case.dtype] for case in todo))
-    return calibrate(dtypes, measuring=choosing, progress=progress)
+    return machine_constants(dtypes, measuring=choosing, progress=progress)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsec import files
 from sparsec.bench.cases import Case
 from sparsec.console.command import DTYPES
-from sparsec.cost import Calibration, Work
+from sparsec.cost import Constants, Work
 from sparsec.errors import KernelError, SparsecError
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
@@ -206,7 +206,7 @@ def measure(
     return found
 
 
-def predicted(lines: Sequence[Line], known: Calibration) -> list[Line]:
+def predicted(lines: Sequence[Line], known: Constants) -> list[Line]:
     """The same lines, with what the cost model says of each."""
     found = []
     for line in lines:

@@ -36,8 +36,8 @@ from sparsec.bench.gpu import (
 )
 from sparsec.bench.gpu_models import PASSES, Decoded, decode, headlines
 from sparsec.console.command import DTYPES as TYPES
-from sparsec.cost import Calibration, calibrate
-from sparsec.cost.calibration import save
+from sparsec.cost import Constants, machine_constants
+from sparsec.cost.constants import save
 from sparsec.errors import CacheError, KernelError, SpecError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import gpu
@@ -54,8 +54,8 @@ DTYPES = "bf16,fp16"
 ROWS = "1,4,16,64,512"
 MODELS = ("pythia-410m", "llama-7b")
 MODEL_SPARSITIES = (0.7, 0.9)
-BUDGET, FOR_TABLE, FOR_CALIBRATION = 450, 0.55, 0.7
-"""Seconds that a run may take, and after which share of them the table and the calibration begin nothing more."""
+BUDGET, FOR_TABLE, FOR_CONSTANTS = 450, 0.55, 0.7
+"""Seconds that a run may take, and after which share of them the table and the constants begin nothing more."""
 FOR_COMPILING = 60
 """Seconds that have to be left where torch.compile is to begin on a model."""
 WRITE_EVERY = 10
@@ -101,10 +101,10 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
 
 
 def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked], progress: Progress | None) -> None:
-    """Checks, table, calibration, models. Raises DeviceLostError where a stage leaves the GPU unusable."""
+    """Checks, table, constants, models. Raises DeviceLostError where a stage leaves the GPU unusable."""
     device = report.device
     budget = options.budget or BUDGET
-    whole, table, calibrating = (Deadline(budget * share) for share in (1, FOR_TABLE, FOR_CALIBRATION))
+    whole, table, measuring = (Deadline(budget * share) for share in (1, FOR_TABLE, FOR_CONSTANTS))
     compiling = Deadline(budget - FOR_COMPILING)
     for dtype, rows in CHECKED_ROWS.items():
         if table.over:
@@ -132,7 +132,7 @@ def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked
         report.left_out.append(f"the fastest configurations could not be kept: {error}")
     report.write()
     first = (options.dtypes or DTYPES).partition(",")[0]
-    report.calibrate(first, calibrating, progress)
+    report.measure_constants(first, measuring, progress)
     for model in MODELS:
         if whole.over:
             report.left_out.append(f"no time was left for {model}; give more with --budget")
@@ -140,7 +140,7 @@ def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked
         try:
             report.models += decode(
                 *(model, first, MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, whole, compiling, progress),
-                passes=PASSES.replace("lower(wcsr)", "lower(auto)") if report.calibration else PASSES,
+                passes=PASSES.replace("lower(wcsr)", "lower(auto)") if report.constants else PASSES,
             )
         except Exception as error:  # of triton, of the driver, of torch
             report.left_out.append(f"{model}: {said(error)}")
@@ -161,7 +161,7 @@ class Report:
         self.models: list[Decoded] = []
         self.left_out: list[str] = []
         self.tuned = ""
-        self.calibration: Calibration | None = None
+        self.constants: Constants | None = None
         self._clocks = gpu_clock() if device.type == "cuda" else "none"
 
     def add(self, found: Measured) -> None:
@@ -170,7 +170,7 @@ class Report:
         self.checked += found.checked
         self.left_out += found.left_out
 
-    def calibrate(self, dtype: str, deadline: Deadline, progress: Progress | None) -> None:
+    def measure_constants(self, dtype: str, deadline: Deadline, progress: Progress | None) -> None:
         """Measures the cost model's constants of a dtype anew, with the configurations that are the fastest, and holds it to the
         table.
 
@@ -185,15 +185,15 @@ class Report:
                 progress(what, done, total)
 
         try:
-            found = calibrate([TYPES[dtype]], device=self.device.type, force=True, progress=watched)
+            found = machine_constants([TYPES[dtype]], device=self.device.type, force=True, progress=watched)
             assert found is not None
-            save(found.calibration, self._folder / "cost.json")
+            save(found.constants, self._folder / "cost.json")
         except Exception as error:  # of triton, of the driver, of torch
             self.left_out.append(f"the cost model: {said(error)}")
             return
-        self.calibration = found.calibration
+        self.constants = found.constants
         self.left_out += found.notices
-        self.lines = predicted(self.lines, found.calibration)
+        self.lines = predicted(self.lines, found.constants)
         self.write()
 
     def wrong(self) -> list[Checked]:

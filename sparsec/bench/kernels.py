@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparsec.bench.cases import Asked, Case
 from sparsec.console.command import DTYPES
-from sparsec.cost import Calibration, Work
+from sparsec.cost import Constants, Work
 from sparsec.cost.choice import TORCH, Setting, choose
 from sparsec.cost.model import Roof
 from sparsec.errors import FormatError, KernelError, SpecError
@@ -66,7 +66,7 @@ class Result:
     torch_sparse: CallTimes | None
     bandwidth: float  # bytes per second, by plain reading in the same rounds
     bound: Bound
-    predicted: float | None  # speedup by the cost model, of weights that lie in memory; None without a calibration
+    predicted: float | None  # speedup by the cost model, of weights that lie in memory; None without constants
 
     @property
     def speedup(self) -> Spread:
@@ -119,10 +119,10 @@ class _Entry:
 
 
 @torch.no_grad()
-def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Calibration | None = None) -> Measured:
+def measure(case: Case, rotation: Rotation, repeats: int = 20, constants: Constants | None = None) -> Measured:
     """Times one product on the CPU with torch's present number of threads.
 
-    calibration: for `auto`, which goes by bytes without, and for the roofs of decoding and arithmetic.
+    constants: for `auto`, which goes by bytes without, and for the roofs of decoding and arithmetic.
     """
     generator = torch.Generator().manual_seed(0)
     dtype = DTYPES[case.dtype]
@@ -137,7 +137,7 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
     entries, left_out = [], []
     for wanted in case.formats:
         try:
-            entries.append(_entry(wanted, weight, mask, case.rows, calibration))
+            entries.append(_entry(wanted, weight, mask, case.rows, constants))
         except (FormatError, KernelError) as error:
             left_out.append(f"{shape} as {wanted}: {error}")
     if not entries:
@@ -166,21 +166,21 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, calibration: Cali
             timing,
             last,
             bandwidth,
-            _bound(entry, dtype, case.rows, bandwidth, calibration),
-            _predicted(entry, dtype, case.rows, calibration) if rotation.protocol.cold else None,
+            _bound(entry, dtype, case.rows, bandwidth, constants),
+            _predicted(entry, dtype, case.rows, constants) if rotation.protocol.cold else None,
         )
         for entry, timing in zip(entries, own, strict=False)
     )
     return Measured(tuple(results), tuple(left_out))
 
 
-def _entry(wanted: Asked, weight: Tensor, mask: Tensor, rows: int, calibration: Calibration | None) -> _Entry:
+def _entry(wanted: Asked, weight: Tensor, mask: Tensor, rows: int, constants: Constants | None) -> _Entry:
     out_features, in_features = weight.shape
     own = select(Problem(DENSE, out_features, in_features, rows, weight.dtype)).name
     if isinstance(wanted, Layout):
         layout, dense = wanted, own
     else:
-        best = choose(weight, mask, Setting("latency", rows, calibration), list(dict.fromkeys([TORCH, own]))).best
+        best = choose(weight, mask, Setting("latency", rows, constants), list(dict.fromkeys([TORCH, own]))).best
         layout, dense = best.layout, best.kernel
     if layout.format == DENSE:
         return _Entry(str(wanted), DENSE, dense, Work.dense(out_features, in_features, weight.dtype), None)
@@ -248,9 +248,9 @@ def _torch_sparse(weight: Tensor, x: Tensor, rotation: Rotation) -> Contender | 
     return Contender(calls, sum(t.nbytes for t in parts))
 
 
-def _bound(entry: _Entry, dtype: torch.dtype, rows: int, bandwidth: float, calibration: Calibration | None) -> Bound:
+def _bound(entry: _Entry, dtype: torch.dtype, rows: int, bandwidth: float, constants: Constants | None) -> Bound:
     roofs: list[tuple[float, Roof]] = [(entry.work.nbytes / bandwidth, "bytes")]
-    known = calibration and calibration.predict(
+    known = constants and constants.predict(
         entry.kernel, Layout.parse(entry.label).cost_family, dtype, entry.work, rows
     )
     if known:
@@ -259,12 +259,12 @@ def _bound(entry: _Entry, dtype: torch.dtype, rows: int, bandwidth: float, calib
     return Bound(roof, seconds)
 
 
-def _predicted(entry: _Entry, dtype: torch.dtype, rows: int, calibration: Calibration | None) -> float | None:
-    if calibration is None:
+def _predicted(entry: _Entry, dtype: torch.dtype, rows: int, constants: Constants | None) -> float | None:
+    if constants is None:
         return None
     plain = Work.dense(entry.work.out_features, entry.work.in_features, dtype)
-    before = calibration.predict(TORCH, "dense", dtype, plain, rows)
-    now = calibration.predict(entry.kernel, Layout.parse(entry.label).cost_family, dtype, entry.work, rows)
+    before = constants.predict(TORCH, "dense", dtype, plain, rows)
+    now = constants.predict(entry.kernel, Layout.parse(entry.label).cost_family, dtype, entry.work, rows)
     return before.seconds / now.seconds if before and now else None
 
 

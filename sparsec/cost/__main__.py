@@ -1,4 +1,4 @@
-"""`python -m sparsec.cost`: calibrates the cost model on this machine and shows its constants."""
+"""`python -m sparsec.cost`: measures this machine's constants for the cost model and shows them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from sparsec.console.command import DTYPES, MAX_THREADS, guarded, writable
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, paragraph, table
-from sparsec.cost.calibration import Calibration, Found, calibrate, save
+from sparsec.cost.constants import Constants, Found, machine_constants, save
 from sparsec.errors import DataError, KernelError
 from sparsec.kernels import gpu
 
@@ -78,19 +78,21 @@ def _run(args: argparse.Namespace) -> None:
         raise KernelError(f"--device cuda: {'; '.join(reasons)}; without it the CPU's kernels are measured")
     with shown_progress(sys.stderr) as progress:
         dtypes = [DTYPES[n] for n in names]
-        found = calibrate(dtypes, device=args.device, force=args.force, measuring=not args.show, progress=progress)
+        found = machine_constants(
+            dtypes, device=args.device, force=args.force, measuring=not args.show, progress=progress
+        )
     if found is None:
         raise DataError(
             "nothing is known of this machine with these threads and dtypes; leave out --show to measure it"
         )
     print("\n".join(lines(found)))
     if args.json:
-        save(found.calibration, args.json)
+        save(found.constants, args.json)
 
 
 def lines(found: Found) -> list[str]:
     """The constants as text."""
-    known = found.calibration
+    known = found.constants
     shown = heading("Calibration")
     for title, text in (
         (known.key.device, known.key.processor),
@@ -112,7 +114,7 @@ def lines(found: Found) -> list[str]:
     return shown[1:] + [line for notice in found.notices for line in paragraph(notice, "- ")]
 
 
-def _rows(known: Calibration) -> list[tuple[str, ...]]:
+def _rows(known: Constants) -> list[tuple[str, ...]]:
     return [
         (
             k.kernel,

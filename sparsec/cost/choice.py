@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsec.cost.calibration import Calibration
+from sparsec.cost.constants import Constants
 from sparsec.cost.model import Prediction, Work
 from sparsec.errors import FormatError, KernelError
 from sparsec.formats.layout import Layout
@@ -46,7 +46,7 @@ class Setting:
 
     objective: Objective
     rows: int = 1  # of x
-    calibration: Calibration | None = None  # None: nothing is measured, so bytes decide
+    constants: Constants | None = None  # None: nothing is measured, so bytes decide
     working_set: int | None = None  # bytes that are read in turn; None: more than a cache holds
     device: str = "cpu"  # its type
     fused: bool = False  # a part of a fused product, whose call all parts share, whatever their formats
@@ -106,7 +106,7 @@ def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Ite
 
 
 def _predict(setting: Setting, kernel: str, label: str, dtype: torch.dtype, work: Work) -> Prediction | None:
-    known = setting.calibration
+    known = setting.constants
     cost = None if known is None else known.cost(kernel, label, dtype)
     if known is None or cost is None:
         return None

@@ -1,4 +1,4 @@
-"""Which products are timed for a calibration, and the constants that come of them.
+"""Which products are timed on a machine, and the constants that come of them.
 
 Small and large, wide and tall, at three densities for one row; fewer for many rows. A matrix is packed once for all dtypes.
 """

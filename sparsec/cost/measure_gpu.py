@@ -28,7 +28,7 @@ from sparsec.timing.turns import take_turns
 class Sizes:
     """What is timed; the defaults are for a GPU, tests take smaller ones."""
 
-    layouts: tuple[Layout, ...] | None = None  # None: all that are to be calibrated
+    layouts: tuple[Layout, ...] | None = None  # None: all whose constants are wanted
     cold: tuple[tuple[int, int], ...] = (
         *((1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096)),
         *((11008, 4096), (4096, 11008)),

@@ -3,7 +3,7 @@
     seconds = call + outputs * set-up + max(bytes / bandwidth, decode work / decode rate, FLOPs / peak)
 
 after the roofline model (Williams, Waterman and Patterson 2009, doi 10.1145/1498765.1498785). The constants are a kernel's own and
-are measured (`sparsec.cost.calibration`): two kernels on one machine reach different shares of its bandwidth. They are held as
+are measured (`sparsec.cost.constants`): two kernels on one machine reach different shares of its bandwidth. They are held as
 seconds per unit, the inverse of the rates, so that work which costs nothing is 0 and not infinite.
 """
 
@@ -92,7 +92,7 @@ class KernelCost:
     error: float  # of the fit: 9 in 10 of its own measurements lie within this share of what it predicts
 
     def predict(self, work: Work, rows: int = 1, reach: float = 1.0) -> Prediction:
-        """rows: of x. reach: how much faster than memory the bytes come, where a cache holds them (`Calibration.reach`)."""
+        """rows: of x. reach: how much faster than memory the bytes come, where a cache holds them (`Constants.reach`)."""
         read, decode = self.per_byte * work.nbytes / reach, self.decode.seconds(work)
         call = self.call + self.per_output * work.out_features
         return Prediction(call, read, decode, self._multiply(work, rows, max(read, decode)))

@@ -1,11 +1,11 @@
-"""What a choice among formats and kernels may draw on: this machine's calibration, and the kernels that a dense weight may have."""
+"""What a choice among formats and kernels may draw on: this machine's constants, and the kernels that a dense weight may have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sparsec.cost.calibration import Calibration, calibrate
 from sparsec.cost.choice import OWN, TORCH
+from sparsec.cost.constants import Constants, machine_constants
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import gpu, status
@@ -16,13 +16,13 @@ from sparsec.lowering.dense import no_dense_kernel
 from sparsec.progress import Progress
 
 
-def calibrated(
+def constants_for(
     graph: Graph, weights: Sequence[Weight], progress: Progress | None
-) -> tuple[Calibration | None, list[str]]:
-    """The calibration for the dtypes of these weights, measured first where nobody has, and what has to be said about it.
+) -> tuple[Constants | None, list[str]]:
+    """The constants for the dtypes of these weights, measured first where nobody has, and what has to be said about it.
 
     None where times cannot be predicted: the model knows the native kernels on a CPU and the Triton kernels on a GPU. Raises
-    CalibrationError for a file that SPARSEC_CALIBRATION names and that cannot be used.
+    ConstantsError for a file that SPARSEC_CALIBRATION names and that cannot be used.
     """
     if not weights:
         return None, []
@@ -31,15 +31,15 @@ def calibrated(
     if reason:
         return None, [f"formats are chosen by bytes: {reason}"]
     dtypes = list(dict.fromkeys(w.dtype for w in weights))
-    found = calibrate(dtypes, device=devices[0], progress=progress)
+    found = machine_constants(dtypes, device=devices[0], progress=progress)
     assert found is not None
-    names = {str(d).removeprefix("torch.") for d in dtypes} - found.calibration.dtypes
+    names = {str(d).removeprefix("torch.") for d in dtypes} - found.constants.dtypes
     notes = list(found.notices)
     if names:
         notes.append(
             f"{found.source} says nothing of {', '.join(sorted(names))}: formats for those are chosen by bytes"
         )
-    return found.calibration, notes
+    return found.constants, notes
 
 
 def unpredicted(devices: Sequence[str]) -> str:

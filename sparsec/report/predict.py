@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sparsec.cost.calibration import Calibration, calibrate
 from sparsec.cost.choice import TORCH
+from sparsec.cost.constants import Constants, machine_constants
 from sparsec.cost.model import Roof, Work
 from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
 from sparsec.ir.graph import Graph
@@ -28,19 +28,19 @@ class Predicted:
         return self.dense / self.seconds
 
 
-def known_calibration(graph: Graph) -> Calibration | None:
+def known_constants(graph: Graph) -> Constants | None:
     """What is known of this machine without measuring; None where nothing is, or the cost model has nothing to say."""
     weights = [w for w in graph.weights.values() if graph.is_linear(w.name)]
     devices = sorted({_device(graph, w) for w in weights})
     if not weights or unpredicted(devices):
         return None
     dtypes = list(dict.fromkeys(w.dtype for w in weights))
-    found = calibrate(dtypes, device=devices[0], measuring=False)
-    return None if found is None else found.calibration
+    found = machine_constants(dtypes, device=devices[0], measuring=False)
+    return None if found is None else found.constants
 
 
-def predict(graph: Graph, known: Calibration | None) -> tuple[Predicted, ...]:
-    """Every product that the calibration has constants for, in order of execution."""
+def predict(graph: Graph, known: Constants | None) -> tuple[Predicted, ...]:
+    """Every product whose constants are known, in order of execution."""
     if known is None:
         return ()
     products = [op for op in graph.ops.values() if op.kind in MATRIX_KINDS and op.matrices]
@@ -54,7 +54,7 @@ def by_weight(predicted: Iterable[Predicted]) -> dict[str, tuple[float, Roof]]:
     return {name: (p.speedup, roof) for p in predicted for name, roof in zip(p.weights, p.binds, strict=True)}
 
 
-def _product(graph: Graph, op: Op, known: Calibration, working_set: int) -> Predicted | None:
+def _product(graph: Graph, op: Op, known: Constants, working_set: int) -> Predicted | None:
     dense = seconds = 0.0
     calls: list[float] = []
     binds: list[Roof] = []

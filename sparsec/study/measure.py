@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsec import memory
-from sparsec.cost import calibrate
+from sparsec.cost import machine_constants
 from sparsec.data import LoadedModel
 from sparsec.evaluate import Evaluation, Windows
 from sparsec.evaluate import compare as compare_outputs
@@ -53,7 +53,7 @@ def measured_report(
     before, rest = split(pipeline)
     run = _Run(loaded, planned, progress, Clock(planned.effort.seconds if planned else 0.0))
     with run.clock.stage("calibrating the cost model"):
-        doubts = _calibrate(loaded.model, progress) if measuring else ()
+        doubts = _known_machine(loaded.model, progress) if measuring else ()
         if measuring:
             warm_up()
     dense = loaded.model
@@ -267,13 +267,13 @@ def _on_layers(found: LayerTimes, effort: Effort, on_gpu: bool) -> str:
     )
 
 
-def _calibrate(model: nn.Module, progress: Progress | None) -> tuple[str, ...]:
+def _known_machine(model: nn.Module, progress: Progress | None) -> tuple[str, ...]:
     """Makes the cost model known before anything is timed; what there is to say about it."""
     dtypes = {p.dtype for p in model.parameters() if p.dtype in VALUE_DTYPES}
     devices = sorted({p.device.type for p in model.parameters()})
     if not dtypes or unpredicted(devices):
         return ()
-    found = calibrate(sorted(dtypes, key=str), device=devices[0], progress=progress)
+    found = machine_constants(sorted(dtypes, key=str), device=devices[0], progress=progress)
     assert found is not None
     return found.notices
 

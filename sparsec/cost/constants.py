@@ -1,6 +1,6 @@
 """What the cost model knows of one machine: measured once in some seconds, kept in the cache folder, read from then on.
 
-A calibration holds for a processor (a CPU or a GPU), an instruction set, a number of threads, a torch and the kernels; anything
+They hold for a processor (a CPU or a GPU), an instruction set, a number of threads, a torch and the kernels; anything
 else is another file. A file that is damaged, or was put there from elsewhere, is said to be so and measured anew, and so is one
 that was measured while the machine was busy, once it is idle. SPARSEC_CALIBRATION names a file to be used instead, whatever
 machine it is from.
@@ -24,7 +24,7 @@ from sparsec.arguments import checked
 from sparsec.cost import measure_gpu
 from sparsec.cost.measure import measure_kernels, measure_member, measure_reads
 from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
-from sparsec.errors import CacheError, CalibrationError, KernelError
+from sparsec.errors import CacheError, ConstantsError, KernelError
 from sparsec.kernels import gpu, status
 from sparsec.machine import cores, cpu_name, load
 from sparsec.progress import Progress
@@ -55,12 +55,12 @@ class Key:
         return cls(device, cpu_name(), native.isa or "none", torch.get_num_threads(), torch.__version__, library)
 
     def file(self) -> Path:
-        """Where its calibration is kept. CacheError where there is no such place."""
+        """Where its constants are kept. CacheError where there is no such place."""
         return cache.folder("calibration") / f"{_digest(repr(self).encode())}.json"
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Constants:
     """The constants of every kernel that runs on a machine."""
 
     key: Key
@@ -104,15 +104,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Found:
-    """A calibration and what has to be said about it."""
+    """Constants and what has to be said about it."""
 
-    calibration: Calibration
+    constants: Constants
     source: str  # "measured now", or the file
     notices: tuple[str, ...] = ()
 
 
 @checked
-def calibrate(
+def machine_constants(
     dtypes: Sequence[torch.dtype],
     *,
     device: str = "cpu",
@@ -123,7 +123,7 @@ def calibrate(
     """This machine's constants for these dtypes, from the file that SPARSEC_CALIBRATION names, from the cache, or measured now.
 
     device: the type, "cpu" or "cuda". force: measure anew. measuring: False measures nothing, and gives None where not all of
-    it is known. A file that is named is taken as it is, whatever machine it is from; CalibrationError where it cannot be used,
+    it is known. A file that is named is taken as it is, whatever machine it is from; ConstantsError where it cannot be used,
     as for another type of device. KernelError where a GPU has to be measured that no kernel runs on.
     """
     named = os.environ.get(VARIABLE)
@@ -136,7 +136,7 @@ def calibrate(
             known = _kept(key, file)
             if measuring and busy(known.load) and not busy(load() or 0.0):
                 known = None
-        except CalibrationError as error:
+        except ConstantsError as error:
             notices.append(f"{error}; it is measured anew")
     missing = [d for d in dtypes if known is None or str(d).removeprefix("torch.") not in known.dtypes]
     source = str(file)
@@ -155,7 +155,7 @@ def calibrate(
     return Found(known, source, (*notices, *remarks(known)))
 
 
-def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None = None) -> Calibration:
+def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None = None) -> Constants:
     """Measures every kernel that serves one of the dtypes on the key's device."""
     if key.device == "cuda":
         if reasons := gpu.missing():
@@ -163,13 +163,13 @@ def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None =
         there, sizes = torch.device("cuda"), measure_gpu.Sizes()
         roofs = measure_gpu.measure_reads(there, sizes, progress)
         found = measure_gpu.measure_kernels(dtypes, there, roofs[-1].per_byte, sizes, progress)
-        return Calibration(key, load() or 0.0, roofs, None, tuple(found))
+        return Constants(key, load() or 0.0, roofs, None, tuple(found))
     reads = measure_reads(progress)
     kernels = measure_kernels(dtypes, reads[-1].per_byte, progress)
-    return Calibration(key, load() or 0.0, reads, measure_member(dtypes[0]), tuple(kernels))
+    return Constants(key, load() or 0.0, reads, measure_member(dtypes[0]), tuple(kernels))
 
 
-def remarks(found: Calibration) -> list[str]:
+def remarks(found: Constants) -> list[str]:
     """What makes its predictions doubtful."""
     notes, threads = [], found.key.threads
     on_gpu = " --device cuda" if found.key.device == "cuda" else ""
@@ -195,43 +195,43 @@ def busy(load: float) -> bool:
     return load > cores() + 0.5
 
 
-def save(found: Calibration, path: Path) -> None:
+def save(found: Constants, path: Path) -> None:
     """Writes the file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, to_json(found).encode())
 
 
-def load_file(path: Path) -> Calibration:
-    """CalibrationError for a file that is missing, damaged, or of another version."""
+def load_file(path: Path) -> Constants:
+    """ConstantsError for a file that is missing, damaged, or of another version."""
     try:
         return from_json(path.read_text("utf-8"))
     except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ConstantsError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: is damaged ({error.reason})") from error
-    except CalibrationError as error:
-        raise CalibrationError(f"{path}: {error}") from None
+        raise ConstantsError(f"{path}: is damaged ({error.reason})") from error
+    except ConstantsError as error:
+        raise ConstantsError(f"{path}: {error}") from None
 
 
-def to_json(found: Calibration) -> str:
+def to_json(found: Constants) -> str:
     """With a checksum, so that a damaged constant is seen too."""
     content = {"schema": SCHEMA, **asdict(found)}
     return json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n"
 
 
-def from_json(text: str) -> Calibration:
-    """The inverse of `to_json`. CalibrationError for anything else."""
+def from_json(text: str) -> Constants:
+    """The inverse of `to_json`. ConstantsError for anything else."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"is damaged: no JSON ({error})") from None
+        raise ConstantsError(f"is damaged: no JSON ({error})") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
-        raise CalibrationError(f"is no calibration of this version ({SCHEMA!r}): {found!r}")
+        raise ConstantsError(f"is no calibration of this version ({SCHEMA!r}): {found!r}")
     if content.pop("sha256", None) != _checksum(content):
-        raise CalibrationError("is damaged: its checksum does not fit its content")
+        raise ConstantsError("is damaged: its checksum does not fit its content")
     try:
-        return Calibration(
+        return Constants(
             key=Key(**content["key"]),
             load=_number(content["load"]),
             reads=tuple(Read(int(r["nbytes"]), _number(r["per_byte"])) for r in content["reads"]),
@@ -239,7 +239,7 @@ def from_json(text: str) -> Calibration:
             kernels=tuple(_kernel(k) for k in content["kernels"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CalibrationError(f"is damaged: {type(error).__name__}: {error}") from None
+        raise ConstantsError(f"is damaged: {type(error).__name__}: {error}") from None
 
 
 def _kernel(k: dict[str, Any]) -> KernelCost:
@@ -274,22 +274,22 @@ def _place(key: Key, notices: list[str]) -> Path | None:
         return None
 
 
-def _kept(key: Key, file: Path) -> Calibration:
+def _kept(key: Key, file: Path) -> Constants:
     found = load_file(file)
     if found.key != key:
-        raise CalibrationError(f"{file}: was measured elsewhere: {found.key}")
+        raise ConstantsError(f"{file}: was measured elsewhere: {found.key}")
     return found
 
 
 def _named(path: Path, device: str) -> Found:
     try:
         if not path.is_absolute():
-            raise CalibrationError(f"{path}: must be an absolute path, such as {path.absolute()}")
+            raise ConstantsError(f"{path}: must be an absolute path, such as {path.absolute()}")
         found = load_file(path)
         if found.key.device != device:
-            raise CalibrationError(f"{path}: was measured on {found.key.device}, and {device} is asked for")
-    except CalibrationError as error:
-        raise CalibrationError(
+            raise ConstantsError(f"{path}: was measured on {found.key.device}, and {device} is asked for")
+    except ConstantsError as error:
+        raise ConstantsError(
             f"{VARIABLE}={error}; write it with python -m sparsec.cost --device {device} --json FILE, or unset {VARIABLE}"
         ) from None
     notices, here = remarks(found), Key.here(device)
@@ -303,7 +303,7 @@ def _named(path: Path, device: str) -> Found:
     return Found(found, str(path), tuple(notices))
 
 
-def _merged(old: Calibration, new: Calibration) -> Calibration:
+def _merged(old: Constants, new: Constants) -> Constants:
     kept = tuple(k for k in old.kernels if k.dtype not in new.dtypes)
     return replace(new, load=max(old.load, new.load), kernels=(*kept, *new.kernels))
 
