@@ -9,8 +9,11 @@ from torch import Tensor
 
 from sparsec.errors import KernelError
 from sparsec.formats import CSR, FORMATS
+from sparsec.formats.panels import LANES
+from sparsec.formats.parts import FORMAT_NUMBERS, scalar_count, tensor_count
 from sparsec.kernels import KERNELS, Problem, gpu, operator, operator_args, select, status
-from sparsec.kernels.library.loader import has_native
+from sparsec.kernels.chain import CODES, DTYPES
+from sparsec.kernels.library.loader import has_native, library
 from sparsec.kernels.ops import OPERATORS, explain, packed_and_bias
 from sparsec.kernels.reference import reference_linear
 
@@ -208,3 +211,17 @@ def test_a_type_that_only_csr_holds_is_refused_by_the_others() -> None:
         else:
             with pytest.raises(KernelError, match=r"serves float32, bfloat16, float16, not float64"):
                 select(problem)
+
+
+@pytest.mark.skipif(not status().built, reason="needs the native library")
+def test_the_native_library_numbers_things_as_python_does() -> None:
+    formats = [
+        f"format {name} {number} {tensor_count(name)} {scalar_count(name)}"
+        for name, number in FORMAT_NUMBERS.items()
+        if name != "wcsr"  # for GPUs
+    ]
+    instructions = [f"instruction {name} {number}" for name, number in {"product": 0, **CODES}.items()]
+    types = [
+        f"type {str(dtype).removeprefix('torch.')} {number}" for number, dtype in enumerate((*DTYPES, torch.float64))
+    ]
+    assert library().numbers == [f"panel {LANES}", *formats, *instructions, *types]

@@ -29,6 +29,7 @@ SYMBOLS = (
     "sparsec_cpu_has",
     "sparsec_chosen",
     "sparsec_choose",
+    "sparsec_numbers",
     "sparsec_force_half_product",
     "sparsec_force_helpers",
 )
@@ -70,7 +71,7 @@ class Library:
             )
         self.path = path
         self.compiler = compiler
-        self._c.sparsec_isa.restype = self._c.sparsec_chosen.restype = ctypes.c_char_p
+        self._c.sparsec_isa.restype = self._c.sparsec_chosen.restype = self._c.sparsec_numbers.restype = ctypes.c_char_p
         self._c.sparsec_isa.argtypes = self._c.sparsec_cpu_has.argtypes = self._c.sparsec_choose.argtypes = [
             ctypes.c_int64
         ]
@@ -92,6 +93,11 @@ class Library:
     def isa(self) -> str:
         """The one in use."""
         return str(self._c.sparsec_chosen().decode())
+
+    @property
+    def numbers(self) -> list[str]:
+        """What the library and Python number alike: lines such as "format csr 1 3 2". For tests."""
+        return str(self._c.sparsec_numbers().decode()).splitlines()
 
     def choose(self, name: str) -> None:
         """Uses another one from now on, in all threads."""

@@ -74,8 +74,8 @@ inline __m512i load_bits(const void* from) { return _mm512_loadu_si512(from); }
 inline uint32_t any_lines(const DecoderKind& kind, AnyDecoder& decoder, const sparsec::Matrix& w, int64_t begin, int64_t end, float* decoded,
                           uint32_t* to) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  const bool blocks = w.format == sparsec::kBsr;
-  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + (blocks ? w.c : 0)));
+  const int64_t blocks = block_columns(w);
+  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + blocks));
   const int64_t tiles = (end - begin + 31) / 32;
   if (blocks || (end - begin) % 32) memset(to, 0, 1024 * tiles);
   uint32_t used = blocks ? 0 : ~0u;
@@ -93,7 +93,7 @@ inline uint32_t any_lines(const DecoderKind& kind, AnyDecoder& decoder, const sp
       continue;
     }
     for (int64_t i = 0; i < runs; ++i)
-      for (int64_t k = starts[i] - begin; k < starts[i] - begin + w.c; ++k, columns += 16) {
+      for (int64_t k = starts[i] - begin; k < starts[i] - begin + blocks; ++k, columns += 16) {
         uint32_t* const line = to + 16 * (k / 2);
         const __m512i own = k % 2 ? _mm512_and_si512(load_bits(columns), upper) : _mm512_srli_epi32(load_bits(columns), 16);
         _mm512_storeu_si512(line, _mm512_or_si512(load_bits(line), own));
@@ -209,7 +209,7 @@ inline void finish_pair(const AmxTask& t, int64_t panel, int64_t panels, const f
 // Bitmap, one tile of tokens: here decoding takes longest, so that a tile of columns is multiplied while the next one is decoded.
 SPARSEC_AMX_TARGET inline void bitmap_tile(const AmxTask& t) {
   const sparsec::Matrix& w = *t.matrix;
-  const DecoderKind& kind = kDecoders[sparsec::kBitmap][sparsec::kBFloat16];
+  const DecoderKind& kind = decoder_of(w);
   uint32_t* const lines = static_cast<uint32_t*>(t.scratch);  // [4][2][16][16]
   float* const sums = reinterpret_cast<float*>(lines + 2048);
   const int64_t k_tiles = (w.in_features + 31) / 32;
@@ -241,7 +241,7 @@ SPARSEC_AMX_TARGET inline void bitmap_tile(const AmxTask& t) {
 
 SPARSEC_AMX_TARGET void amx(const AmxTask& t) {
   const sparsec::Matrix& w = *t.matrix;
-  const DecoderKind& kind = kDecoders[w.format][sparsec::kBFloat16];
+  const DecoderKind& kind = decoder_of(w);
   const int64_t in = w.in_features, per_pair = 1024 * ((t.token_tiles + 1) / 2), k_tiles = (in + 31) / 32;
   uint32_t* const lines = static_cast<uint32_t*>(t.scratch);
   float* const sums = reinterpret_cast<float*>(lines + 2 * kLinesOfPanel);

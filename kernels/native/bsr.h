@@ -16,27 +16,27 @@ constexpr int64_t kBlockAhead = 1024;  // bytes
 
 // Eight lanes, `groups` of them at once.
 typedef float Eight __attribute__((vector_size(32)));
-inline Eight load_eight(const float* v) {
+inline Eight load_eight(const float* at) {
   Eight e;
-  memcpy(&e, v, 32);
+  memcpy(&e, at, sizeof(e));
   return e;
 }
-template <class T>
-inline Eight load_eight(const T* v) {
+template <class C>
+inline Eight load_eight(C at) {
   float f[8];
-  widen8(v, f);
-  return load_eight(f);
+  widen8(at, f);
+  return load_eight(static_cast<const float*>(f));
 }
 
 // Lanes [lane, lane + 8 * G) of the block rows. Neighbouring columns go to C sums, to hide the latency of the multiply-add.
-template <int G, class T, class I>
+template <int G, class V, class A, class I>
 void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
   constexpr int C = G >= 4 ? 2 : 4;
   const sparsec::Matrix& w = *t.matrix;
   const float* x = static_cast<const float*>(t.x);
   const I* columns = static_cast<const I*>(w.columns);
   const int64_t r = w.r, c = w.c, begin = w.start[block_row], end = w.start[block_row + 1];
-  const T* values = static_cast<const T*>(w.values) + begin * r * c + lane;
+  Cursor<V> values = cursor<V>(w.values, begin * r * c + lane);
   Eight sums[C][G] = {};
   int64_t at = begin;
   // Blocks of one column are taken C at a time, wider ones column by column.
@@ -44,7 +44,7 @@ void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
     for (; at + C <= end; at += C)
 #pragma GCC unroll 4
       for (int s = 0; s < C; ++s, values += r) {
-        __builtin_prefetch(reinterpret_cast<const char*>(values) + kBlockAhead);
+        __builtin_prefetch(address(values) + kBlockAhead);
         const float xk = x[columns[at + s]];
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) sums[s][g] += load_eight(values + 8 * g) * xk;
@@ -56,7 +56,7 @@ void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
     for (; k + C <= c; k += C)
 #pragma GCC unroll 4
       for (int s = 0; s < C; ++s, values += r) {
-        __builtin_prefetch(reinterpret_cast<const char*>(values) + kBlockAhead);
+        __builtin_prefetch(address(values) + kBlockAhead);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) sums[s][g] += load_eight(values + 8 * g) * xb[k + s];
       }
@@ -65,8 +65,8 @@ void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
       for (int g = 0; g < G; ++g) sums[0][g] += load_eight(values + 8 * g) * xb[k];
   }
   const int64_t row = block_row * r + lane;
-  const T* bias = static_cast<const T*>(w.bias);
-  T* out = static_cast<T*>(t.out);
+  const A* bias = static_cast<const A*>(w.bias);
+  A* out = static_cast<A*>(t.out);
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
     Eight sum = sums[0][g];
@@ -77,24 +77,25 @@ void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
   }
 }
 
-template <class T, class I>
+template <class V, class A, class I>
 void bsr_rows(const sparsec::Task& t) {
   for (int64_t b = t.first; b < t.last; ++b) {
     int64_t lane = 0;
-    for (; lane + 32 <= t.matrix->r; lane += 32) bsr_lanes<4, T, I>(t, b, lane);
-    for (; lane + 16 <= t.matrix->r; lane += 16) bsr_lanes<2, T, I>(t, b, lane);
-    for (; lane < t.matrix->r; lane += 8) bsr_lanes<1, T, I>(t, b, lane);
+    for (; lane + 32 <= t.matrix->r; lane += 32) bsr_lanes<4, V, A, I>(t, b, lane);
+    for (; lane + 16 <= t.matrix->r; lane += 16) bsr_lanes<2, V, A, I>(t, b, lane);
+    for (; lane < t.matrix->r; lane += 8) bsr_lanes<1, V, A, I>(t, b, lane);
   }
 }
 
-template <class T>
+template <class V, class A>
 void bsr_one(const sparsec::Task& t) {
-  t.matrix->index == sparsec::kUInt16 ? bsr_rows<T, uint16_t>(t) : bsr_rows<T, int32_t>(t);
+  t.matrix->index == sparsec::kUInt16 ? bsr_rows<V, A, uint16_t>(t) : bsr_rows<V, A, int32_t>(t);
 }
 
 // The stored columns of a panel. Where r is no multiple of 16, a panel's halves lie in two rows of blocks: their blocks are merged.
-template <class T>
+template <class V>
 struct BsrDecoder {
+  static constexpr bool kDirect = false;
   struct Half {
     int64_t at, end, lane;
   };
@@ -111,7 +112,7 @@ struct BsrDecoder {
 
   // Blocks that begin before `end`. Their columns go to `to`, where each begins to `starts`; returns their number.
   int64_t decode(const sparsec::Matrix& w, int64_t, int64_t end, float* to, int32_t* starts, const float** in_place) {
-    const T* const values = static_cast<const T*>(w.values);
+    const Cursor<V> values = cursor<V>(w.values, 0);
     const int64_t r = w.r, c = w.c, limit = (end + c - 1) / c;
     int64_t found = 0;
     if (r % 16 == 0) {
@@ -119,13 +120,14 @@ struct BsrDecoder {
       const int64_t first = h.at;
       for (int64_t column; h.at < h.end && (column = block_column(w, h.at)) < limit; ++h.at)
         starts[found++] = static_cast<int32_t>(column * c);
-      if (r == 16 && sizeof(T) == 4) {  // the values are a decoded panel already
-        *in_place = reinterpret_cast<const float*>(values + first * 16 * c);
-        return found;
-      }
+      if constexpr (kAsTheyAre<V>)
+        if (r == 16) {  // the values are a decoded panel already
+          *in_place = values + first * 16 * c;
+          return found;
+        }
       for (int64_t at = first; at < h.at; ++at)
         for (int64_t k = 0; k < c; ++k, to += 16) {
-          const T* from = values + (at * c + k) * r + h.lane;
+          const Cursor<V> from = values + ((at * c + k) * r + h.lane);
           widen8(from, to);
           widen8(from + 8, to + 8);
         }
@@ -142,7 +144,7 @@ struct BsrDecoder {
         const bool has = h.at < h.end && block_column(w, h.at) == next;
         for (int64_t k = 0; k < c; ++k) {
           if (has)
-            widen8(values + (h.at * c + k) * r + h.lane, lanes + 16 * k);
+            widen8(values + ((h.at * c + k) * r + h.lane), lanes + 16 * k);
           else
             memset(lanes + 16 * k, 0, 32);
         }
@@ -152,6 +154,13 @@ struct BsrDecoder {
       to += 16 * c;
     }
   }
+};
+
+struct BsrKernels : NoKernels {
+  template <class V>
+  using Decoder = BsrDecoder<V>;
+  template <class V, class A>
+  static constexpr sparsec::Kernel one = bsr_one<V, A>;
 };
 
 }  // namespace

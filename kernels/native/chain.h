@@ -132,14 +132,12 @@ class Chain {
 
   void product(int64_t x_at, const int64_t* layout, size_t length, const std::vector<Tensor>& tensors, size_t& used) {
     matrices_.clear();
-    types_.clear();
-    read_parts(op_, tensors, used, layout, length, matrices_, types_);
+    read_parts(op_, tensors, used, layout, length, matrices_);
     const Register x = find(x_at);
-    constexpr ScalarType scalar[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
     std::vector<Part> parts;
     for (size_t i = 0; i < matrices_.size(); ++i) {
       const Matrix& w = matrices_[i];
-      STD_TORCH_CHECK(types_[i] == scalar[x.type] && w.in_features == x.width && !x.one_row, op_,
+      STD_TORCH_CHECK(w.type == x.type && w.in_features == x.width && !x.one_row, op_,
                       ": x of a product must have the dtype of the weights and rows of in_features=", w.in_features, " numbers, got ",
                       x.width);
       float* const data = arena().take(rows_ * w.out_features);
@@ -190,7 +188,6 @@ class Chain {
   int64_t constant_count_;
   std::vector<Register> registers_;
   std::vector<Matrix> matrices_;
-  std::vector<ScalarType> types_;
 };
 
 std::vector<Tensor> chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, int64_t rows, std::vector<int64_t> program,

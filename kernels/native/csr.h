@@ -1,20 +1,20 @@
 // Row loops of the CSR product.
 //
-// The including file defines, for T in float, BFloat16, Float16 and I in uint16_t, int32_t, Delta:
-//   float dot(const T* values, const I* columns, const float* x, int64_t stored)       one row of W times one row of x
-//   void widen8(const T* values, float* out)                                            eight values to fp32
+// The including file defines, for every V and I in uint16_t, int32_t, Delta:
+//   float dot(Cursor<V> values, const I* columns, const float* x, int64_t stored)      one row of W times one row of x
+//   void widen8(Cursor<V> at, float* out)                                               eight values to fp32
 #pragma once
 #include "lanes.h"
 
 namespace {
 
-template <class T, class I>
+template <class V, class A, class I>
 void csr_one(const sparsec::Task& t) {
   const sparsec::Matrix& w = *t.matrix;
-  const T* values = static_cast<const T*>(w.values);
+  const Cursor<V> values = cursor<V>(w.values, 0);
   const I* columns = static_cast<const I*>(w.columns);
-  const T* bias = static_cast<const T*>(w.bias);
-  T* out = static_cast<T*>(t.out);
+  const A* bias = static_cast<const A*>(w.bias);
+  A* out = static_cast<A*>(t.out);
   int64_t begin = w.start[t.first];
   for (int64_t r = t.first; r < t.last; ++r) {
     const int64_t end = w.start[r + 1];
@@ -26,17 +26,17 @@ void csr_one(const sparsec::Task& t) {
 }
 
 // Lanes are rows of x: one value is multiplied with a contiguous run of x, no gather and no horizontal sum.
-template <int L, class T, class I>
+template <int L, class V, class A, class I>
 void csr_lanes(const sparsec::Task& t) {
   constexpr int W = L < kRegister ? L : kRegister;
   constexpr int N = L / W;
   constexpr int C = N >= 4 ? 2 : 4;  // chains that hide the latency of the multiply-add; N * C accumulators fit the registers
   typedef float Run __attribute__((vector_size(4 * W)));
   const sparsec::Matrix& w = *t.matrix;
-  const T* values = static_cast<const T*>(w.values);
-  const T* bias = static_cast<const T*>(w.bias);
+  const Cursor<V> values = cursor<V>(w.values, 0);
+  const A* bias = static_cast<const A*>(w.bias);
   const float* x = static_cast<const float*>(t.x);
-  T* out = static_cast<T*>(t.out);
+  A* out = static_cast<A*>(t.out);
   int64_t at = w.start[t.first];
   for (int64_t r = t.first; r < t.last; ++r) {
     const int64_t end = w.start[r + 1];
@@ -97,8 +97,9 @@ void csr_double(const sparsec::Task& t) {
   }
 }
 
-template <class T>
+template <class V>
 struct CsrDecoder {
+  static constexpr bool kDirect = false;
   int64_t at[16], end[16], column[16];
 
   CsrDecoder() = default;
@@ -114,7 +115,7 @@ struct CsrDecoder {
 
   template <class I>
   void rows(const sparsec::Matrix& w, int64_t begin, int64_t limit, float* to) {
-    const T* values = static_cast<const T*>(w.values);
+    const Cursor<V> values = cursor<V>(w.values, 0);
     for (int l = 0; l < 16; ++l) {
       Columns<I> read{static_cast<const I*>(w.columns)};
       set(read, column[l]);
@@ -143,21 +144,21 @@ struct CsrDecoder {
   static void set(Columns<Delta>& read, int64_t column) { read.column = column; }
 };
 
-// One function per index type behind one per value type.
-template <class T>
+// One function for all types of columns.
+template <class V, class A>
 void csr_one_any(const sparsec::Task& t) {
   switch (t.matrix->index) {
-    case sparsec::kUInt16: return csr_one<T, uint16_t>(t);
-    case sparsec::kInt32: return csr_one<T, int32_t>(t);
-    default: return csr_one<T, Delta>(t);
+    case sparsec::kUInt16: return csr_one<V, A, uint16_t>(t);
+    case sparsec::kInt32: return csr_one<V, A, int32_t>(t);
+    default: return csr_one<V, A, Delta>(t);
   }
 }
-template <int L, class T>
+template <int L, class V, class A>
 void csr_lanes_any(const sparsec::Task& t) {
   switch (t.matrix->index) {
-    case sparsec::kUInt16: return csr_lanes<L, T, uint16_t>(t);
-    case sparsec::kInt32: return csr_lanes<L, T, int32_t>(t);
-    default: return csr_lanes<L, T, Delta>(t);
+    case sparsec::kUInt16: return csr_lanes<L, V, A, uint16_t>(t);
+    case sparsec::kInt32: return csr_lanes<L, V, A, int32_t>(t);
+    default: return csr_lanes<L, V, A, Delta>(t);
   }
 }
 inline void csr_double_any(const sparsec::Task& t) {
@@ -167,5 +168,15 @@ inline void csr_double_any(const sparsec::Task& t) {
     default: return csr_double<Delta>(t);
   }
 }
+
+struct CsrKernels : NoKernels {
+  template <class V>
+  using Decoder = CsrDecoder<V>;
+  template <class V, class A>
+  static constexpr sparsec::Kernel one = csr_one_any<V, A>;
+  template <int L, class V, class A>
+  static constexpr sparsec::Kernel lanes = csr_lanes_any<L, V, A>;
+  static constexpr sparsec::Kernel doubles = csr_double_any;
+};
 
 }  // namespace

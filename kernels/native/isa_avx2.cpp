@@ -57,12 +57,12 @@ inline float sum4(__m128 a) {
   return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
 
-template <class T, class I>
-float dot(const T* values, const I* columns, const float* x, int64_t nnz) {
+template <class C, class I>
+float dot(C values, const I* columns, const float* x, int64_t nnz) {
   __m128 a = _mm_setzero_ps(), b = a, c = a, d = a;
   int64_t at = 0;
   for (; at + 16 <= nnz; at += 16) {
-    _mm_prefetch(reinterpret_cast<const char*>(values + at) + kAhead * sizeof(T), _MM_HINT_T0);
+    _mm_prefetch(address(values + (at + kAhead)), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(columns + at) + kAhead * sizeof(I), _MM_HINT_T0);
     a = _mm_fmadd_ps(load4(values + at), pick4(x, columns + at), a);
     b = _mm_fmadd_ps(load4(values + at + 4), pick4(x, columns + at + 4), b);
@@ -85,13 +85,13 @@ inline __m128i columns8(const Delta* distances, __m128i last) {
 }
 inline __m128i last_of(__m128i columns) { return _mm_shuffle_epi8(columns, _mm_set1_epi16(0x0f0e)); }
 
-template <class T>
-float dot(const T* values, const Delta* distances, const float* x, int64_t nnz) {
+template <class C>
+float dot(C values, const Delta* distances, const float* x, int64_t nnz) {
   __m128 a = _mm_setzero_ps(), b = a, c = a, d = a;
   __m128i last = _mm_setzero_si128();
   int64_t at = 0;
   for (; at + 16 <= nnz; at += 16) {
-    _mm_prefetch(reinterpret_cast<const char*>(values + at) + kAhead * sizeof(T), _MM_HINT_T0);
+    _mm_prefetch(address(values + (at + kAhead)), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(distances + at) + kAhead, _MM_HINT_T0);
     const __m128i first = columns8(distances + at, last);
     last = last_of(first);
@@ -111,20 +111,20 @@ float dot(const T* values, const Delta* distances, const float* x, int64_t nnz) 
   return sum;
 }
 
-template <class T>
-void widen8(const T* values, float* out) {
-  _mm256_storeu_ps(out, load8(values));
+template <class C>
+void widen8(C at, float* out) {
+  _mm256_storeu_ps(out, load8(at));
 }
 
 // ---- lanes
 
-template <class T>
-inline Vec load_wide(const T* values) {
-  return load8(values);
+template <class C>
+inline Vec load_wide(C at) {
+  return load8(at);
 }
-template <class T>
-inline Lanes load16(const T* values) {
-  return Lanes{{load8(values), load8(values + 8)}};
+template <class C>
+inline Lanes load16(C at) {
+  return Lanes{{load8(at), load8(at + 8)}};
 }
 
 // AVX2 has no expand: a table tells for each of 256 bit patterns which bytes every lane takes, and 0 where none. A byte shuffle stays
@@ -146,8 +146,8 @@ inline __m256 expand8(const Float16* values, uint32_t bits) {
   const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandHalf.rows[bits]));
   return wide8(_mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), order), values);
 }
-template <class T>
-inline Lanes expand16(const T* values, uint32_t bits) {
+template <class C>
+inline Lanes expand16(C values, uint32_t bits) {
   const uint32_t low = bits & 0xff;
   return Lanes{{expand8(values, low), expand8(values + __builtin_popcount(low), bits >> 8)}};
 }
@@ -179,5 +179,5 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 #include "table.h"
 
 namespace sparsec {
-extern const InstructionSet kAvx2 = SPARSEC_TABLE("avx2", bitmap_one<BFloat16>, nullptr);
+extern const InstructionSet kAvx2 = instruction_set("avx2");
 }

@@ -68,12 +68,12 @@ inline float sum16(__m512 a) {
   return sum8(_mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1))));
 }
 
-template <class T, class I>
-float dot(const T* values, const I* columns, const float* x, int64_t nnz) {
+template <class C, class I>
+float dot(C values, const I* columns, const float* x, int64_t nnz) {
   __m512 a = _mm512_setzero_ps(), b = a;
   int64_t at = 0;
   for (; at + 32 <= nnz; at += 32) {
-    _mm_prefetch(reinterpret_cast<const char*>(values + at) + kAhead * sizeof(T), _MM_HINT_T0);
+    _mm_prefetch(address(values + (at + kAhead)), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(columns + at) + kAhead * sizeof(I), _MM_HINT_T0);
     a = _mm512_fmadd_ps(values16(values + at), join(pick8(x, columns + at), pick8(x, columns + at + 8)), a);
     b = _mm512_fmadd_ps(values16(values + at + 16), join(pick8(x, columns + at + 16), pick8(x, columns + at + 24)), b);
@@ -95,14 +95,14 @@ inline __m128i columns8(const Delta* distances, __m128i last) {
   return _mm_add_epi16(c, last);
 }
 
-template <class T>
-float dot(const T* values, const Delta* distances, const float* x, int64_t nnz) {
+template <class C>
+float dot(C values, const Delta* distances, const float* x, int64_t nnz) {
   const __m128i last_lane = _mm_set1_epi16(0x0f0e);
   __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   __m128i last = _mm_setzero_si128();
   int64_t at = 0;
   for (; at + 16 <= nnz; at += 16) {
-    _mm_prefetch(reinterpret_cast<const char*>(values + at) + kAhead * sizeof(T), _MM_HINT_T0);
+    _mm_prefetch(address(values + (at + kAhead)), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(distances + at) + kAhead, _MM_HINT_T0);
     for (int h = 0; h < 2; ++h) {
       const __m128i columns = columns8(distances + at + 8 * h, last);
@@ -120,20 +120,20 @@ float dot(const T* values, const Delta* distances, const float* x, int64_t nnz) 
   return sum;
 }
 
-template <class T>
-void widen8(const T* values, float* out) {
-  _mm256_storeu_ps(out, load8(values));
+template <class C>
+void widen8(C at, float* out) {
+  _mm256_storeu_ps(out, load8(at));
 }
 
 // ---- lanes
 
-template <class T>
-inline Vec load_wide(const T* values) {
-  return as_vec(values16(values));
+template <class C>
+inline Vec load_wide(C at) {
+  return as_vec(values16(at));
 }
-template <class T>
-inline Lanes load16(const T* values) {
-  return Lanes{{load_wide(values)}};
+template <class C>
+inline Lanes load16(C at) {
+  return Lanes{{load_wide(at)}};
 }
 
 #if defined(SPARSEC_SIMDE)  // which has no expand of 16 lanes
@@ -148,8 +148,8 @@ inline __m512 expand(uint32_t bits, __m512 v) {
 inline __m512 expand(uint32_t bits, __m512 v) { return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), v); }
 #endif
 
-template <class T>
-inline Lanes expand16(const T* values, uint32_t bits) {
+template <class C>
+inline Lanes expand16(C values, uint32_t bits) {
   return Lanes{{as_vec(expand(bits, values16(values)))}};
 }
 
@@ -179,7 +179,15 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 #include "table.h"
 
 namespace sparsec {
-extern const InstructionSet kAvx512 = SPARSEC_TABLE("avx512", bitmap_one<BFloat16>, nullptr);
-extern const InstructionSet kVbmi2 = SPARSEC_TABLE("vbmi2", bitmap_one_pairs, nullptr);
-extern const InstructionSet kAmx = SPARSEC_TABLE("amx", bitmap_one_pairs, kAmxProduct);
+namespace {
+constexpr InstructionSet with_pairs(const char* name, void (*amx)(const AmxTask&)) {
+  InstructionSet found = instruction_set(name);
+  found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_pairs;
+  found.amx = amx;
+  return found;
+}
+}  // namespace
+extern const InstructionSet kAvx512 = instruction_set("avx512");
+extern const InstructionSet kVbmi2 = with_pairs("vbmi2", nullptr);
+extern const InstructionSet kAmx = with_pairs("amx", kAmxProduct);
 }

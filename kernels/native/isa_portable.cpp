@@ -5,8 +5,8 @@
 namespace {
 
 // Eight chains, so that the sum is bound by loads and not by the latency of the multiply-add.
-template <class T, class I>
-float dot(const T* values, const I* columns, const float* x, int64_t stored) {
+template <class C, class I>
+float dot(C values, const I* columns, const float* x, int64_t stored) {
   Columns<I> column{columns};
   float sums[8] = {};
   int64_t at = 0;
@@ -17,32 +17,32 @@ float dot(const T* values, const I* columns, const float* x, int64_t stored) {
   return sum;
 }
 
-template <class T>
-void widen8(const T* values, float* out) {
-  for (int k = 0; k < 8; ++k) out[k] = widen(values[k]);
+template <class C>
+void widen8(C at, float* out) {
+  for (int k = 0; k < 8; ++k) out[k] = widen(at[k]);
 }
 
-template <class T>
-inline Vec load_wide(const T* values) {
+template <class C>
+inline Vec load_wide(C at) {
   float v[kRegister];
-  for (int l = 0; l < kRegister; ++l) v[l] = widen(values[l]);
+  for (int l = 0; l < kRegister; ++l) v[l] = widen(at[l]);
   return load_vec(v);
 }
 
-template <class T>
-inline Lanes load16(const T* values) {
+template <class C>
+inline Lanes load16(C at) {
   Lanes lanes;
-  for (int i = 0; i < kRegisters; ++i) lanes.v[i] = load_wide(values + i * kRegister);
+  for (int i = 0; i < kRegisters; ++i) lanes.v[i] = load_wide(at + i * kRegister);
   return lanes;
 }
 
 // Reads a value at every lane, kept or not: a branch on a random bit costs more.
-template <class T>
-inline Lanes expand16(const T* values, uint32_t bits) {
+template <class C>
+inline Lanes expand16(C values, uint32_t bits) {
   float lanes[16];
   for (int l = 0; l < 16; ++l) {
     const uint32_t kept = (bits >> l) & 1;
-    const float v = widen(*values);
+    const float v = widen(values[0]);
     lanes[l] = kept ? v : 0.0f;
     values += kept;
   }
@@ -70,5 +70,5 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 #include "table.h"
 
 namespace sparsec {
-extern const InstructionSet kPortable = SPARSEC_TABLE("portable", bitmap_one<BFloat16>, nullptr);
+extern const InstructionSet kPortable = instruction_set("portable");
 }

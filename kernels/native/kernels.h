@@ -12,6 +12,7 @@
 namespace sparsec {
 
 enum Format { kDense, kCsr, kBitmap, kBsr, kNm, kFormats };  // as numbered by the layout of fused_linear
+enum Codec { kPlain, kCodecs };                               // of stored values; plain ones are of x's type
 enum ValueType { kFloat32, kBFloat16, kFloat16, kFloat64, kValueTypes };
 enum IndexType { kUInt16, kInt32, kDelta8, kIndexTypes };
 
@@ -21,12 +22,13 @@ constexpr int64_t kPanel = 16;  // output rows that a vector of lanes serves
 // N:M), a row of blocks (BSR).
 struct Matrix {
   Format format;
-  ValueType type;
+  Codec codec;           // of the values
+  ValueType type;        // of x, bias and result
   IndexType index;       // of the columns of CSR and BSR
   const void* values;    // dense: [out][in]; CSR: [stored]; bitmap: [nnz + 16]; BSR: [blocks][c][r]; N:M: [panels][in / m][n][16]
   const void* columns;   // CSR: [stored]; bitmap: bits [panels][in]; BSR: [blocks]; N:M: slot positions, 2 or 3 bits each
   const int32_t* start;  // [units + 1], where a unit's values (BSR: blocks) begin; null: all units are of one size
-  const void* bias;      // [out_features] in the values' type, or null
+  const void* bias;      // [out_features], or null
   int64_t out_features;
   int64_t in_features;
   int64_t units;
@@ -34,8 +36,10 @@ struct Matrix {
   int64_t stored;        // values held
   int64_t r, c;          // BSR: the block; N:M: n, m
 };
+// Columns of a block, which a decoder gives as a whole; 0: it gives any columns.
+constexpr int64_t block_columns(const Matrix& w) { return w.format == kBsr ? w.c : 0; }
 
-// Units [first, last) of W times up to `tokens` rows of x, into out [tokens][out_stride] of the values' type.
+// Units [first, last) of W times up to `tokens` rows of x, into out [tokens][out_stride] of x's type.
 struct Task {
   const Matrix* matrix;
   const void* x;  // fp32; `one` [in]; `lanes` [in][lanes]; `rows` [tokens][in]; fp64: fp64 [tokens][in]
@@ -60,7 +64,7 @@ struct PanelTask {
   float* scratch;  // panel_scratch() floats
 };
 
-// Panels [first, last) of W as rows of the values' type, [16 * (last - first)][in] (absent rows are left alone).
+// Panels [first, last) of W as rows of x's type, [16 * (last - first)][in] (absent rows are left alone).
 struct ExpandTask {
   const Matrix* matrix;
   void* out;
@@ -145,13 +149,18 @@ constexpr int64_t amx_scratch(int64_t block_columns, int64_t token_tiles) {
   return 64 * kAmxColumns + 4096 * kAmxPairs * ((token_tiles + 1) / 2) + 4 * panel_scratch(block_columns, 0);
 }
 
+// Of one format, by codec and x's type; null where there is none.
+struct FormatKernels {
+  Kernel one[kCodecs][kValueTypes];                 // one row of x, bound by reading W; fp64: any number of them
+  Kernel rows[kCodecs][kValueTypes];                // a few rows of x
+  Kernel lanes[kLaneCounts][kCodecs][kValueTypes];  // up to kLanes[i] rows of x: each index is read once for all of them
+};
+
 // Products of one row skip pruned weights in CSR and multiply them as zeros elsewhere: finite x is assumed.
 struct InstructionSet {
   const char* name;
   int64_t rows_per_tile;                      // at most, in PanelTask
-  Kernel one[kFormats][kValueTypes];          // one row of x: bound by reading W
-  Kernel rows[2][kValueTypes];                // dense, N:M: a few rows of x
-  Kernel lanes[kLaneCounts][kValueTypes];     // CSR, up to kLanes[i] rows of x: each index is read once for all of them
+  FormatKernels formats[kFormats];
   void (*panels)(const PanelTask&);           // many rows of x; fp32, bf16, fp16
   void (*expand)(const ExpandTask&);
   void (*amx)(const AmxTask&);                // bf16, two rows of x and more; null: there are no tiles

@@ -6,8 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "convert.h"
-#include "kernels.h"
+#include "values.h"
 
 namespace {
 
@@ -86,5 +85,14 @@ inline void finish(const Lanes& sum, const T* bias, int64_t row, int64_t count, 
   store_lanes(s, sum);
   for (int64_t l = 0; l < count; ++l) narrow(bias ? s[l] + widen(bias[row + l]) : s[l], out + row + l);
 }
+
+// What a format has no kernel of its own for. Each names `Decoder<V>` (panels.h), which serves many rows of x, and `one`.
+struct NoKernels {
+  template <class V, class A>
+  static constexpr sparsec::Kernel rows = nullptr;
+  template <int L, class V, class A>
+  static constexpr sparsec::Kernel lanes = nullptr;
+  static constexpr sparsec::Kernel doubles = nullptr;  // fp64
+};
 
 }  // namespace

@@ -1,7 +1,8 @@
 // The CPU implementation of sparsec's operators: from torch's arguments to the products, and back.
 //
 // Uses torch's stable ABI only, so that one library serves torch 2.10 and later. Schemas live in Python (kernels/ops.py).
-#include "arguments.h"
+#include <string>
+
 #include "chain.h"
 #include "decode_attention.h"
 #include "products.h"
@@ -14,9 +15,9 @@
 namespace {
 
 // `weights` holds what the matrices point to.
-std::vector<Tensor> product(const char* op, Tensor x, const std::vector<Matrix>& matrices, const std::vector<ScalarType>& types,
+std::vector<Tensor> product(const char* op, Tensor x, const std::vector<Matrix>& matrices,
                             const std::vector<Tensor>& weights) {
-  for (size_t i = 0; i < matrices.size(); ++i) check_x(op, x, matrices[i], types[i]);
+  for (const Matrix& matrix : matrices) check_x(op, x, matrix);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const auto x_sizes = x.sizes();
   std::vector<int64_t> sizes(x_sizes.begin(), x_sizes.end());
@@ -34,41 +35,35 @@ std::vector<Tensor> product(const char* op, Tensor x, const std::vector<Matrix>&
   return outs;
 }
 
-Tensor single(const char* op, Tensor x, const Matrix& w, std::vector<Tensor> weights, std::optional<Tensor> bias) {
-  const ScalarType type = weights[0].scalar_type();
-  if (bias) weights.push_back(std::move(*bias));
-  return product(op, std::move(x), {w}, {type}, weights)[0];
+template <class F>
+Tensor single(F, Tensor x, std::vector<Tensor> tensors, const std::optional<Tensor>& bias, const std::vector<int64_t>& scalars) {
+  const Matrix w = F::read(F::kOp, tensors.data(), bias, scalars.data());
+  if (bias) tensors.push_back(*bias);
+  return product(F::kOp, std::move(x), {w}, tensors)[0];
 }
 
-Tensor dense_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  return single("dense_linear", x, read_dense(weight, bias), {weight}, bias);
+using Bias = std::optional<Tensor>;
+Tensor dense_linear(Tensor x, Tensor weight, Bias bias) { return single(Dense{}, x, {weight}, bias, {}); }
+Tensor csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, Bias bias, int64_t in_features, int64_t nnz) {
+  return single(Csr{}, x, {values, col_idx, row_ptr}, bias, {in_features, nnz});
 }
-Tensor csr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, std::optional<Tensor> bias, int64_t in_features,
-                  int64_t) {
-  return single("csr_linear", x, read_csr(values, col_idx, row_ptr, bias, in_features), {values, col_idx, row_ptr}, bias);
+Tensor bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor panel_ptr, Bias bias, int64_t out_features, int64_t in_features) {
+  return single(Bitmap{}, x, {values, bits, panel_ptr}, bias, {out_features, in_features});
 }
-Tensor bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor panel_ptr, std::optional<Tensor> bias, int64_t out_features,
-                     int64_t in_features) {
-  return single("bitmap_linear", x, read_bitmap(values, bits, panel_ptr, bias, out_features, in_features), {values, bits, panel_ptr},
-                bias);
+Tensor bsr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, Bias bias, int64_t in_features, int64_t nnz) {
+  return single(Bsr{}, x, {values, col_idx, row_ptr}, bias, {in_features, nnz});
 }
-Tensor bsr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, std::optional<Tensor> bias, int64_t in_features,
-                  int64_t) {
-  return single("bsr_linear", x, read_bsr(values, col_idx, row_ptr, bias, in_features), {values, col_idx, row_ptr}, bias);
-}
-Tensor nm_linear(Tensor x, Tensor values, Tensor index, std::optional<Tensor> bias, int64_t out_features, int64_t in_features,
-                 int64_t m, int64_t) {
-  return single("nm_linear", x, read_nm(values, index, bias, out_features, in_features, m), {values, index}, bias);
+Tensor nm_linear(Tensor x, Tensor values, Tensor index, Bias bias, int64_t out_features, int64_t in_features, int64_t m, int64_t nnz) {
+  return single(Nm{}, x, {values, index}, bias, {out_features, in_features, m, nnz});
 }
 
 // Several matrices, one parallel region.
 std::vector<Tensor> several(const char* op, Tensor x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& layout) {
   std::vector<Matrix> matrices;
-  std::vector<ScalarType> types;
   size_t used = 0;
-  read_parts(op, tensors, used, layout.data(), layout.size(), matrices, types);
+  read_parts(op, tensors, used, layout.data(), layout.size(), matrices);
   STD_TORCH_CHECK(used == tensors.size() && !matrices.empty(), op, ": the layout names ", used, " tensors, got ", tensors.size());
-  return product(op, std::move(x), matrices, types, tensors);
+  return product(op, std::move(x), matrices, tensors);
 }
 
 std::vector<Tensor> fused_linear(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> layout) {
@@ -87,6 +82,25 @@ Tensor single_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, int
   return out[0];
 }
 
+// The numbers that Python has as well, a line each: formats with how many tensors and scalars their operators take, instructions of a
+// chain, types.
+std::string numbers() {
+  constexpr const char* types[] = {"float32", "bfloat16", "float16", "float64"};
+  constexpr const char* instructions[] = {"product", "add",  "sub",  "mul",   "div",  "maximum", "minimum", "copy", "neg",
+                                          "exp",     "sigmoid", "tanh", "erf", "sqrt", "rsqrt",   "relu",    "mean", "variance"};
+  static_assert(sizeof(types) / sizeof(types[0]) == sparsec::kValueTypes, "one for each");
+  static_assert(sizeof(instructions) / sizeof(instructions[0]) == sparsec::kElementOps, "one for each");
+  std::string text = "panel " + std::to_string(kPanel) + "\n";
+  for (int i = 0; i < sparsec::kFormats; ++i)
+    by_format(i, [&](auto format) {
+      text += std::string("format ") + format.kName + " " + std::to_string(i) + " " + std::to_string(format.kTensors) + " " +
+              std::to_string(format.kScalars) + "\n";
+    });
+  for (int i = 0; i < sparsec::kElementOps; ++i) text += std::string("instruction ") + instructions[i] + " " + std::to_string(i) + "\n";
+  for (int i = 0; i < sparsec::kValueTypes; ++i) text += std::string("type ") + types[i] + " " + std::to_string(i) + "\n";
+  return text;
+}
+
 }  // namespace
 
 // ---- for kernels/library/loader.py, through ctypes ------------------------------------------------------------------------------
@@ -98,6 +112,10 @@ SPARSEC_EXPORT const char* sparsec_isa(int64_t i) {
 SPARSEC_EXPORT int sparsec_cpu_has(int64_t i) { return cpu_has(*kAll[i]); }
 SPARSEC_EXPORT const char* sparsec_chosen() { return chosen.load()->name; }
 SPARSEC_EXPORT void sparsec_choose(int64_t i) { chosen.store(kAll[i]); }
+SPARSEC_EXPORT const char* sparsec_numbers() {
+  static const std::string text = numbers();
+  return text.c_str();
+}
 SPARSEC_EXPORT void sparsec_force_half_product(int on) { half_product.store(on); }
 // Whether helpers run in place of torch's own threads: -1 as the machine needs it, 0, 1, or 2: they do, and come late.
 SPARSEC_EXPORT void sparsec_force_helpers(int on) {

@@ -11,18 +11,18 @@ namespace {
 constexpr int64_t kSlotAhead = 1024;  // bytes
 
 // X rows of x, from `x` on.
-template <int M, int X, class T>
-void nm_panel(const sparsec::Matrix& w, int64_t panel, const float* x, T* out, int64_t out_stride) {
+template <class V, int M, int X, class A>
+void nm_panel(const sparsec::Matrix& w, int64_t panel, const float* x, A* out, int64_t out_stride) {
   constexpr int B = M == 4 ? 4 : 6;  // bytes of the positions of 16 lanes
   constexpr int C = X == 1 ? 2 : 1;  // chains that hide the latency of the multiply-add
   const int64_t n = w.r, in = w.in_features, groups = in / M;
-  const T* values = static_cast<const T*>(w.values) + panel * groups * n * 16;
+  Cursor<V> values = cursor<V>(w.values, panel * groups * n * 16);
   const uint8_t* positions = static_cast<const uint8_t*>(w.columns) + panel * groups * n * B;
   Lanes sums[C][X] = {};
   int64_t chain = 0;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t s = 0; s < n; ++s, values += 16, positions += B) {
-      __builtin_prefetch(reinterpret_cast<const char*>(values) + kSlotAhead);
+      __builtin_prefetch(address(values) + kSlotAhead);
       const Lanes column = load16(values);
 #pragma GCC unroll 4
       for (int t = 0; t < X; ++t) {
@@ -31,30 +31,30 @@ void nm_panel(const sparsec::Matrix& w, int64_t panel, const float* x, T* out, i
       }
       chain = (chain + 1) % C;
     }
-  const T* bias = static_cast<const T*>(w.bias);
+  const A* bias = static_cast<const A*>(w.bias);
   const int64_t row = 16 * panel, count = least(16, w.out_features - row);
   for (int t = 0; t < X; ++t)
     finish(C == 2 ? add(sums[0][t], sums[C - 1][t]) : sums[0][t], bias, row, count, out + t * out_stride);
 }
 
-template <int M, class T>
+template <int M, class V, class A>
 void nm_any(const sparsec::Task& t) {
   const float* x = static_cast<const float*>(t.x);
-  T* out = static_cast<T*>(t.out);
+  A* out = static_cast<A*>(t.out);
   const int64_t in = t.matrix->in_features;
   for (int64_t p = t.first; p < t.last; ++p) {
     int64_t token = 0;
     for (; token + 4 <= t.tokens; token += 4)
-      nm_panel<M, 4>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
+      nm_panel<V, M, 4>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
     for (; token + 2 <= t.tokens; token += 2)
-      nm_panel<M, 2>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
-    if (token < t.tokens) nm_panel<M, 1>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
+      nm_panel<V, M, 2>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
+    if (token < t.tokens) nm_panel<V, M, 1>(*t.matrix, p, x + token * in, out + token * t.out_stride, t.out_stride);
   }
 }
 
-template <class T>
+template <class V, class A>
 void nm_rows(const sparsec::Task& t) {
-  t.matrix->c == 4 ? nm_any<4, T>(t) : nm_any<8, T>(t);
+  t.matrix->c == 4 ? nm_any<4, V, A>(t) : nm_any<8, V, A>(t);
 }
 
 inline uint32_t slot_position(const uint8_t* positions, int lane, int bits) {
@@ -64,8 +64,9 @@ inline uint32_t slot_position(const uint8_t* positions, int lane, int bits) {
   return (pair >> (at % 8)) & ((1u << bits) - 1);
 }
 
-template <class T>
+template <class V>
 struct NmDecoder {
+  static constexpr bool kDirect = false;
   int64_t panel;
 
   NmDecoder() = default;
@@ -76,13 +77,22 @@ struct NmDecoder {
     const int bits = m == 4 ? 2 : 3;
     memset(to, 0, sizeof(float) * 16 * (end - begin));  // begin and end are multiples of m
     const int64_t slot = (panel * (w.in_features / m) + begin / m) * n;
-    const T* values = static_cast<const T*>(w.values) + slot * 16;
+    Cursor<V> values = cursor<V>(w.values, slot * 16);
     const uint8_t* positions = static_cast<const uint8_t*>(w.columns) + slot * 2 * bits;
     for (int64_t g = begin / m; g < end / m; ++g, to += 16 * m)
       for (int64_t s = 0; s < n; ++s, values += 16, positions += 2 * bits)
         for (int l = 0; l < 16; ++l) to[16 * slot_position(positions, l, bits) + l] = widen(values[l]);
     return 1;
   }
+};
+
+struct NmKernels : NoKernels {
+  template <class V>
+  using Decoder = NmDecoder<V>;
+  template <class V, class A>
+  static constexpr sparsec::Kernel one = nm_rows<V, A>;
+  template <class V, class A>
+  static constexpr sparsec::Kernel rows = nm_rows<V, A>;
 };
 
 }  // namespace

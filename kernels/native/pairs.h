@@ -4,7 +4,7 @@
 #include "bitmap.h"
 
 #if defined(SPARSEC_SIMDE)
-#define bitmap_one_pairs bitmap_one<BFloat16>
+#define bitmap_one_pairs bitmap_one<BFloat16, BFloat16>
 #else
 #define SPARSEC_VBMI2 __attribute__((target("avx512vbmi2")))
 

@@ -5,6 +5,7 @@
 //   int64_t decode(const Matrix&, int64_t begin, int64_t end, float* to, int32_t* starts, const float** in_place)
 // writes columns [begin, end), 16 lanes each, to `to` and returns 1; BSR writes the columns of the blocks that begin there, tells
 // in `starts` which those are, and returns the number of blocks; where the values can be read as they are it sets `in_place`.
+//   void multiply<M>(begin, end, x, acc, ahead, turn)   where kDirect: columns times M rows of x, without a cache between (bitmap.h)
 #pragma once
 #include "bitmap.h"
 #include "bsr.h"
@@ -102,34 +103,47 @@ void multiply_direct(AnyDecoder& any, int64_t begin, int64_t end, const float* x
   decoder.template multiply<M>(begin, end, x, acc, ahead, turn);
   memcpy(any.state, &decoder, sizeof(decoder));
 }
-template <class T>
-const Direct kBitmapDirect[] = {
-    multiply_direct<BitmapDecoder<T>, 1>,  multiply_direct<BitmapDecoder<T>, 2>,
+template <class Decoder>
+const Direct kDirectByRows[] = {
+    multiply_direct<Decoder, 1>,  multiply_direct<Decoder, 2>,
 #if defined(__AVX2__) || defined(__aarch64__)
-    multiply_direct<BitmapDecoder<T>, 3>,  multiply_direct<BitmapDecoder<T>, 4>,
+    multiply_direct<Decoder, 3>,  multiply_direct<Decoder, 4>,
 #endif
 #if defined(__AVX2__)
-    multiply_direct<BitmapDecoder<T>, 5>,  multiply_direct<BitmapDecoder<T>, 6>,
+    multiply_direct<Decoder, 5>,  multiply_direct<Decoder, 6>,
 #endif
 #if defined(__AVX512F__) || defined(SPARSEC_SIMDE)
-    multiply_direct<BitmapDecoder<T>, 7>,  multiply_direct<BitmapDecoder<T>, 8>,  multiply_direct<BitmapDecoder<T>, 9>,
-    multiply_direct<BitmapDecoder<T>, 10>, multiply_direct<BitmapDecoder<T>, 11>, multiply_direct<BitmapDecoder<T>, 12>,
+    multiply_direct<Decoder, 7>,  multiply_direct<Decoder, 8>,  multiply_direct<Decoder, 9>,
+    multiply_direct<Decoder, 10>, multiply_direct<Decoder, 11>, multiply_direct<Decoder, 12>,
 #endif
 };
 constexpr int64_t kDirectTiles = 2;
 constexpr int64_t kDirectColumns = 256;  // read twice, the second time out of a cache
 constexpr int64_t kDirectAhead = 12288;  // bytes: past the columns that are read twice
 
-#define SPARSEC_DECODER(D, T) \
-  { start_decoder<D<T>>, decode_any<D<T>>, nullptr }
-#define SPARSEC_DECODERS(D) \
-  { SPARSEC_DECODER(D, float), SPARSEC_DECODER(D, BFloat16), SPARSEC_DECODER(D, Float16) }
-const DecoderKind kDecoders[sparsec::kFormats][3] = {SPARSEC_DECODERS(DenseDecoder), SPARSEC_DECODERS(CsrDecoder),
-                                                     {{start_decoder<BitmapDecoder<float>>, decode_any<BitmapDecoder<float>>, kBitmapDirect<float>},
-                                                      {start_decoder<BitmapDecoder<BFloat16>>, decode_any<BitmapDecoder<BFloat16>>, kBitmapDirect<BFloat16>},
-                                                      {start_decoder<BitmapDecoder<Float16>>, decode_any<BitmapDecoder<Float16>>, kBitmapDirect<Float16>}},
-                                                     SPARSEC_DECODERS(BsrDecoder),
-                                                     SPARSEC_DECODERS(NmDecoder)};
+template <class Decoder>
+constexpr DecoderKind decoder_kind() {
+  DecoderKind kind{start_decoder<Decoder>, decode_any<Decoder>, nullptr};
+  if constexpr (Decoder::kDirect) kind.direct = kDirectByRows<Decoder>;
+  return kind;
+}
+struct DecoderKinds {
+  DecoderKind kinds[sparsec::kCodecs][sparsec::kFloat64];
+};
+template <class F>
+constexpr DecoderKinds decoders_of() {
+  return {{{decoder_kind<typename F::template Decoder<float>>(), decoder_kind<typename F::template Decoder<BFloat16>>(),
+            decoder_kind<typename F::template Decoder<Float16>>()}}};
+}
+
+template <class... F>
+struct FormatList {
+  static_assert(sizeof...(F) == sparsec::kFormats, "one of each");
+  static constexpr DecoderKinds decoders[] = {decoders_of<F>()...};
+};
+using Formats = FormatList<DenseKernels, CsrKernels, BitmapKernels, BsrKernels, NmKernels>;  // as numbered by sparsec::Format
+
+inline const DecoderKind& decoder_of(const sparsec::Matrix& w) { return Formats::decoders[w.format].kinds[w.codec][w.type]; }
 
 using Tile = void (*)(const float* w, const float* x, const int32_t* starts, int64_t runs, int64_t run, float* acc);
 const Tile kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,
@@ -142,13 +156,13 @@ const Tile kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,
 };
 
 // Panels [first, first + panels), token by token: what is written then lies side by side.
-template <class T>
+template <class A>
 void finish_panels(const sparsec::PanelTask& t, const float* sums, int64_t per_panel, int64_t first, int64_t panels) {
   for (int64_t token = 0; token < t.tokens; ++token) {
-    T* const out = static_cast<T*>(t.out) + token * t.out_stride;
+    A* const out = static_cast<A*>(t.out) + token * t.out_stride;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t row = 16 * (first + p);
-      finish(load_lanes(sums + p * per_panel + 16 * token), static_cast<const T*>(t.matrix->bias), row, least(16, t.matrix->out_features - row), out);
+      finish(load_lanes(sums + p * per_panel + 16 * token), static_cast<const A*>(t.matrix->bias), row, least(16, t.matrix->out_features - row), out);
     }
   }
 }
@@ -157,13 +171,12 @@ constexpr int64_t kCachedFloats = 1 << 16;  // 256 KB
 
 void panels(const sparsec::PanelTask& t) {
   const sparsec::Matrix& w = *t.matrix;
-  const DecoderKind& kind = kDecoders[w.format][w.type];
-  const bool blocks = w.format == sparsec::kBsr;
-  const int64_t in = w.in_features, widest = blocks ? w.c : 0, rows = t.rows_per_tile;
+  const DecoderKind& kind = decoder_of(w);
+  const int64_t in = w.in_features, blocks = block_columns(w), rows = t.rows_per_tile;
   const Tile times = kTiles[rows - 1];
   float* const decoded = t.scratch;
-  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + widest));
-  float* const decoded2 = decoded + 16 * (kDecodedColumns + widest) + kDecodedColumns + 2;
+  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + blocks));
+  float* const decoded2 = decoded + 16 * (kDecodedColumns + blocks) + kDecodedColumns + 2;
   float* const sums = decoded2 + 16 * kDecodedColumns;
   const int64_t per_panel = 16 * rows * t.tiles;
   const bool direct = kind.direct && t.tiles <= kDirectTiles;
@@ -201,7 +214,7 @@ void panels(const sparsec::PanelTask& t) {
         }
 #endif
         const int64_t runs = kind.decode(decoders[p], w, begin, end, decoded, starts, &columns);
-        const int64_t run = blocks ? w.c : end - begin;
+        const int64_t run = blocks ? blocks : end - begin;
         for (int64_t i = 0; i < t.tiles && runs > 0; ++i)
           times(columns, t.x + i * in * rows, starts, runs, run, own + i * 16 * rows);
       }
@@ -225,27 +238,26 @@ constexpr int64_t kRowsPerTile = 4;
 constexpr int64_t kRowsPerTile = 2;
 #endif
 
-// Row by row again, in the values' type, for a dense product that has matrix instructions for it.
-template <class T>
+// Row by row again, in x's type, for a dense product that has matrix instructions for it.
+template <class A>
 void expand_type(const sparsec::ExpandTask& t) {
   const sparsec::Matrix& w = *t.matrix;
-  const DecoderKind& kind = kDecoders[w.format][w.type];
-  const bool blocks = w.format == sparsec::kBsr;
-  const int64_t in = w.in_features;
+  const DecoderKind& kind = decoder_of(w);
+  const int64_t in = w.in_features, blocks = block_columns(w);
   float* const decoded = t.scratch;
-  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + (blocks ? w.c : 0)));
+  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + blocks));
   AnyDecoder decoder;
   for (int64_t p = t.first; p < t.last; ++p) {
     kind.start(decoder, w, p);
-    T* const rows = static_cast<T*>(t.out) + 16 * (p - t.first) * in;
+    A* const rows = static_cast<A*>(t.out) + 16 * (p - t.first) * in;
     const int64_t count = least(16, w.out_features - 16 * p);
-    if (blocks) memset(static_cast<void*>(rows), 0, sizeof(T) * count * in);
+    if (blocks) memset(static_cast<void*>(rows), 0, sizeof(A) * count * in);
     for (int64_t begin = 0; begin < in; begin += kDecodedColumns) {
       const int64_t end = least(in, begin + kDecodedColumns);
       const float* columns = decoded;
       starts[0] = static_cast<int32_t>(begin);
       const int64_t runs = kind.decode(decoder, w, begin, end, decoded, starts, &columns);
-      const int64_t run = blocks ? w.c : end - begin;
+      const int64_t run = blocks ? blocks : end - begin;
       for (int64_t i = 0; i < runs; ++i)
         for (int64_t k = 0; k < run; ++k, columns += 16)
           for (int64_t l = 0; l < count; ++l) narrow(columns[l], rows + l * in + starts[i] + k);

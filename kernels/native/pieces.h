@@ -4,12 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "inputs.h"
+#include "formats.h"
 
 namespace {
-
-using sparsec::kPanel;
-using sparsec::Matrix;
 
 constexpr int64_t kBytesPerThread = 1 << 16;  // of a matrix, worth waking a thread for: some 5 us
 constexpr int64_t kLeastPiece = 1 << 16;      // bytes worth asking for: some 5 us
@@ -28,30 +25,6 @@ struct Input {
   int32_t dtype;      // torch's number of the type
 };
 
-int64_t value_bytes(const Matrix& w) {
-  constexpr int64_t bytes[] = {4, 2, 2, 8};
-  return bytes[w.type];
-}
-
-// Bytes read for the units before `unit`: a * start[unit] + b * unit.
-struct Bytes {
-  int64_t per_start = 0, per_unit = 0;
-  const int32_t* start;
-
-  explicit Bytes(const Matrix& w) : start(w.start) {
-    const int64_t value = value_bytes(w);
-    constexpr int64_t index[] = {2, 4, 1};
-    switch (w.format) {
-      case sparsec::kDense: per_unit = value * w.in_features; break;
-      case sparsec::kCsr: per_start = value + index[w.index]; per_unit = 16; break;
-      case sparsec::kBitmap: per_start = value; per_unit = 4 * w.in_features; break;  // a column costs time beside its bits
-      case sparsec::kBsr: per_start = value * w.r * w.c + index[w.index]; per_unit = 16 * w.r; break;
-      default: per_unit = (value * kPanel + w.c) * w.r * (w.in_features / w.c);
-    }
-  }
-  int64_t before(int64_t unit) const { return per_unit * unit + (start ? per_start * start[unit] : 0); }
-};
-
 // Units [first, last) of one part.
 struct Piece {
   const Part* part;
@@ -61,7 +34,7 @@ struct Piece {
 };
 
 int64_t work_of(const Part& part, int64_t tokens) {
-  return Bytes(part.matrix).before(part.matrix.units) * std::max<int64_t>(1, tokens / 4);
+  return bytes_of(part.matrix).before(part.matrix.units) * std::max<int64_t>(1, tokens / 4);
 }
 
 // The unit is then a panel of 16 rows, whatever rows_per_unit is.
@@ -94,7 +67,7 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
     const Matrix& w = part.matrix;
     const bool panels = by_panels(part);
     const int64_t units = panels ? (w.out_features + kPanel - 1) / kPanel : w.units;
-    const Bytes bytes(w);
+    const Bytes bytes = bytes_of(w);
     const int64_t scale = std::max<int64_t>(1, tokens / 4);
     const auto before = [&](int64_t u) {
       return scale * bytes.before(panels ? std::min(w.units, u * kPanel / w.rows_per_unit) : u);

@@ -16,39 +16,12 @@ using sparsec::AmxTask;
 using sparsec::PanelTask;
 using sparsec::Task;
 
-constexpr int64_t kFewRows = 8;
-
-// Up to how many rows of x CSR's non-zeros are multiplied one by one, 32 rows at a time; beyond, panels win, although they save no FLOPs.
-// Measured on Zen 3, fp32 2048x2048, 128 rows, one thread, as a ratio to F.linear: at 50 % zeros 0.71x against 0.8-0.9x of a dense product;
-// at 70 % 1.13x; at 90 % 3.2x against 0.94x. Where x no longer fits the second-level cache, or the CPU has matrix instructions for the
-// type, nothing is known beyond 32 rows.
-bool one_by_one(const Matrix& w, int64_t tokens) {
-  const bool sparse = 10 * w.stored <= 3 * w.out_features * w.in_features;
-  return tokens <= 32 || (sparse && w.in_features <= 4096 && !has_half_product(w.type));
-}
-
-// Blocks must not reach from one run of columns into the next.
-bool fits_tiles(const Matrix& w) { return w.type == sparsec::kBFloat16 && (w.format != sparsec::kBsr || sparsec::kAmxColumns % w.c == 0); }
-
-Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
-  if (w.type == sparsec::kFloat64) return w.format == sparsec::kDense ? Way::stock : Way::one;
-  if (tokens == 1) return Way::one;
-  if (w.format == sparsec::kDense) {
-    if (tokens <= kFewRows) return Way::rows;
-    return w.type == sparsec::kFloat32 || has_half_product(w.type) ? Way::stock : Way::panels;
-  }
-  if (w.format == sparsec::kCsr && one_by_one(w, tokens)) return Way::lanes;
-  if (isa.amx && fits_tiles(w)) return Way::amx;
-  if (w.format == sparsec::kNm && tokens <= kFewRows) return Way::rows;
-  return has_half_product(w.type) && tokens > 32 ? Way::half : Way::panels;
-}
-
 // Of the panels' way: their part of x and their sums stay in a second-level cache, which CPUs with AVX-512 have of 1 MB and more.
 int64_t tokens_at_once(const InstructionSet& isa) { return isa.rows_per_tile >= 12 ? 516 : 240; }
 
 constexpr int64_t kTilesAtOnce = 32;    // of 16 tokens: W is decoded anew for each of these
 
-// Where output row r of token t goes: data + (t * width + r) * value_bytes.
+// Where output row r of token t goes: data + (t * width + r) * result_bytes.
 struct Target {
   char* data;
   int64_t width;
@@ -63,38 +36,37 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Tar
         const int64_t lanes = x.lanes.lanes, done = g * lanes;
         int group = 0;
         while (sparsec::kLanes[group] < lanes) ++group;
-        isa.lanes[group][w.type](Task{&w, x.lanes.memory.get() + done * x.in,
-                                      to.data + value_bytes(w) * done * to.width, to.width,
+        isa.formats[w.format].lanes[group][w.codec][w.type](Task{&w, x.lanes.memory.get() + done * x.in,
+                                      to.data + result_bytes(w) * done * to.width, to.width,
                                       std::min(lanes, x.tokens - done), piece.first, piece.last});
       }
       return;
     case Way::panels: {
       const int64_t rows = x.tiles.lanes, tiles = std::max<int64_t>(1, tokens_at_once(isa) / rows);
-      const int64_t blocks = w.format == sparsec::kBsr ? w.c : 0;
       for (int64_t tile = 0; tile < x.tiles.groups; tile += tiles) {
         const int64_t count = std::min(tiles, x.tiles.groups - tile), done = tile * rows;
         isa.panels(PanelTask{&w, x.tiles.memory.get() + done * x.in, count, rows,
-                             to.data + value_bytes(w) * done * to.width, to.width,
+                             to.data + result_bytes(w) * done * to.width, to.width,
                              std::min(count * rows, x.tokens - done), piece.first, piece.last,
-                             scratch(sparsec::panel_scratch(blocks, count * rows))});
+                             scratch(sparsec::panel_scratch(block_columns(w), count * rows))});
       }
       return;
     }
     case Way::amx: {
-      const int64_t across = (x.in + 31) / 32, blocks = w.format == sparsec::kBsr ? w.c : 0;
+      const int64_t across = (x.in + 31) / 32;
       for (int64_t tile = 0; tile < x.tiled.tiles; tile += kTilesAtOnce) {
         const int64_t count = std::min(kTilesAtOnce, x.tiled.tiles - tile), done = 16 * tile;
-        char* const memory = reinterpret_cast<char*>(scratch(sparsec::amx_scratch(blocks, count) / 4 + 16));
+        char* const memory = reinterpret_cast<char*>(scratch(sparsec::amx_scratch(block_columns(w), count) / 4 + 16));
         isa.amx(AmxTask{&w, x.tiled.data + tile * across * 512, count,
-                        to.data + value_bytes(w) * done * to.width, to.width,
+                        to.data + result_bytes(w) * done * to.width, to.width,
                         std::min(16 * count, x.tokens - done), piece.first, piece.last,
                         memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64});
       }
       return;
     }
     default: {
-      const sparsec::Kernel kernel = part.way == Way::rows ? isa.rows[w.format == sparsec::kNm][w.type] : isa.one[w.format][w.type];
-      kernel(Task{&w, x.plain, to.data, to.width, x.tokens, piece.first, piece.last});
+      const sparsec::FormatKernels& kernels = isa.formats[w.format];
+      (part.way == Way::rows ? kernels.rows : kernels.one)[w.codec][w.type](Task{&w, x.plain, to.data, to.width, x.tokens, piece.first, piece.last});
     }
   }
 }
@@ -130,7 +102,7 @@ class Products : public Job {
  private:
   // Output rows of a piece.
   struct Strip {
-    explicit Strip(const Piece& piece) : value(value_bytes(piece.part->matrix)) {
+    explicit Strip(const Piece& piece) : value(result_bytes(piece.part->matrix)) {
       const Matrix& w = piece.part->matrix;
       const int64_t unit = by_panels(*piece.part) ? kPanel : w.rows_per_unit;
       first = piece.first * unit;
@@ -163,7 +135,7 @@ void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>
   int64_t work = 0;
   for (Part& part : parts) {
     const Matrix& w = part.matrix;
-    part.way = way(w, tokens, isa);
+    part.way = way_of(w, tokens, isa);
     if (part.way == Way::half) {
       by_type(w.type, [&](auto zero) { half_rows<decltype(zero)>(part, x, isa); });
     } else if (part.way == Way::stock) {

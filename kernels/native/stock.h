@@ -57,9 +57,8 @@ void half_rows(const Part& part, const Input& x, const InstructionSet& isa) {
     const int64_t count = std::min(kHalfPanelRows, w.out_features - first);
     const int64_t panel = first / kPanel, panels = (count + kPanel - 1) / kPanel;
     spread(panels, 1, [&](int64_t begin, int64_t end) {
-      const int64_t blocks = w.format == sparsec::kBsr ? w.c : 0;
       isa.expand(ExpandTask{&w, expanded.get() + begin * kPanel * in, panel + begin, panel + end,
-                            scratch(sparsec::panel_scratch(blocks, 0))});
+                            scratch(sparsec::panel_scratch(block_columns(w), 0))});
     });
     Tensor target = view(out + first, tokens, count, w.out_features, 1, x.dtype);
     dense_product(rows, view(expanded.get(), in, count, 1, in, x.dtype), target);

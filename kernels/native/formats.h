@@ -1,0 +1,234 @@
+// What the library knows of each format: one struct each, with
+//   kFormat, kName, kOp      its number, its name in Python, its operator
+//   kTensors, kScalars       of its operator, between x and bias, and after the bias
+//   read()                   a Matrix of them, every size checked
+//   bytes()                  what a product reads, for cutting it into pieces
+//   way()                    how more than one row of x is multiplied (fp64: any number)
+// Its kernels are in the header of its name. A new format is such a struct, a line in by_format(), a number in kernels.h, and its
+// header's line in panels.h.
+#pragma once
+#include "arguments.h"
+#include "choice.h"
+#include "inputs.h"
+
+namespace {
+
+constexpr int64_t kFewRows = 8;
+
+constexpr int64_t type_bytes(ValueType type) {
+  constexpr int64_t bytes[] = {4, 2, 2, 8};
+  return bytes[type];
+}
+// Of x, bias and result.
+constexpr int64_t result_bytes(const Matrix& w) { return type_bytes(w.type); }
+// Of stored values.
+constexpr int64_t stored_bytes(const Matrix& w, int64_t values) { return values * type_bytes(w.type); }
+
+constexpr int64_t index_bytes(const Matrix& w) {
+  constexpr int64_t bytes[] = {2, 4, 1};
+  return bytes[w.index];
+}
+
+// Bytes read for the units before `unit`: per_start * start[unit] + per_unit * unit.
+struct Bytes {
+  int64_t per_start, per_unit;
+  const int32_t* start;
+
+  int64_t before(int64_t unit) const { return per_unit * unit + (start ? per_start * start[unit] : 0); }
+};
+
+// Blocks must not reach from one run of columns into the next.
+bool fits_tiles(const Matrix& w, const InstructionSet& isa) {
+  return isa.amx && w.type == sparsec::kBFloat16 && (!block_columns(w) || sparsec::kAmxColumns % block_columns(w) == 0);
+}
+
+// Where nothing else is better: panels of W are decoded, and multiplied with all rows of x.
+Way decoded(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
+  if (fits_tiles(w, isa)) return Way::amx;
+  return has_half_product(w.type) && tokens > 32 ? Way::half : Way::panels;
+}
+
+struct Dense {
+  static constexpr sparsec::Format kFormat = sparsec::kDense;
+  static constexpr const char *kName = "dense", *kOp = "dense_linear";
+  static constexpr size_t kTensors = 1, kScalars = 0;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t*) {
+    const Tensor& weight = tensors[0];
+    STD_TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features]");
+    return matrix(op, kFormat, weight, weight.size(0), weight.size(1), bias);
+  }
+  static Bytes bytes(const Matrix& w) { return {0, stored_bytes(w, w.in_features), nullptr}; }
+  static Way way(const Matrix& w, int64_t tokens, const InstructionSet&) {
+    if (w.type == sparsec::kFloat64) return Way::stock;
+    if (tokens <= kFewRows) return Way::rows;
+    return w.type == sparsec::kFloat32 || has_half_product(w.type) ? Way::stock : Way::panels;
+  }
+};
+
+struct Csr {
+  static constexpr sparsec::Format kFormat = sparsec::kCsr;
+  static constexpr const char *kName = "csr", *kOp = "csr_linear";
+  static constexpr size_t kTensors = 3, kScalars = 2;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const Tensor &values = tensors[0], &col_idx = tensors[1], &row_ptr = tensors[2];
+    STD_TORCH_CHECK(values.dim() == 1 && col_idx.dim() == 1 && col_idx.numel() == values.numel() && row_ptr.dim() == 1 &&
+                        row_ptr.numel() > 0,
+                    op, ": values and col_idx must be [stored] and row_ptr [out_features + 1], got ", values.numel(), ", ",
+                    col_idx.numel(), " and ", row_ptr.numel(), " entries");
+    Matrix w = matrix(op, kFormat, values, row_ptr.numel() - 1, scalars[0], bias);
+    check_plain(op, col_idx);
+    switch (col_idx.scalar_type()) {
+      case ScalarType::Short: w.index = sparsec::kUInt16; break;
+      case ScalarType::Int: w.index = sparsec::kInt32; break;
+      case ScalarType::Byte: w.index = sparsec::kDelta8; break;
+      default: STD_TORCH_CHECK(false, op, ": col_idx must be uint8, int16 or int32");
+    }
+    w.columns = col_idx.const_data_ptr();
+    w.start = starts(op, row_ptr, w.out_features, w.stored);
+    return w;
+  }
+  static Bytes bytes(const Matrix& w) { return {stored_bytes(w, 1) + index_bytes(w), 16, w.start}; }
+  static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
+    if (w.type == sparsec::kFloat64) return Way::one;
+    return one_by_one(w, tokens) ? Way::lanes : decoded(w, tokens, isa);
+  }
+
+  // Up to how many rows of x the non-zeros are multiplied one by one, 32 rows at a time; beyond, panels win, although they save no FLOPs.
+  // Measured on Zen 3, fp32 2048x2048, 128 rows, one thread, as a ratio to F.linear: at 50 % zeros 0.71x against 0.8-0.9x of a dense product;
+  // at 70 % 1.13x; at 90 % 3.2x against 0.94x. Where x no longer fits the second-level cache, or the CPU has matrix instructions for the
+  // type, nothing is known beyond 32 rows.
+  static bool one_by_one(const Matrix& w, int64_t tokens) {
+    const bool sparse = 10 * w.stored <= 3 * w.out_features * w.in_features;
+    return tokens <= 32 || (sparse && w.in_features <= 4096 && !has_half_product(w.type));
+  }
+};
+
+struct Bitmap {
+  static constexpr sparsec::Format kFormat = sparsec::kBitmap;
+  static constexpr const char *kName = "bitmap", *kOp = "bitmap_linear";
+  static constexpr size_t kTensors = 3, kScalars = 2;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const Tensor &values = tensors[0], &bits = tensors[1], &panel_ptr = tensors[2];
+    Matrix w = matrix(op, kFormat, values, scalars[0], scalars[1], bias);
+    w.rows_per_unit = kPanel;
+    w.units = (w.out_features + kPanel - 1) / kPanel;
+    check_plain(op, bits);
+    STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Short && bits.numel() == w.units * w.in_features, op, ": bits must be int16 [",
+                    w.units, ", ", w.in_features, "], got ", bits.numel(), " entries");
+    STD_TORCH_CHECK(w.stored >= kPanel, op, ": values must end with ", kPanel, " zeros, got ", w.stored, " values");
+    w.columns = bits.const_data_ptr();
+    w.start = starts(op, panel_ptr, w.units, w.stored - kPanel);
+    return w;
+  }
+  // A column costs time beside its bits.
+  static Bytes bytes(const Matrix& w) { return {stored_bytes(w, 1), 4 * w.in_features, w.start}; }
+  static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) { return decoded(w, tokens, isa); }
+};
+
+struct Bsr {
+  static constexpr sparsec::Format kFormat = sparsec::kBsr;
+  static constexpr const char *kName = "bsr", *kOp = "bsr_linear";
+  static constexpr size_t kTensors = 3, kScalars = 2;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const Tensor &values = tensors[0], &col_idx = tensors[1], &row_ptr = tensors[2];
+    STD_TORCH_CHECK(values.dim() == 3 && col_idx.dim() == 1 && col_idx.numel() == values.size(0) && row_ptr.dim() == 1 &&
+                        row_ptr.numel() > 0,
+                    op, ": values must be [blocks, c, r], col_idx [blocks] and row_ptr [out_features / r + 1]");
+    const int64_t c = values.size(1), r = values.size(2), in_features = scalars[0];
+    STD_TORCH_CHECK(c > 0 && r > 0 && r % 8 == 0 && in_features % c == 0, op, ": blocks are of r rows, a multiple of 8, and c columns, "
+                    "which divide in_features; got r = ", r, ", c = ", c);
+    Matrix w = matrix(op, kFormat, values, (row_ptr.numel() - 1) * r, in_features, bias);
+    w.rows_per_unit = r;
+    w.units = row_ptr.numel() - 1;
+    w.r = r;
+    w.c = c;
+    check_plain(op, col_idx);
+    const ScalarType index = col_idx.scalar_type();
+    STD_TORCH_CHECK(index == ScalarType::Short || index == ScalarType::Int, op, ": col_idx must be int16 or int32");
+    w.index = index == ScalarType::Short ? sparsec::kUInt16 : sparsec::kInt32;
+    w.columns = col_idx.const_data_ptr();
+    w.start = starts(op, row_ptr, w.units, values.size(0));
+    return w;
+  }
+  static Bytes bytes(const Matrix& w) { return {stored_bytes(w, w.r * w.c) + index_bytes(w), 16 * w.r, w.start}; }
+  static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) { return decoded(w, tokens, isa); }
+};
+
+struct Nm {
+  static constexpr sparsec::Format kFormat = sparsec::kNm;
+  static constexpr const char *kName = "nm", *kOp = "nm_linear";
+  static constexpr size_t kTensors = 2, kScalars = 4;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const Tensor &values = tensors[0], &index = tensors[1];
+    const int64_t in_features = scalars[1], m = scalars[2];
+    STD_TORCH_CHECK((m == 4 || m == 8) && in_features % m == 0 && values.dim() == 4, op,
+                    ": m must be 4 or 8 and divide in_features, values must be [panels, in_features / m, n, 16]");
+    Matrix w = matrix(op, kFormat, values, scalars[0], in_features, bias);
+    w.rows_per_unit = kPanel;
+    w.units = (w.out_features + kPanel - 1) / kPanel;
+    w.r = values.size(2);
+    w.c = m;
+    const int64_t bits = m == 4 ? 2 : 3;
+    STD_TORCH_CHECK(values.size(0) == w.units && values.size(1) == in_features / m && values.size(3) == kPanel, op,
+                    ": values must be [", w.units, ", ", in_features / m, ", n, ", kPanel, "]");
+    check_plain(op, index);
+    const int64_t wanted = w.units * (in_features / m) * w.r * 2 * bits + 4;
+    STD_TORCH_CHECK(index.scalar_type() == ScalarType::Byte && index.numel() == wanted, op, ": index must be uint8 [", wanted,
+                    "], got ", index.numel(), " entries");
+    w.columns = index.const_data_ptr();
+    return w;
+  }
+  static Bytes bytes(const Matrix& w) { return {0, (stored_bytes(w, kPanel) + w.c) * w.r * (w.in_features / w.c), nullptr}; }
+  static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
+    return tokens <= kFewRows && !fits_tiles(w, isa) ? Way::rows : decoded(w, tokens, isa);
+  }
+};
+
+// f(format), for the one of that number; false where there is none.
+template <class F>
+bool by_format(int64_t number, F f) {
+  const auto is = [&](auto format) {
+    if (number != format.kFormat) return false;
+    f(format);
+    return true;
+  };
+  return is(Dense{}) || is(Csr{}) || is(Bitmap{}) || is(Bsr{}) || is(Nm{});
+}
+
+Bytes bytes_of(const Matrix& w) {
+  Bytes found{};
+  by_format(w.format, [&](auto format) { found = format.bytes(w); });
+  return found;
+}
+
+Way way_of(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
+  if (tokens == 1 && w.type != sparsec::kFloat64) return Way::one;
+  Way found = Way::one;
+  by_format(w.format, [&](auto format) { found = format.way(w, tokens, isa); });
+  return found;
+}
+
+// For each part its format, whether it has a bias, and its scalars; and of `tensors`, from `used` on, those of its format, then the bias.
+void read_parts(const char* op, const std::vector<Tensor>& tensors, size_t& used, const int64_t* layout, size_t length,
+                std::vector<Matrix>& matrices) {
+  for (size_t s = 0; s < length;) {
+    const bool known = s + 2 <= length && by_format(layout[s], [&](auto format) {
+      STD_TORCH_CHECK(s + 2 + format.kScalars <= length, op, ": the layout ends early, at entry ", s);
+      const size_t bias_at = used + format.kTensors, end = bias_at + (layout[s + 1] != 0);
+      STD_TORCH_CHECK(end <= tensors.size(), op, ": the layout names more tensors than the ", tensors.size(), " given");
+      std::optional<Tensor> bias;
+      if (end > bias_at) bias = tensors[bias_at];
+      matrices.push_back(format.read(op, tensors.data() + used, bias, layout + s + 2));
+      used = end;
+      s += 2 + format.kScalars;
+    });
+    STD_TORCH_CHECK(known, op, ": the layout names no format, or ends early, at entry ", s);
+  }
+}
+
+}  // namespace
