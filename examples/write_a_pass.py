@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import sparsec
 from sparsec.data import load_model
 from sparsec.patterns import Pattern
-from sparsec.pipeline import select
+from sparsec.pipeline import select_weights
 from sparsec.pipeline.options import check_sparsity
 
 
@@ -39,7 +39,7 @@ class RandomMask(sparsec.Pass):
         check_sparsity(self.sparsity)
 
     def run(self, graph: sparsec.Graph, context: sparsec.Context) -> sparsec.PassResult:
-        chosen = select(graph, None, ())
+        chosen = select_weights(graph, None, ())
         for i, weight in enumerate(chosen):
             context.step(self.name, i, len(chosen))
             mask = Pattern().mask(self._scores(weight.shape, i), self.sparsity, weight.mask)

@@ -68,7 +68,9 @@ def _act(options: argparse.Namespace) -> str:
         now = status()
         by = f", built by {now.compiler}" if now.compiler else ", built ahead of time"
         return f"{now.isa} kernels from {now.path}{by}" if now.built else f"reference kernels: {now.reason}"
-    chain = toolchain.find(options.compiler, portable=options.portable, simde=options.simde, sanitize=options.sanitize)
+    chain = toolchain.find_compiler(
+        options.compiler, portable=options.portable, simde=options.simde, sanitize=options.sanitize
+    )
     if options.check:
         chain.check()
         return f"{chain.version} for {chain.machine} accepts {', '.join(chain.files)}"

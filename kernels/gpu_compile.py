@@ -34,7 +34,7 @@ SHAPE = (256, 256)
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Binary:
     """What one kernel takes on one architecture."""
 
     name: str
@@ -50,7 +50,7 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Specialisation:
     """A launch to be compiled."""
 
     layout: str
@@ -58,15 +58,15 @@ class Variant:
     launch: Launch
 
 
-def variants(
+def specialisations(
     layouts: Iterable[Layout], dtypes: Sequence[str], every_config: bool, shape: tuple[int, int] = SHAPE
-) -> Iterator[Variant]:
+) -> Iterator[Specialisation]:
     """Every launch that products of these layouts make; some are alike."""
     for layout in layouts:
         for dtype in dtypes:
             for launch in _launches(_sample(layout, DTYPES[dtype], shape)):
                 for config in launch.choices if every_config and launch.choices else (launch.config,):
-                    yield Variant(
+                    yield Specialisation(
                         str(layout), dtype, replace(launch, config=config, elements=_elements(launch, config))
                     )
 
@@ -112,7 +112,7 @@ class _Pretended:
         return 0
 
 
-def compile_all(todo: Iterable[Variant], arch: int) -> Iterator[Compiled]:
+def compile_all(todo: Iterable[Specialisation], arch: int) -> Iterator[Binary]:
     """One for each machine code that differs.
 
     Launches are taken apart as on a GPU, so that a size of 1, or one that is a multiple of 16, is compiled in as it is there.
@@ -137,14 +137,14 @@ def compile_all(todo: Iterable[Variant], arch: int) -> Iterator[Compiled]:
         driver.set_active(None)
 
 
-def _compiled(variant: Variant, arch: int, built: Any) -> Compiled:
+def _compiled(variant: Specialisation, arch: int, built: Any) -> Binary:
     launch, config = variant.launch, variant.launch.config
     registers, spilled, loop = _inspect(built.asm["cubin"])
     threads = 32 * config.warps
     per_element = loop * threads / launch.elements if loop and launch.elements else None
     constants = {**launch.constants, **config.constants}
     told = ", ".join(f"{n}={int(v)}" for n, v in constants.items() if n not in ("HAS_BIAS", "ALIGN", "WIDE"))
-    return Compiled(
+    return Binary(
         launch.kernel.__name__, variant.layout, variant.dtype, arch, told, config.warps, registers, spilled,
         built.metadata.shared, per_element,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def _largest_loop(code: str) -> int:
     return max((b - a for a, b in inner), default=0)
 
 
-def table(rows: Sequence[Compiled]) -> str:
+def table(rows: Sequence[Binary]) -> str:
     """Markdown."""
     lines = [
         "| kernel | layout | type | sm | constants | warps | registers | spilled | shared | instr./element |",
@@ -230,9 +230,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsec.
     if interpreted():
         parser.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
     try:
-        rows: list[Compiled] = []
+        rows: list[Binary] = []
         for arch in options.arch:
-            rows += compile_all(variants(layouts, dtypes, options.every_config), arch)
+            rows += compile_all(specialisations(layouts, dtypes, options.every_config), arch)
     except SparsecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

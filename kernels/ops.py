@@ -93,7 +93,7 @@ def explain(format_name: str, error: RuntimeError, x: Tensor, args: Sequence[Arg
 def loads_native(x: Tensor, name: str) -> bool:
     """Whether this first call on a CPU brought a native implementation, which is then the one to call."""
     # Without the last question an operator that the library lacks would call itself for ever.
-    return x.device.type == "cpu" and not loader.asked() and loader.status().built and loader.has_native(name)
+    return x.device.type == "cpu" and not loader.was_asked() and loader.status().built and loader.has_native(name)
 
 
 def _define(kind: type[Packed]) -> OpOverload:

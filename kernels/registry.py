@@ -31,7 +31,7 @@ from sparsec.errors import KernelError
 from sparsec.formats import FORMATS, NM, WarpCSR
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import for_device
-from sparsec.formats.parts import Part, flatten
+from sparsec.formats.parts import DENSE, Part, flatten
 from sparsec.kernels import gpu
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.kernels.library import loader
@@ -39,7 +39,6 @@ from sparsec.kernels.reference import check_call, dense_product
 from sparsec.offered import offered
 
 ENTRY_POINTS = "sparsec.kernels"
-DENSE = "dense"
 
 
 @dataclass(frozen=True)

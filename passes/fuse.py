@@ -19,7 +19,7 @@ from sparsec.lowering import dense_readers, fuse_products
 from sparsec.lowering.fuse import bias_of
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_ignore, check_patterns
-from sparsec.pipeline.selection import select
+from sparsec.pipeline.selection import select_weights
 from sparsec.private import OpOverload
 
 _Key = tuple[fx.Node, str, torch.dtype, int]
@@ -94,7 +94,7 @@ class Fuse(Pass):
         if self.targets is None and not self.ignore:
             return {w.name for w in linears}
         everything = self.targets or tuple(dict.fromkeys(w.group for w in linears))
-        return {w.name for w in select(graph, everything, self.ignore)}
+        return {w.name for w in select_weights(graph, everything, self.ignore)}
 
 
 def _reason(graph: Graph, op: Op, context: Context) -> str:

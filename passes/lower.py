@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError
 from sparsec.formats import WarpCSR
-from sparsec.formats.layout import DENSE, Layout, for_device
+from sparsec.formats.layout import Layout, for_device
+from sparsec.formats.parts import DENSE
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem
@@ -20,7 +21,7 @@ from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
 from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_positive
-from sparsec.pipeline.selection import matches, select
+from sparsec.pipeline.selection import matches, select_weights
 from sparsec.pipeline.spec import unparse_one
 
 AUTO = "auto"
@@ -107,7 +108,7 @@ class Lower(Pass):
     def _on_dense_kernel(self, graph: Graph, context: Context) -> PassResult:
         linears = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
         everything = self.targets or tuple(dict.fromkeys(w.group for w in linears))
-        chosen = {w.name for w in select(graph, everything, self.ignore)}
+        chosen = {w.name for w in select_weights(graph, everything, self.ignore)}
         selected = [w.name for w in linears if w.name in chosen]
         refused: dict[str, list[str]] = {}
         for name in selected:
@@ -131,7 +132,7 @@ class Lower(Pass):
         if self.targets is None and not self.ignore:
             return list(graph.masked())
         everything = self.targets or tuple(dict.fromkeys(w.group for w in graph.masked()))
-        return [w for w in select(graph, everything, self.ignore) if w.name in masked]
+        return [w for w in select_weights(graph, everything, self.ignore) if w.name in masked]
 
     def _choices(self, graph: Graph, context: Context, packable: list[Weight]) -> tuple[dict[str, Choice], list[str]]:
         """The best way for every weight that is multiplied by: packed where it may be, else by the better dense kernel."""

@@ -9,7 +9,7 @@ from sparsec import serial
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_ignore, check_patterns
-from sparsec.pipeline.selection import select
+from sparsec.pipeline.selection import select_weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Zeros(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises SelectionError for patterns that match nothing."""
-        chosen = select(graph, self.targets, self.ignore)
+        chosen = select_weights(graph, self.targets, self.ignore)
         total = zeros = 0
         for i, weight in enumerate(chosen):
             context.step("zeros", i, len(chosen))

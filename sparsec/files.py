@@ -25,13 +25,13 @@ def write(path: Path, data: bytes) -> None:
     try:
         with made.open("xb") as file:
             file.write(data)
-        settle(made, path)
+        put_in_place(made, path)
     except BaseException:
         made.unlink(missing_ok=True)
         raise
 
 
-def settle(made: Path, path: Path) -> None:
+def put_in_place(made: Path, path: Path) -> None:
     """Puts a finished file of the same disk into its place, where it is not seen before all of it is on the disk."""
     to_disk(made)
     os.replace(made, path)

@@ -63,7 +63,7 @@ def machine() -> Machine:
         threads=torch.get_num_threads(),
         kernels={kernel.name: "; ".join(kernel.available()) or "ready" for kernel in known()},
         native=_native(),
-        load=load(),
+        load=load_average(),
     )
 
 
@@ -94,7 +94,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load() -> float | None:
+def load_average() -> float | None:
     """Processes that ran or waited over the last minute; None where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 

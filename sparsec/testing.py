@@ -37,7 +37,7 @@ SPECIAL_VALUES = (0.0, -0.0, 1.0, -1.0, 0.25, -0.25, 1e-41, -1e-41, 3.0)
 
 
 @dataclass(eq=False)
-class Case:
+class ModelCase:
     """A model and a call of it."""
 
     model: nn.Module
@@ -65,7 +65,7 @@ class Chain(nn.Module):
 
 
 @st.composite
-def small_models(draw: st.DrawFn, special: bool = True) -> Case:
+def small_models(draw: st.DrawFn, special: bool = True) -> ModelCase:
     """Models of one to seven linears: with and without bias, reused, tied, sizes of 1; `special`: many equal values and zeros."""
     sizes = draw(st.lists(st.integers(1, 9), min_size=2, max_size=5))
     parts: list[nn.Module] = [nn.Linear(a, b, bias=draw(st.booleans())) for a, b in pairwise(sizes)]
@@ -90,7 +90,7 @@ def small_models(draw: st.DrawFn, special: bool = True) -> Case:
         else:
             parameter.data = torch.randn(parameter.shape, generator=generator)
     lead = draw(st.sampled_from([(2,), (2, 3), (5,)]))
-    return Case(model, (torch.randn(*lead, sizes[0], generator=generator),))
+    return ModelCase(model, (torch.randn(*lead, sizes[0], generator=generator),))
 
 
 @st.composite

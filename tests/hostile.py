@@ -22,7 +22,7 @@ RECORDS = {
     sparsec.Compiled, sparsec.Context, sparsec.Effect, sparsec.Graph, sparsec.Pass, sparsec.PassRecord, sparsec.PassResult,
     sparsec.SparsecError,
     calibrate.Profile, calibrate.Site, calibrate.Standing, calibrate.Statistics, calibrate.CalibrationData, calibrate.Sequences,
-    cost.Calibration, cost.Found, cost.KernelCost, cost.Prediction, cost.Work,
+    cost.Constants, cost.Found, cost.KernelCost, cost.Prediction, cost.Work,
     data.LoadedModel, data.Text, evaluate.Evaluation, evaluate.Windows,
     kernels.NativeStatus, kernels.Kernel, kernels.Problem,
 }  # fmt: skip
@@ -274,8 +274,8 @@ def targets() -> dict[str, Target]:
             calibrate.windows,
             lambda: {"text": TEXT, "tokenizer": tokenizer(), "sequences": 2, "length": 8, "seed": 0, "limit": None},
         ),
-        "cost.calibrate": Target(
-            cost.calibrate,
+        "cost.machine_constants": Target(
+            cost.machine_constants,
             lambda: {"dtypes": [torch.float32], "device": "cpu", "measuring": False, "progress": None},
             skip=frozenset({"measuring"}),
         ),
@@ -320,7 +320,9 @@ def targets() -> dict[str, Target]:
             kernels.tolerance, lambda: {"x": torch.ones(1, 4), "weight": torch.ones(4, 4), "bias": None}
         ),
         "pipeline.known_passes": Target(pipeline.known_passes, dict),
-        "pipeline.select": Target(pipeline.select, lambda: {"graph": graph(), "targets": ("*",), "ignore": ()}),
+        "pipeline.select_weights": Target(
+            pipeline.select_weights, lambda: {"graph": graph(), "targets": ("*",), "ignore": ()}
+        ),
     }
     for name, kind in formats.FORMATS.items():
         for method in ("pack", "plan"):

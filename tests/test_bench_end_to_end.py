@@ -15,7 +15,17 @@ from torch._dynamo.utils import counters
 
 from sparsec.bench import end_to_end, models, room, shares, sources
 from sparsec.bench.__main__ import main
-from sparsec.bench.end_to_end import DENSE, DENSE_ON_SPARSEC, MASKED, Effort, Mode, Variant, headlines, run, variants
+from sparsec.bench.end_to_end import (
+    DENSE_ON_SPARSEC,
+    MASKED,
+    STOCK,
+    DecodingEffort,
+    Mode,
+    Recipe,
+    headlines,
+    recipes,
+    time_modes,
+)
 from sparsec.bench.session import Session
 from sparsec.data.tiny import tiny_model
 from sparsec.errors import DataError, SpecError
@@ -27,7 +37,7 @@ SMALL: dict[str, dict[str, int]] = {
     "pythia-410m": {"intermediate_size": 96},
 }
 COMMON = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SPARSE = Variant("50% zero", "magnitude(0.5)")
+SPARSE = Recipe("50% zero", "magnitude(0.5)")
 
 
 @pytest.fixture
@@ -132,7 +142,7 @@ def test_time_is_counted_once_where_it_is_spent(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[Variant, Any] = {}
+    seen: dict[Recipe, Any] = {}
     build = end_to_end.compiled_by
 
     def spy(*given: Any, **rest: Any) -> Any:
@@ -140,9 +150,9 @@ def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.Monkey
         return seen
 
     monkeypatch.setattr(end_to_end, "compiled_by", spy)
-    effort = Effort(prompt_tokens=4, new_tokens=2, repeats=2)
-    wanted = variants("magnitude({sparsity}),freeze,lower(bitmap)", [0.5, 0.7])
-    modes = run(tiny_model(), wanted, effort)
+    effort = DecodingEffort(prompt_tokens=4, new_tokens=2, repeats=2)
+    wanted = recipes("magnitude({sparsity}),freeze,lower(bitmap)", [0.5, 0.7])
+    modes = time_modes(tiny_model(), wanted, effort)
     assert [(m.name, m.cache) for m in modes] == [
         ("dense eager", "dynamic"),
         ("masked eager", "dynamic"),
@@ -162,23 +172,23 @@ def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.Monkey
 
 
 def test_specifications_with_a_placeholder_come_once_for_each_sparsity() -> None:
-    assert [v.passes for v in variants(None, [0.5, 0.75])] == [
+    assert [v.passes for v in recipes(None, [0.5, 0.75])] == [
         end_to_end.PASSES.replace("{sparsity}", s) for s in ("0.5", "0.75")
     ]
     assert "magnitude({sparsity})" in end_to_end.PASSES
-    assert [v.passes for v in variants("magnitude(0.3),freeze", [0.5, 0.75])] == ["magnitude(0.3),freeze"]
+    assert [v.passes for v in recipes("magnitude(0.3),freeze", [0.5, 0.75])] == ["magnitude(0.3),freeze"]
     with pytest.raises(SpecError, match="nonsense"):
-        variants("nonsense({sparsity})", [0.5])
+        recipes("nonsense({sparsity})", [0.5])
 
 
-def _mode(variant: Variant, compiled: bool, prefill: list[float], decode: list[float]) -> Mode:
+def _mode(variant: Recipe, compiled: bool, prefill: list[float], decode: list[float]) -> Mode:
     return Mode(variant, compiled, "dynamic", tuple(prefill), tuple(decode), None)
 
 
 def test_the_headline_is_best_against_best_per_round() -> None:
     modes = [
-        _mode(DENSE, False, [4.0, 4.0, 4.0], [10.0, 10.0, 10.0]),
-        _mode(DENSE, True, [8.0, 8.0, 8.0], [6.0, 8.0, 7.0]),
+        _mode(STOCK, False, [4.0, 4.0, 4.0], [10.0, 10.0, 10.0]),
+        _mode(STOCK, True, [8.0, 8.0, 8.0], [6.0, 8.0, 7.0]),
         _mode(SPARSE, False, [5.0, 5.0, 5.0], [3.0, 2.0, 7.0]),
         _mode(SPARSE, True, [2.0, 2.0, 2.0], [9.0, 9.0, 9.0]),
     ]

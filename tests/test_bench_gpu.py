@@ -17,7 +17,7 @@ from sparsec.bench import gpu as bench
 from sparsec.bench import gpu_run
 from sparsec.bench.__main__ import main
 from sparsec.bench.cases import Case, asked, cases
-from sparsec.bench.gpu_models import NO_TIME, Decoded, decode, headlines
+from sparsec.bench.gpu_models import NO_TIME, Decoded, headlines, time_decoding
 from sparsec.cost.constants import Found, load_file
 from sparsec.cost.model import KernelCost, Rate, RowsRate
 from sparsec.errors import KernelError
@@ -48,7 +48,7 @@ def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no
     monkeypatch.setattr(bench, "select", lambda problem: next(k for k in gpu_kernels() if k.format == problem.format))
     monkeypatch.setattr(replay, "MAX_COPIES", 8)  # the interpreter takes milliseconds for one
     gpu_launch.prefer({})
-    gpu_launch.asked()
+    gpu_launch.take_asked()
     yield
     gpu_launch.prefer({})
 
@@ -60,13 +60,13 @@ def gpu_kernels():  # type: ignore[no-untyped-def]
 
 
 def test_every_kernel_is_checked_and_a_wrong_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = list(bench.check(laid("wcsr16", "nm2:4"), ["bf16"], [1, 9], DEVICE, shape=(16, 32)))
+    found = list(bench.check_kernels(laid("wcsr16", "nm2:4"), ["bf16"], [1, 9], DEVICE, shape=(16, 32)))
     assert [(c.layout, c.rows) for c in found] == [("wcsr16", 1), ("wcsr16", 9), ("nm2:4", 1), ("nm2:4", 9)]
     assert all(c.error is not None and 0 < c.error <= 1 for c in found)
     right = gpu.product
     for spoil in (lambda out: out * 1.1, lambda out: out.fill_(float("nan"))):
         monkeypatch.setattr(gpu, "product", lambda *args, spoil=spoil: spoil(right(*args)))
-        assert all(c.wrong for c in bench.check(laid("wcsr16"), ["fp32"], [2], DEVICE, shape=(16, 32)))
+        assert all(c.wrong for c in bench.check_kernels(laid("wcsr16"), ["fp32"], [2], DEVICE, shape=(16, 32)))
 
 
 def test_a_case_is_timed_with_the_fastest_of_its_configurations_which_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +140,14 @@ def test_models_are_timed_dense_and_sparse_and_everything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
-    found = decode("tiny", "fp32", [0.5], DEVICE, 2, 1, model=tiny, tokens=2, passes=spec)
+    found = time_decoding("tiny", "fp32", [0.5], DEVICE, 2, 1, model=tiny, tokens=2, passes=spec)
     assert [m.variant for m in found] == ["dense", "50% zero"]
     assert all(m.seconds is not None and m.seconds.median > 0 and m.nbytes > 0 for m in found)
     assert found[0].speedup is not None
     assert found[0].speedup.median == 1
     (case,) = cases({(16, 32): None}, [asked("wcsr8")], [0.5], ["bf16"], [1])
-    report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.checked = list(bench.check(laid("wcsr8"), ["bf16"], [1], DEVICE, shape=(16, 32)))
+    report = gpu_run.GpuReport(tmp_path, machine(), DEVICE)
+    report.checked = list(bench.check_kernels(laid("wcsr8"), ["bf16"], [1], DEVICE, shape=(16, 32)))
     report.add(bench.measure(case, DEVICE, 2, rotate_bytes=2000, tune=False))
     known = replace(load_file(FIXTURE), kernels=(KernelCost("wcsr_triton", "wcsr8", "bfloat16", *COST),))
     monkeypatch.setattr(
@@ -186,10 +186,12 @@ def test_what_a_run_has_no_time_for_is_said(tmp_path: Path, monkeypatch: pytest.
         raise AssertionError("nothing more is begun")
 
     monkeypatch.setattr(gpu_run, "machine_constants", slow)
-    report = gpu_run.Report(tmp_path, machine(), DEVICE)
+    report = gpu_run.GpuReport(tmp_path, machine(), DEVICE)
     report.measure_constants("bf16", bench.Deadline(0), None)
     assert report.left_out == ["the cost model: TimeoutError: no time was left for it; give more with --budget"]
-    found = decode("tiny", "fp32", [0.5, 0.9], DEVICE, 1, 1, bench.Deadline(0), bench.Deadline(0), model=tiny, tokens=1)
+    found = time_decoding(
+        "tiny", "fp32", [0.5, 0.9], DEVICE, 1, 1, bench.Deadline(0), bench.Deadline(0), model=tiny, tokens=1
+    )
     said = [(m.variant, m.mode, m.note) for m in found if m.seconds is None]
     assert said == [
         ("50% zero", "graph", NO_TIME),
@@ -214,7 +216,7 @@ def test_without_a_dense_time_there_is_no_speedup(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sparsec.bench.gpu_models.Decoder", Fails)
     spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
     late = bench.Deadline(99)
-    found = decode("tiny", "fp32", [0.5], DEVICE, 1, 1, late, late, model=tiny, tokens=1, passes=spec)
+    found = time_decoding("tiny", "fp32", [0.5], DEVICE, 1, 1, late, late, model=tiny, tokens=1, passes=spec)
     assert [(m.variant, m.note, m.speedup is None) for m in found[2:]] == [
         ("dense", "MemoryError: no room", True),
         ("50% zero", "", True),
@@ -235,8 +237,8 @@ def test_a_kernel_that_fails_or_gives_nan_is_wrong_and_the_rest_goes_on(
         return out.fill_(float("nan")) if packed.format == "nm" else out
 
     monkeypatch.setattr(gpu, "product", spoiled)
-    report = gpu_run.Report(tmp_path, machine(), DEVICE)
-    report.checked += bench.check(laid("bitmap", "nm2:4", "wcsr16"), ["bf16"], [1], DEVICE, (16, 32))
+    report = gpu_run.GpuReport(tmp_path, machine(), DEVICE)
+    report.checked += bench.check_kernels(laid("bitmap", "nm2:4", "wcsr16"), ["bf16"], [1], DEVICE, (16, 32))
     assert [(c.error is None, c.note, c.wrong) for c in report.checked] == [
         (True, "MemoryError: out of shared memory", True),
         (True, "", True),
@@ -255,7 +257,7 @@ def test_a_kernel_that_fails_or_gives_nan_is_wrong_and_the_rest_goes_on(
 
 
 def test_a_case_that_fails_is_named_and_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(case: Case, *rest: object) -> bench.Measured:
+    def fails(case: Case, *rest: object) -> bench.GpuMeasured:
         raise RuntimeError(f"the driver, at {case.rows}")
 
     monkeypatch.setattr(bench, "measure", fails)
@@ -275,13 +277,13 @@ def test_after_a_fault_of_the_device_what_was_found_stays(monkeypatch: pytest.Mo
     assert found.left_out == ["16x32, 1 rows: RuntimeError: illegal access"]
     assert len(found.checked) == 4
     monkeypatch.setattr(bench, "_packed", fails)
-    notes = [c.note for c in bench.check(laid("wcsr16", "bitmap"), ["bf16"], [1, 2], DEVICE, (16, 32))]
+    notes = [c.note for c in bench.check_kernels(laid("wcsr16", "bitmap"), ["bf16"], [1, 2], DEVICE, (16, 32))]
     assert notes == ["RuntimeError: illegal access"] * 4
 
 
 def test_a_sparsity_that_fails_costs_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = "magnitude({sparsity}, scope='layer'),freeze,lower(csr)"
-    found = decode("tiny", "fp32", [0.5, 2.0], DEVICE, 1, 1, model=tiny, tokens=1, passes=spec)
+    found = time_decoding("tiny", "fp32", [0.5, 2.0], DEVICE, 1, 1, model=tiny, tokens=1, passes=spec)
     assert [m.variant for m in found if m.seconds is not None] == ["dense", "50% zero"]
     (failed,) = (m for m in found if m.seconds is None)
     assert failed.variant == "200% zero"
@@ -300,7 +302,7 @@ def test_a_sparsity_that_fails_costs_no_other_one(monkeypatch: pytest.MonkeyPatc
     began = Decoder.__init__
     monkeypatch.setattr(Decoder, "__init__", named)
     monkeypatch.setattr(Decoder, "seconds", tired)
-    found = decode("tiny", "fp32", [0.5], DEVICE, 1, 1, model=tiny, tokens=1, passes=spec)
+    found = time_decoding("tiny", "fp32", [0.5], DEVICE, 1, 1, model=tiny, tokens=1, passes=spec)
     assert {m.variant: m.note for m in found} == {"dense": "", "50% zero": "RuntimeError: illegal access"}
 
 
@@ -352,8 +354,10 @@ def test_the_one_command_goes_through_all_its_stages(
     monkeypatch.setattr(gpu, "missing", list)
     monkeypatch.setattr(replay, "MAX_COPIES", 1)
     monkeypatch.setattr(gpu_run, "PASSES", "magnitude({sparsity}, scope='layer'),freeze,lower(csr)")
-    monkeypatch.setattr(gpu_run, "check", lambda *args: bench.check(*args[:4], args[4] if args[4:] else (16, 32)))
-    monkeypatch.setattr(gpu_run, "decode", partial(decode, model=tiny, tokens=1))
+    monkeypatch.setattr(
+        gpu_run, "check", lambda *args: bench.check_kernels(*args[:4], args[4] if args[4:] else (16, 32))
+    )
+    monkeypatch.setattr(gpu_run, "decode", partial(time_decoding, model=tiny, tokens=1))
     monkeypatch.setattr(
         gpu_run, "machine_constants", lambda *args, **options: (_ for _ in ()).throw(KernelError("not here"))
     )

@@ -27,7 +27,7 @@ def test_a_product_after_which_nothing_runs_ends_the_run_and_is_named(
     def fails(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal instruction\nand more")
 
-    def stages(options: argparse.Namespace, report: gpu_run.Report, *_: object) -> None:
+    def stages(options: argparse.Namespace, report: gpu_run.GpuReport, *_: object) -> None:
         report.checked.append(bench.Checked("bitmap", "bf16", 1, 0.1))
         bench.go_on("nm2:4 fp16, 65 rows", torch.AcceleratorError("CUDA error: an illegal instruction"), gpu_like)
 
@@ -54,7 +54,7 @@ def test_a_cost_model_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch:
         raise KernelError("no kernel serves it\nand more")
 
     monkeypatch.setattr(gpu_run, "machine_constants", fails)
-    report = gpu_run.Report(tmp_path, machine(), DEVICE)
+    report = gpu_run.GpuReport(tmp_path, machine(), DEVICE)
     report.measure_constants("bf16", bench.Deadline(99), None)
     assert report.constants is None
     assert report.left_out == ["the cost model: KernelError: no kernel serves it"]

@@ -24,7 +24,7 @@ from sparsec.data import Text, load_text
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
-from sparsec.pipeline.selection import select
+from sparsec.pipeline.selection import select_weights
 
 NAMES = [name for name in CAUSAL_LMS if name not in ("mamba",)]
 LONG = 7
@@ -35,7 +35,7 @@ def tokens(sequences: int, length: int = LONG, seed: int = 0) -> Tensor:
 
 
 def chosen(graph: Graph) -> list[str]:
-    return [w.name for w in select(graph, None, ())]
+    return [w.name for w in select_weights(graph, None, ())]
 
 
 def inputs_of_experts(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[str, int, Tensor]]:

@@ -97,7 +97,7 @@ def test_a_report_has_every_section(measured: Done) -> None:
 
 
 def test_the_summary_compares_dense_masked_and_lowered(measured: Done) -> None:
-    assert schema.check(measured.document) == []
+    assert schema.check_report(measured.document) == []
     assert list(measured.document["beside"]) == ["magnitude(0.9)"]
     assert measured.document["beside"]["magnitude(0.9)"] > 1
     assert "by magnitude(0.9)" in measured.out
@@ -162,7 +162,7 @@ def test_files_asked_for_are_written_and_named(measured: Done) -> None:
 
 def test_no_measure_counts_and_runs_nothing(counted: Done) -> None:
     found = counted.document
-    assert schema.check(found) == []
+    assert schema.check_report(found) == []
     assert {found["evaluation"], found["latency"], found["sample"]} == {None}
     assert {v["perplexity"] for v in found["summary"].values()} == {None}
     assert found["summary"]["masked"]["bytes"] > found["summary"]["lowered"]["bytes"]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sparsec.cost import __main__ as cli
 from sparsec.cost import constants as cal
 from sparsec.cost.constants import Constants, Found, Key, from_json, load_file, save, to_json
-from sparsec.cost.fit import Sample, fit, non_negative
-from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
+from sparsec.cost.fit import Timed, fit, non_negative
+from sparsec.cost.model import KernelCost, Rate, ReadRate, RowsRate, Work
 from sparsec.errors import ConstantsError
 from sparsec.formats import CSR
 from sparsec.kernels import status
@@ -48,7 +48,7 @@ some_constants = st.builds(
         Key, st.text(max_size=8), st.text(max_size=8), st.integers(1, 99), st.text(max_size=8), st.text(max_size=8)
     ),
     st.floats(0, 10),
-    st.lists(st.builds(Read, st.integers(1, 10**9), st.floats(1e-12, 1e-9)), max_size=3).map(tuple),
+    st.lists(st.builds(ReadRate, st.integers(1, 10**9), st.floats(1e-12, 1e-9)), max_size=3).map(tuple),
     st.floats(0, 1e-3),
     st.lists(costs, max_size=3).map(tuple),
 )
@@ -106,9 +106,9 @@ def test_fit_finds_the_constants_that_made_the_times(
         for density in (0.5, 0.3, 0.1):
             nnz = int(o * i * density)
             work = Work(o, i, nnz, 6 * nnz)
-            samples.append(Sample(work, 1, truth.predict(work).seconds))
-            samples.append(Sample(work, 1, 5e-6 + truth.decode.seconds(work), warm=True))
-            samples.append(Sample(work, 8, call + per_output * o + 4 * per_stored * nnz))
+            samples.append(Timed(work, 1, truth.predict(work).seconds))
+            samples.append(Timed(work, 1, 5e-6 + truth.decode.seconds(work), warm=True))
+            samples.append(Timed(work, 8, call + per_output * o + 4 * per_stored * nnz))
     found = fit("k", "csr16", "float32", samples, 1e-9 / 30)
     cold = [s for s in samples if not s.warm]
     # Where two roofs lie close to each other, the choice between them is free; the times are not.
@@ -121,12 +121,12 @@ def test_fit_finds_the_constants_that_made_the_times(
 
 def test_fit_is_not_led_astray_by_disturbed_measurements() -> None:
     truth = KernelCost("k", "dense", "float32", 20e-6, 3e-8, 4e-11, Rate(0.0, 0.0), (), 0.0)
-    samples = [Sample(w, 1, 5e-6, warm=True) for w in (Work(64, 64, 4096, 16384), Work(128, 64, 8192, 32768))]
+    samples = [Timed(w, 1, 5e-6, warm=True) for w in (Work(64, 64, 4096, 16384), Work(128, 64, 8192, 32768))]
     for i, (o, k) in enumerate(
         [(192, 576), (576, 576), (576, 1536), (1536, 576), (2048, 768), (2048, 2048), (768, 768)]
     ):
         work = Work.dense(o, k, torch.float32)
-        samples.append(Sample(work, 1, truth.predict(work).seconds * (20.0 if i == 2 else 1.0)))
+        samples.append(Timed(work, 1, truth.predict(work).seconds * (20.0 if i == 2 else 1.0)))
     found = fit("k", "dense", "float32", samples, 4e-11)
     for sample in samples:
         if not sample.warm and sample.work.in_features != 1536:
@@ -208,8 +208,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Key:
     status()  # before: it builds the native kernels where there are none
     monkeypatch.delenv(cal.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cal, "measure", fake_measure)
-    monkeypatch.setattr(cal, "load", lambda: 0.0)
+    monkeypatch.setattr(cal, "measure_machine", fake_measure)
+    monkeypatch.setattr(cal, "load_average", lambda: 0.0)
     fake_measure.calls.clear()
     return Key.here()
 
@@ -266,11 +266,11 @@ def test_what_was_measured_on_a_busy_machine_is_said_and_measured_anew_once_it_i
     here: Key, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake_measure, "load", 99.0)
-    monkeypatch.setattr(cal, "load", lambda: 99.0)
+    monkeypatch.setattr(cal, "load_average", lambda: 99.0)
     assert "was busy when it was calibrated (load 99.0" in ask().notices[0]
     assert "was busy" in ask().notices[0]
     assert len(fake_measure.calls) == 1
-    monkeypatch.setattr(cal, "load", lambda: 0.0)
+    monkeypatch.setattr(cal, "load_average", lambda: 0.0)
     monkeypatch.setattr(fake_measure, "load", 0.0)
     assert ask().notices == ()
     assert len(fake_measure.calls) == 2

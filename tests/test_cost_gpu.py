@@ -19,8 +19,8 @@ from sparsec.cost import choice, measure_gpu
 from sparsec.cost import constants as cal
 from sparsec.cost.choice import TORCH, Setting, choose, sparse_candidates
 from sparsec.cost.constants import Constants, Key, from_json, load_file, save, to_json
-from sparsec.cost.fit import Sample, fit
-from sparsec.cost.model import KernelCost, Rate, Read, RowsRate, Work
+from sparsec.cost.fit import Timed, fit
+from sparsec.cost.model import KernelCost, Rate, ReadRate, RowsRate, Work
 from sparsec.errors import ConstantsError, KernelError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import KERNELS, Kernel, Problem, gpu, status
@@ -63,7 +63,7 @@ def invented() -> Constants:
         cost("nm_triton", "nm", Rate(15 / INSTRUCTIONS, 0.0)),
     )
     key = Key("cuda", "A GPU", "sm_90", 1, "2.13.0", "0123")
-    return Constants(key, 0.0, (Read(1 << 30, 1 / BANDWIDTH),), None, kernels)
+    return Constants(key, 0.0, (ReadRate(1 << 30, 1 / BANDWIDTH),), None, kernels)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_library_for_many_rows_is_never_taken_for_few(
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True), st.floats(1e-12, 1e-11))
 def test_a_kernel_for_many_rows_alone_is_what_it_takes_for_those(sizes: list[int], per_value: float) -> None:
     works = [Work(64 * n, 1024, 32 * n * 1024, 64 * n * 1024) for n in sizes]
-    samples = [Sample(w, rows, rows / 64 * per_value * w.stored) for w in works for rows in (64, 512)]
+    samples = [Timed(w, rows, rows / 64 * per_value * w.stored) for w in works for rows in (64, 512)]
     found = fit("nm_cusparselt", "nm", "bfloat16", samples, 1 / BANDWIDTH)
     for sample in samples:
         assert found.predict(sample.work, sample.rows).seconds == pytest.approx(sample.seconds)
@@ -195,11 +195,11 @@ def test_a_gpu_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gpu, "identity", lambda: ("A GPU", "sm_90"))
     monkeypatch.setattr(gpu, "digest", lambda: "0123")
-    monkeypatch.setattr(cal, "load", lambda: 0.0)
+    monkeypatch.setattr(cal, "load_average", lambda: 0.0)
     here = Key.here("cuda")
     assert (here.device, here.processor, here.isa, here.kernels) == ("cuda", "A GPU", "sm_90", "0123")
     assert here.file() != Key.here().file()
-    monkeypatch.setattr(cal, "measure", lambda key, dtypes, progress: replace(invented(), key=key))
+    monkeypatch.setattr(cal, "measure_machine", lambda key, dtypes, progress: replace(invented(), key=key))
     assert cal.machine_constants([torch.bfloat16], device="cuda", measuring=False) is None
     found = cal.machine_constants([torch.bfloat16], device="cuda")
     assert found.constants == replace(invented(), key=here)
@@ -236,7 +236,7 @@ def test_where_times_cannot_be_predicted_it_is_said_why() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_is_not_there_is_not_measured() -> None:
     with pytest.raises(KernelError, match="no kernel can be measured on a GPU: "):
-        cal.measure(Key.here("cuda"), [torch.bfloat16])
+        cal.measure_machine(Key.here("cuda"), [torch.bfloat16])
     assert gpu_clock().startswith("unknown (")
 
 

@@ -12,7 +12,7 @@ import torch
 
 from sparsec.formats.layout import Layout
 from sparsec.kernels import gpu_compile
-from sparsec.kernels.gpu_compile import main, variants
+from sparsec.kernels.gpu_compile import main, specialisations
 
 pytest.importorskip("triton")
 
@@ -65,7 +65,7 @@ for shape in ((1, 8), (23, 20)):
 
 
 def test_every_layout_and_row_bucket_is_among_what_is_compiled() -> None:
-    found = list(variants(Layout.checked(), ["bf16"], every_config=False))
+    found = list(specialisations(Layout.checked(), ["bf16"], every_config=False))
     kernels = {(v.layout, v.launch.kernel.__name__) for v in found}
     assert {layout for layout, _ in kernels} == set(map(str, Layout.checked()))
     for layout, kernel in (("bitmap", "bitmap_expand_kernel"), ("nm2:4", "nm_kernel"), ("bsr64x64", "bsr_kernel")):
@@ -73,7 +73,7 @@ def test_every_layout_and_row_bucket_is_among_what_is_compiled() -> None:
     rows = {v.launch.constants["M"] for v in found if v.layout == "wcsr16" and "M" in v.launch.constants}
     assert rows == {1, 4, 8}
     # All configurations are more than those that are used untuned.
-    tried = list(variants([Layout.parse("wcsr16")], ["bf16"], every_config=True))
+    tried = list(specialisations([Layout.parse("wcsr16")], ["bf16"], every_config=True))
     assert len(tried) > len([v for v in found if v.layout == "wcsr16"])
 
 

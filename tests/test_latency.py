@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsec.timing.latency import compare, layer_speedups
+from sparsec.timing.latency import compare_latency, layer_speedups
 from sparsec.timing.spread import Spread
 from sparsec.timing.turns import WARM_UP, take_turns
 
@@ -53,7 +53,7 @@ class Renamed(Recorder):
 @pytest.mark.parametrize("kind", [Recorder, Renamed])
 def test_decoding_is_one_token_on_a_growing_cache(kind: type[Recorder]) -> None:
     models = {"dense": kind(), "sparse": kind()}
-    found = compare(models, torch.zeros(1, 6, dtype=torch.int64), repeats=3, decode_repeats=5)
+    found = compare_latency(models, torch.zeros(1, 6, dtype=torch.int64), repeats=3, decode_repeats=5)
     for name, model in models.items():
         assert model.calls == [(6, 0)] * (3 + WARM_UP) + [(6, 0)] + [(1, 6 + i) for i in range(5 + WARM_UP)]
         assert found.latencies[name].prefill_ms.repeats == 3

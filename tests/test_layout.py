@@ -11,7 +11,8 @@ from torch import Tensor
 import sparsec
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats import FORMATS
-from sparsec.formats.layout import DENSE, Layout, spellings
+from sparsec.formats.layout import Layout, spellings
+from sparsec.formats.parts import DENSE
 from sparsec.patterns import Pattern
 
 BITS = st.sampled_from([8, 16, 32])

@@ -116,7 +116,7 @@ def test_a_foreign_library_is_named(fresh: pytest.MonkeyPatch, tmp_path: Path) -
     """It loads, and used to end in an AttributeError about an undefined symbol."""
     source, path = tmp_path / "foreign.cpp", tmp_path / "foreign.so"
     source.write_text('extern "C" int sparsec_isa(int) { return 0; }')
-    subprocess.run([*toolchain.find().command, "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    subprocess.run([*toolchain.find_compiler().command, "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
     fresh.setenv("SPARSEC_NATIVE_LIBRARY", str(path))
     message = (
         r"foreign\.so is no library of .* lacks sparsec_cpu_has, .*; build one with .*unset SPARSEC_NATIVE_LIBRARY"
@@ -134,9 +134,9 @@ def test_a_compiler_that_fails_makes_way_for_the_next(fresh: pytest.MonkeyPatch,
     script(tmp_path / "c++", "echo no tools installed >&2; exit 1")
     fresh.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ works:\nc\+\+: (.|\n)*no tools installed"):
-        toolchain.find()
+        toolchain.find_compiler()
     script(tmp_path / "clang++", WORKS)
-    assert toolchain.find().command == ("clang++",)
+    assert toolchain.find_compiler().command == ("clang++",)
 
 
 def test_a_compiler_that_was_named_does_not_make_way(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_a_compiler_that_was_named_does_not_make_way(fresh: pytest.MonkeyPatch, 
     script(tmp_path / "mine", "echo broken >&2; exit 1")
     fresh.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError, match="broken"):
-        toolchain.find("mine")
+        toolchain.find_compiler("mine")
     fresh.setenv("CXX", "mine")
     with pytest.raises(BuildError, match="broken"):
-        toolchain.find()
+        toolchain.find_compiler()
 
 
 def test_an_unknown_instruction_set_is_refused(fresh: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,15 @@ def test_a_compiler_that_takes_in_the_cpp_library_keeps_it_within(tmp_path: Path
     source.write_text(
         '#include <sstream>\nextern "C" int refuse(long n) { std::ostringstream s; s << n; return s.str().size(); }\n'
     )
-    command = [*toolchain.find().command, "-fPIC", "-shared", "-static-libstdc++", str(source), "-o", str(library)]
+    command = [
+        *toolchain.find_compiler().command,
+        "-fPIC",
+        "-shared",
+        "-static-libstdc++",
+        str(source),
+        "-o",
+        str(library),
+    ]
 
     def exported(*flags: str) -> set[str]:
         subprocess.run([*command, *flags], check=True)
@@ -218,7 +226,7 @@ def test_a_compiler_that_takes_in_the_cpp_library_keeps_it_within(tmp_path: Path
     number = "_ZNSolsEl"  # std::ostream::operator<<(long)
     if number not in exported():
         pytest.skip("this compiler has no libstdc++ to take in")
-    found = exported(*toolchain._link_flags(toolchain.find().machine))
+    found = exported(*toolchain._link_flags(toolchain.find_compiler().machine))
     assert "refuse" in found
     assert number not in found
 
@@ -246,7 +254,7 @@ def test_avx512_is_right_through_simde(tmp_path: Path) -> None:
         pytest.skip("needs SIMDe's headers (Debian: libsimde-dev)")
     if "avx2" not in loader.library().usable:
         pytest.skip("needs a CPU with AVX2")
-    toolchain.find(simde=True).build(tmp_path / "emulated.so")
+    toolchain.find_compiler(simde=True).build(tmp_path / "emulated.so")
     # -P: the checkout must not be importable, or its `kernels` folder would be found under that name.
     command = [sys.executable, "-P", "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
     tests = CHECKOUT / "tests" / "test_kernels_products.py"
@@ -265,13 +273,13 @@ def test_a_cross_compiler_accepts_the_portable_kernels(capsys: pytest.CaptureFix
         pytest.skip(f"needs {compiler} (Debian: g++-aarch64-linux-gnu)")
     assert build.main(["--check", "--portable", "--compiler", compiler]) == 0
     assert "aarch64-linux-gnu accepts library.cpp, isa_portable.cpp" in capsys.readouterr().out
-    assert set(toolchain.find(compiler).files) == {"library.cpp", "isa_portable.cpp"}
+    assert set(toolchain.find_compiler(compiler).files) == {"library.cpp", "isa_portable.cpp"}
 
 
 @needs_compiler
 def test_no_portable_source_includes_an_x86_header() -> None:
     """Looked for in what the compiler reads, headers and all, and with the instruction sets that CXX might turn on."""
-    chain = toolchain.find()
+    chain = toolchain.find_compiler()
     on = ["-mf16c", "-mavx2"] if chain.machine.startswith("x86_64") else []
     command = [*chain.command, "-std=c++17", "-E", *on]
     read = {
@@ -293,4 +301,4 @@ def test_the_command_reports_a_failure_and_leaves_nothing(tmp_path: Path, capsys
     assert "error: the compiler failed" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(BuildError):
-        toolchain.find(broken).check()
+        toolchain.find_compiler(broken).check()

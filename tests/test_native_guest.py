@@ -215,7 +215,7 @@ def test_a_damaged_library_of_the_package_makes_way_for_one_in_the_cache(
     opening.setenv("CXX", copies(tmp_path))
     opening.setattr(toolchain, "SOURCES", tmp_path)
     opening.setattr(toolchain, "source_key", lambda: "sources")
-    toolchain.find().build(tmp_path / "libtest.so")
+    toolchain.find_compiler().build(tmp_path / "libtest.so")
     assert opened().parent == tmp_path
     damage(tmp_path / "libtest.so", "truncated")
     with pytest.warns(RuntimeWarning, match="libtest.so is not used, since its hash is not the one"):

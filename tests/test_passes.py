@@ -18,7 +18,7 @@ from sparsec.ir.graph import Graph
 from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.patterns import prune_count
 from sparsec.pipeline import Context, Pass, Pipeline
-from sparsec.testing import Case, assert_untouched, check_pass, masked_twin, masks, small_models, state_of
+from sparsec.testing import ModelCase, assert_untouched, check_pass, masked_twin, masks, small_models, state_of
 
 FIRST = {"freeze": "magnitude(0.4)", "lower": "magnitude(0.4),freeze"}
 shares = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.75, 0.99])
@@ -44,7 +44,7 @@ def any_pass(draw: st.DrawFn) -> Pass:
 
 
 @given(p=any_pass(), case=small_models(), data=st.data())
-def test_every_pass_keeps_its_contract(p: Pass, case: Case, data: st.DataObject) -> None:
+def test_every_pass_keeps_its_contract(p: Pass, case: ModelCase, data: st.DataObject) -> None:
     context = Context()
     if isinstance(p, Mask):
         name, weight = data.draw(st.sampled_from([(n, w) for n, w in case.model.named_parameters() if w.dim() == 2]))
@@ -54,7 +54,7 @@ def test_every_pass_keeps_its_contract(p: Pass, case: Case, data: st.DataObject)
 
 @given(case=small_models(), first=shares, second=shares, scope=st.sampled_from(["global", "layer", "row"]))
 def test_magnitude_counts_exactly_and_counts_what_is_masked_already(
-    case: Case, first: float, second: float, scope: str
+    case: ModelCase, first: float, second: float, scope: str
 ) -> None:
     graph = trace(case.model, case.inputs)
     Pipeline((Magnitude(first, scope=scope),)).run(graph)
@@ -76,7 +76,7 @@ def test_magnitude_counts_exactly_and_counts_what_is_masked_already(
 
 
 @given(case=small_models(special=False), scope=st.sampled_from(["global", "layer"]))
-def test_magnitude_keeps_nothing_smaller_than_what_it_removes(case: Case, scope: str) -> None:
+def test_magnitude_keeps_nothing_smaller_than_what_it_removes(case: ModelCase, scope: str) -> None:
     graph = trace(case.model, case.inputs)
     Pipeline((Magnitude(0.5, scope=scope),)).run(graph)
     groups = [list(graph.masked())] if scope == "global" else [[w] for w in graph.masked()]
@@ -87,7 +87,7 @@ def test_magnitude_keeps_nothing_smaller_than_what_it_removes(case: Case, scope:
 
 
 @given(case=small_models())
-def test_zeros_masks_just_what_is_zero(case: Case) -> None:
+def test_zeros_masks_just_what_is_zero(case: ModelCase) -> None:
     graph, _ = check_pass(Zeros(), case.model, case.inputs)
     for name, weight in case.model.named_parameters():
         if weight.dim() == 2:
@@ -264,7 +264,7 @@ def test_a_tied_head_that_is_named_is_pruned_but_stays_dense_because_it_is_the_e
 
 
 @given(case=small_models())
-def test_lowered_graph_agrees_with_its_dense_twin(case: Case) -> None:
+def test_lowered_graph_agrees_with_its_dense_twin(case: ModelCase) -> None:
     graph = trace(case.model, case.inputs)
     Pipeline.parse("magnitude(0.5),freeze,lower(csr)").run(graph, verify="facts")
     twin = masked_twin(graph, case.model)

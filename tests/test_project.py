@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -117,6 +118,27 @@ def test_no_room_leads_back_to_itself() -> None:
         list(TopologicalSorter({name: others - {name} for name, others in ways.items()}).static_order())
     except CycleError as error:
         raise AssertionError(f"these rooms import each other: {' <- '.join(error.args[1])}") from error
+
+
+SAME_MEANING = frozenset(
+    (
+        *("main", "parser", "document", "text", "table", "headlines"),  # of each command
+        *("add", "absent", "missing", "unsupported", "product", "measure", "measure_kernels", "measure_reads", "run"),
+        *("columns_at", "expand", "words_at"),  # parts of a Triton kernel
+    )
+)
+"""Public functions of several modules that do the same for their own kind of thing."""
+
+
+def test_a_public_name_means_one_thing() -> None:
+    found: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    twice = {name: homes for name, homes in found.items() if len(homes) > 1}
+    assert {name: homes for name, homes in twice.items() if name not in SAME_MEANING} == {}
+    assert twice.keys() >= SAME_MEANING, "no longer several: take it out of the list"
 
 
 def test_packages_list_names_every_package_on_disk() -> None:

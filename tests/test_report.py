@@ -200,7 +200,7 @@ def test_flops_that_nobody_counted_are_unknown_not_zero() -> None:
     assert report.flops_per_token is None
     assert {row.flops_per_token for row in report.layers} == {None}
     assert "FLOPs are not counted: add the pass flops" in str(report)
-    assert schema.check(schema.document(report)) == []
+    assert schema.check_report(schema.document(report)) == []
 
 
 def test_larger_than_dense_is_called_larger(compiled: Any) -> None:
@@ -248,7 +248,7 @@ def test_a_prompt_goes_through_the_chat_template_and_leaves_room_for_the_answer(
 
 def test_json_holds_to_its_schema_and_is_plain_json(full: Any) -> None:
     found = json.loads(json.dumps(schema.document(full), allow_nan=False))
-    assert schema.check(found) == []
+    assert schema.check_report(found) == []
     assert found["schema"] == "sparsec.report/1"
     assert list(found["summary"]) == ["dense", "masked", "dense_on_sparsec", "lowered"]
     assert found["summary"]["lowered"]["decode_ms"] == 4.0
@@ -277,7 +277,7 @@ def test_check_finds_what_is_missing_or_of_the_wrong_type(data: st.DataObject) -
         places[index][key] = {"neither": "number"} if key not in ("summary", "machine", "model") else 3
     if isinstance(places[index].get(key), dict) and dict in tables[index][key][0]:
         places[index][key] = "no object"
-    assert any(key in problem for problem in schema.check(found))
+    assert any(key in problem for problem in schema.check_report(found))
 
 
 REPORT_JSON = json.dumps(schema.document(report_cases.report()))

@@ -67,7 +67,7 @@ def test_extending_a_model_that_shares_takes_its_place_or_leaves_it() -> None:
 def test_the_masked_model_has_stock_modules_and_the_zeros_of_the_lowered_one(name: str) -> None:
     model, _ = tiny_model(name)
     lowered = sparsec.compile(model, PASSES, copy="changed")
-    found = variants.masked(model, lowered)
+    found = variants.masked_stock(model, lowered)
     assert not any(isinstance(m, SparseLinear | DenseLinear) for m in found.modules())
     frozen = dict(sparsec.compile(model, "magnitude(0.6),freeze").named_parameters())
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in found.named_parameters())

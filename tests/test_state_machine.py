@@ -19,14 +19,14 @@ from sparsec.ir.verifier import problems, snapshot
 from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
 from sparsec.patterns import prune_count
 from sparsec.pipeline import Context, Effect, Pass, Pipeline
-from sparsec.testing import Case, assert_untouched, masks, small_models, state_of
+from sparsec.testing import ModelCase, assert_untouched, masks, small_models, state_of
 
 
 class PassSequences(RuleBasedStateMachine):
     """A graph under passes, and beside it a plain dense model in which every pruned weight is set to zero by hand."""
 
     @initialize(case=small_models())
-    def start(self, case: Case) -> None:
+    def start(self, case: ModelCase) -> None:
         self.case = case
         self.untouched = state_of(case.model)
         self.graph = trace(case.model, case.inputs)

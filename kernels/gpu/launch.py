@@ -41,7 +41,7 @@ def pick(bucket: str, configs: Sequence[Config]) -> Config:
     return configs[min(_picked.get(bucket, 0), len(configs) - 1)]
 
 
-def asked() -> dict[str, int]:
+def take_asked() -> dict[str, int]:
     """How many configurations each bucket has that was asked for since the last such question."""
     found = dict(_asked)
     _asked.clear()

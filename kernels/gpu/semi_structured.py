@@ -36,15 +36,15 @@ SIDE, FILLED = 16, 8
 """What the sizes of a weight are multiples of, and what rows of x are filled up to a multiple of."""
 SWITCH = "SPARSEC_SEMI_STRUCTURED"
 
-Plan = tuple[int, int, int]
+Algorithm = tuple[int, int, int]
 """The library's algorithm, into how many parts it splits the columns, and how it adds them up."""
-UNTRIED: Plan = (0, 1, -1)
+UNTRIED: Algorithm = (0, 1, -1)
 
 _refused: list[str] = []
 """What the library said when it did not take a weight: it is not asked again."""
 _twins: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=weakref.ref)
 """By memory, and within it by place, the versions of packed tensors and the library's form of their weight."""
-_plans: dict[tuple[object, ...], Plan] = {}
+_plans: dict[tuple[object, ...], Algorithm] = {}
 """The fastest by weight size, type and rows."""
 _off = False
 
@@ -205,7 +205,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out[:tokens]
 
 
-def _search(weight: Tensor, turned: Tensor, bias: Tensor | None) -> Plan:
+def _search(weight: Tensor, turned: Tensor, bias: Tensor | None) -> Algorithm:
     search = private.optional("torch._C._cusparselt.mm_search")
     if search is None:
         return UNTRIED

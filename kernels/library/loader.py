@@ -136,7 +136,7 @@ def has_native(name: str) -> bool:
     return bool(private.has_kernel(f"sparsec::{name}", "CPU"))
 
 
-def asked() -> bool:
+def was_asked() -> bool:
     """Whether this process has tried to load them."""
     return _load.cache_info().currsize > 0
 
@@ -209,7 +209,7 @@ def _locate() -> Library:
             RuntimeWarning,
             stacklevel=5,
         )
-    chain = toolchain.find()
+    chain = toolchain.find_compiler()
     path = cache.folder("kernels", chain.key()) / toolchain.library_name()
     if not _is_built(path):
         with files.lock(path.with_suffix(".lock"), toolchain.PATIENCE, _say_waiting) as held:

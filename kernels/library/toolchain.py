@@ -114,7 +114,7 @@ class Toolchain:
         record.write_text(f"{_digest(linked)}  {target.name}\n")
         for made, place in ((linked, target), (record, _record(target))):
             made.chmod((made.stat().st_mode | 0o600) & ~0o022)  # whatever the umask
-            files.settle(made, place)
+            files.put_in_place(made, place)
 
 
 def faults(library: Path, own: bool) -> list[str]:
@@ -144,7 +144,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find(
+def find_compiler(
     compiler: str | None = None, *, portable: bool = False, simde: bool = False, sanitize: bool = False
 ) -> Toolchain:
     """The compiler that is named, else the one in CXX, else the first of c++, g++, clang++ that answers.

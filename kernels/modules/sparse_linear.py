@@ -17,7 +17,7 @@ from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.modules.group import Grouped
 from sparsec.kernels.modules.loading import loadable
-from sparsec.kernels.modules.weight_view import WeightView, written
+from sparsec.kernels.modules.weight_view import WeightView, write_error
 from sparsec.kernels.ops import explain, operator, operator_of
 from sparsec.kernels.registry import Problem, foreign, select
 
@@ -153,19 +153,19 @@ class SparseLinear(Grouped, nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise written(self.path)
+            raise write_error(self.path)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         """WeightError for the weight and for the packed tensors: a parametrisation would take them away to compute them anew."""
         if name == "weight" or name in self._names:
-            raise written(self.path)
+            raise write_error(self.path)
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """WeightError for a weight, and for what pruning and normalising utilities make of one (`weight_orig`, `weight_g`)."""
         if name.split("_")[0] == "weight":
-            raise written(self.path)
+            raise write_error(self.path)
         super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -19,7 +19,7 @@ from sparsec.errors import WeightError
 from sparsec.private import pytree
 
 
-def written(layer: str) -> WeightError:
+def write_error(layer: str) -> WeightError:
     """The error of a write to the weight of a packed layer."""
     return WeightError(
         f"{layer or 'SparseLinear'}: weight is for reading: the layer is lowered and holds packed values, and what is written "
@@ -54,7 +54,7 @@ class WeightView(Tensor):
             result = func(*args, **kwargs)
             for view, version in zip(views, before, strict=True):
                 if view._version != version or view.requires_grad:
-                    raise written(view._layer)
+                    raise write_error(view._layer)
             if type(result) in (tuple, list):
                 return type(result)(_guarded(each, views) for each in result)
             return _guarded(result, views)
@@ -66,7 +66,7 @@ class WeightView(Tensor):
             (name == "requires_grad" and value is False) or (name == "grad" and value is None)
         )
         if changes:
-            raise written(self._layer)
+            raise write_error(self._layer)
         super().__setattr__(name, value)
 
     def _plain(self) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 
 from sparsec.bench import arguments, busy, end_to_end_output, gpu_run, output
 from sparsec.bench.cases import AUTO, Case, cases
-from sparsec.bench.end_to_end import Effort, run, variants
+from sparsec.bench.end_to_end import DecodingEffort, recipes, time_modes
 from sparsec.bench.end_to_end_output import Run
 from sparsec.bench.kernels import Result, measure
 from sparsec.bench.room import require_room
 from sparsec.bench.sources import source
-from sparsec.console.command import DTYPES, guarded, write
+from sparsec.console.command import DTYPES, guarded, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import paragraph
 from sparsec.cost import Found, machine_constants
@@ -90,7 +90,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
         print("\n".join(paragraph(reason, "left out: ")))
     if options.json:
         written = {"rotate_bytes": protocol.nbytes, "layers": protocol.layers}
-        write(options.json, output.document(results, found, written, left_out))
+        write_text(options.json, output.document(results, found, written, left_out))
     if options.csv:
         output.write_csv(options.csv, [output.record(r) for r in results])
 
@@ -98,23 +98,23 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
 def run_models(options: argparse.Namespace, progress: Progress | None) -> None:
     """Measures and prints whole models, one dtype after the other, and writes the files."""
     dtypes = arguments.read_dtypes(options.dtypes or "fp32")
-    wanted = variants(options.passes, arguments.read_sparsities(options.sparsity))
+    wanted = recipes(options.passes, arguments.read_sparsities(options.sparsity))
     given = {
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
         "repeats": options.repeats,
         "compiled": options.compile,
     }
-    effort = Effort(**{name: value for name, value in given.items() if value is not None})
+    effort = DecodingEffort(**{name: value for name, value in given.items() if value is not None})
     found, runs = machine(), []
     print("\n".join([*machine_lines(found), *output.doubts(found)]))
     for name in dtypes:
         loaded = source(options.end_to_end, DTYPES[name], len(wanted), options.layers, progress)
-        modes = run(loaded.model, wanted, effort, progress)
+        modes = time_modes(loaded.model, wanted, effort, progress)
         runs.append(Run(loaded.name, loaded.origin, name, effort, tuple(modes)))
         print("\n".join(["", *end_to_end_output.text(runs[-1])]))
     if options.json:
-        write(options.json, end_to_end_output.document(runs, found))
+        write_text(options.json, end_to_end_output.document(runs, found))
     if options.csv:
         output.write_csv(options.csv, [r for done in runs for r in end_to_end_output.records(done)])
 

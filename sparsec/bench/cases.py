@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsec.errors import SpecError
-from sparsec.formats.layout import DENSE, Layout, spellings
+from sparsec.formats.layout import Layout, spellings
+from sparsec.formats.parts import DENSE
 from sparsec.patterns import Pattern
 
 AUTO: Literal["auto"] = "auto"

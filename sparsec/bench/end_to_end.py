@@ -26,7 +26,7 @@ from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 from sparsec.report.words import dense_bound
-from sparsec.study.variants import ON_SPARSEC, compiled_by, masked
+from sparsec.study.variants import ON_SPARSEC, compiled_by, masked_stock
 from sparsec.timing.spread import Spread, ratio
 from sparsec.timing.turns import WARM_UP, clocked, take_turns
 
@@ -36,7 +36,7 @@ SHARE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Effort:
+class DecodingEffort:
     """How much is measured."""
 
     prompt_tokens: int = 64
@@ -51,7 +51,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Recipe:
     """What the model is compiled to; `passes` is None for what runs on torch's kernels."""
 
     name: str
@@ -68,16 +68,16 @@ class Variant:
         return self.passes not in (None, ON_SPARSEC)
 
 
-DENSE = Variant("dense")
-MASKED = Variant("masked")
-DENSE_ON_SPARSEC = Variant("dense on sparsec's kernels", ON_SPARSEC)
+STOCK = Recipe("dense")
+MASKED = Recipe("masked")
+DENSE_ON_SPARSEC = Recipe("dense on sparsec's kernels", ON_SPARSEC)
 
 
 @dataclass(frozen=True)
 class Mode:
     """One variant, eager or compiled."""
 
-    variant: Variant
+    variant: Recipe
     compiled: bool
     cache: str  # "dynamic", or "static"
     prefill_ms: tuple[float, ...]  # by round
@@ -100,7 +100,7 @@ class Mode:
 class Headline:
     """The best mode of a sparse variant against the best dense one: how many times as fast."""
 
-    variant: Variant
+    variant: Recipe
     sparse: Mode
     dense: Mode
     decode: Spread
@@ -108,20 +108,22 @@ class Headline:
     zeros: Spread | None = None  # decoding, against the best dense mode on sparsec's kernels: the part that zeros give
 
 
-def variants(passes: str | None, sparsities: Sequence[float]) -> list[Variant]:
+def recipes(passes: str | None, sparsities: Sequence[float]) -> list[Recipe]:
     """Of a specification with `{sparsity}` one for each, else one; checked, so that errors come before models are loaded."""
     wanted = PASSES if passes is None else passes
     found = (
-        [Variant(f"{s:.0%} zero", wanted.replace(PLACEHOLDER, repr(s))) for s in sparsities]
+        [Recipe(f"{s:.0%} zero", wanted.replace(PLACEHOLDER, repr(s))) for s in sparsities]
         if PLACEHOLDER in wanted
-        else [Variant("sparse", wanted)]
+        else [Recipe("sparse", wanted)]
     )
     for variant in found:
         Pipeline.parse(variant.passes or "").validate()
     return found
 
 
-def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progress | None = None) -> list[Mode]:
+def time_modes(
+    model: Any, wanted: Sequence[Recipe], effort: DecodingEffort, progress: Progress | None = None
+) -> list[Mode]:
     """Times all modes of a dense model [batch 1], itself first. DataError when it has not enough positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and effort.positions > limit:
@@ -130,8 +132,8 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
             "--new-tokens or --repeats"
         )
     specs = {v: Pipeline.parse(v.passes or "") for v in (DENSE_ON_SPARSEC, *wanted)}
-    models = {DENSE: model, MASKED: model, **compiled_by(specs, model, progress=progress)}
-    models[MASKED] = masked(model, models[wanted[0]])
+    models = {STOCK: model, MASKED: model, **compiled_by(specs, model, progress=progress)}
+    models[MASKED] = masked_stock(model, models[wanted[0]])
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, effort.prompt_tokens), generator=generator)
     kinds = [(variant, compiled) for variant in models for compiled in ((False, True) if effort.compiled else (False,))]
@@ -160,7 +162,7 @@ def run(model: Any, wanted: Sequence[Variant], effort: Effort, progress: Progres
 
 def headlines(modes: Sequence[Mode]) -> list[Headline]:
     """One for each sparse variant."""
-    dense = [m for m in modes if m.variant == DENSE]
+    dense = [m for m in modes if m.variant == STOCK]
     own_dense = [m for m in modes if m.variant == DENSE_ON_SPARSEC]
     found = []
     for variant in dict.fromkeys(m.variant for m in modes if m.variant.sparse):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsec.bench.end_to_end import SHARE_TOKENS, Effort, Headline, Mode, headlines
+from sparsec.bench.end_to_end import SHARE_TOKENS, DecodingEffort, Headline, Mode, headlines
 from sparsec.console.table import paragraph, table, times
 from sparsec.machine import Machine
 from sparsec.timing.spread import Spread, ratio
@@ -30,7 +30,7 @@ class Run:
     model: str
     origin: str
     dtype: str
-    effort: Effort
+    effort: DecodingEffort
     modes: tuple[Mode, ...]
 
 

@@ -71,14 +71,14 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Measured:
+class GpuMeasured:
     """What one case, or many, gave."""
 
     lines: list[Line] = field(default_factory=list)
     checked: list[Checked] = field(default_factory=list)  # every configuration that was tried
     left_out: list[str] = field(default_factory=list)  # with the reason
 
-    def add(self, other: Measured) -> None:
+    def add(self, other: GpuMeasured) -> None:
         """Takes in what another case gave."""
         self.lines.extend(other.lines)
         self.checked.extend(other.checked)
@@ -101,7 +101,7 @@ class Deadline:
         return monotonic() >= self._end
 
 
-def check(
+def check_kernels(
     layouts: Sequence[Layout],
     dtypes: Sequence[str],
     rows: Sequence[int],
@@ -163,13 +163,13 @@ def _packed(
 @torch.no_grad()
 def measure(
     case: Case, device: torch.device, rounds: int, rotate_bytes: int = ROTATE_BYTES, tune: bool = True
-) -> Measured:
+) -> GpuMeasured:
     """One case; a format that fails is left out. The fastest configurations are preferred from then on."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[case.dtype]
     x = torch.randn(case.rows, case.in_features, device=device, generator=generator).to(dtype)
     named: list[tuple[str, str, Work, int, Replay]] = []
-    found = Measured()
+    found = GpuMeasured()
     dense: Replay | None = None
     for wanted in case.formats:
         assert isinstance(wanted, Layout)  # auto is refused where options are read
@@ -215,15 +215,17 @@ def predicted(lines: Sequence[Line], known: Constants) -> list[Line]:
     return found
 
 
-def _fastest(packed: Packed, weight: Tensor, x: Tensor, rotate_bytes: int, tune: bool) -> tuple[int, Replay, Measured]:
+def _fastest(
+    packed: Packed, weight: Tensor, x: Tensor, rotate_bytes: int, tune: bool
+) -> tuple[int, Replay, GpuMeasured]:
     """The number of the fastest configuration, preferred from now on, the calls with it, and what was found of all on the way.
 
     A configuration that fails, or computes something wrong, is none of the choice. Raises what the first one raises.
     """
-    calls, found = packed_calls(packed, x, rotate_bytes), Measured()
-    gpu_launch.asked()
+    calls, found = packed_calls(packed, x, rotate_bytes), GpuMeasured()
+    gpu_launch.take_asked()
     first = Replay(calls, x.device)
-    buckets = gpu_launch.asked()
+    buckets = gpu_launch.take_asked()
     if len(buckets) != 1:
         return 0, first, found
     ((bucket, count),) = buckets.items()
@@ -262,11 +264,11 @@ def keep_tuned() -> str:
 
 def table_all(
     todo: Sequence[Case], device: torch.device, rounds: int, deadline: Deadline, progress: Progress | None
-) -> Iterator[Measured]:
+) -> Iterator[GpuMeasured]:
     """Case by case, as far as the time reaches; what was not begun is named."""
     for i, case in enumerate(todo):
         if deadline.over:
-            yield Measured(
+            yield GpuMeasured(
                 left_out=[f"no time was left for {len(todo) - i} of {len(todo)} cases; give more with --budget"]
             )
             return
@@ -280,5 +282,5 @@ def table_all(
             except Exception as error:  # of the driver, of torch
                 where = f"{case.out_features}x{case.in_features}, {case.rows} rows"
                 go_on(where, error, device)
-                measured = Measured(left_out=[f"{where}: {said(error)}"])
+                measured = GpuMeasured(left_out=[f"{where}: {said(error)}"])
         yield measured

@@ -46,7 +46,7 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(
+def time_decoding(
     name: str,
     dtype: str,
     sparsities: Sequence[float],

@@ -26,15 +26,15 @@ from sparsec.bench.gpu import (
     Checked,
     Deadline,
     DeviceLostError,
+    GpuMeasured,
     Line,
-    Measured,
-    check,
+    check_kernels,
     keep_tuned,
     predicted,
     said,
     table_all,
 )
-from sparsec.bench.gpu_models import PASSES, Decoded, decode, headlines
+from sparsec.bench.gpu_models import PASSES, Decoded, headlines, time_decoding
 from sparsec.console.command import DTYPES as TYPES
 from sparsec.cost import Constants, machine_constants
 from sparsec.cost.constants import save
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     gpu.take_tuned()  # so that nothing takes it later on: here all is tuned anew
     gpu_launch.prefer({})
-    report = Report(folder, machine(), device)
+    report = GpuReport(folder, machine(), device)
     try:
         _stages(options, report, formats, progress)
     except DeviceLostError as error:
@@ -100,7 +100,9 @@ def run(options: argparse.Namespace, progress: Progress | None) -> None:
         )
 
 
-def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked], progress: Progress | None) -> None:
+def _stages(
+    options: argparse.Namespace, report: GpuReport, formats: Sequence[Asked], progress: Progress | None
+) -> None:
     """Checks, table, constants, models. Raises DeviceLostError where a stage leaves the GPU unusable."""
     device = report.device
     budget = options.budget or BUDGET
@@ -111,7 +113,8 @@ def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked
             report.left_out.append(f"no time was left to check {dtype}; give more with --budget")
             continue
         for product in chain(
-            check(Layout.checked(), [dtype], rows, device), check(SPLIT, [dtype], (1,), device, LONG_ROWS)
+            check_kernels(Layout.checked(), [dtype], rows, device),
+            check_kernels(SPLIT, [dtype], (1,), device, LONG_ROWS),
         ):
             report.checked.append(product)
         report.write()
@@ -138,7 +141,7 @@ def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked
             report.left_out.append(f"no time was left for {model}; give more with --budget")
             continue
         try:
-            report.models += decode(
+            report.models += time_decoding(
                 *(model, first, MODEL_SPARSITIES, device, MODEL_ROUNDS, options.layers, whole, compiling, progress),
                 passes=PASSES.replace("lower(wcsr)", "lower(auto)") if report.constants else PASSES,
             )
@@ -148,7 +151,7 @@ def _stages(options: argparse.Namespace, report: Report, formats: Sequence[Asked
         report.write()
 
 
-class Report:
+class GpuReport:
     """What was found so far, as JSON and as Markdown in one folder."""
 
     def __init__(self, folder: Path, found: Machine, device: torch.device) -> None:
@@ -164,7 +167,7 @@ class Report:
         self.constants: Constants | None = None
         self._clocks = gpu_clock() if device.type == "cuda" else "none"
 
-    def add(self, found: Measured) -> None:
+    def add(self, found: GpuMeasured) -> None:
         """Takes in what a case gave."""
         self.lines += found.lines
         self.checked += found.checked

@@ -27,7 +27,8 @@ from sparsec.cost.choice import TORCH, Setting, choose
 from sparsec.cost.model import Roof
 from sparsec.errors import FormatError, KernelError, SpecError
 from sparsec.formats.base import Packed
-from sparsec.formats.layout import DENSE, Layout, sample_mask
+from sparsec.formats.layout import Layout, sample_mask
+from sparsec.formats.parts import DENSE
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves

@@ -17,7 +17,7 @@ from torch import nn
 from sparsec.emitter import conv1d_type
 from sparsec.kernels import SparseLinear
 
-Part = Literal["linears", "lm_head", "attention", "rest"]
+Where = Literal["linears", "lm_head", "attention", "rest"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class _Clock:
     """Time by part; while an inner module runs, the clock of the outer one stands still."""
 
     def __init__(self) -> None:
-        self.spent: dict[Part, float] = {"linears": 0.0, "lm_head": 0.0, "attention": 0.0, "rest": 0.0}
+        self.spent: dict[Where, float] = {"linears": 0.0, "lm_head": 0.0, "attention": 0.0, "rest": 0.0}
         self._open: list[list[float]] = []  # by depth: start, seconds spent inside inner modules
 
     def enter(self, *_: Any) -> None:
         self._open.append([perf_counter(), 0.0])
 
-    def leaver(self, part: Part) -> Callable[..., None]:
+    def leaver(self, part: Where) -> Callable[..., None]:
         def leave(*_: Any) -> None:
             start, inner = self._open.pop()
             elapsed = perf_counter() - start
@@ -70,7 +70,7 @@ class _Clock:
         return leave
 
 
-def _part(model: Any, module: nn.Module) -> Part | None:
+def _part(model: Any, module: nn.Module) -> Where | None:
     if module is model:
         return "rest"
     if module is model.get_output_embeddings():

@@ -21,7 +21,7 @@ CalibrationInput = CalibrationData | Tensor | str | Path | Text | Mapping[str, A
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Unread:
     """Not read yet: only its graph tells whether a module with example inputs takes tokens."""
 
     given: Any
@@ -39,7 +39,7 @@ class Draw:
     limit: int | None = None  # positions of the model
     pad: int | None = None
 
-    def before_trace(self, given: CalibrationInput, plain: bool) -> CalibrationData | Sequences | Held | None:
+    def before_trace(self, given: CalibrationInput, plain: bool) -> CalibrationData | Sequences | Unread | None:
         """plain: a module with example inputs. Raises DataError."""
         if given is None or isinstance(given, CalibrationData):
             return given
@@ -52,16 +52,16 @@ class Draw:
             once = isinstance(given, Iterable) and not isinstance(
                 given, Tensor | Mapping | tuple | list | IOBase | nn.Module
             )
-            return Held(list(given) if once else given)
+            return Unread(list(given) if once else given)
         return self._read(given)
 
     def from_text(self) -> Sequences:
         """Out of the embedded text."""
         return Sequences(*self._windows(None))
 
-    def calls(self, graph: Graph, drawn: CalibrationData | Sequences | Held | None) -> CalibrationData | None:
+    def calls(self, graph: Graph, drawn: CalibrationData | Sequences | Unread | None) -> CalibrationData | None:
         """Raises DataError for what the graph cannot be called with."""
-        if isinstance(drawn, Held):
+        if isinstance(drawn, Unread):
             if not takes_tokens(graph):
                 return _by_input(graph, drawn.given)
             drawn = self._read(drawn.given)

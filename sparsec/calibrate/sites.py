@@ -17,7 +17,7 @@ from sparsec.ir.graph import Graph
 
 
 @dataclass(frozen=True)
-class Read:
+class Operand:
     """A value x that weights are multiplied with. ends: of fused experts, where each one's rows end; x is then sorted by expert."""
 
     x: fx.Node
@@ -34,7 +34,7 @@ class Site:
     """Weights that are multiplied with the same values: usually one value, more where a module is called more than once."""
 
     weights: tuple[str, ...]
-    reads: tuple[Read, ...]
+    reads: tuple[Operand, ...]
     products: tuple[int, ...]  # positions of the products in the graph, ascending
     block: str
 
@@ -73,9 +73,9 @@ def find_sites(graph: Graph, weights: Iterable[str]) -> list[Site]:
     """Sites of these weights, in order of execution."""
     position = {node: i for i, node in enumerate(steps_of(graph))}
     nodes = {node.name: node for node in position}
-    found: dict[tuple[Read, ...], list[str]] = {}
-    products: dict[tuple[Read, ...], set[int]] = {}
-    blocks: dict[tuple[Read, ...], str] = {}
+    found: dict[tuple[Operand, ...], list[str]] = {}
+    products: dict[tuple[Operand, ...], set[int]] = {}
+    blocks: dict[tuple[Operand, ...], str] = {}
     for name in weights:
         ops = graph.products_of(name) or graph.ops_of(name)
         key = tuple(dict.fromkeys(_read(op, nodes[op.node]) for op in ops))
@@ -128,12 +128,12 @@ def spans_by_value(sites: Sequence[Site], position: dict[fx.Node, int]) -> list[
     return spans
 
 
-def _read(op: Op, node: fx.Node) -> Read:
+def _read(op: Op, node: fx.Node) -> Operand:
     """The value that a product's matrices are multiplied with."""
     if op.routed:
         product = grouped_product(node)
         assert product is not None, node
-        return Read(product.x, product.ends)
+        return Operand(product.x, product.ends)
     x = node.args[1] if op.kind == "conv1d" else node.args[0]  # addmm(bias, x, weight)
     assert isinstance(x, fx.Node), node
-    return Read(x)
+    return Operand(x)

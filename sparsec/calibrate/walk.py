@@ -19,14 +19,14 @@ from torch import Tensor, fx
 from sparsec.arguments import checked
 from sparsec.calibrate.data import CalibrationData
 from sparsec.calibrate.dataflow import varying, views_of_weights, writes
-from sparsec.calibrate.sites import Read, Site, find_sites, spans_by_block, spans_by_value, steps_of
+from sparsec.calibrate.sites import Operand, Site, find_sites, spans_by_block, spans_by_value, steps_of
 from sparsec.calibrate.statistics import SAMPLE, Statistics
 from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
 from sparsec.memory import trim
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_Due = dict[fx.Node, list[tuple[Read, Sequence[Sequence[Statistics]]]]]
+_Due = dict[fx.Node, list[tuple[Operand, Sequence[Sequence[Statistics]]]]]
 """What can be looked at once a node is computed: for each read the statistics of the sites that it belongs to."""
 FEEDS = ("pruned", "dense")
 ORDERS = ("block", "true")
@@ -92,7 +92,7 @@ def calibrate(
         if step is not None:
             step(i, len(spans))
         seen = {site: _statistics(graph, site, gram, data) for site in span.sites}
-        watched: dict[Read, list[Sequence[Statistics]]] = {}
+        watched: dict[Operand, list[Sequence[Statistics]]] = {}
         for site, statistics in seen.items():
             for read in site.reads:
                 watched.setdefault(read, []).append(statistics)
@@ -149,7 +149,7 @@ class _Walker:
         self.mask: tuple[Tensor, bool] | None = None
         self.rooms: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
-    def run(self, start: int, end: int, watched: Mapping[Read, Sequence[Sequence[Statistics]]], keep: bool) -> None:
+    def run(self, start: int, end: int, watched: Mapping[Operand, Sequence[Sequence[Statistics]]], keep: bool) -> None:
         """Runs [start, end) for every call. keep: the walker then stands at `end`; else it stays at `start`."""
         alive = (n for n in self.needed - self.views if keep and self.position[n] < end <= self.last_read[n])
         goals = set(alive)

@@ -154,7 +154,7 @@ def writable_folder(path: str) -> None:
         raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
 
 
-def write(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Raises DataError where that fails."""
     try:
         Path(path).write_text(text, encoding="utf-8")

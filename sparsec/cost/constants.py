@@ -23,10 +23,10 @@ from sparsec import cache, files
 from sparsec.arguments import checked
 from sparsec.cost import measure_gpu
 from sparsec.cost.measure import measure_kernels, measure_member, measure_reads
-from sparsec.cost.model import KernelCost, Prediction, Rate, Read, RowsRate, Work
+from sparsec.cost.model import KernelCost, Prediction, Rate, ReadRate, RowsRate, Work
 from sparsec.errors import CacheError, ConstantsError, KernelError
 from sparsec.kernels import gpu, status
-from sparsec.machine import cores, cpu_name, load
+from sparsec.machine import cores, cpu_name, load_average
 from sparsec.progress import Progress
 
 SCHEMA = "sparsec.cost/3"
@@ -65,7 +65,7 @@ class Constants:
 
     key: Key
     load: float  # processes that ran or waited when it was measured; 0 where the system does not tell
-    reads: tuple[Read, ...]  # ascending in bytes
+    reads: tuple[ReadRate, ...]  # ascending in bytes
     member: float | None  # seconds of a fused product's further member beside its work; None: each is a call of its own
     kernels: tuple[KernelCost, ...]
 
@@ -134,7 +134,7 @@ def machine_constants(
     if not force and file is not None and file.exists():
         try:
             known = _kept(key, file)
-            if measuring and busy(known.load) and not busy(load() or 0.0):
+            if measuring and busy(known.load) and not busy(load_average() or 0.0):
                 known = None
         except ConstantsError as error:
             notices.append(f"{error}; it is measured anew")
@@ -143,7 +143,7 @@ def machine_constants(
     if missing:
         if not measuring:
             return None
-        measured = measure(key, missing, progress)
+        measured = measure_machine(key, missing, progress)
         known = measured if known is None else _merged(known, measured)
         source = "measured now"
         try:
@@ -155,7 +155,7 @@ def machine_constants(
     return Found(known, source, (*notices, *remarks(known)))
 
 
-def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None = None) -> Constants:
+def measure_machine(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None = None) -> Constants:
     """Measures every kernel that serves one of the dtypes on the key's device."""
     if key.device == "cuda":
         if reasons := gpu.missing():
@@ -163,10 +163,10 @@ def measure(key: Key, dtypes: Sequence[torch.dtype], progress: Progress | None =
         there, sizes = torch.device("cuda"), measure_gpu.Sizes()
         roofs = measure_gpu.measure_reads(there, sizes, progress)
         found = measure_gpu.measure_kernels(dtypes, there, roofs[-1].per_byte, sizes, progress)
-        return Constants(key, load() or 0.0, roofs, None, tuple(found))
+        return Constants(key, load_average() or 0.0, roofs, None, tuple(found))
     reads = measure_reads(progress)
     kernels = measure_kernels(dtypes, reads[-1].per_byte, progress)
-    return Constants(key, load() or 0.0, reads, measure_member(dtypes[0]), tuple(kernels))
+    return Constants(key, load_average() or 0.0, reads, measure_member(dtypes[0]), tuple(kernels))
 
 
 def remarks(found: Constants) -> list[str]:
@@ -234,7 +234,7 @@ def from_json(text: str) -> Constants:
         return Constants(
             key=Key(**content["key"]),
             load=_number(content["load"]),
-            reads=tuple(Read(int(r["nbytes"]), _number(r["per_byte"])) for r in content["reads"]),
+            reads=tuple(ReadRate(int(r["nbytes"]), _number(r["per_byte"])) for r in content["reads"]),
             member=None if content["member"] is None else _number(content["member"]),
             kernels=tuple(_kernel(k) for k in content["kernels"]),
         )

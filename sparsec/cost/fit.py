@@ -24,7 +24,7 @@ TOLERATED = 0.1
 
 
 @dataclass(frozen=True)
-class Sample:
+class Timed:
     """One measured product."""
 
     work: Work
@@ -33,7 +33,7 @@ class Sample:
     warm: bool = False  # its weight lay in a cache
 
 
-def fit(kernel: str, format_name: str, dtype: str, samples: Sequence[Sample], read_per_byte: float) -> KernelCost:
+def fit(kernel: str, format_name: str, dtype: str, samples: Sequence[Timed], read_per_byte: float) -> KernelCost:
     """A kernel's constants from its samples: warm ones and cold ones at one row, and cold ones at more.
 
     read_per_byte: seconds of plain reading from memory, from which the search for the binding roofs starts. A kernel for many rows
@@ -90,7 +90,7 @@ def _solve(columns: Sequence[Sequence[float]], seconds: Sequence[float]) -> list
     return [float(v) for v in found / scale]
 
 
-def _decode(warm: Sequence[Sample]) -> Rate:
+def _decode(warm: Sequence[Timed]) -> Rate:
     works = [s.work for s in warm]
     columns: list[list[float]] = [[1.0] * len(works), [w.out_features for w in works]]
     columns += [[w.stored for w in works], [w.positions for w in works]]
@@ -98,7 +98,7 @@ def _decode(warm: Sequence[Sample]) -> Rate:
     return Rate(per_stored, per_position)
 
 
-def _refined(cost: KernelCost, cold: Sequence[Sample]) -> KernelCost:
+def _refined(cost: KernelCost, cold: Sequence[Timed]) -> KernelCost:
     """Each measurement goes to the roof that binds it by the constants so far; then the constants anew."""
     parts = [cost.predict(s.work) for s in cold]
     bytes_bind = [p.read >= p.decode for p in parts]
@@ -110,11 +110,11 @@ def _refined(cost: KernelCost, cold: Sequence[Sample]) -> KernelCost:
     return replace(cost, call=call, per_output=per_output, per_byte=per_byte or cost.per_byte, decode=decode)
 
 
-def _misfit(cost: KernelCost, cold: Sequence[Sample]) -> float:
+def _misfit(cost: KernelCost, cold: Sequence[Timed]) -> float:
     return sum(min(1.0, abs(cost.predict(s.work).seconds / s.seconds - 1)) for s in cold)
 
 
-def _multiply(cost: KernelCost, samples: Sequence[Sample]) -> Rate:
+def _multiply(cost: KernelCost, samples: Sequence[Timed]) -> Rate:
     """What is left of the time with many rows once the call is paid."""
     left = [max(s.seconds - cost.predict(s.work).call, 0.05 * s.seconds) for s in samples]
     return Rate(*_solve([[s.work.stored for s in samples], [s.work.positions for s in samples]], left))

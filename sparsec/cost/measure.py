@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsec.cost.fit import Sample, fit
-from sparsec.cost.model import KernelCost, Read
+from sparsec.cost.fit import Timed, fit
+from sparsec.cost.model import KernelCost, ReadRate
 from sparsec.cost.trials import (
     Trial,
     dense_trial,
@@ -47,7 +47,7 @@ WALK_ROUNDS, MEMBER_ROUNDS = 40, 60
 READS = tuple(1 << n for n in range(18, 31, 2))  # bytes
 
 
-def measure_reads(progress: Progress | None = None) -> tuple[Read, ...]:
+def measure_reads(progress: Progress | None = None) -> tuple[ReadRate, ...]:
     """The roof of every level of memory; the last one is the memory itself."""
     found = []
     for i, nbytes in enumerate(READS):
@@ -68,8 +68,8 @@ def measure_kernels(
 ) -> list[KernelCost]:
     """The constants of every kernel on the CPU that is fast enough to be measured: the references are not."""
     arena, generator = Arena(), torch.Generator().manual_seed(0)
-    samples: dict[tuple[str, str, torch.dtype], list[Sample]] = {}
-    timers: list[tuple[tuple[tuple[int, int], float], Callable[..., list[Sample]], int]] = [
+    samples: dict[tuple[str, str, torch.dtype], list[Timed]] = {}
+    timers: list[tuple[tuple[tuple[int, int], float], Callable[..., list[Timed]], int]] = [
         *((case, time_warm, 30) for case in WARM),
         *((case, partial(time_cold, rows=n), 5 if n < 128 else 3) for case in MANY for n in MANY_ROWS),
     ]

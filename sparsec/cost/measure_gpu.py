@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsec.cost.fit import Sample, fit
-from sparsec.cost.model import KernelCost, Read, Work
+from sparsec.cost.fit import Timed, fit
+from sparsec.cost.model import KernelCost, ReadRate, Work
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import Kernel, Problem, known
@@ -43,12 +43,12 @@ class Sizes:
     rounds: int = 5
 
 
-def measure_reads(device: torch.device, sizes: Sizes, progress: Progress | None = None) -> tuple[Read, ...]:
+def measure_reads(device: torch.device, sizes: Sizes, progress: Progress | None = None) -> tuple[ReadRate, ...]:
     """The roof of every level of memory; the last one is the memory itself."""
     found = []
     for i, nbytes in enumerate(sizes.reads):
         _say(progress, "reading", i, len(sizes.reads))
-        found.append(Read(nbytes, read_seconds(device, nbytes) / nbytes))
+        found.append(ReadRate(nbytes, read_seconds(device, nbytes) / nbytes))
     return tuple(found)
 
 
@@ -69,14 +69,14 @@ def measure_kernels(
     generator = torch.Generator(device).manual_seed(0)
     found = []
     for i, dtype in enumerate(dtypes):
-        samples: dict[tuple[str, str], list[Sample]] = {}
+        samples: dict[tuple[str, str], list[Timed]] = {}
         for j, (shape, density, rows, warm) in enumerate(todo):
             _say(progress, "timing kernels", i * len(todo) + j, len(dtypes) * len(todo))
             x = torch.ones(rows, shape[1], dtype=dtype, device=device)
             named = list(_trials(shape, density, x, warm, sizes, generator))
             times = take_turns([replay.seconds for *_, replay in named], sizes.rounds, warm_up=1)
             for (kernel, layout, work, _), own in zip(named, times, strict=True):
-                sample = Sample(work, rows, statistics.median(own), warm)
+                sample = Timed(work, rows, statistics.median(own), warm)
                 samples.setdefault((kernel, layout), []).append(sample)
         name = str(dtype).removeprefix("torch.")
         found += [fit(kernel, layout, name, own, read_per_byte) for (kernel, layout), own in samples.items()]

@@ -48,7 +48,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadRate:
     """Plain reading with all threads."""
 
     nbytes: int  # walked through again and again

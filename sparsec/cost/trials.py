@@ -18,8 +18,8 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from sparsec.cost.fit import Sample
-from sparsec.cost.model import Read, Work
+from sparsec.cost.fit import Timed
+from sparsec.cost.model import ReadRate, Work
 from sparsec.formats import CSR
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
@@ -80,7 +80,7 @@ def time_walk(
     dtype: torch.dtype,
     progress: Progress | None = None,
     what: str = "walking",
-) -> list[Sample]:
+) -> list[Timed]:
     """Seconds of one call of each at one row. Every round goes through all of them, in an order that starts elsewhere each time.
 
     Kernel after kernel, since a model has one or few: what another one leaves behind in caches and predictors costs up to a fifth.
@@ -94,7 +94,7 @@ def time_walk(
     cases = [_next(cycle([own[at] for own in modules]), xs[trials[at].work.in_features]) for at in order]
     times = take_turns(cases, rounds, WARM_UP, progress, what)
     medians = {at: statistics.median(own) for at, own in zip(order, times, strict=True)}
-    return [Sample(c.work, 1, medians[at]) for at, c in enumerate(trials)]
+    return [Timed(c.work, 1, medians[at]) for at, c in enumerate(trials)]
 
 
 @torch.no_grad()
@@ -131,23 +131,23 @@ def time_member(rounds: int, dtype: torch.dtype, threads_at_work: Callable[[], o
 
 
 @torch.no_grad()
-def time_cold(trials: Sequence[Trial], rows: int, arena: Arena, rounds: int, dtype: torch.dtype) -> list[Sample]:
+def time_cold(trials: Sequence[Trial], rows: int, arena: Arena, rounds: int, dtype: torch.dtype) -> list[Timed]:
     """Seconds of one call of each; in every round each is called once, on weights that no call has read before."""
     modules = [[c.make(arena) for _ in range(rounds + WARM_UP)] for c in trials]
     x = torch.ones(rows, trials[0].work.in_features, dtype=dtype)
     arena.flush()
     times = take_turns([_next(iter(own), x) for own in modules], rounds)
-    return [Sample(c.work, rows, _low(t)) for c, t in zip(trials, times, strict=True)]
+    return [Timed(c.work, rows, _low(t)) for c, t in zip(trials, times, strict=True)]
 
 
 @torch.no_grad()
-def time_warm(trials: Sequence[Trial], arena: Arena, rounds: int, dtype: torch.dtype) -> list[Sample]:
+def time_warm(trials: Sequence[Trial], arena: Arena, rounds: int, dtype: torch.dtype) -> list[Timed]:
     """Seconds of one call after another on the same weight, which a cache should be able to hold, at one row."""
     samples = []
     for trial in trials:
         case = clocked(partial(trial.make(arena), torch.ones(1, trial.work.in_features, dtype=dtype)))
         (times,) = take_turns([case], rounds)
-        samples.append(Sample(trial.work, 1, _low(times), warm=True))
+        samples.append(Timed(trial.work, 1, _low(times), warm=True))
     return samples
 
 
@@ -156,11 +156,11 @@ def _next(modules: Iterator[nn.Module], x: Tensor) -> Callable[[], float]:
     return lambda: clocked(partial(next(modules), x))()
 
 
-def time_read(nbytes: int) -> Read:
+def time_read(nbytes: int) -> ReadRate:
     """Reading so many bytes again and again, with all threads: the memory roof, or that of the cache they fit in."""
     memory = torch.full((nbytes // 8,), 1, dtype=torch.int64)
     (times,) = take_turns([clocked(memory.sum)], max(5, min(100, (1 << 26) // nbytes)), warm_up=0)
-    return Read(memory.nbytes, min(times) / memory.nbytes)
+    return ReadRate(memory.nbytes, min(times) / memory.nbytes)
 
 
 def _low(times: Sequence[float]) -> float:

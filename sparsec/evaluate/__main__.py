@@ -23,7 +23,7 @@ from sparsec.console.command import (
     seed,
     threads,
     writable,
-    write,
+    write_text,
 )
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, Text, load_model, load_text
@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> None:
         found = compare(models, windows, progress, "evaluating windows", saved)
     print(text(found, windows, notes))
     if args.json:
-        write(args.json, json.dumps(document(found, windows, notes), indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(document(found, windows, notes), indent=1, allow_nan=False) + "\n")
         print(f"\nwritten: {args.json}")
 
 

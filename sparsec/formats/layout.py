@@ -21,10 +21,10 @@ from sparsec.errors import FormatError, SpecError
 from sparsec.formats import FORMATS, take_offered
 from sparsec.formats.base import Packed, Plan
 from sparsec.formats.faults import check_pack
+from sparsec.formats.parts import DENSE
 from sparsec.formats.positions import bits_of
 from sparsec.patterns import Pattern
 
-DENSE = "dense"
 NEAR = 0.15
 """How far from a wanted sparsity a pattern that fixes its own may be, to stand for it."""
 _SPELLING = re.compile(r"(?P<format>[a-z_]+)(?P<parameters>\d[\dx:]*)?")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparsec.formats.base import Packed
 
-Group = Literal["attention", "mlp", "experts", "router", "lm_head", "embedding", "norm", "adapter", "other"]
-GROUPS: tuple[Group, ...] = get_args(Group)
+GroupName = Literal["attention", "mlp", "experts", "router", "lm_head", "embedding", "norm", "adapter", "other"]
+GROUPS: tuple[GroupName, ...] = get_args(GroupName)
 
 WeightKind = Literal["linear", "conv1d", "experts", "embedding", "bias", "other"]
 """`linear`: [out, in]. `conv1d`: a linear stored as [in, out] (GPT-2). `experts`: 3-D, one matrix per expert.
@@ -62,7 +62,7 @@ class Weight:
     name: str
     aliases: tuple[str, ...]  # its other names, in the model's order
     kind: WeightKind
-    group: Group
+    group: GroupName
     shape: tuple[int, ...]  # as stored: [in, out] for conv1d, one matrix after the other for experts
     dtype: torch.dtype
     owners: tuple[str, ...] = ()  # paths of the modules that execute it, in order of execution
@@ -125,7 +125,7 @@ class Op:
     node: str  # name of the fx node
     kind: OpKind
     owner: str  # path of the module that makes the call; "" for the root
-    group: Group
+    group: GroupName
     weights: tuple[str, ...] = ()  # keys into Graph.weights, the matrix first
     shape: tuple[Dim, ...] | None = None  # of the result
     block: str | None = None  # path of the repeated block that the owner is in, `model.layers.3`

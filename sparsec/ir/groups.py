@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from sparsec.ir.facts import Group
+from sparsec.ir.facts import GroupName
 
 _AROUND = ("base_model", "model", "base_layer", "original_module", "modules_to_save")
 """Where peft's modules hold the model, or the layer, that they stand around; beside it they hold the adapter."""
@@ -69,7 +69,7 @@ class Structure:
             return False
         return any(_LOW_RANK.search(name) for name in (*beside._parameters, *beside._modules))
 
-    def group(self, path: str) -> Group:
+    def group(self, path: str) -> GroupName:
         """The group of a product or parameter that this module owns, unless the op itself tells more (a router, an embedding)."""
         module = self.modules.get(path)
         if self.head is not None and (path == self.head or path.startswith(self.head + ".")):

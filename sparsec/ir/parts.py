@@ -62,14 +62,14 @@ def advice(model: nn.Module) -> str:
     if not found:
         return ""
     (path, first), *others = found
-    more = f"; so do {', '.join(f'{written(p)} ({type(part).__name__})' for p, part in others)}" if others else ""
+    more = f"; so do {', '.join(f'{as_python(p)} ({type(part).__name__})' for p, part in others)}" if others else ""
     return (
-        f"its {type(first).__name__} compiles by itself: sparsec.compile({written(path)}, copy=False) leaves the compiled part in "
-        f"its place{more}"
+        f"its {type(first).__name__} compiles by itself: sparsec.compile({as_python(path)}, copy=False) leaves the compiled part "
+        f"in its place{more}"
     )
 
 
-def written(path: str) -> str:
+def as_python(path: str) -> str:
     """A module's path as Python: `model[0].auto_model`."""
     text = "model"
     for name in path.split("."):

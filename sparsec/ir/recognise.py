@@ -46,7 +46,7 @@ _EMBEDDINGS = frozenset({"embedding", "embedding_bag", "_embedding_bag"})
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class Recognised:
     """One node: its kind and the nodes it takes its weights from."""
 
     node: fx.Node
@@ -59,7 +59,7 @@ class Read:
     views: tuple[fx.Node, ...] = ()  # calls between the node and its parameters that only look at them another way
 
 
-def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn.Module]) -> Read | None:
+def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn.Module]) -> Recognised | None:
     """Facts of one call; None where it is neither a product, a norm nor a reader of parameters.
 
     `parameters` are the get_attr nodes of parameters, `modules` are the model's modules by every path.
@@ -108,7 +108,7 @@ def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn
     through = _VIEWS if kind == "grouped_linear" else _SAME
     views = tuple(v for n in node.all_input_nodes if _behind(n, through) in parameters for v in _between(n, through))
     found = rest if matrix is None else (matrix, *rest)
-    return Read(node, kind, owner, matrix, computed, found, members, views)
+    return Recognised(node, kind, owner, matrix, computed, found, members, views)
 
 
 def _members(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -118,14 +118,14 @@ def _members(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(first for tensor in firsts if (first := _behind(_node(tensor), _SAME)) is not None)
 
 
-def without_views(reads: Sequence[Read]) -> tuple[Read, ...]:
+def without_views(reads: Sequence[Recognised]) -> tuple[Recognised, ...]:
     """Leaves out the calls that only hand a parameter on to products: a cast to the dtype it has, a transposed stack of experts."""
     views = {view for r in reads for view in r.views}
     readers = {r.node for r in reads} | views
     return tuple(r for r in reads if not (r.node in views and all(user in readers for user in r.node.users)))
 
 
-def as_one_layout(reads: Sequence[Read]) -> tuple[Read, ...]:
+def as_one_layout(reads: Sequence[Recognised]) -> tuple[Recognised, ...]:
     """A matrix that is [out, in] to one product cannot be [in, out] to another: the latter becomes a plain matrix product."""
     straight = {r.matrix for r in reads if r.kind == "linear"}
     return tuple(replace(r, kind="matmul") if r.kind == "conv1d" and r.matrix in straight else r for r in reads)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from sparsec.ir.experts import grouped_product
-from sparsec.ir.facts import Dim, Group, Op, Weight, WeightKind
+from sparsec.ir.facts import Dim, GroupName, Op, Weight, WeightKind
 from sparsec.ir.groups import Structure
-from sparsec.ir.recognise import Read, op_name, owner_of, sources
+from sparsec.ir.recognise import Recognised, op_name, owner_of, sources
 
 _LEADING: tuple[WeightKind, ...] = ("conv1d", "embedding", "linear", "experts", "bias", "other")
 """The kind of a weight that is read in several ways is the first of these: a tied head is an embedding."""
@@ -27,11 +27,11 @@ class Findings:
 
     model: nn.Module
     structure: Structure
-    reads: tuple[Read, ...]  # in order of execution
+    reads: tuple[Recognised, ...]  # in order of execution
     parameters: Mapping[fx.Node, str]  # get_attr nodes, and the first names of what they get
     shapes: Mapping[fx.Node, tuple[Dim, ...] | None]
 
-    def names(self, r: Read) -> tuple[str, ...]:
+    def names(self, r: Recognised) -> tuple[str, ...]:
         """First names of the parameters that an op reads, the matrix first; none where the matrix is not a stored parameter."""
         if r.kind == "fused_linear":
             biases = [p for p in r.parameters if p not in r.members]
@@ -40,20 +40,20 @@ class Findings:
         matrix_kind = r.kind in ("linear", "sparse_linear", "embedding")
         return () if matrix_kind and r.matrix is None else tuple(self.parameters[p] for p in r.parameters)
 
-    def members(self, r: Read) -> tuple[str, ...]:
+    def members(self, r: Recognised) -> tuple[str, ...]:
         """Names of the matrices of a fused product; a packed one goes by the name that it had when it was dense."""
         return tuple(self.parameters.get(p) or f"{str(p.target).rpartition('.')[0]}.weight" for p in r.members)
 
-    def owner_of(self, r: Read, name: str) -> str:
+    def owner_of(self, r: Recognised, name: str) -> str:
         """The path of the module that calls a product with this parameter."""
         return name.rpartition(".")[0] if r.kind == "fused_linear" else self.owner(r)
 
-    def owner(self, r: Read) -> str:
+    def owner(self, r: Recognised) -> str:
         """The first path of the module that makes the call."""
         return self.structure.canonical(r.owner)
 
 
-def naming_path(r: Read, findings: Findings) -> str:
+def naming_path(r: Recognised, findings: Findings) -> str:
     """The path that names a node: its parameter where the owner calls it by itself (`mlp.experts.down_proj`), else its owner."""
     owner = findings.owner(r)
     names = findings.names(r)
@@ -83,7 +83,7 @@ def ops_table(findings: Findings, names: Mapping[fx.Node, str]) -> dict[str, Op]
     return {found[node].node: found[node] for node in sorted(found, key=order.__getitem__)}
 
 
-def _op(r: Read, findings: Findings, names: Mapping[fx.Node, str], experts: dict[str, int]) -> Op:
+def _op(r: Recognised, findings: Findings, names: Mapping[fx.Node, str], experts: dict[str, int]) -> Op:
     owner = findings.owner(r)
     group, members = _group(r, findings, experts), findings.members(r)
     block = findings.structure.block(owner)
@@ -92,7 +92,7 @@ def _op(r: Read, findings: Findings, names: Mapping[fx.Node, str], experts: dict
     return replace(op, members=members, member_kernels=(None,) * len(members), routed=routed)
 
 
-def _group(r: Read, findings: Findings, experts: dict[str, int]) -> Group:
+def _group(r: Recognised, findings: Findings, experts: dict[str, int]) -> GroupName:
     owner = findings.owner(r)
     if any(findings.structure.adapter(name) for name in findings.names(r)[:1]):
         return "adapter"
@@ -129,7 +129,7 @@ def weights_table(findings: Findings) -> tuple[dict[str, Weight], list[str]]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    readers: dict[str, list[Read]] = {}
+    readers: dict[str, list[Recognised]] = {}
     for r in findings.reads:
         for parameter_node in r.parameters:
             readers.setdefault(findings.parameters[parameter_node], []).append(r)
@@ -164,7 +164,7 @@ def weights_table(findings: Findings) -> tuple[dict[str, Weight], list[str]]:
     return table, notes
 
 
-def _kind(name: str, reads: list[Read], findings: Findings) -> tuple[WeightKind, str | None]:
+def _kind(name: str, reads: list[Recognised], findings: Findings) -> tuple[WeightKind, str | None]:
     """The kind of a weight that is read; and where a matrix is also read by something else than its products, who that is."""
     kinds: dict[WeightKind, list[str]] = {}
     for r in reads:
@@ -185,7 +185,7 @@ def _kind(name: str, reads: list[Read], findings: Findings) -> tuple[WeightKind,
     return leading, None
 
 
-def _transposed(r: Read) -> bool:
+def _transposed(r: Recognised) -> bool:
     """Whether the experts that it multiplies by are stored as [experts, in, out]."""
     product = grouped_product(r.node)
     return product is not None and product.transposed
@@ -202,9 +202,9 @@ def _unread_kind(model: nn.Module, name: str) -> WeightKind:
     return "bias" if leaf.endswith("bias") else "other"
 
 
-def _computed(findings: Findings) -> tuple[dict[str, Read], list[str]]:
+def _computed(findings: Findings) -> tuple[dict[str, Recognised], list[str]]:
     """Parameters that weights are computed from, with the product that uses them; and a note for each such product."""
-    found: dict[str, Read] = {}
+    found: dict[str, Recognised] = {}
     notes: list[str] = []
     for r in findings.reads:
         if r.computed is None:

@@ -3,7 +3,7 @@
 from sparsec.pipeline.base import FACTS, Context, Effect, Pass, PassRecord, PassResult
 from sparsec.pipeline.instruments import DumpIR, Instrument, PrintIR, Timing
 from sparsec.pipeline.pipeline import Pipeline, Verify
-from sparsec.pipeline.selection import DEFAULT_TARGETS, select
+from sparsec.pipeline.selection import DEFAULT_TARGETS, select_weights
 from sparsec.pipeline.table import known_passes
 from sparsec.progress import Progress
 
@@ -23,5 +23,5 @@ __all__ = [
     "Timing",
     "Verify",
     "known_passes",
-    "select",
+    "select_weights",
 ]

@@ -21,7 +21,7 @@ from sparsec.patterns import CHUNK, Pattern
 from sparsec.pipeline.allocation import CALIBRATED, Share, Table, allocate, check_allocation, check_spread, stored_mask
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
-from sparsec.pipeline.selection import select
+from sparsec.pipeline.selection import select_weights
 
 _SLACK = 1e-9
 
@@ -82,7 +82,7 @@ class PruningPass(Pass):
 
     def selected(self, graph: Graph) -> list[Weight]:
         """The weights to prune. Raises SelectionError; WeightError for NaN, inf and shapes that the pattern does not fit."""
-        chosen = select(graph, self.targets, self.ignore)
+        chosen = select_weights(graph, self.targets, self.ignore)
         pattern = Pattern.parse(self.pattern)
         for weight in chosen:
             for why in pattern.misfits(*weight.matrix_shape):

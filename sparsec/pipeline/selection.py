@@ -21,7 +21,7 @@ DEFAULT_TARGETS: tuple[str, ...] = ("attention", "mlp", "experts")
 
 
 @checked
-def select(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -> list[Weight]:
+def select_weights(graph: Graph, targets: Sequence[str] | None, ignore: Sequence[str]) -> list[Weight]:
     """Weights of linear products that a pass works on, in the order of the table.
 
     targets: patterns, or None for attention, MLP and experts. Raises SelectionError for a pattern that matches nothing, or nothing

@@ -25,7 +25,7 @@ from sparsec.console.command import (
     threads,
     writable,
     writable_folder,
-    write,
+    write_text,
 )
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, load_model, load_text
@@ -34,7 +34,7 @@ from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
 from sparsec.report.schema import document, layers_csv
 from sparsec.study.measure import measured_report
-from sparsec.study.plan import QUICK, Effort, Plan, plan
+from sparsec.study.plan import QUICK, Effort, StudyPlan, plan
 
 PROG = "python -m sparsec.report"
 EXAMPLES = f"""
@@ -152,9 +152,9 @@ def _run(args: argparse.Namespace) -> None:
         report = replace(measured_report(loaded, pipeline, planned, instruments, progress, drawn), beside=others)
     print(report.text(args.layers))
     if args.json:
-        write(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
     if args.csv:
-        write(args.csv, layers_csv(report))
+        write_text(args.csv, layers_csv(report))
     if outputs:
         print(f"\nwritten: {', '.join(outputs)}")
 
@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace) -> None:
 def _quality(
     loaded: LoadedModel,
     pipeline: Pipeline,
-    planned: Plan,
+    planned: StudyPlan,
     drawn: tuple[torch.Tensor, str] | None,
     progress: Progress,
 ) -> float:

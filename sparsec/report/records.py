@@ -65,12 +65,12 @@ class LayerRow:
     @property
     def speedup_theoretical(self) -> float | None:
         """By FLOPs: dense / executed."""
-        return ratio(self.flops_dense, self.flops_per_token)
+        return known_ratio(self.flops_dense, self.flops_per_token)
 
     @property
     def speedup_theoretical_bytes(self) -> float | None:
         """By bytes read: dense / held. The bound of decoding one token at a time."""
-        return ratio(self.bytes_dense, self.bytes_held)
+        return known_ratio(self.bytes_dense, self.bytes_held)
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,6 @@ def total(values: list[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def ratio(dense: float | None, now: float | None) -> float | None:
+def known_ratio(dense: float | None, now: float | None) -> float | None:
     """dense / now; None where unknown or meaningless."""
     return dense / now if dense and now else None

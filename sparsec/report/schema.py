@@ -206,7 +206,7 @@ def layers_csv(report: ReportData) -> str:
     return stream.getvalue()
 
 
-def check(found: Any) -> list[str]:
+def check_report(found: Any) -> list[str]:
     """How a document departs from the schema; empty when it does not. Unknown keys are allowed."""
     problems = _check("report", found, SCHEMA)
     if problems:

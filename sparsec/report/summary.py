@@ -52,7 +52,7 @@ def _table(report: ReportData) -> list[str]:
     row("  speed against dense", [_times(v.speedup_decode) for v in variants])
     row(f"ms to read {prompt}", [_milliseconds(v.prefill_ms) for v in variants])
     row("  speed against dense", [_times(v.speedup_prefill) for v in variants])
-    row("perplexity", [perplexity(v.perplexity) for v in variants])
+    row("perplexity", [short_perplexity(v.perplexity) for v in variants])
     return table(("", *(name.replace("_", " ") for name in report.summary)), rows)
 
 
@@ -81,15 +81,15 @@ def _quality(report: ReportData) -> list[str]:
     pruned, dense, on = report.summary.get("masked"), report.summary.get("dense"), report.evaluation
     lines = []
     if pruned is not None and dense is not None and pruned.perplexity is not None and on is not None:
-        text = f"perplexity {perplexity(dense.perplexity)} before, {perplexity(pruned.perplexity)} after"
-        text += "".join(f"; {perplexity(other)} by {spec}" for spec, other in report.beside.items())
+        text = f"perplexity {short_perplexity(dense.perplexity)} before, {short_perplexity(pruned.perplexity)} after"
+        text += "".join(f"; {short_perplexity(other)} by {spec}" for spec, other in report.beside.items())
         lines += _wrapped(f"{text} ({on.windows} x {on.window_length} tokens of {on.text})", f"{'quality':<9}", lines=2)
     if (add := for_quality(report)) is not None:
         lines += _wrapped(add, " " * 9 if lines else f"{'quality':<9}", lines=2)
     return lines
 
 
-def perplexity(value: float | None) -> str:
+def short_perplexity(value: float | None) -> str:
     """Four digits or so."""
     if value is None:
         return "-"

@@ -10,9 +10,9 @@ from sparsec.data.tiny import RANDOM
 from sparsec.machine import Machine
 from sparsec.report.notes import all_notes, merged
 from sparsec.report.pruning import pruning_lines
-from sparsec.report.records import GroupRow, LayerRow, ReportData, ratio, total
+from sparsec.report.records import GroupRow, LayerRow, ReportData, known_ratio, total
 from sparsec.report.roles import by_role, middle, most
-from sparsec.report.summary import perplexity, summary_lines
+from sparsec.report.summary import short_perplexity, summary_lines
 from sparsec.report.words import chosen_because, dense_bound, dense_reason, storage
 from sparsec.timing.spread import Spread
 
@@ -121,8 +121,8 @@ def _layer(name: str, rows: Sequence[LayerRow], legend: dict[str, str]) -> tuple
         percent(1 - sum(row.nnz for row in rows) / parameters if parameters else 0.0),
         mega(sum(row.bytes_held for row in rows)),
         most([_where(row, legend) for row in rows]),
-        times(ratio(total([row.flops_dense for row in rows]), total([row.flops_per_token for row in rows]))),
-        times(ratio(sum(row.bytes_dense for row in rows), sum(row.bytes_held for row in rows))),
+        times(known_ratio(total([row.flops_dense for row in rows]), total([row.flops_per_token for row in rows]))),
+        times(known_ratio(sum(row.bytes_dense for row in rows), sum(row.bytes_held for row in rows))),
         times(middle(row.speedup_predicted for row in rows)),
         most([row.binds or "-" for row in rows]).split(" ")[0],
         times(middle(row.speedup_measured for row in rows)),
@@ -194,7 +194,7 @@ def _compared(report: ReportData) -> list[str]:
     row("model bytes, MB", [mega(v.bytes) for v in variants])
     row("  masks beside it, MB", [mega(v.bytes_masks) for v in variants])
     row("resident memory added, MB", [mega(v.resident_bytes, 0) for v in variants])
-    row("perplexity", [perplexity(v.perplexity) for v in variants])
+    row("perplexity", [short_perplexity(v.perplexity) for v in variants])
     row("top-1 agreement with dense", ["-" if v.top1 is None else f"{v.top1:.4f}" for v in variants])
     row("top-5 agreement with dense", ["-" if v.top5 is None else f"{v.top5:.4f}" for v in variants])
     row("KL(dense || this), nats", ["-" if v.kl is None else f"{v.kl:.4g}" for v in variants])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparsec.evaluate import Evaluation
-from sparsec.report.records import VARIANTS, Variant, ratio
+from sparsec.report.records import VARIANTS, Variant, known_ratio
 from sparsec.study.variants import Built
 from sparsec.timing.latency import Comparison
 from sparsec.timing.spread import Spread
@@ -31,8 +31,8 @@ def counted(built: Built, measuring: bool) -> dict[str, Variant]:
             bytes=built.held[name],
             bytes_masks=own.bytes_masks if own is not None else 0,
             flops_per_token=flops,
-            speedup_theoretical=ratio(final.flops_dense, flops),
-            speedup_theoretical_bytes=ratio(final.bytes_dense, built.held[name]),
+            speedup_theoretical=known_ratio(final.flops_dense, flops),
+            speedup_theoretical_bytes=known_ratio(final.bytes_dense, built.held[name]),
             resident_bytes=built.resident.get(name) if measuring else None,
             linears_ms=own.linears_ms
             if own is not None and name in ("lowered", "dense_on_sparsec")

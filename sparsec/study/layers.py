@@ -19,7 +19,7 @@ COLD = (
     128 << 20
 )  # packed bytes that a round goes through before it comes to the same layer again: more than caches hold
 DENSITIES = 20  # layers are equal when their densities are, in steps of 1 / this
-Product = tuple[str, ...]  # the names of its weights
+WeightNames = tuple[str, ...]  # the names of its weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def time_layers(
     """
     graph: Graph = lowered.sparsec.graph
     owners = _products(graph)
-    kinds: dict[Product, tuple[Any, ...]] = {product: _kind(graph, product) for product in owners}
+    kinds: dict[WeightNames, tuple[Any, ...]] = {product: _kind(graph, product) for product in owners}
     chosen = _chosen(graph, kinds)
     with torch.no_grad():
         pairs = {
@@ -59,17 +59,17 @@ def time_layers(
     return LayerTimes(speedups, len(chosen), len(owners))
 
 
-def _products(graph: Graph) -> dict[Product, tuple[str, ...]]:
+def _products(graph: Graph) -> dict[WeightNames, tuple[str, ...]]:
     """weights -> owners of every product that runs on kernels of sparsec, in order of execution; a weight goes once."""
     products = [op for op in graph.ops.values() if op.kind in MATRIX_KINDS]
     return {op.matrices: op.owners for op in products if any(op.kernel_of(name) for name in op.matrices)}
 
 
-def _each(product: Product, owners: Mapping[Product, tuple[str, ...]]) -> list[tuple[str, str]]:
+def _each(product: WeightNames, owners: Mapping[WeightNames, tuple[str, ...]]) -> list[tuple[str, str]]:
     return list(zip(product, owners[product], strict=True))
 
 
-def _kind(graph: Graph, product: Product) -> tuple[Any, ...]:
+def _kind(graph: Graph, product: WeightNames) -> tuple[Any, ...]:
     """What makes products take the same time: shape, dtype, layout, kernel, and about the same density."""
     op = next(op for op in graph.ops.values() if op.kind in MATRIX_KINDS and op.matrices == product)
     found = []
@@ -82,12 +82,12 @@ def _kind(graph: Graph, product: Product) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _chosen(graph: Graph, kinds: Mapping[Product, tuple[Any, ...]]) -> list[Product]:
+def _chosen(graph: Graph, kinds: Mapping[WeightNames, tuple[Any, ...]]) -> list[WeightNames]:
     """One product of each kind, then a second, ... until they hold COLD bytes; in order of execution."""
-    members: dict[tuple[Any, ...], list[Product]] = {}
+    members: dict[tuple[Any, ...], list[WeightNames]] = {}
     for product, kind in kinds.items():
         members.setdefault(kind, []).append(product)
-    chosen: set[Product] = set()
+    chosen: set[WeightNames] = set()
     held = 0
     for turn in range(max(map(len, members.values()), default=0)):
         if held >= COLD:

@@ -29,16 +29,16 @@ from sparsec.study.clock import Clock
 from sparsec.study.figures import counted, with_measurements
 from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.layers import LayerTimes, time_layers
-from sparsec.study.plan import MIN_REPEATS, Effort, Plan
+from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan
 from sparsec.study.sample import continuation
-from sparsec.study.variants import SCARCE, Builder, filled, masked, scarce, split, warm_up, without_values
-from sparsec.timing.latency import Comparison, compare
+from sparsec.study.variants import SCARCE, Builder, filled, masked_stock, scarce, split, warm_up, without_values
+from sparsec.timing.latency import Comparison, compare_latency
 
 
 def measured_report(
     loaded: LoadedModel,
     pipeline: Pipeline,
-    planned: Plan | None,
+    planned: StudyPlan | None,
     instruments: Sequence[Instrument] = (),
     progress: Progress | None = None,
     calibration: tuple[torch.Tensor, str] | None = None,
@@ -108,7 +108,7 @@ class _Run:
     """What is found while variants come and go."""
 
     loaded: LoadedModel
-    planned: Plan | None
+    planned: StudyPlan | None
     progress: Progress | None
     clock: Clock
     evaluations: dict[str, Evaluation] = field(default_factory=dict)  # dense, pruned
@@ -138,7 +138,7 @@ class _Run:
         with self.clock.stage("timing the models", budgeted=True):
             seconds = self.clock.share(part)
             prompt = self.planned.timed
-            found = compare(models, prompt, effort.repeats, decode_repeats, self.progress, seconds)
+            found = compare_latency(models, prompt, effort.repeats, decode_repeats, self.progress, seconds)
         self.times = found if self.times is None else self.times.beside(found)
         few = min(latency.prefill_ms.repeats for latency in self.times.latencies.values())
         self.clock.counted("timing the models", few, effort.repeats, "rounds of prefill")
@@ -161,7 +161,7 @@ class _Run:
             seconds = max(1.0, self.clock.share(0.5))
             self.texts[name] = continuation(model, self.loaded.tokenizer, prompt, new_tokens, seconds)
 
-    def measured(self, report: Report, planned: Plan) -> Report:
+    def measured(self, report: Report, planned: StudyPlan) -> Report:
         """The report with what was measured."""
         assert self.times is not None
         windows, effort, times = planned.windows, planned.effort, self.times
@@ -215,7 +215,7 @@ def _together(run: _Run, builder: Builder) -> None:
     with run.clock.stage("compiling"):
         models = {
             "dense": builder.dense,
-            "masked": masked(builder.dense, made),
+            "masked": masked_stock(builder.dense, made),
             "dense_on_sparsec": builder.on_sparsec(),
         }
     models |= {} if builder.rest is None else {"lowered": made}

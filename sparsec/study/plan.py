@@ -33,7 +33,7 @@ DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class StudyPlan:
     """What will be measured on what, checked before anything slow runs."""
 
     windows: Windows
@@ -42,7 +42,7 @@ class Plan:
     effort: Effort
 
 
-def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> Plan:
+def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> StudyPlan:
     """bos: as in `cut`.
 
     Raises DataError when the model has no tokenizer, or the text, the prompt or the model's positions do not suffice.
@@ -66,4 +66,4 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> P
             f"prompt and decoded tokens need {needed} positions, the model has {limit}; take fewer of either"
         )
     prompt = read_prompt(loaded.tokenizer, effort.prompt, effort.new_tokens, limit)
-    return Plan(windows, tokens[: effort.prompt_tokens][None], prompt, effort)
+    return StudyPlan(windows, tokens[: effort.prompt_tokens][None], prompt, effort)

@@ -28,7 +28,7 @@ TRIM = 16
 """Weights that are unpacked between two times that freed memory is handed back."""
 
 T = TypeVar("T")
-Key = TypeVar("Key")
+K = TypeVar("K")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -122,12 +122,12 @@ class Builder:
 
 
 def compiled_by(
-    specs: Mapping[Key, Pipeline], dense: Any, calibration: CalibrationInput = None, progress: Progress | None = None
-) -> dict[Key, Any]:
+    specs: Mapping[K, Pipeline], dense: Any, calibration: CalibrationInput = None, progress: Progress | None = None
+) -> dict[K, Any]:
     """What each of several passes makes of one model, sharing every tensor that is equal; those in a row that differ in how they
     lower alone share their pruning."""
     prunings = [split(pipeline)[0] for pipeline in specs.values()]
-    found: dict[Key, Any] = {}
+    found: dict[K, Any] = {}
     last: tuple[Pipeline, Any] | None = None
     for key, pipeline in specs.items():
         before, rest = split(pipeline)
@@ -140,7 +140,7 @@ def compiled_by(
     return found
 
 
-def masked(dense: Model, made: Any) -> Model:
+def masked_stock(dense: Model, made: Any) -> Model:
     """The stock model with the zeros of a pruned or lowered one, on torch's kernels; what has no zeros it shares with `dense`."""
     return filled(memory.shared_copy(dense), made)
 

@@ -66,7 +66,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(
+def compare_latency(
     models: Mapping[str, Any],
     prompt: Tensor,
     repeats: int,
