@@ -357,7 +357,7 @@ def test_the_one_command_goes_through_all_its_stages(
     monkeypatch.setattr(
         gpu_run, "check", lambda *args: bench.check_kernels(*args[:4], args[4] if args[4:] else (16, 32))
     )
-    monkeypatch.setattr(gpu_run, "decode", partial(time_decoding, model=tiny, tokens=1))
+    monkeypatch.setattr(gpu_run, "time_decoding", partial(time_decoding, model=tiny, tokens=1))
     monkeypatch.setattr(
         gpu_run, "machine_constants", lambda *args, **options: (_ for _ in ()).throw(KernelError("not here"))
     )

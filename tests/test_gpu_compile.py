@@ -46,10 +46,10 @@ def test_the_decode_loop_of_warp_csr_is_short_and_nothing_spills(tmp_path: Path)
 def test_sizes_of_one_and_odd_sizes_compile_as_a_launch_takes_them(tmp_path: Path) -> None:
     code = """
 from sparsec.formats.layout import Layout
-from sparsec.kernels.gpu_compile import compile_all, variants
+from sparsec.kernels.gpu_compile import compile_all, specialisations
 names = ["wcsr8", "bitmap", "nm2:4"]
 for shape in ((1, 8), (23, 20)):
-    launches = list(variants(map(Layout.parse, names), ["bf16"], False, shape))
+    launches = list(specialisations(map(Layout.parse, names), ["bf16"], False, shape))
     found = list(compile_all(launches, 90))
     assert len(list(compile_all(launches * 2, 90))) == len(found), "no two with the same code"
     assert {c.layout for c in found} == set(names)
