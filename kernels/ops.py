@@ -140,7 +140,6 @@ def _define(kind: type[Packed]) -> OpOverload:
 
 OPERATORS: dict[str, OpOverload] = {name: _define(kind) for name, kind in FORMATS.items()}
 """By the format's name."""
-csr_linear: OpOverload = OPERATORS["csr"]
 
 
 def _follow(format_name: str) -> None:

@@ -21,7 +21,8 @@ from sparsec.kernels import tolerance
 from sparsec.kernels.dense import check_dense_call, dense_linear
 from sparsec.kernels.modules import dense_linear as module_file
 from sparsec.kernels.modules.dense_linear import DenseLinear
-from sparsec.lowering import no_dense_kernel, setting
+from sparsec.lowering import setting
+from sparsec.lowering.dense import no_dense_kernel
 
 
 def within(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

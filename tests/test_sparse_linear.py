@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsec.errors import KernelError, WeightError
 from sparsec.formats import CSR
 from sparsec.kernels import SparseLinear, status
-from sparsec.kernels.ops import csr_linear
+from sparsec.kernels.ops import OPERATORS
 
 
 class Block(nn.Module):
@@ -216,7 +216,7 @@ def test_export_shows_one_operator_owned_by_the_module() -> None:
     with torch.no_grad():
         program = torch.export.export(block, (x,), dynamic_shapes=({0: auto, 1: auto},), strict=False)
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
-    assert [n.target for n in nodes] == [csr_linear, torch.ops.aten.relu.default]
+    assert [n.target for n in nodes] == [OPERATORS["csr"], torch.ops.aten.relu.default]
     owner_path, owner_class = list(nodes[0].meta["nn_module_stack"].values())[-1]
     assert owner_path == "proj"
     assert "SparseLinear" in str(owner_class)

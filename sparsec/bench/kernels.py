@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -267,8 +266,3 @@ def _predicted(entry: _Entry, dtype: torch.dtype, rows: int, constants: Constant
     before = constants.predict(TORCH, "dense", dtype, plain, rows)
     now = constants.predict(entry.kernel, Layout.parse(entry.label).cost_family, dtype, entry.work, rows)
     return before.seconds / now.seconds if before and now else None
-
-
-def measured_bandwidth(results: Sequence[Result]) -> Spread:
-    """Bytes per second over all cases of a run."""
-    return Spread.of([r.bandwidth for r in results])

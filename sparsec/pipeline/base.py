@@ -25,7 +25,7 @@ class Effect(Enum):
     LOSSY = "lossy"  # another function: pruning
 
 
-FACTS: tuple[str, ...] = ("mask", "pattern", "frozen", "sparsity", "flops", "lowered", "latency")
+FACTS: tuple[str, ...] = ("mask", "pattern", "frozen", "sparsity", "flops", "lowered")
 """The names that `requires`, `produces` and `invalidates` may hold."""
 
 
