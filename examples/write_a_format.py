@@ -56,7 +56,7 @@ class Flat(Packed):
     def nnz(self) -> int:
         return self.values.numel()
 
-    def unpack(self) -> Tensor:
+    def scatter(self) -> Tensor:
         dense = self.values.new_zeros(self.out_features * self.in_features)
         return dense.index_copy(0, self.places.long(), self.values).view(self.shape)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats.faults import Field, field_faults
+from sparsec.formats.values import PLAIN, Codec
 from sparsec.patterns import Pattern
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ class Plan:
 
 
 class Packed(ABC):
-    """One sparse matrix [out_features, in_features] in packed form.
+    """One sparse matrix [out_features, in_features] in packed form: positions, which the subclass holds, and coded values.
 
     Subclasses are frozen dataclasses (`eq=False`, since they hold tensors). Each also has
 
@@ -54,7 +55,7 @@ class Packed(ABC):
     title: ClassVar[str]
     """The format in messages."""
     dtypes: ClassVar[tuple[torch.dtype, ...]]
-    """Of the values."""
+    """Of plain values."""
     tensor_names: ClassVar[tuple[str, ...]]
     """Every tensor held, in the order in which the operator takes them; attributes."""
     scalar_names: ClassVar[tuple[str, ...]]
@@ -116,8 +117,17 @@ class Packed(ABC):
         """Number of kept weights (the mask's sum, not a count of values that differ from zero)."""
 
     @abstractmethod
+    def scatter(self) -> Tensor:
+        """The stored values at their positions [out, in], 0 elsewhere, bit for bit."""
+
+    @property
+    def codec(self) -> Codec:
+        """How the stored values stand for weights."""
+        return PLAIN
+
     def unpack(self) -> Tensor:
-        """The dense matrix [out, in]: `where(mask, weight, 0)` bit for bit."""
+        """The dense matrix [out, in]: `where(mask, weight, 0)`, bit for bit where values are plain."""
+        return self.codec.decode(self.scatter())
 
     @abstractmethod
     def fields(self) -> list[Field]:
@@ -147,8 +157,8 @@ class Packed(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the values."""
-        return self.values.dtype
+        """Of x, bias and result."""
+        return self.codec.dtype(self.values.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -66,7 +66,7 @@ class Bitmap(Packed):
     def nnz(self) -> int:
         return self.values.numel() - LANES
 
-    def unpack(self) -> Tensor:
+    def scatter(self) -> Tensor:
         flags = unpack_bits(self.bits)
         panels = self.values.new_zeros(flags.shape).masked_scatter(flags, self.values)
         return from_panels(panels, self.out_features)

@@ -122,7 +122,7 @@ class BSR(Packed):
     def from_parts(cls, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> Self:
         return cls(**tensors, in_features=int(scalars["in_features"]), kept=int(scalars["nnz"]))
 
-    def unpack(self) -> Tensor:
+    def scatter(self) -> Tensor:
         r, c = self.block
         rows, columns = self.row_ptr.numel() - 1, self.in_features // c
         places = csr_rows(self.row_ptr, self.col_idx.numel()) * columns + unsigned(self.col_idx)

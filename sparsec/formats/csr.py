@@ -114,7 +114,7 @@ class CSR(Packed):
         sizes = row_ptr.numel() - 1, int(scalars["in_features"]), int(scalars["nnz"])
         return cls(tensors["values"], tensors["col_idx"], row_ptr, *sizes)
 
-    def unpack(self) -> Tensor:
+    def scatter(self) -> Tensor:
         rows = csr_rows(self.row_ptr, self.col_idx.numel())
         dense = self.values.new_zeros(self.out_features * self.in_features)
         positions = rows * self.in_features + csr_columns(self.col_idx, self.row_ptr, rows)

@@ -3,6 +3,7 @@
     csr8 csr16 csr32 csr   bitmap   bsr16x16 bsr   nm2:4 nm   wcsr8 wcsr16   dense
 
 A format without its parameters leaves them to the mask: `nm` reads N and M, `csr` takes the fewest bits that reach all columns.
+Values that are not plain would follow a colon (sparsec/formats/values.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self, cast
 
@@ -23,19 +24,21 @@ from sparsec.formats.base import Packed, Plan
 from sparsec.formats.faults import check_pack
 from sparsec.formats.parts import DENSE
 from sparsec.formats.positions import bits_of
+from sparsec.formats.values import CODECS
 from sparsec.patterns import Pattern
 
 NEAR = 0.15
 """How far from a wanted sparsity a pattern that fixes its own may be, to stand for it."""
-_SPELLING = re.compile(r"(?P<format>[a-z_]+)(?P<parameters>\d[\dx:]*)?")
+_SPELLING = re.compile(r"(?P<format>[a-z_]+)(?P<parameters>\d[\dx]*(?::\d+)?)?(?::(?P<values>[a-z]\w*))?")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The positions of a matrix's values: a format and its parameters. `str()` of it is what `parse` reads."""
+    """Positions (a format and its parameters) times values (a codec). `str()` of it is what `parse` reads."""
 
     format: str  # a key of FORMATS, or "dense"
     parameters: str = ""  # 8, 16x16, 2:4; empty where the format has none or leaves them to the mask
+    values: str = ""  # a key of CODECS; empty where they are plain
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -47,7 +50,11 @@ class Layout:
             near = difflib.get_close_matches(str(text), spellings(), n=1, cutoff=0.5)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(spellings())}")
-        layout = cls(name, found["parameters"] or "")
+        layout = cls(name, found["parameters"] or "", found["values"] or "")
+        if layout.values not in CODECS:
+            raise SpecError(
+                f"{text!r}: there are no values {layout.values!r}, only plain ones: write {cls(name, layout.parameters)}"
+            )
         if name == DENSE and layout.parameters:
             raise SpecError(f"dense has no parameters, got {text!r}")
         _ = layout.options  # refuses wrong parameters
@@ -81,7 +88,7 @@ class Layout:
         return tuple(cls(name, parameters) for name, kind in FORMATS.items() for parameters in kind.checked)
 
     def __str__(self) -> str:
-        return f"{self.format}{self.parameters}"
+        return f"{self.format}{self.parameters}{self.values and ':'}{self.values}"
 
     @property
     def kind(self) -> type[Packed]:
@@ -112,11 +119,12 @@ class Layout:
     def planned(self, mask: Tensor, dtype: torch.dtype) -> tuple[Layout, Plan]:
         """The layout with the parameters that the mask settles, and its plan. FormatError as there."""
         plan = self.plan(mask, dtype)
-        return Layout(self.format, plan.parameters), plan
+        return replace(self, parameters=plan.parameters), plan
 
     def pack(self, weight: Tensor, mask: Tensor) -> Packed:
         """weight [out, in] where mask [out, in] is True, bit for bit. FormatError for what the layout cannot hold."""
-        return cast(Packed, self.kind.pack(weight, mask, **self.options))  # type: ignore[attr-defined]
+        codes = CODECS[self.values].encode(weight, mask)
+        return cast(Packed, self.kind.pack(codes, mask, **self.options))  # type: ignore[attr-defined]
 
     def misfits(self, weight: Tensor, mask: Tensor) -> list[str]:
         """Why a weight [out, in] with this mask cannot be held; empty when it can."""

@@ -107,7 +107,7 @@ class NM(Packed):
         sizes = (int(scalars[name]) for name in cls.scalar_names)
         return cls(tensors["values"], tensors["index"], *sizes)
 
-    def unpack(self) -> Tensor:
+    def scatter(self) -> Tensor:
         panels, groups, _, lanes = self.values.shape
         # As integers: torch 2.13 scatters half types through fp32, which changes the bits of a NaN.
         numbers = bits_of(self.values)

@@ -119,7 +119,7 @@ class WarpCSR(Packed):
         group = (start // CHUNK + rows + (at - start) // CHUNK) * STEPS + at % STEPS
         return columns + unsigned(self.base).view(-1)[group]
 
-    def unpack(self) -> Tensor:
+    def scatter(self) -> Tensor:
         out_features, in_features = self.shape
         # As integers, so that -0.0 and every NaN keep their bits. Padding is +0.0: it goes to a place that is cut off.
         numbers = bits_of(self.values)
