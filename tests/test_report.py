@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from sparsec.errors import DataError
 from sparsec.report import schema
 from sparsec.report.notes import merged, tied_table
 from sparsec.report.roles import by_role, middle, most
+from sparsec.report.summary import summary_lines
 from sparsec.report.text import render
 from sparsec.report.words import dense_reason, pays_from, storage
 from sparsec.study.sample import read_prompt
+from sparsec.timing.others import in_the_way
 
 GOLDEN = Path(__file__).parent / "golden" / "report.txt"
 
@@ -304,3 +307,25 @@ def test_a_report_holds_no_tensor(compiled: Any) -> None:
             seen.extend(item.values())
         elif is_dataclass(item):
             seen.extend(getattr(item, f.name) for f in fields(item))
+
+
+def test_times_of_a_busy_machine_are_marked_at_the_number(full: Any) -> None:
+    """A speedup stood in the summary as any other, and the doubt about it stood far below."""
+    told = full
+    assert told.latency is not None
+    busy = replace(told, latency=replace(told.latency, busy_cores=1.0, disturbed=True))
+    screen = "\n".join(summary_lines(busy))
+    assert re.search(r"\d\.\d\dx\? as fast", screen)
+    assert "the machine was busy; measure again idle" in screen
+    assert re.search(r"measured speedup, decode .*\dx\? \(", busy.text())
+    assert schema.document(busy)["latency"]["disturbed"] is True
+    assert not schema.check(schema.document(busy))
+    assert "?" not in "\n".join(line for line in summary_lines(told) if "speed" in line)
+
+
+def test_others_are_in_the_way_only_where_they_leave_too_few_cores() -> None:
+    assert in_the_way(1.0, threads=2, cores=2)
+    assert in_the_way(1.5, threads=1, cores=2)
+    assert not in_the_way(0.1, threads=2, cores=2)
+    assert not in_the_way(1.0, threads=1, cores=2)
+    assert not in_the_way(None, threads=2, cores=2)

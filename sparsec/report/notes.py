@@ -16,7 +16,7 @@ WORSE = 1.5
 
 def all_notes(report: ReportData) -> list[str]:
     """What matters most first: what the figures say, doubts about them, what the passes left alone, how it was measured."""
-    doubts = [text for text in report.remarks if text.startswith(("the machine was busy", "quick:"))]
+    doubts = [text for text in report.remarks if text.startswith("quick:")]
     told = [note for p in report.passes for note in p.notes]
     rest = [text for text in report.remarks if text not in doubts]
     return merged([*verdicts(report), *doubts, *told, *report.notes, *rest], [row.name for row in report.layers])
@@ -55,7 +55,7 @@ def verdicts(report: ReportData) -> list[str]:
             "sparsity the column numbers cost more than the zeros save; prune further, or leave it dense"
         )
     if lowered.speedup_decode is not None and lowered.speedup_decode.median < 1:
-        speed = times(lowered.speedup_decode.median)
+        speed = times(lowered.speedup_decode.median) + report.doubt
         found.append(f"the lowered model decodes SLOWER than the dense one, {speed}{_why_slow(report, lowered)}")
     return found
 

@@ -126,6 +126,8 @@ class LatencyFacts:
     threads: int
     prefill_repeats: int  # rounds that were run: fewer than asked for where the time budget ended
     decode_repeats: int
+    busy_cores: float | None = None  # by others meanwhile; None where the system does not tell
+    disturbed: bool = False  # they left too few for the threads: the times are marked with `?`
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,11 @@ class ReportData:
     sample: Sample | None = None
     remarks: tuple[str, ...] = ()  # on how it was measured
     beside: dict[str, float] = field(default_factory=dict)  # perplexity on the same windows by other passes
+
+    @property
+    def doubt(self) -> str:
+        """What stands behind a measured time: `?` where the machine was busy."""
+        return "?" if self.latency is not None and self.latency.disturbed else ""
 
     @property
     def parameters(self) -> int:

@@ -156,7 +156,10 @@ SCHEMA: Keys = {
         "of VARIANT under dense, masked, dense_on_sparsec and lowered; empty where nothing was compared",
     ),
     "evaluation": ((dict, NONE), "text, text_sha256, text_tokens, windows, window_length, dtype, bos, protocol"),
-    "latency": ((dict, NONE), "prompt_tokens, threads, prefill_repeats, decode_repeats"),
+    "latency": (
+        (dict, NONE),
+        "prompt_tokens, threads, prefill_repeats, decode_repeats, busy_cores (of others), disturbed",
+    ),
     "in_turn": (
         (bool,),
         "whether the variants took turns; false: one after another, since memory does not hold them together",

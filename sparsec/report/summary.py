@@ -48,10 +48,10 @@ def _table(report: ReportData) -> list[str]:
     row("MB", [mega(v.bytes) for v in variants])
     dense = report.summary["dense"].bytes if "dense" in report.summary else 0
     row("  share of dense", [percent(v.bytes / dense, 0) if dense else "-" for v in variants])
-    row("ms to decode a token", [_milliseconds(v.decode_ms) for v in variants])
-    row("  speed against dense", [_times(v.speedup_decode) for v in variants])
-    row(f"ms to read {prompt}", [_milliseconds(v.prefill_ms) for v in variants])
-    row("  speed against dense", [_times(v.speedup_prefill) for v in variants])
+    row("ms to decode a token", [_milliseconds(v.decode_ms, report.doubt) for v in variants])
+    row("  speed against dense", [_times(v.speedup_decode, report.doubt) for v in variants])
+    row(f"ms to read {prompt}", [_milliseconds(v.prefill_ms, report.doubt) for v in variants])
+    row("  speed against dense", [_times(v.speedup_prefill, report.doubt) for v in variants])
     row("perplexity", [short_perplexity(v.perplexity) for v in variants])
     return table(("", *(name.replace("_", " ") for name in report.summary)), rows)
 
@@ -69,12 +69,13 @@ def _speed(report: ReportData) -> list[str]:
     lowered = report.summary.get("lowered")
     if lowered is None or lowered.speedup_decode is None:
         return []
-    text = f"a token {times(lowered.speedup_decode.median)} as fast as the stock dense model"
+    text = f"a token {_times(lowered.speedup_decode, report.doubt)} as fast as the stock dense model"
     zeros, own = lowered.zeros_speedup_decode, report.summary.get("dense_on_sparsec")
     if zeros is not None and own is not None and own.speedup_decode is not None:
-        kernels = times(own.speedup_decode.median)
-        text += f": {kernels} by sparsec's dense kernels, {times(zeros.median)} over these by the zeros"
-    return _wrapped(text, f"{'speed':<9}", lines=2)
+        kernels, part = _times(own.speedup_decode, report.doubt), _times(zeros, report.doubt)
+        text += f": {kernels} by sparsec's dense kernels, {part} over these by the zeros"
+    said = [f"{report.doubt}{' ' * 8}the machine was busy; measure again idle"] if report.doubt else []
+    return _wrapped(text, f"{'speed':<9}", lines=2) + said
 
 
 def _quality(report: ReportData) -> list[str]:
@@ -96,14 +97,14 @@ def short_perplexity(value: float | None) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
 
 
-def _milliseconds(spread: Spread | None) -> str:
+def _milliseconds(spread: Spread | None, doubt: str) -> str:
     if spread is None:
         return "-"
-    return f"{spread.median:.{2 if spread.median < 100 else 0}f}"
+    return f"{spread.median:.{2 if spread.median < 100 else 0}f}{doubt}"
 
 
-def _times(spread: Spread | None) -> str:
-    return "-" if spread is None else times(spread.median)
+def _times(spread: Spread | None, doubt: str) -> str:
+    return "-" if spread is None else times(spread.median) + doubt
 
 
 def _wrapped(text: str, first: str = "", lines: int = 2) -> list[str]:

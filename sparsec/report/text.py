@@ -84,7 +84,7 @@ def _layers(report: ReportData, every: bool) -> list[str]:
     named = by_role(report.layers)
     if every:
         named = [(row.name.removesuffix(".weight"), [row]) for row in report.layers]
-    body = [_layer(name, rows, legend) for name, rows in named]
+    body = [_layer(name, rows, legend, report.doubt) for name, rows in named]
     header = (
         "name",
         "group",
@@ -110,10 +110,11 @@ def _layers(report: ReportData, every: bool) -> list[str]:
     return lines
 
 
-def _layer(name: str, rows: Sequence[LayerRow], legend: dict[str, str]) -> tuple[str, ...]:
+def _layer(name: str, rows: Sequence[LayerRow], legend: dict[str, str], doubt: str) -> tuple[str, ...]:
     """Sums and shares over the rows; of speedups and roofs the middle one."""
     first, count = rows[0], f" x{len(rows)}" if rows[1:] else ""
     parameters = sum(row.parameters for row in rows)
+    measured = middle(row.speedup_measured for row in rows)
     return (
         shorten(name, _NAME - len(count)) + count,
         first.group,
@@ -125,7 +126,7 @@ def _layer(name: str, rows: Sequence[LayerRow], legend: dict[str, str]) -> tuple
         times(known_ratio(sum(row.bytes_dense for row in rows), sum(row.bytes_held for row in rows))),
         times(middle(row.speedup_predicted for row in rows)),
         most([row.binds or "-" for row in rows]).split(" ")[0],
-        times(middle(row.speedup_measured for row in rows)),
+        times(measured) + (doubt if measured is not None else ""),
     )
 
 
@@ -199,18 +200,18 @@ def _compared(report: ReportData) -> list[str]:
     row("top-5 agreement with dense", ["-" if v.top5 is None else f"{v.top5:.4f}" for v in variants])
     row("KL(dense || this), nats", ["-" if v.kl is None else f"{v.kl:.4g}" for v in variants])
     row("MFLOP per token", [mega(v.flops_per_token, 1) for v in variants])
-    row("prefill, ms (quartiles)", [_spread(v.prefill_ms) for v in variants])
-    row("decode, ms per token (quartiles)", [_spread(v.decode_ms) for v in variants])
+    row("prefill, ms (quartiles)", [_spread(v.prefill_ms, report.doubt) for v in variants])
+    row("decode, ms per token (quartiles)", [_spread(v.decode_ms, report.doubt) for v in variants])
     row("theoretical speedup, FLOPs", [times(v.speedup_theoretical) for v in variants])
     row("theoretical speedup, bytes", [times(v.speedup_theoretical_bytes) for v in variants])
     row(
         "predicted, ms per token in linears", ["-" if v.linears_ms is None else f"{v.linears_ms:.2f}" for v in variants]
     )
     row("predicted speedup, decode", [times(v.speedup_predicted) for v in variants])
-    row("measured speedup, prefill", [_spread(v.speedup_prefill, "x") for v in variants])
-    row("measured speedup, decode", [_spread(v.speedup_decode, "x") for v in variants])
-    row("  by zeros alone, prefill", [_spread(v.zeros_speedup_prefill, "x") for v in variants])
-    row("  by zeros alone, decode", [_spread(v.zeros_speedup_decode, "x") for v in variants])
+    row("measured speedup, prefill", [_spread(v.speedup_prefill, "x" + report.doubt) for v in variants])
+    row("measured speedup, decode", [_spread(v.speedup_decode, "x" + report.doubt) for v in variants])
+    row("  by zeros alone, prefill", [_spread(v.zeros_speedup_prefill, "x" + report.doubt) for v in variants])
+    row("  by zeros alone, decode", [_spread(v.zeros_speedup_decode, "x" + report.doubt) for v in variants])
     lines = heading("Compared") + table(("", *(name.replace("_", " ") for name in report.summary)), rows)
     return lines + [line for text in _footnotes(report) for line in paragraph(text)]
 
@@ -233,6 +234,10 @@ def _footnotes(report: ReportData) -> list[str]:
         notes.append(
             f"latency at batch 1 with {t.threads} threads, models in turn: median (quartiles) of {t.prefill_repeats} prefills of "
             f"{t.prompt_tokens} tokens and of {t.decode_repeats} tokens decoded after them"
+        )
+    if t is not None and t.disturbed:
+        notes.append(
+            f"?: the machine was busy: others kept {t.busy_cores or 0:.1f} cores from {t.threads} threads; measure again idle"
         )
     return notes
 

@@ -20,7 +20,7 @@ from sparsec.evaluate import Evaluation, Windows
 from sparsec.evaluate import compare as compare_outputs
 from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.lowering.setting import unpredicted
-from sparsec.machine import gpu_clock, machine
+from sparsec.machine import cores, gpu_clock, machine
 from sparsec.pipeline import Instrument, Pipeline
 from sparsec.progress import Progress
 from sparsec.report.collect import Report
@@ -33,6 +33,7 @@ from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan
 from sparsec.study.sample import continuation
 from sparsec.study.variants import SCARCE, Builder, filled, masked_stock, scarce, split, warm_up, without_values
 from sparsec.timing.latency import Comparison, compare_latency
+from sparsec.timing.others import in_the_way
 
 
 def measured_report(
@@ -87,11 +88,6 @@ def measured_report(
     here = machine()
     if measuring and device == "cuda":
         remarks.append(f"on {here.gpu}, its clock after the timing: {gpu_clock()}")
-    if measuring and here.load is not None and here.load > here.cores:
-        remarks.append(
-            f"the machine was busy ({here.load:.1f} processes on {here.cores} cores): "
-            f"trust the ratios more than the milliseconds, and neither much"
-        )
     report = replace(
         built.report,
         machine=here,
@@ -195,7 +191,12 @@ class _Run:
                 dtype=self.evaluations["dense"].dtype,
             ),
             latency=LatencyFacts(
-                planned.timed.shape[1], torch.get_num_threads(), dense.prefill_ms.repeats, dense.decode_ms.repeats
+                planned.timed.shape[1],
+                torch.get_num_threads(),
+                dense.prefill_ms.repeats,
+                dense.decode_ms.repeats,
+                times.others,
+                in_the_way(times.others, torch.get_num_threads(), cores()),
             ),
             sample=Sample(planned.prompt.text, planned.prompt.chat, effort.new_tokens, self.texts),
             remarks=tuple(remarks),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsec.kv_cache import cache_argument, cache_of
 from sparsec.progress import Progress
+from sparsec.timing.others import Others
 from sparsec.timing.recorded import Decoder
 from sparsec.timing.replay import ROTATE_BYTES, Replay, copies
 from sparsec.timing.spread import Spread, ratio
@@ -43,6 +44,7 @@ class Comparison:
     notes: tuple[str, ...] = ()  # on how it was measured
     prefill_rounds: dict[str, tuple[float, ...]] = field(default_factory=dict)  # milliseconds, by round
     decode_rounds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    others: float | None = None  # cores that everybody else kept busy meanwhile; None where the system does not tell
 
     def beside(self, other: Comparison) -> Comparison:
         """Both together, where they were measured one after another: ratios are those of medians to the first model of this one."""
@@ -53,6 +55,7 @@ class Comparison:
             self.prefill_speedup | {n: _apart(base.prefill_ms, own.prefill_ms) for n, own in other.latencies.items()},
             self.decode_speedup | {n: _apart(base.decode_ms, own.decode_ms) for n, own in other.latencies.items()},
             tuple(dict.fromkeys((*self.notes, *other.notes))),
+            others=max((o for o in (self.others, other.others) if o is not None), default=None),
         )
 
     def over(self, base: str, name: str) -> tuple[Spread, Spread]:
@@ -79,6 +82,7 @@ def compare_latency(
     seconds: a time budget, of prefill and of decoding half each; fewer rounds are run where it ends.
     """
     half = None if seconds is None else seconds / 2
+    others = Others()
     on_gpu = any(next(model.parameters()).is_cuda for model in models.values())
     prefill = _by_name({n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill", half)
     notes: list[str] = []
@@ -101,6 +105,7 @@ def compare_latency(
         tuple(notes),
         {name: tuple(values) for name, values in prefill.items()},
         {name: tuple(values) for name, values in decode.items()},
+        others.cores(),
     )
 
 
