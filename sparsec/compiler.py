@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsec.arguments import checked_but
 from sparsec.calibrate import SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
-from sparsec.emitter import adopt, emit, follower, unpackable, unswappable
+from sparsec.emitter import adopt, emit, follower, release, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
 from sparsec.holders import elsewhere_text, held_elsewhere
 from sparsec.ir.carry import rebind
@@ -149,8 +149,9 @@ def compile(
     tensors.
     bos: where the tokenizer begins texts with a BOS, so does every sequence drawn from a text; False is the papers' protocol.
     copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed, unless another
-    module of the process holds it too, which is said. "changed" leaves it untouched too, and copies nothing that the passes leave
-    as it is: both models then share the memory of their tensors, so train neither.
+    module or a state dict of the process holds it too: then theirs stays as it was, which is said. Who has the very Parameter, an
+    optimiser say, keeps its memory alive, with the mask's zeros in it. "changed" leaves `model` untouched too, and copies nothing
+    that the passes leave as it is: both models then share the memory of their tensors, so train neither.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
     The result's `.sparsec` holds the graph, the records of the passes and `report()`.
@@ -261,6 +262,7 @@ def _context(model: nn.Module, graph: Graph, owns_weights: bool, **given: Any) -
         keep_dense=unpackable(model, graph),
         unswappable=unswappable(model, graph),
         owns_weights=owns_weights,
+        release=partial(release, model),
         rows=usual_rows(model),
         probe=graph.example,
         **given,

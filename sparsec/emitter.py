@@ -113,6 +113,12 @@ def put(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
             setattr(module, leaf, parameter)
 
 
+def release(model: nn.Module, weight: Weight) -> None:
+    """Lets `model` go of a weight that is packed now, before its modules are swapped."""
+    names = (weight.name, *weight.aliases)
+    put(model, names, model.get_parameter(weight.name).detach().new_empty(0))
+
+
 def _elsewhere(model: nn.Module, weight: Weight, swapped: set[str]) -> list[str]:
     """Modules that hold the weight too, but did not multiply by it in the traced call: their copy would be left without values."""
     modules = {id(model.get_submodule(path)) for path in swapped if _has(model, path)}

@@ -1,4 +1,4 @@
-"""Which other modules of the process hold a model's weights too: what consumes the model must leave those alone.
+"""Which other modules and state dicts hold a model's weights too: what consumes the model must leave those alone.
 
 Found by one walk over the objects that Python's garbage collector knows: 0.16 s for 400,000 of them (EPYC, Zen 3).
 """
@@ -6,40 +6,42 @@ Found by one walk over the objects that Python's garbage collector knows: 0.16 s
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from sparsec.errors import some
 
+_KEPT = "a tensor that was kept, by a state dict or a variable"
+
 
 def held_elsewhere(model: nn.Module) -> dict[str, str]:
     """Parameter of `model`, by its first name -> where else it is held.
 
-    By another module that has the tensor, or its memory, or that has the very module which will be swapped. What stands around
-    the whole model, or around whole parts of it, sees what becomes of them and counts as none; a GraphModule neither, of
-    which every trace leaves some.
+    By another module that has the tensor, or its memory, or that has the very module which will be swapped; or by another tensor
+    over its memory, as a state dict has them. What stands around the whole model, or around whole parts of it, sees what becomes of
+    them and counts as none; a GraphModule neither, of which every trace leaves some.
     """
     if not any(_hits(model)):
         return {}
     gc.collect()  # what nobody can reach any more stays until then
     hits = dict(_hits(model))
-    places = _places([holder for holder, _ in hits.values()])
-    return {name: places[id(holder)] for _, (holder, names) in hits.items() for name in names}
+    places = _places([holder for holder, _ in hits.values() if isinstance(holder, nn.Module)])
+    return {name: places.get(at, _KEPT) for at, (_, names) in hits.items() for name in names}
 
 
 def elsewhere_text(places: Mapping[str, str]) -> str:
     """What the user should know of weights that were to be consumed."""
     where = some([f"{name} ({place})" for name, place in places.items()])
     return (
-        f"copy=False left {len(places)} weights as they are in other modules that hold them too, so their memory is not freed: "
-        f"{where}. Let go of the other model first, or take copy='changed', which shares on purpose"
+        f"copy=False left {len(places)} weights as they are for others that hold them too, so their memory is not freed: "
+        f"{where}. Let go of the other model or state dict first, or take copy='changed', which shares on purpose"
     )
 
 
-def _hits(model: nn.Module) -> Iterator[tuple[int, tuple[nn.Module, list[str]]]]:
-    """Other modules and the names of what they hold."""
+def _hits(model: nn.Module) -> Iterator[tuple[int, tuple[nn.Module | Tensor, list[str]]]]:
+    """Other tensors, then other modules, by id, and the names of what they hold."""
     own = {id(module) for module in model.modules()}
     tables = {id(table) for module in model.modules() for table in (module._parameters, module._modules)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -52,6 +54,10 @@ def _hits(model: nn.Module) -> Iterator[tuple[int, tuple[nn.Module, list[str]]]]
                 by_memory.setdefault(at, []).append(names[id(parameter)])
         if module is not model:
             by_module[id(module)] = [names[id(p)] for p in matrices]
+    for tensor in _kept(model, by_memory):
+        at = _memory(tensor)
+        assert at is not None
+        yield id(tensor), (tensor, by_memory[at])
     for other in _living():
         if id(other) in own:
             continue
@@ -65,6 +71,14 @@ def _hits(model: nn.Module) -> Iterator[tuple[int, tuple[nn.Module, list[str]]]]
             found |= dict.fromkeys(by_module.get(id(part), ()))
         if found:
             yield id(other), (other, list(found))
+
+
+def _kept(model: nn.Module, places: Collection[tuple[str, int]]) -> list[Tensor]:
+    """Tensors over memory at `places` that no module of `model` holds."""
+    own = {id(value) for module in model.modules() for value in vars(module).values()}
+    own |= {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    found = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and id(each) not in own]
+    return [tensor for tensor in found if _memory(tensor) in places]
 
 
 def _living() -> list[nn.Module]:

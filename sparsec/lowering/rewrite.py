@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import fx, nn
+from torch import fx
 
 from sparsec.formats.base import Packed
 from sparsec.formats.parts import Part, flatten, unflatten
@@ -16,11 +16,11 @@ from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem, operator, select
 
 
-def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str, free: bool = False) -> Weight:
+def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str) -> Weight:
     """Puts `packed` in the place of a dense weight and of its mask, in every product of it; returns the new record.
 
-    packed: the matrix [out, in], whatever layout the weight is stored in. kernel: name of the kernel that serves it. free: the
-    dense tensor's memory goes back at once, even while somebody else still names it.
+    packed: the matrix [out, in], whatever layout the weight is stored in. kernel: name of the kernel that serves it. The
+    dense tensor's memory goes back when nobody else holds it: it is never taken away, since others may read it past torch.
 
     Call `graph.module.recompile()` when all weights are done.
     """
@@ -31,7 +31,7 @@ def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str, free: boo
             _rewrite_part(graph, op, name, packed, kernel)
         else:
             _rewrite(graph, op, weight, packed, kernel)
-    _drop(graph, name, free)
+    _drop(graph, name)
     return graph.update(name, packed=packed, mask=None, nnz=packed.nnz)
 
 
@@ -126,12 +126,9 @@ def _packed_nodes(graph: Graph, before: fx.Node, name: str, packed: Packed) -> l
         return [graph.module.graph.get_attr(buffer_name(name, part)) for part in packed.tensors()]
 
 
-def _drop(graph: Graph, name: str, free: bool) -> None:
-    """Takes the dense tensor out of the graph; with `free`, its memory goes back even while the model still names it."""
+def _drop(graph: Graph, name: str) -> None:
+    """Takes the dense tensor out of the graph."""
     for node in [n for n in graph.module.graph.nodes if _reads(n, name)]:
         graph.module.graph.erase_node(node)
-    tensor = graph.tensor(name)
     owner, _, leaf = name.rpartition(".")
     delattr(graph.module.get_submodule(owner), leaf)
-    if free and isinstance(tensor, nn.Parameter):
-        tensor.data = tensor.data.new_empty(0)

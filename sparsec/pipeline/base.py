@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsec.calibrate import CalibrationData
 from sparsec.errors import SpecError
+from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.progress import Progress
 
@@ -41,6 +42,9 @@ class Context:
     owns_weights: bool = False  # the graph's tensors may be overwritten and freed: nobody else needs them
     rows: int = 1  # of x in a call of the model as it is mostly used: one token, or a batch of sequences
     elsewhere: Mapping[str, str] = field(default_factory=dict)  # weight -> who does need it all the same
+    release: Callable[[Weight], None] = lambda weight: (
+        None
+    )  # lets the model that is consumed go of a weight that it owns
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
 
     def owns(self, weight: str) -> bool:
