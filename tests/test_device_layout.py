@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsec
+from sparsec.errors import FormatError
+from sparsec.formats.layout import Layout
 from sparsec.formats.parts import unflatten
 from sparsec.ir.verifier import problems
 from sparsec.kernels import SparseLinear
@@ -146,3 +148,25 @@ def test_dense_products_are_torchs_own_on_another_device() -> None:
         compiled.to(device)
         compiled.sparsec.report()
         assert set(graph.ops[fused].member_kernels) == kernels
+
+
+@pytest.mark.parametrize("layout", ["csr8", "csr16", "csr32"])
+def test_a_layout_comes_back_as_what_it_was(layout: str) -> None:
+    """Regression: csr32 came back as csr16."""
+    linear = SparseLinear(Layout.parse(layout).pack(torch.randn(6, 40), torch.rand(6, 40) > 0.5))
+    for device in ("cuda", "cpu"):
+        linear.lay_out(device)
+    assert linear.packed.describe() == layout
+
+
+def test_a_type_that_a_format_cannot_hold_is_said_at_the_conversion() -> None:
+    """Regression: it was said at the next call, by which time every layer was converted."""
+    linear = SparseLinear(Layout.parse("bitmap").pack(torch.randn(6, 40), torch.rand(6, 40) > 0.5))
+    linear.path = "mlp.up"
+    with pytest.raises(FormatError, match=r"mlp.up: .*float64.*lower\(csr\)"):
+        linear.double()
+    assert linear.to(torch.bfloat16).packed.dtype == torch.bfloat16
+    assert (
+        SparseLinear(Layout.parse("csr").pack(torch.randn(6, 40), torch.rand(6, 40) > 0.5)).double().packed.check()
+        is None
+    )

@@ -45,6 +45,19 @@ def test_buffers_example_and_records_follow_a_conversion(passes: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("passes", ["magnitude(0.5),freeze", "magnitude(0.5),freeze,fuse,lower(bitmap)"])
+def test_a_bias_that_is_taken_away_is_gone_from_the_graph_and_comes_back(passes: str) -> None:
+    """Regression: the graph went on adding it."""
+    x = torch.randn(3, 16)
+    made = sparsec.compile(Scaled().eval(), passes, example_inputs=x)
+    bias, made.down.bias = made.down.bias, None
+    torch.testing.assert_close(made.sparsec.graph.run(x), made(x))
+    assert "down.bias" in " ".join(made.sparsec.report().notes)
+    made.down.bias = bias
+    torch.testing.assert_close(made.sparsec.graph.run(x), made(x))
+
+
+@torch.no_grad()
 def test_extend_probes_a_model_that_was_converted_since() -> None:
     """Regression: the example that the probe runs on stayed in the old type."""
     made = sparsec.compile(Scaled().eval(), "magnitude(0.5)", example_inputs=torch.randn(3, 16)).to(torch.bfloat16)

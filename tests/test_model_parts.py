@@ -14,7 +14,8 @@ from architectures import tiny_model
 from torch import Tensor, nn
 
 import sparsec
-from sparsec.errors import SparsecError, TraceError
+from sparsec.errors import DataError, SparsecError, TraceError
+from sparsec.evaluate import Windows, compare
 from sparsec.kernels import SparseLinear
 
 SPEC = "magnitude(0.5),freeze,lower(csr)"
@@ -145,3 +146,10 @@ def test_a_wrapper_of_a_transformers_model_is_told_which_model_inside_to_compile
     sparsec.compile(model[0].auto_model, SPEC, copy=False)
     assert any(isinstance(m, SparseLinear) for m in model.modules())
     assert model(features).shape == before.shape
+
+
+def test_an_encoder_decoder_is_not_evaluated_and_advised() -> None:
+    """Regression: the model's own ValueError came through."""
+    windows = Windows(torch.randint(2, 60, (1, 8)), "a text", "00", 8)
+    with pytest.raises(DataError, match="dense: T5ForConditionalGeneration is an encoder-decoder"):
+        compare({"dense": t5()}, windows)

@@ -12,6 +12,7 @@ from architectures import tiny_model
 import sparsec
 from sparsec import memory
 from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.errors import DataError
 from sparsec.evaluate import Windows, compare
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
@@ -137,6 +138,17 @@ def test_kept_logits_come_again_in_order() -> None:
     assert again["dense"] == before
     assert again["same"].kl == pytest.approx(0.0, abs=1e-9)
     assert again["same"].top1 == 1.0
+
+
+def test_kept_logits_are_cut_as_they_are_asked_for_and_end_in_words() -> None:
+    """Regression: other rows than at first were an IndexError."""
+    model, _ = tiny_model("llama")
+    window, kept = torch.arange(2, 14), KeptLogits(model)
+    whole = torch.cat(list(kept.logits_in_parts(window, 12)))
+    kept.forget()
+    assert torch.equal(torch.cat(list(kept.logits_in_parts(window, 5))), whole)
+    with pytest.raises(DataError, match="fewer windows"):
+        next(kept.logits_in_parts(window, 12))
 
 
 def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsec import private
-from sparsec.errors import KernelError
+from sparsec.errors import FormatError, KernelError
 from sparsec.formats.base import Packed
-from sparsec.formats.layout import for_device
+from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.modules.group import Grouped
@@ -46,6 +46,9 @@ class SparseLinear(Grouped, nn.Module):
     follow: partial[Packed] | None = None
     """Told of a new packed matrix, for a type of device; gives the one to hold. A copy of the module alone tells nobody, a copy of
     a compiled model its own graph."""
+
+    _before: str = ""
+    """The parameters of the layout that it had on another device."""
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         """Raises KernelError when the format has no operator, or the bias does not fit the matrix."""
@@ -86,8 +89,9 @@ class SparseLinear(Grouped, nn.Module):
     def lay_out(self, device: str) -> None:
         """Packs the matrix again where a type of device has kernels for another format: CSR becomes warp CSR on "cuda"."""
         packed = self.packed
-        fitting = for_device(packed, device)
+        fitting = for_device(packed, device, self._before)
         if fitting is not packed:
+            self._before = Layout.of(packed).parameters
             self._take(fitting if self.follow is None else self.follow(fitting, device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,6 +177,7 @@ class SparseLinear(Grouped, nn.Module):
 
         Then the matrix is laid out for the device that it is on.
         """
+        self._check_dtype(fn(self._buffers["values"].new_empty(0)).dtype)
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._keep(before)
@@ -180,6 +185,15 @@ class SparseLinear(Grouped, nn.Module):
         if type(values) is Tensor:  # not one that only pretends to have contents
             self.lay_out(values.device.type)
         return self
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        known, held = self._packed_type.dtypes, self.packed.dtype
+        if dtype != self._buffers["values"].dtype and dtype not in known:
+            raise FormatError(
+                f"{self.path or 'SparseLinear'}: {self._packed_type.title} holds {', '.join(map(_plain, known))}, and cannot be "
+                f"converted to {_plain(dtype)}; take the model back with .to({held}), or convert the original and compile it "
+                "with lower(csr), which holds float64 too"
+            )
 
     def admit(self, state: Mapping[str, Any], prefix: str, assign: bool) -> dict[str, Tensor]:
         """What a state has for this module's packed tensors, by key. FormatError unless it is a valid matrix that fits."""
@@ -222,3 +236,7 @@ class SparseLinear(Grouped, nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{packed.describe()}, {packed.sparsity:.1%} zero, {select(problem).name}"
         )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -136,6 +136,11 @@ def _check_model(name: str, model: Any) -> None:
         raise DataError(
             f"{name}: a causal language model (a torch.nn.Module with weights) is evaluated, got {shown(model)}"
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise DataError(
+            f"{name}: {type(model).__name__} is an encoder-decoder model, whose predictions need two texts; only causal language "
+            "models are evaluated here. Compile its parts (model.get_encoder()), and measure the whole by its own task"
+        )
 
 
 def _rows(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:

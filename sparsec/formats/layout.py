@@ -151,10 +151,11 @@ def sample_mask(pattern: Pattern, shape: tuple[int, int], sparsity: float, gener
     return scores >= sparsity if pattern == Pattern() else pattern.mask(scores, sparsity)
 
 
-def for_device(packed: Packed, device: str) -> Packed:
+def for_device(packed: Packed, device: str, before: str = "") -> Packed:
     """The same matrix in the format that a type of device has kernels for; the very same object where it is that already.
 
-    CSR is laid out for one kind of machine. What comes back is what went: csr8 and -0.0 stay what they are, and as many weights
+    CSR is laid out for one kind of machine. before: the parameters of what `packed` was made from, where another format than it
+    holds more (csr32). What comes back is what went: csr8 and -0.0 stay what they are, and as many weights
     are kept; which of the other zeros were kept is not told from padding, so that a zero may count for another one.
     """
     kind = FORMATS.get(packed.twins.get(device, ""))
@@ -165,8 +166,8 @@ def for_device(packed: Packed, device: str) -> Packed:
     zeros = packed.nnz - int(kept.count_nonzero())
     if zeros:
         kept.view(-1)[(~kept).view(-1).nonzero()[:zeros, 0]] = True
-    parameters = Layout.of(packed).parameters
-    return Layout(kind.format, parameters if parameters in kind.parameters else "").pack(dense, kept)
+    known = [p for p in (before, Layout.of(packed).parameters) if p in kind.parameters]
+    return Layout(kind.format, known[0] if known else "").pack(dense, kept)
 
 
 def spellings() -> tuple[str, ...]:

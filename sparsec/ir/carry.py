@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from sparsec.ir.graph import Graph
@@ -29,6 +30,8 @@ def rebind(graph: Graph, model: nn.Module) -> list[str]:
         if weight.packed is not None:
             continue
         first = held.get(weight.name)
+        if first is None and weight.kind == "bias":  # taken away: the graph adds zeros
+            _put(graph, weight.name, nn.Parameter(torch.zeros_like(graph.tensor(weight.name)), requires_grad=False))
         if (
             first is None
             or any(held.get(n) is not first for n in names)
@@ -39,9 +42,13 @@ def rebind(graph: Graph, model: nn.Module) -> list[str]:
             continue
         taken.add(id(first))
         if graph.tensor(weight.name) is not first:
-            owner, _, leaf = weight.name.rpartition(".")
-            graph.module.get_submodule(owner).register_parameter(leaf, first)
+            _put(graph, weight.name, first)
     return [*odd, *(name for name in held if name not in known)]
+
+
+def _put(graph: Graph, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    graph.module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
 def _move(graph: Graph, model: nn.Module) -> None:

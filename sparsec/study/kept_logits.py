@@ -27,12 +27,11 @@ class KeptLogits:
         self._anchor: Tensor = next(self.model.parameters()).detach().new_empty(0)  # tells device and dtype
         self.config = getattr(self.model, "config", None)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this
-        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
-        self._next = 0
+        self._row: tuple[int, torch.dtype] = 0, self._anchor.dtype  # vocabulary and type of what was kept
 
     def forget(self) -> Self:
         """Lets go of the model, and begins again at the first window."""
-        self.model, self._next = None, 0
+        self.model = None
         self._file.seek(0)
         return self
 
@@ -47,11 +46,11 @@ class KeptLogits:
                 self._keep(part)
                 yield part
             return
-        for _ in range(0, len(window), rows):
-            yield self._read()
+        for start in range(0, len(window), rows):
+            yield self._read(min(rows, len(window) - start))
 
     def _keep(self, logits: Tensor) -> None:
-        self._shapes.append((logits.shape, logits.dtype))
+        self._row = logits.shape[-1], logits.dtype
         try:
             self._file.write(logits.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         except OSError as error:
@@ -60,9 +59,11 @@ class KeptLogits:
                 "folder with more room, or take fewer --eval-windows"
             ) from error
 
-    def _read(self) -> Tensor:
-        shape, dtype = self._shapes[self._next]
-        self._next += 1
-        raw = bytearray(shape.numel() * dtype.itemsize)
-        self._file.readinto(raw)
-        return torch.frombuffer(raw, dtype=dtype).view(shape).to(self._anchor.device)
+    def _read(self, rows: int) -> Tensor:
+        vocabulary, dtype = self._row
+        raw = bytearray(rows * vocabulary * dtype.itemsize)
+        if not raw or self._file.readinto(raw) != len(raw):
+            raise DataError(
+                "the dense model's logits were kept for fewer windows than are compared with them; take the same ones"
+            )
+        return torch.frombuffer(raw, dtype=dtype).view(rows, vocabulary).to(self._anchor.device)
