@@ -31,6 +31,8 @@ class Mask(Pass):
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
     excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
+    wants: ClassVar[str] = "masks of your own (masks= in Python)"
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises MaskError: no masks given, an unknown name, a weight of no linear layer, a wrong dtype, shape or device."""
         if not context.masks:

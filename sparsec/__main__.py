@@ -74,7 +74,9 @@ def overview() -> str:
     for cls in known_passes().values():
         lines += paragraph(f"{cls.__doc__}".strip().splitlines()[0], f"{cls.name:<12}[{cls.effect.value}] ", " " * 12)
         lines += paragraph(signature(cls), " " * 12)
-        lines += paragraph(f"needs {_facts(cls.requires)}; gives {_facts(cls.produces)}", " " * 12)
+        needs = ", ".join(filter(None, (cls.wants, ", ".join(sorted(cls.requires))))) or "nothing"
+        gives = ", ".join(sorted(cls.produces)) or "nothing"
+        lines += paragraph(f"needs {needs}; gives {gives}", " " * 12)
     lines += heading("Formats")
     for name, kind in FORMATS.items():
         lines += paragraph(f"{kind.__doc__}".strip().splitlines()[0], f"{name:<12}")
@@ -86,10 +88,6 @@ def overview() -> str:
         lines += paragraph(text, f"{kernel.name:<18}")
     lines += [line for what in private.absent() for line in paragraph(what, "missing     ")]
     return "\n".join(lines + machine_lines(here))
-
-
-def _facts(facts: frozenset[str]) -> str:
-    return ", ".join(sorted(facts)) or "nothing"
 
 
 if __name__ == "__main__":

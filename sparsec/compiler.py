@@ -365,13 +365,20 @@ def _refuse(model: nn.Module) -> None:
     inside = next((path for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)), None)
     sparse = next((path for path, m in model.named_modules() if isinstance(m, SparseLinear)), None)
     if inside is not None or sparse is not None:
+        held = model.get_submodule(inside) if inside is not None else model
+        lowered = sparse is not None or "lowered" in vars(held)["sparsec"].graph.facts
+        if not lowered:
+            at = f" ({inside})" if inside else ""
+            raise CompileError(
+                f"this model is compiled already{at}, and not lowered yet; sparsec.extend goes on with it, for instance "
+                "sparsec.extend(model, 'freeze,lower(auto)')"
+            )
         where = (
             f" ({sparse} is a SparseLinear): its dense weights are gone" if sparse else f" ({inside})" if inside else ""
         )
         raise CompileError(
-            f"this model is compiled already{where}; compile the original again with all passes in one "
-            "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'; sparsec.extend goes on with a model "
-            "that is not lowered yet"
+            f"this model is compiled already and lowered{where}; compile the original again with all passes in one "
+            "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'"
         )
 
 

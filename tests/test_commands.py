@@ -59,7 +59,7 @@ def test_an_unknown_command_names_near_ones(prog: str, capsys: pytest.CaptureFix
     assert overview.main(["reprot", "tiny"], prog) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: there is no command 'reprot', did you mean 'report'? ")
+    assert captured.err.startswith("error: there is no command 'reprot', did you mean 'report'; ")
     assert f"{prog} --help" in captured.err
 
 

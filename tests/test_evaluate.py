@@ -272,7 +272,7 @@ def test_the_command_compares_what_passes_make_of_a_model_and_goes_on_where_it_w
     ("arguments", "message"),
     [
         (["tiny", "--text", "no-such-file.txt"], "no-such-file.txt: the text must be a file, this does not exist"),
-        (["tiny", "--passes", "wander(0.5)"], "unknown pass 'wander', did you mean 'wanda'?"),
+        (["tiny", "--passes", "wander(0.5)"], "unknown pass 'wander', did you mean 'wanda'"),
         (["tiny", "--passes", "lower(csr)"], "needs 'frozen'"),
         (["tiny", "--json", "no/such/folder.json"], "no/such/folder.json: cannot be written"),
         (["tiny", "--resume", "no/such/folder.json"], "no/such/folder.json: cannot be written"),

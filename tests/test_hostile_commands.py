@@ -113,4 +113,4 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 
 def test_an_unknown_command_names_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert overview.main(["reprot"]) == 2
-    assert "did you mean 'report'?" in capsys.readouterr().err
+    assert "did you mean 'report'" in capsys.readouterr().err

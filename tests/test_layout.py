@@ -52,7 +52,7 @@ def test_any_other_text_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("bitmp", "did you mean 'bitmap'?"),
+        ("bitmp", "did you mean 'bitmap'"),
         ("csr9", "there is no csr9; there are csr8, csr16, csr32"),
         ("wcsr32", "there is no wcsr32; there are wcsr8, wcsr16"),
         ("bsr12x16", "a block has a multiple of 8 rows"),

@@ -10,10 +10,13 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from project import ROOT
+
+from sparsec.passes import PASSES
 
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,3 +90,10 @@ def test_the_readme_answers_in_the_order_of_a_newcomer() -> None:
         "More",
     ]
     assert re.findall(r"^## (.*)$", README, flags=re.MULTILINE) == wanted
+
+
+def test_every_option_of_every_pass_is_explained() -> None:
+    """`scope`, `feed` and six more stood in no page."""
+    told = (ROOT / "docs" / "passes.md").read_text("utf-8").partition("## Options")[2]
+    options = {option.name for cls in PASSES for option in fields(cls)}
+    assert options <= set(re.findall(r"`(\w+)`", told))

@@ -120,14 +120,14 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
     [
         (
             "magnitude(0.5),freez,lower(csr)",
-            "unknown pass 'freez', did you mean 'freeze'?; passes: magnitude, wanda, sparsegpt, zeros, mask, freeze, sparsity, "
+            "unknown pass 'freez', did you mean 'freeze'; passes: magnitude, wanda, sparsegpt, zeros, mask, freeze, sparsity, "
             "flops, fuse, lower\n"
             "  magnitude(0.5),freez,lower(csr)\n"
             "                 ^^^^^",
         ),
         (
             "magnitude(0.5, scop='layer')",
-            "magnitude has no option 'scop', did you mean 'scope'?; options: sparsity, pattern, allocation, "
+            "magnitude has no option 'scop', did you mean 'scope'; options: sparsity, pattern, allocation, "
             "spread, targets, ignore, scope\n"
             "  magnitude(0.5, scop='layer')\n"
             "                 ^^^^^^^^^^^^",
@@ -140,7 +140,7 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
         ),
         (
             "magnitude(0.5",
-            "not a pass specification: a bracket or quote is not closed\n  magnitude(0.5\n               ^",
+            "not a pass specification: a bracket is not closed\n  magnitude(0.5\n               ^",
         ),
         (
             "magnitude",
@@ -279,3 +279,13 @@ def test_a_third_party_pass_is_found_by_its_entry_point(monkeypatch) -> None:
     monkeypatch.setattr("sparsec.offered.entry_points", lambda group: [_Entry("halve", Halve)])
     assert Pipeline.parse("halve").passes == (Halve(),)
     known_passes.cache_clear()
+
+
+def test_a_quote_and_a_bracket_that_are_open_are_told_apart() -> None:
+    for text, what in (
+        ("magnitude(0.5", "a bracket is not closed"),
+        ("magnitude(0.5, scope='layer)", "a quote is not closed"),
+        ("magnitude(0.5]", "a closing bracket does not fit"),
+    ):
+        with pytest.raises(SpecError, match=what):
+            Pipeline.parse(text)

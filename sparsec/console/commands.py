@@ -72,5 +72,5 @@ def find(name: str) -> Command:
             return command
     names = [command.name for command in COMMANDS]
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    guess = f", did you mean {' or '.join(map(repr, near))}?" if near else ";"
-    raise SpecError(f"there is no command {name!r}{guess} the commands are {', '.join(names)}")
+    guess = f", did you mean {' or '.join(map(repr, near))}" if near else ""
+    raise SpecError(f"there is no command {name!r}{guess}; the commands are {', '.join(names)}")

@@ -78,7 +78,7 @@ def measure_kernels(
     }
     for dtype in dtypes:
         walk = [c for case, found in packed.items() for c in _trials(case[0], found, dtype)]
-        what = f"calibrating: walking through {str(dtype).removeprefix('torch.')} layers"
+        what = f"measuring the machine: walking through {str(dtype).removeprefix('torch.')} layers"
         for trial, sample in zip(walk, time_walk(walk, arena, WALK_ROUNDS, dtype, progress, what), strict=True):
             samples.setdefault((trial.kernel, trial.format, dtype), []).append(sample)
     for i, (case, timer, rounds) in enumerate(timers):
@@ -117,4 +117,4 @@ def _as_it_is(linear: nn.Linear) -> nn.Module:
 
 def _say(progress: Progress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
-        progress(f"calibrating: {what}", done, total)
+        progress(f"measuring the machine: {what}", done, total)

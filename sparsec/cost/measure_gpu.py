@@ -126,4 +126,4 @@ def _kernel(packed: Packed, rows: int) -> Kernel | None:
 
 def _say(progress: Progress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
-        progress(f"calibrating the GPU: {what}", done, total)
+        progress(f"measuring the GPU: {what}", done, total)

@@ -48,8 +48,9 @@ class Layout:
         name = found["format"] if found is not None else None
         if found is None or name not in (DENSE, *FORMATS):
             near = difflib.get_close_matches(str(text), spellings(), n=1, cutoff=0.5)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(spellings())}")
+            hint = f", did you mean {near[0]!r}" if near else ""
+            listed = dict.fromkeys((*FORMATS, *spellings()))  # without parameters too: the mask settles them
+            raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(listed)}")
         layout = cls(name, found["parameters"] or "", found["values"] or "")
         if layout.values not in CODECS:
             raise SpecError(

@@ -34,7 +34,7 @@ SAVES = 0.9
 
 @dataclass(frozen=True, eq=False)
 class WarpCSR(Packed):
-    """Row by row, chunk by chunk, as the module says."""
+    """CSR for GPUs: rows in chunks of the width of a warp, columns as 8 or 16 bits."""
 
     format: ClassVar[str] = "wcsr"
     title: ClassVar[str] = "warp CSR"

@@ -93,6 +93,8 @@ class Pass(ABC):
         frozenset()
     )  # facts that must not hold yet: pruning needs weights not yet packed
 
+    wants: ClassVar[str] = ""
+    """What its user has to bring, in words for listings."""
     gone: ClassVar[Mapping[str, str]] = {}
     """Options of earlier versions, each with what to say in its place."""
 

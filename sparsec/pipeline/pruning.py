@@ -143,6 +143,7 @@ class CalibratedPruning(PruningPass):
     the inputs of its unpruned block, as the papers' code does; `true` prunes layer by layer.
     """
 
+    wants: ClassVar[str] = "a text to calibrate on"
     gram: ClassVar[bool] = False  # whether the statistics hold the Gram matrix
 
     feed: str = field(default="pruned", kw_only=True)

@@ -82,7 +82,14 @@ def _syntax_fault(text: str, error: SyntaxError) -> tuple[tuple[int, int, int], 
     if any(sign in error.msg for sign in ("never closed", "does not match", "unterminated")):
         lines = text.splitlines()
         column = len(lines[-1].encode()) + (1 if len(lines) == 1 else 0)
-        return (len(lines), column, 1), "not a pass specification: a bracket or quote is not closed"
+        if "unterminated" in error.msg:
+            what = "a quote is not closed"
+        else:
+            ours = (error.lineno or 0) > len(
+                text.splitlines()
+            )  # the bracket around it all, which nothing of the text closes
+            what = "a closing bracket does not fit" if "match" in error.msg and not ours else "a bracket is not closed"
+        return (len(lines), column, 1), f"not a pass specification: {what}"
     quoted = re.search(r"\(\s*(\w+:\w+)", text)
     hint = f"; quote what is no name: ({quoted[1]!r})" if quoted is not None else ""
     return (error.lineno or 1, (error.offset or 1) - 1, 1), f"not a pass specification: {error.msg}{hint}"
@@ -164,7 +171,7 @@ def _misplaced(cls: type[Pass]) -> str:
 
 def _nearest(word: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f", did you mean {near[0]!r}" if near else ""
 
 
 def _place(node: ast.expr | ast.keyword) -> tuple[int, int, int]:

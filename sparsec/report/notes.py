@@ -10,6 +10,8 @@ from sparsec.report.records import ReportData, Variant
 TOY = 4_000_000
 """Parameters below which a model fits into a processor's cache and a token is all overhead."""
 SHOWN = 3
+LOST = 1.01
+"""Times the dense perplexity from which something was lost at all."""
 WORSE = 1.5
 """Times the dense perplexity from which quality is called lost."""
 
@@ -96,7 +98,12 @@ def _why_slow(report: ReportData, lowered: Variant) -> str:
 
 
 def for_quality(report: ReportData) -> str | None:
-    """What to add, where nothing but magnitude pruned."""
+    """What to add, where quality was lost and nothing but magnitude pruned."""
+    pruned, dense = report.summary.get("masked"), report.summary.get("dense")
+    if pruned is None or dense is None or pruned.perplexity is None or dense.perplexity is None:
+        return None
+    if pruned.perplexity <= LOST * dense.perplexity:
+        return None
     if any(p.name == "magnitude" for p in report.passes) and not any(
         p.name in ("wanda", "sparsegpt") for p in report.passes
     ):

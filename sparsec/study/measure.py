@@ -53,7 +53,7 @@ def measured_report(
     measuring = planned is not None
     before, rest = split(pipeline)
     run = _Run(loaded, planned, progress, Clock(planned.effort.seconds if planned else 0.0))
-    with run.clock.stage("calibrating the cost model"):
+    with run.clock.stage("measuring the machine"):
         doubts = _known_machine(loaded.model, progress) if measuring else ()
         if measuring:
             warm_up()
