@@ -242,6 +242,14 @@ def test_the_command_says_what_the_passes_noted(capsys: pytest.CaptureFixture[st
     assert re.search(r"sparsegpt\(0\.5\),freeze: \d+ layers were shown no more than 128 tokens", said)
 
 
+def test_json_on_the_standard_output_stands_alone_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: it was written to a file called `-`, and text stood on the standard output."""
+    assert main(["tiny", *ARGUMENTS, "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)["models"]) == ["tiny"]
+    assert "2 windows of 64 tokens" in " ".join(err.split())
+
+
 def test_the_command_compares_what_passes_make_of_a_model_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

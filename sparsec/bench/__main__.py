@@ -29,7 +29,7 @@ from sparsec.timing.rotation import Protocol, Rotation
 def main(argv: Sequence[str] | None = None, prog: str = arguments.PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     options = arguments.parser(prog).parse_args(argv)
-    return guarded(lambda: _run(options))
+    return guarded(lambda: _run(options), json=options.json)
 
 
 def _run(options: argparse.Namespace) -> None:

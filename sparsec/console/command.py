@@ -6,8 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -21,10 +24,24 @@ MAX_THREADS, MAX_WHOLE = 1024, 2**31 - 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def guarded(run: Callable[[], None], traceback: bool = False) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+STDOUT = "-"
+"""As a file's name: the standard output."""
+_document: ContextVar[TextIO | None] = ContextVar("_document", default=None)
+
+
+def guarded(run: Callable[[], None], traceback: bool = False, json: str | Path | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 when interrupted.
+
+    json: the file that it writes. Where that is the standard output, everything else goes to the standard error.
+    """
     try:
-        run()
+        if str(json) == STDOUT:
+            context = copy_context()
+            context.run(_document.set, sys.stdout)
+            with redirect_stdout(sys.stderr):
+                context.run(run)
+        else:
+            run()
     except SparsecError as error:
         if traceback:
             raise
@@ -128,6 +145,8 @@ def calibration(
 
 def writable(path: str | Path) -> str:
     """The path. Raises DataError, before anything slow runs, for a file that could not be written afterwards."""
+    if str(path) == STDOUT:
+        return STDOUT
     file = Path(path).absolute()
     try:
         fits = not file.is_dir() and file.parent.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
@@ -156,6 +175,9 @@ def writable_folder(path: str) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Raises DataError where that fails."""
+    if str(path) == STDOUT:
+        (_document.get() or sys.stdout).write(text)
+        return
     try:
         Path(path).write_text(text, encoding="utf-8")
     except (OSError, UnicodeError) as error:

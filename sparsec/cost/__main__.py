@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from sparsec.console.command import DTYPES, MAX_THREADS, guarded, writable
+from sparsec.console.command import DTYPES, MAX_THREADS, STDOUT, guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, paragraph, table
-from sparsec.cost.constants import Constants, Found, machine_constants, save
+from sparsec.cost.constants import Constants, Found, machine_constants, save, to_json
 from sparsec.errors import DataError, KernelError
 from sparsec.kernels import gpu
 
@@ -53,14 +53,14 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     how = p.add_mutually_exclusive_group()
     how.add_argument("--force", action="store_true", help="measure, even where a calibration is known")
     how.add_argument("--show", action="store_true", help="measure nothing; an error where nothing is known")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write it there too, - on the standard output")
     return p
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = parser(prog).parse_args(argv)
-    return guarded(lambda: _run(args))
+    return guarded(lambda: _run(args), json=args.json)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -86,7 +86,9 @@ def _run(args: argparse.Namespace) -> None:
             "nothing is known of this machine with these threads and dtypes; leave out --show to measure it"
         )
     print("\n".join(lines(found)))
-    if args.json:
+    if args.json and str(args.json) == STDOUT:
+        write_text(args.json, to_json(found.constants))
+    elif args.json:
         save(found.constants, args.json)
 
 

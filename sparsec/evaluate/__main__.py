@@ -81,7 +81,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument("--seed", type=seed, default=0, help="of what is drawn to calibrate on; default: %(default)s")
     p.add_argument("--resume", metavar="FILE", help="kept up to date window by window; goes on from there if it exists")
-    p.add_argument("--json", metavar="FILE", help="all figures, every window and position")
+    p.add_argument("--json", metavar="FILE", help="all figures, every window and position; - is the standard output")
     add_calibration(p)
     p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
     return p
@@ -90,7 +90,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = parser(prog).parse_args(argv)
-    return guarded(lambda: _run(args), args.traceback)
+    return guarded(lambda: _run(args), args.traceback, args.json)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -91,7 +91,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     out.add_argument("--dump-ir", metavar="DIR", help="write the IR there, one numbered file per pass")
     out.add_argument("--layers", action="store_true", help="a line for every weight; default: one for all of a role")
-    out.add_argument("--json", metavar="FILE", help="the whole report; schema in sparsec/report/schema.py")
+    out.add_argument(
+        "--json", metavar="FILE", help="the whole report, - on the standard output; schema in sparsec/report/schema.py"
+    )
     out.add_argument("--csv", metavar="FILE", help="the layers")
     how = p.add_argument_group("measuring")
     how.add_argument(
@@ -123,7 +125,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = parser(prog).parse_args(argv)
-    return guarded(lambda: _run(args), args.traceback)
+    return guarded(lambda: _run(args), args.traceback, args.json)
 
 
 def _run(args: argparse.Namespace) -> None:
