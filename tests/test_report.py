@@ -26,9 +26,11 @@ from sparsec.report.notes import merged, tied_table
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import summary_lines
 from sparsec.report.text import render
+from sparsec.report.variant import metrics
 from sparsec.report.words import dense_reason, pays_from, storage
 from sparsec.study.sample import read_prompt
 from sparsec.timing.others import in_the_way
+from sparsec.timing.spread import Spread
 
 GOLDEN = Path(__file__).parent / "golden" / "report.txt"
 
@@ -329,3 +331,16 @@ def test_others_are_in_the_way_only_where_they_leave_too_few_cores() -> None:
     assert not in_the_way(0.1, threads=2, cores=2)
     assert not in_the_way(1.0, threads=1, cores=2)
     assert not in_the_way(None, threads=2, cores=2)
+
+
+@pytest.mark.parametrize("name", metrics())
+def test_a_metric_is_one_record(name: str, full: Any) -> None:
+    """A field of Variant with what it is and how it is shown; the table, the JSON and its schema follow."""
+    _, metric = metrics()[name]
+    found = {key: getattr(v, name) for key, v in full.summary.items()}
+    compared = full.text().partition("== Compared")[2]
+    (line,) = (line for line in compared.splitlines() if line.startswith(f"{metric.title}  "))
+    assert all(metric.show(value).split()[0] in line for value in found.values() if value is not None)
+    assert schema.VARIANT[name][1] == metric.doc
+    told = {key: each[name] for key, each in schema.document(full)["summary"].items()}
+    assert told == {key: value.median if isinstance(value, Spread) else value for key, value in found.items()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sparsec.console.table import mega, times
-from sparsec.report.records import ReportData, Variant
+from sparsec.report.records import ReportData
+from sparsec.report.variant import Variant
 
 TOY = 4_000_000
 """Parameters below which a model fits into a processor's cache and a token is all overhead."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sparsec.machine import Machine
 from sparsec.pipeline.base import PassRecord
-from sparsec.timing.spread import Spread
+from sparsec.report.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -144,51 +144,6 @@ class Stage:
     def cut(self) -> bool:
         """Whether less was done than wanted."""
         return self.done is not None and self.wanted is not None and self.done < self.wanted
-
-
-VARIANTS = {
-    "dense": "dense",
-    "masked": "masked",
-    "dense_on_sparsec": "dense on sparsec's kernels",
-    "lowered": "lowered",
-}
-"""The compared models, by key, as they are shown. dense: as it was loaded. masked: zeros, on torch's kernels, so expected to be as
-fast as dense. dense_on_sparsec: no zeros, `fuse,lower(dense)`. lowered: what all the passes made."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the compared models, see VARIANTS. Model bytes are found by walking every tensor that it holds.
-
-    Quality is that of the function: measured once for dense, which `dense_on_sparsec` shares, and once for what was pruned, which
-    `masked` and `lowered` share.
-    """
-
-    parameters: int  # dense count: zeros are parameters too
-    nnz: int
-    bytes: int
-    bytes_masks: int  # beside the model, while it is being pruned
-    flops_per_token: float | None
-    speedup_theoretical: float | None  # by FLOPs
-    speedup_theoretical_bytes: float | None
-    resident_bytes: int | None = None  # what it added to the process's resident memory, masks included
-    perplexity: float | None = None
-    top1: float | None = None  # share of positions at which the most likely next token is that of dense
-    top5: float | None = None  # at which that of dense is among the five most likely
-    kl: float | None = None  # KL(dense || this) of the next token, in nats, mean over positions
-    prefill_ms: Spread | None = None
-    decode_ms: Spread | None = None
-    speedup_prefill: Spread | None = None  # measured, against dense in the same round
-    speedup_decode: Spread | None = None
-    zeros_speedup_prefill: Spread | None = None  # of lowered, against dense_on_sparsec: the part that zeros give
-    zeros_speedup_decode: Spread | None = None
-    linears_ms: float | None = None  # of a decoded token in linear layers, by the cost model
-    speedup_predicted: float | None = None  # of decoding: what the cost model saves, taken from the measured dense time
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros among all parameters."""
-        return 1.0 - self.nnz / self.parameters if self.parameters else 0.0
 
 
 @dataclass(frozen=True)

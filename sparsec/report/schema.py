@@ -12,7 +12,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from sparsec.report.records import GroupRow, LayerRow, ReportData, Variant
+from sparsec.report.records import GroupRow, LayerRow, ReportData
+from sparsec.report.variant import Variant, metrics
 from sparsec.report.words import dense_reason
 from sparsec.timing.spread import Spread
 
@@ -90,45 +91,21 @@ GROUP: Keys = {
     "bytes_held": ((int,), "held"),
     "share": (NUMBER, "of all parameters"),
 }
-VARIANT: Keys = {
-    "parameters": ((int,), "dense count"),
-    "nnz": ((int,), "kept"),
-    "sparsity": (NUMBER, "share of zeros among all parameters"),
-    "bytes": ((int,), "of every tensor held by the model, each storage once"),
-    "bytes_masks": ((int,), "of the masks beside it"),
-    "resident_bytes": ((int, NONE), "that building it added to the process, masks included"),
-    "perplexity": (
-        (*NUMBER, NONE),
-        "see evaluation; measured once for dense (and dense_on_sparsec) and once for what was pruned (masked and lowered); a "
-        "number beyond floating point is null",
-    ),
-    "top1": ((*NUMBER, NONE), "share of positions at which the most likely next token is that of dense"),
-    "top5": ((*NUMBER, NONE), "share of positions at which that of dense is among the five most likely"),
-    "kl": ((*NUMBER, NONE), "KL(dense || this) of the next token, in nats, mean over positions; null where not finite"),
-    "flops_per_token": ((*NUMBER, NONE), "as executed"),
-    "prefill_ms": ((*NUMBER, NONE), "median"),
-    "prefill_ms_quartiles": ((list, NONE), "[lower, upper]"),
-    "decode_ms": ((*NUMBER, NONE), "median, per token"),
-    "decode_ms_quartiles": ((list, NONE), "[lower, upper]"),
-    "speedup_theoretical": ((*NUMBER, NONE), "by FLOPs"),
-    "speedup_theoretical_bytes": ((*NUMBER, NONE), "by model bytes"),
-    "speedup_prefill": ((*NUMBER, NONE), "measured: median over rounds of dense / this"),
-    "speedup_prefill_quartiles": ((list, NONE), "[lower, upper]"),
-    "speedup_decode": ((*NUMBER, NONE), "measured: median over rounds of dense / this"),
-    "speedup_decode_quartiles": ((list, NONE), "[lower, upper]"),
-    "zeros_speedup_prefill": (
-        (*NUMBER, NONE),
-        "of lowered, the part that zeros give: median over rounds of dense_on_sparsec / this",
-    ),
-    "zeros_speedup_prefill_quartiles": ((list, NONE), "[lower, upper]"),
-    "zeros_speedup_decode": ((*NUMBER, NONE), "the same of decoding"),
-    "zeros_speedup_decode_quartiles": ((list, NONE), "[lower, upper]"),
-    "linears_ms": ((*NUMBER, NONE), "of a decoded token in linear layers, by the cost model"),
-    "speedup_predicted": (
-        (*NUMBER, NONE),
-        "of decoding: what the cost model saves, taken from the measured dense time",
-    ),
-}
+
+
+def _variant_keys() -> Keys:
+    """From the fields of Variant; a spread is its median and its quartiles."""
+    found: Keys = {}
+    for name, (own, metric) in metrics().items():
+        kind = str(own.type)
+        types = ((int,) if kind.startswith("int") else NUMBER) + ((NONE,) if kind.endswith("None") else ())
+        found[name] = (types, metric.doc)
+        if "Spread" in kind:
+            found[f"{name}_quartiles"] = ((list, NONE), "[lower, upper]")
+    return found
+
+
+VARIANT: Keys = _variant_keys()
 STAGE: Keys = {
     "name": ((str,), "what took the time"),
     "seconds": (NUMBER, "wall time"),
@@ -249,12 +226,12 @@ def _group(row: GroupRow) -> dict[str, Any]:
 
 
 def _variant(v: Variant) -> dict[str, Any]:
-    cells: dict[str, Any] = {key: getattr(v, key) for key in VARIANT if not key.endswith("_quartiles")}
-    for key in (k.removesuffix("_quartiles") for k in VARIANT if k.endswith("_quartiles")):
-        spread: Spread | None = cells[key]
-        cells[key] = spread.median if spread is not None else None
-        cells[f"{key}_quartiles"] = [spread.lower, spread.upper] if spread is not None else None
-    for key in ("perplexity", "kl"):
-        if cells[key] is not None and not math.isfinite(cells[key]):
-            cells[key] = None
-    return {key: cells[key] for key in VARIANT}
+    cells: dict[str, Any] = {}
+    for key in metrics():
+        value = getattr(v, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        cells[key] = value.median if isinstance(value, Spread) else value
+        if f"{key}_quartiles" in VARIANT:
+            cells[f"{key}_quartiles"] = [value.lower, value.upper] if isinstance(value, Spread) else None
+    return cells

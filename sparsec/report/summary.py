@@ -7,6 +7,7 @@ import textwrap
 from sparsec.console.table import mega, percent, table, times
 from sparsec.report.notes import SHOWN, all_notes, for_quality
 from sparsec.report.records import ReportData
+from sparsec.report.variant import short_perplexity
 from sparsec.timing.spread import Spread
 
 LINES, COLUMNS = 24, 80
@@ -52,7 +53,7 @@ def _table(report: ReportData) -> list[str]:
     row("  speed against dense", [_times(v.speedup_decode, report.doubt) for v in variants])
     row(f"ms to read {prompt}", [_milliseconds(v.prefill_ms, report.doubt) for v in variants])
     row("  speed against dense", [_times(v.speedup_prefill, report.doubt) for v in variants])
-    row("perplexity", [short_perplexity(v.perplexity) for v in variants])
+    row("perplexity", [_perplexity(v.perplexity) for v in variants])
     return table(("", *(name.replace("_", " ") for name in report.summary)), rows)
 
 
@@ -82,19 +83,16 @@ def _quality(report: ReportData) -> list[str]:
     pruned, dense, on = report.summary.get("masked"), report.summary.get("dense"), report.evaluation
     lines = []
     if pruned is not None and dense is not None and pruned.perplexity is not None and on is not None:
-        text = f"perplexity {short_perplexity(dense.perplexity)} before, {short_perplexity(pruned.perplexity)} after"
-        text += "".join(f"; {short_perplexity(other)} by {spec}" for spec, other in report.beside.items())
+        text = f"perplexity {_perplexity(dense.perplexity)} before, {_perplexity(pruned.perplexity)} after"
+        text += "".join(f"; {_perplexity(other)} by {spec}" for spec, other in report.beside.items())
         lines += _wrapped(f"{text} ({on.windows} x {on.window_length} tokens of {on.text})", f"{'quality':<9}", lines=2)
     if (add := for_quality(report)) is not None:
         lines += _wrapped(add, " " * 9 if lines else f"{'quality':<9}", lines=2)
     return lines
 
 
-def short_perplexity(value: float | None) -> str:
-    """Four digits or so."""
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
+def _perplexity(value: float | None) -> str:
+    return "-" if value is None else short_perplexity(value)
 
 
 def _milliseconds(spread: Spread | None, doubt: str) -> str:

@@ -12,7 +12,8 @@ from sparsec.report.notes import all_notes, merged
 from sparsec.report.pruning import pruning_lines
 from sparsec.report.records import GroupRow, LayerRow, ReportData, known_ratio, total
 from sparsec.report.roles import by_role, middle, most
-from sparsec.report.summary import short_perplexity, summary_lines
+from sparsec.report.summary import summary_lines
+from sparsec.report.variant import metrics
 from sparsec.report.words import chosen_because, dense_bound, dense_reason, storage
 from sparsec.timing.spread import Spread
 
@@ -183,44 +184,16 @@ def _groups(report: ReportData) -> list[str]:
 
 def _compared(report: ReportData) -> list[str]:
     variants = list(report.summary.values())
-    rows: list[tuple[str, ...]] = []
-
-    def row(title: str, cells: list[str]) -> None:
-        if any(cell != "-" for cell in cells):
-            rows.append((title, *cells))
-
-    row("parameters (zeros included)", [f"{v.parameters:,}" for v in variants])
-    row("kept (nnz)", [f"{v.nnz:,}" for v in variants])
-    row("sparsity of all parameters", [percent(v.sparsity, 2) for v in variants])
-    row("model bytes, MB", [mega(v.bytes) for v in variants])
-    row("  masks beside it, MB", [mega(v.bytes_masks) for v in variants])
-    row("resident memory added, MB", [mega(v.resident_bytes, 0) for v in variants])
-    row("perplexity", [short_perplexity(v.perplexity) for v in variants])
-    row("top-1 agreement with dense", ["-" if v.top1 is None else f"{v.top1:.4f}" for v in variants])
-    row("top-5 agreement with dense", ["-" if v.top5 is None else f"{v.top5:.4f}" for v in variants])
-    row("KL(dense || this), nats", ["-" if v.kl is None else f"{v.kl:.4g}" for v in variants])
-    row("MFLOP per token", [mega(v.flops_per_token, 1) for v in variants])
-    row("prefill, ms (quartiles)", [_spread(v.prefill_ms, report.doubt) for v in variants])
-    row("decode, ms per token (quartiles)", [_spread(v.decode_ms, report.doubt) for v in variants])
-    row("theoretical speedup, FLOPs", [times(v.speedup_theoretical) for v in variants])
-    row("theoretical speedup, bytes", [times(v.speedup_theoretical_bytes) for v in variants])
-    row(
-        "predicted, ms per token in linears", ["-" if v.linears_ms is None else f"{v.linears_ms:.2f}" for v in variants]
-    )
-    row("predicted speedup, decode", [times(v.speedup_predicted) for v in variants])
-    row("measured speedup, prefill", [_spread(v.speedup_prefill, "x" + report.doubt) for v in variants])
-    row("measured speedup, decode", [_spread(v.speedup_decode, "x" + report.doubt) for v in variants])
-    row("  by zeros alone, prefill", [_spread(v.zeros_speedup_prefill, "x" + report.doubt) for v in variants])
-    row("  by zeros alone, decode", [_spread(v.zeros_speedup_decode, "x" + report.doubt) for v in variants])
+    rows = []
+    for name, (_, metric) in metrics().items():
+        values = [getattr(v, name) for v in variants]
+        if any(value is not None for value in values):
+            shown = ["-" if value is None else metric.show(value) for value in values]
+            if any(isinstance(value, Spread) for value in values):  # measured times and their ratios
+                shown = [cell.replace(" (", f"{report.doubt} (", 1) for cell in shown]
+            rows.append((metric.title, *shown))
     lines = heading("Compared") + table(("", *(name.replace("_", " ") for name in report.summary)), rows)
     return lines + [line for text in _footnotes(report) for line in paragraph(text)]
-
-
-def _spread(spread: Spread | None, unit: str = "") -> str:
-    if spread is None:
-        return "-"
-    digits = 2 if spread.median < 100 else 0
-    return f"{spread.median:.{digits}f}{unit} ({spread.lower:.{digits}f}-{spread.upper:.{digits}f})"
 
 
 def _footnotes(report: ReportData) -> list[str]:

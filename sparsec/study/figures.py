@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparsec.evaluate import Evaluation
-from sparsec.report.records import VARIANTS, Variant, known_ratio
+from sparsec.report.records import known_ratio
+from sparsec.report.variant import VARIANTS, Variant, metrics
 from sparsec.study.variants import Built
 from sparsec.timing.latency import Comparison
 from sparsec.timing.spread import Spread
@@ -58,10 +59,7 @@ def with_measurements(
     return replace(
         variant,
         speedup_predicted=_predicted(dense_ms, dense_linears_ms, variant.linears_ms),
-        perplexity=quality.perplexity,
-        top1=quality.top1,
-        top5=quality.top5,
-        kl=quality.kl,
+        **{key: metric.measured(quality) for key, (_, metric) in metrics().items() if metric.measured is not None},
         prefill_ms=times.latencies[name].prefill_ms,
         decode_ms=times.latencies[name].decode_ms,
         speedup_prefill=times.prefill_speedup[name],
