@@ -59,6 +59,8 @@ def test_any_other_text_is_refused(text: str) -> None:
         ("nm2:5", "M of 4 and 8"),
         ("bitmap8", "bitmap has no parameters"),
         ("dense8", "dense has no parameters"),
+        ("bitmap:int8", "only plain ones; write bitmap"),
+        ("nm2:4:int4", "only plain ones; write nm2:4"),
         (None, "None is no layout"),
     ],
 )

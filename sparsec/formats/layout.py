@@ -53,9 +53,8 @@ class Layout:
             raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(listed)}")
         layout = cls(name, found["parameters"] or "", found["values"] or "")
         if layout.values not in CODECS:
-            raise SpecError(
-                f"{text!r}: there are no values {layout.values!r}, only plain ones: write {cls(name, layout.parameters)}"
-            )
+            plain = replace(layout, values="")
+            raise SpecError(f"{text!r}: there are no {layout.values!r} values, only plain ones; write {plain}")
         if name == DENSE and layout.parameters:
             raise SpecError(f"dense has no parameters, got {text!r}")
         _ = layout.options  # refuses wrong parameters
@@ -64,7 +63,7 @@ class Layout:
     @classmethod
     def of(cls, packed: Packed) -> Self:
         """That of a packed matrix."""
-        return cls.parse(packed.describe())
+        return replace(cls.parse(packed.describe()), values=packed.codec.name)
 
     @classmethod
     def candidates(cls, mask: Tensor, device: str) -> Iterator[Self]:
