@@ -28,6 +28,8 @@ Model = TypeVar("Model", bound=nn.Module)
 _STATM = Path(
     "/proc/self/statm"
 )  # Linux; elsewhere the standard library knows only the peak, which says nothing of a difference
+_MAPS = Path("/proc/self/maps")
+_PAGEOUT = 21  # of madvise: Linux 5.4 and later, others refuse it and change nothing
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,39 @@ def trim() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a file that is mapped into memory; False where the system does not tell."""
+    return _pages(tensor) is not None
+
+
+def page_out(tensors: Iterable[Tensor]) -> None:
+    """Hands the pages of mapped files back to the system, which reads them again when somebody asks.
+
+    No value changes: what was written to such a tensor is no page of the file any more, and stays.
+    """
+    library = _glibc()
+    for tensor in tensors:
+        pages = _pages(tensor)
+        if pages is not None and library is not None:
+            library.madvise(ctypes.c_void_p(pages[0]), ctypes.c_size_t(pages[1] - pages[0]), _PAGEOUT)
+
+
+def _pages(tensor: Tensor) -> tuple[int, int] | None:
+    """First and last address of the whole pages of a tensor in one private mapping of a file."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not _MAPS.exists():
+        return None
+    size, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
+    begin, end = -(-start // size) * size, (start + tensor.nbytes) // size * size
+    if begin >= end:
+        return None
+    for line in _MAPS.read_text(errors="replace").splitlines():
+        place, rights, _, _, inode, *_ = line.split()
+        low, high = (int(number, 16) for number in place.split("-"))
+        if low <= begin < high:
+            return (begin, end) if end <= high and rights.endswith("p") and inode != "0" else None
+    return None
 
 
 @cache

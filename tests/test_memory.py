@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import sparsec
 from sparsec import memory
 
 
@@ -69,3 +73,51 @@ def test_resident_memory_follows_what_is_held_and_freed() -> None:
     assert after is not None
     assert 0.9 * size < held - before < 1.5 * size
     assert after - before < 0.1 * size
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_pages_of_a_mapped_file_go_back_and_no_value_changes(tmp_path: Path) -> None:
+    path, count = tmp_path / "weights", 8 << 20
+    whole = torch.randn(2 * count)
+    path.write_bytes(whole.numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=2 * count)
+    mapped[:count].mul_(2)
+    assert float(mapped.sum()) != 0  # all of it is read
+    before = memory.resident()
+    memory.page_out([mapped])
+    after = memory.resident()
+    assert before is not None
+    assert after is not None
+    assert before - after > 0.9 * mapped[count:].nbytes
+    assert torch.equal(mapped[:count], 2 * whole[:count])
+    assert torch.equal(mapped[count:], whole[count:])
+    assert memory.is_mapped(mapped)
+    assert not memory.is_mapped(whole)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_mapped_file_is_not_written_to_when_its_model_is_pruned_in_place(tmp_path: Path, kept: bool) -> None:
+    """Regression: each written page stayed until the last tensor of the file was gone, beside the packed weights."""
+
+    def linear() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(1024, 2048, bias=False), nn.Linear(2048, 8, bias=False)).eval()
+
+    torch.save(linear().state_dict(), tmp_path / "weights.pt")
+    state = torch.load(tmp_path / "weights.pt", mmap=True)
+    model = linear()
+    model.load_state_dict(state, assign=True)
+    first = model[0].weight.detach()  # what is left of it
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    wanted = first.clone()
+    held = state if kept else None
+    del state
+    made = sparsec.compile(
+        model, "magnitude(0.5),freeze,lower(bitmap)", example_inputs=torch.randn(2, 1024), copy=False
+    )
+    mask = made[0].weight != 0
+    assert 0.4 < float(mask.float().mean()) < 0.6
+    assert torch.equal(made[0].weight[mask], wanted[mask])
+    assert torch.equal(first, wanted), "trained values, zeros or the file's came into memory that somebody reads"
+    if held is not None:
+        assert torch.equal(held["0.weight"], wanted)

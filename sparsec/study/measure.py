@@ -239,6 +239,7 @@ def _one_after_another(run: _Run, builder: Builder) -> None:
         own = builder.on_sparsec()
         run.time({"dense": dense} | ({} if own is None else {"dense_on_sparsec": own}), 0.4)
         del own
+        memory.page_out(dense.parameters())
         run.say("dense", dense)
         count = len(run.evaluations["dense"].losses)
         windows = replace(run.planned.windows, tokens=run.planned.windows.tokens[:count])
@@ -274,7 +275,9 @@ def _known_machine(model: nn.Module, progress: Progress | None) -> tuple[str, ..
     devices = sorted({p.device.type for p in model.parameters()})
     if not dtypes or unpredicted(devices):
         return ()
+    memory.page_out(model.parameters())  # at first use a GB is read to find out how fast
     found = machine_constants(sorted(dtypes, key=str), device=devices[0], progress=progress)
+    memory.trim()
     assert found is not None
     return found.notices
 
