@@ -355,7 +355,7 @@ def test_the_one_command_goes_through_all_its_stages(
     monkeypatch.setattr(replay, "MAX_COPIES", 1)
     monkeypatch.setattr(gpu_run, "PASSES", "magnitude({sparsity}, scope='layer'),freeze,lower(csr)")
     monkeypatch.setattr(
-        gpu_run, "check", lambda *args: bench.check_kernels(*args[:4], args[4] if args[4:] else (16, 32))
+        gpu_run, "check_kernels", lambda *args: bench.check_kernels(*args[:4], args[4] if args[4:] else (16, 32))
     )
     monkeypatch.setattr(gpu_run, "time_decoding", partial(time_decoding, model=tiny, tokens=1))
     monkeypatch.setattr(
