@@ -27,7 +27,7 @@ from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import summary_lines
 from sparsec.report.text import render
 from sparsec.report.variant import metrics
-from sparsec.report.words import dense_reason, pays_from, storage
+from sparsec.report.words import dense_reason, pays_from, slower, storage
 from sparsec.study.sample import read_prompt
 from sparsec.timing.others import in_the_way
 from sparsec.timing.spread import Spread
@@ -344,3 +344,11 @@ def test_a_metric_is_one_record(name: str, full: Any) -> None:
     assert schema.VARIANT[name][1] == metric.doc
     told = {key: each[name] for key, each in schema.document(full)["summary"].items()}
     assert told == {key: value.median if isinstance(value, Spread) else value for key, value in found.items()}
+
+
+def test_a_layer_that_is_slower_than_dense_says_why(full: Any) -> None:
+    row = replace(full.layers[0], speedup_measured=0.7, binds="call", kernel="csr_cpu")
+    assert slower([row]) == [
+        f"measured slower than dense: {row.name.removesuffix('.weight')}: so small a product is mostly the call of its kernel"
+    ]
+    assert slower([replace(row, speedup_measured=1.1)]) == []

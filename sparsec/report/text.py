@@ -14,7 +14,7 @@ from sparsec.report.records import GroupRow, LayerRow, ReportData, known_ratio, 
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import summary_lines
 from sparsec.report.variant import metrics
-from sparsec.report.words import chosen_because, dense_bound, dense_reason, storage
+from sparsec.report.words import chosen_because, dense_bound, dense_reason, slower, storage
 from sparsec.timing.spread import Spread
 
 _NAME = 30
@@ -103,7 +103,7 @@ def _layers(report: ReportData, every: bool) -> list[str]:
     lines = heading(f"Layers: {what}; speedups: by FLOPs, by bytes, predicted, measured")
     lines += table(header, body, left=(0, 1, 5, 9), gap=1)
     lines += [line for reason, mark in legend.items() for line in paragraph(f"dense because: {reason}", f"({mark}) ")]
-    lines += [line for text in chosen_because(report.layers) for line in paragraph(text)]
+    lines += [line for text in (*chosen_because(report.layers), *slower(report.layers)) for line in paragraph(text)]
     tied = [row for row in report.layers if row.aliases]
     lines += [line for row in tied for line in paragraph(f"tied, counted once: {row.name} = {', '.join(row.aliases)}")]
     for text in (*storage(report.layers), dense_bound(report)):

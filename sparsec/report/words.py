@@ -44,6 +44,27 @@ def chosen_because(layers: Sequence[LayerRow]) -> list[str]:
     return paragraphs
 
 
+def slower(layers: Sequence[LayerRow]) -> list[str]:
+    """Weights measured slower than dense, by what explains it."""
+    found: dict[str, list[str]] = {}
+    for row in layers:
+        if row.speedup_measured is None or row.speedup_measured >= 1:
+            continue
+        if row.kernel is not None and "_reference" in row.kernel:
+            why = "reference kernels are not made to be fast"
+        elif row.binds == "call":
+            why = "so small a product is mostly the call of its kernel"
+        elif row.speedup_predicted is not None and row.speedup_predicted > 1:
+            why = "the cost model was wrong about them; measure the machine again while idle: sparsec cost --force"
+        else:
+            why = "no gain was predicted"
+        found.setdefault(why, []).append(row.name.removesuffix(".weight"))
+    return [
+        f"measured slower than dense: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {why}"
+        for why, names in found.items()
+    ]
+
+
 def storage(layers: Sequence[LayerRow]) -> list[str]:
     """Per format, one paragraph: bytes against dense, and from which sparsity on it pays. Larger is called larger."""
     paragraphs = []
