@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from sparsec.cost.choice import OWN, Choice, Setting, choose
-from sparsec.errors import FormatError, KernelError, SpecError
+from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats import WarpCSR
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import DENSE
@@ -98,13 +98,17 @@ class Lower(Pass):
         if sum(w.nbytes_dense for w in packable if context.owns(w.name)) >= LARGE:
             gc.collect()  # tracing leaves cycles that hold the weights: SmolLM2's peak lies 419 MB above the model, so 184
         done = []
+        dense: dict[str, list[str]] = {}
         for i, weight in enumerate(chosen):
             context.step("lower", i, len(chosen))
-            if reasons[weight.name]:
-                graph.update(weight.name, reason=reasons[weight.name])
-                notes.append(f"{weight.name} stays dense: {reasons[weight.name]}")
+            if reason := reasons[weight.name]:
+                graph.update(weight.name, reason=reason)
+                dense.setdefault(reason, []).append(weight.name)
                 continue
             done.append(self._lower(graph, weight, plans.get(weight.name), context))
+        notes += [
+            f"{some(names)} {'stay' if names[1:] else 'stays'} dense: {reason}" for reason, names in dense.items()
+        ]
         own = _own_dense_kernels(graph, plans)
         graph.module.graph.lint()
         graph.module.recompile()
@@ -126,7 +130,7 @@ class Lower(Pass):
         graph.module.recompile()
         left = sum(map(len, refused.values()))
         notes = [
-            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: torch's kernel serves it, since {reason}"
+            f"{some(names)}: torch's kernel serves {'them' if names[1:] else 'it'}, since {reason}"
             for reason, names in refused.items()
         ]
         summary = f"{len(selected) - left} of {len(selected)} dense weights on sparsec's dense kernel, nothing packed"

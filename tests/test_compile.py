@@ -340,7 +340,8 @@ def test_a_linear_that_holds_more_than_weight_and_bias_stays_dense() -> None:
 def test_fused_experts_that_stay_dense_are_said(name: str) -> None:
     compiled = sparsec.compile(tiny_model(name)[0])
     notes = compiled.sparsec.records[-1].notes
-    assert sum("stays dense: no kernel multiplies by fused experts that are sparse" in note for note in notes) == 4
+    (note,) = [note for note in notes if "no kernel multiplies by fused experts that are sparse" in note]
+    assert "and 1 more stay dense: " in note
     assert "dense because: no kernel multiplies by fused experts" in str(compiled.sparsec.report())
 
 

@@ -188,7 +188,7 @@ def test_lower_dense_says_which_weights_torch_goes_on_to_serve_and_why() -> None
     assert record.summary.startswith("0 of ")
     assert not record.changed
     assert len(record.notes) == 1
-    assert "more: torch's kernel serves it, since " in record.notes[0]
+    assert ": torch's kernel serves them, since " in record.notes[0]
     double = nn.Sequential(nn.Linear(6, 6)).double()
     in_double = sparsec.compile(double, "lower(dense)", example_inputs=torch.ones(2, 6).double())
     assert "does not serve float64" in in_double.sparsec.records[-1].notes[0]
