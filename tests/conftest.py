@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -61,6 +62,13 @@ def pytest_configure(config: pytest.Config) -> None:
     _refuse_checkout_on_path()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_stays_is_not_looked_at_again() -> None:
+    """Imports and graphs that are kept for all tests: a collection of garbage, which packing in place asks for, leaves them out."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def models_are_traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`compile` of a model that looks like an earlier one takes the graph of that."""
@@ -78,3 +86,8 @@ def _refuse_checkout_on_path() -> None:
             "the checkout is on the import path, so `import kernels` finds sparsec's folder of that name; "
             "run `pytest` (or `make test`), not `python -m pytest`, and leave the checkout out of PYTHONPATH"
         )
+
+
+def pytest_unconfigure() -> None:
+    """At the end everything is collected: libraries complain of what they are left with."""
+    gc.unfreeze()

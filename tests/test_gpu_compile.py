@@ -43,6 +43,7 @@ def test_the_decode_loop_of_warp_csr_is_short_and_nothing_spills(tmp_path: Path)
     assert all(row["spilled"] == "0" and int(row["registers"]) > 0 for row in table)
 
 
+@pytest.mark.slow
 def test_sizes_of_one_and_odd_sizes_compile_as_a_launch_takes_them(tmp_path: Path) -> None:
     code = """
 from sparsec.formats.layout import Layout

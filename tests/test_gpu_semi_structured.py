@@ -343,7 +343,7 @@ def test_a_calibration_knows_both_ways_of_many_rows(library: Library, monkeypatc
     found = {}
     for rows in (1, 64):
         x = torch.randn(rows, 64).bfloat16()
-        contenders = measure_gpu._contenders((32, 64), 0.5, x, False, sizes, torch.Generator().manual_seed(0))
-        found[rows] = [name for name, *_ in contenders]
+        trials = measure_gpu._trials((32, 64), 0.5, x, False, sizes, torch.Generator().manual_seed(0))
+        found[rows] = [name for name, *_ in trials]
     assert found == {1: ["dense_torch", "nm_triton"], 64: ["dense_torch", "nm_cusparselt", "nm_triton"]}
     assert semi.missing() == []

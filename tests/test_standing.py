@@ -27,7 +27,7 @@ def graph_and_call(name: str) -> tuple[Graph, tuple[Tensor, ...]]:
     return graph, tuple(graph.bind((), {key: given[key] for key in graph.inputs}))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.sampled_from(NAMES), st.data())
 @torch.no_grad()
 def test_masking_a_later_weight_gives_what_a_whole_run_with_that_mask_gives(name: str, data: st.DataObject) -> None:
