@@ -39,6 +39,9 @@ class Freeze(Pass):
             if owned and not is_mapped(tensor):
                 with torch.no_grad():
                     serial.masked(tensor, weight.mask, out=tensor)
+                torch.autograd.graph.increment_version(
+                    tensor
+                )  # a backward of an earlier forward is refused, as torch does
             else:
                 graph.replace_tensor(weight.name, serial.masked(tensor.detach(), weight.mask))
                 if owned:

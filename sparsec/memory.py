@@ -155,8 +155,8 @@ def trim() -> None:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor lies in a file that is mapped into memory; False where the system does not tell."""
-    return _pages(tensor) is not None
+    """Whether a tensor lies in a file that is mapped into memory, privately or not; False where the system does not tell."""
+    return _pages(tensor, private=False) is not None
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:
@@ -166,14 +166,19 @@ def page_out(tensors: Iterable[Tensor]) -> None:
     """
     library = _glibc()
     for tensor in tensors:
-        pages = _pages(tensor)
+        pages = _pages(tensor, private=True)
         if pages is not None and library is not None:
             library.madvise(ctypes.c_void_p(pages[0]), ctypes.c_size_t(pages[1] - pages[0]), _PAGEOUT)
 
 
-def _pages(tensor: Tensor) -> tuple[int, int] | None:
-    """First and last address of the whole pages of a tensor in one private mapping of a file."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not _MAPS.exists():
+def _pages(tensor: Tensor, private: bool) -> tuple[int, int] | None:
+    """First and last address of the whole pages of a tensor in one mapping of a file."""
+    if (
+        tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+        or not _MAPS.exists()
+    ):
         return None
     size, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
     begin, end = -(-start // size) * size, (start + tensor.nbytes) // size * size
@@ -183,7 +188,8 @@ def _pages(tensor: Tensor) -> tuple[int, int] | None:
         place, rights, _, _, inode, *_ = line.split()
         low, high = (int(number, 16) for number in place.split("-"))
         if low <= begin < high:
-            return (begin, end) if end <= high and rights.endswith("p") and inode != "0" else None
+            mapped = end <= high and inode != "0" and (rights.endswith("p") or not private)
+            return (begin, end) if mapped else None
     return None
 
 

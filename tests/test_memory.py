@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -121,3 +122,18 @@ def test_a_mapped_file_is_not_written_to_when_its_model_is_pruned_in_place(tmp_p
     assert torch.equal(first, wanted), "trained values, zeros or the file's came into memory that somebody reads"
     if held is not None:
         assert torch.equal(held["0.weight"], wanted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_no_mapping_is_written_to_whoever_it_belongs_to(tmp_path: Path, mode: str) -> None:
+    """Regression: one for reading ended the process, a shared one took the zeros into the user's file."""
+    path = tmp_path / "weight.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((512, 256)).astype("f4"))
+    before = path.read_bytes()
+    model = nn.Sequential(nn.Linear(256, 512))
+    model[0].weight = nn.Parameter(torch.from_numpy(np.load(path, mmap_mode=mode)))
+    made = sparsec.compile(model, "magnitude(0.5),freeze", example_inputs=torch.randn(2, 256), copy=False)
+    assert int((made[0].weight == 0).sum()) == 256 * 256
+    assert path.read_bytes() == before

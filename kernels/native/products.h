@@ -133,6 +133,7 @@ void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>
   const int64_t in = parts[0].matrix.in_features, tokens = x.tokens;
   Rows rows{parts[0].matrix.type, x.data, tokens, in, x.wide, nullptr, {}, {}, {}};
   int64_t work = 0;
+  bool any = false;  // also of no columns, where the bias is left
   for (Part& part : parts) {
     const Matrix& w = part.matrix;
     part.way = way_of(w, tokens, isa);
@@ -143,9 +144,10 @@ void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>
     } else {
       rows.prepare(part.way, isa);
       work += work_of(part, tokens);
+      any = true;
     }
   }
-  if (!work) return;
+  if (!any) return;
   const int64_t threads =
       std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work / kBytesPerThread));
   std::vector<Piece> pieces = split(parts, tokens, threads);
