@@ -12,7 +12,7 @@ import torch
 
 from sparsec import serial
 from sparsec.ir.graph import Graph
-from sparsec.memory import is_mapped, page_out
+from sparsec.memory import page_out
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 
 
@@ -26,25 +26,18 @@ class Freeze(Pass):
     produces: ClassVar[frozenset[str]] = frozenset({"frozen"})
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """In place where the graph owns the weight, else into new tensors.
-
-        A file that is mapped into memory is not written to: each written page would stay until the last tensor of the file goes.
-        """
+        """In place where that is allowed, else into new tensors."""
         waiting = [w for w in graph.masked() if not w.frozen]
         for i, weight in enumerate(waiting):
             context.step("freeze", i, len(waiting))
             tensor = graph.tensor(weight.name)
             assert weight.mask is not None
-            owned = context.owns(weight.name)
-            if owned and not is_mapped(tensor):
+            if context.may_overwrite(weight.name, tensor):
                 with torch.no_grad():
                     serial.masked(tensor, weight.mask, out=tensor)
-                torch.autograd.graph.increment_version(
-                    tensor
-                )  # a backward of an earlier forward is refused, as torch does
             else:
                 graph.replace_tensor(weight.name, serial.masked(tensor.detach(), weight.mask))
-                if owned:
+                if context.owns(weight.name):
                     page_out([tensor])
             graph.update(weight.name, frozen=True)
         return PassResult(changed=bool(waiting), summary=f"{len(waiting)} masks written into their weights")

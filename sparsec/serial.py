@@ -20,6 +20,7 @@ def masked(tensor: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(tensor)
     if tensor.device.type == "cpu":
         np.multiply(_bits(tensor), mask.numpy(), out=_bits(out))
+        torch.autograd.graph.increment_version(out)  # so that a backward of an earlier forward is refused
         return out
     return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device), out=out)
 

@@ -61,6 +61,9 @@ def test_any_other_text_is_refused(text: str) -> None:
         ("dense8", "dense has no parameters"),
         ("bitmap:int8", "only plain ones; write bitmap"),
         ("nm2:4:int4", "only plain ones; write nm2:4"),
+        ("bsr016x16", "is no layout"),
+        ("bsr\uff11\uff16x16", "is no layout"),
+        ("nm" + "1" * 5000 + ":4", "is no layout"),
         (None, "None is no layout"),
     ],
 )

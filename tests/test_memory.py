@@ -126,14 +126,27 @@ def test_a_mapped_file_is_not_written_to_when_its_model_is_pruned_in_place(tmp_p
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 @pytest.mark.parametrize("mode", ["r", "r+", "c"])
+@pytest.mark.parametrize("passes", ["magnitude(0.5),freeze", "sparsegpt(0.5),freeze"])
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_no_mapping_is_written_to_whoever_it_belongs_to(tmp_path: Path, mode: str) -> None:
+def test_no_mapping_is_written_to_whoever_it_belongs_to(tmp_path: Path, mode: str, passes: str) -> None:
     """Regression: one for reading ended the process, a shared one took the zeros into the user's file."""
     path = tmp_path / "weight.npy"
     np.save(path, np.random.default_rng(0).standard_normal((512, 256)).astype("f4"))
     before = path.read_bytes()
     model = nn.Sequential(nn.Linear(256, 512))
     model[0].weight = nn.Parameter(torch.from_numpy(np.load(path, mmap_mode=mode)))
-    made = sparsec.compile(model, "magnitude(0.5),freeze", example_inputs=torch.randn(2, 256), copy=False)
+    x = torch.randn(512, 256)
+    given = {"calibration": [(x,)]} if "gpt" in passes else {}
+    made = sparsec.compile(model, passes, example_inputs=x[:2], copy=False, **given)
     assert int((made[0].weight == 0).sum()) == 256 * 256
     assert path.read_bytes() == before
+
+
+def test_a_backward_through_what_was_pruned_in_place_is_refused() -> None:
+    """Regression: NumPy wrote past torch's count of writes, so that the gradient was silently another one."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    x = torch.randn(2, 64)
+    out = model(x.clone().requires_grad_()).sum()
+    sparsec.compile(model, "magnitude(0.5),freeze", example_inputs=x, copy=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()

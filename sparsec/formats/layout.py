@@ -29,7 +29,10 @@ from sparsec.patterns import Pattern
 
 NEAR = 0.15
 """How far from a wanted sparsity a pattern that fixes its own may be, to stand for it."""
-_SPELLING = re.compile(r"(?P<format>[a-z_]+)(?P<parameters>\d[\dx]*(?::\d+)?)?(?::(?P<values>[a-z]\w*))?")
+_NUMBER = "[1-9][0-9]{0,8}"  # one spelling for one layout
+_SPELLING = re.compile(
+    rf"(?P<format>[a-z_]+)(?P<parameters>{_NUMBER}(?:x{_NUMBER})*(?::{_NUMBER})?)?(?::(?P<values>[a-z][a-z0-9]*))?"
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ class Layout:
     def pack(self, weight: Tensor, mask: Tensor) -> Packed:
         """weight [out, in] where mask [out, in] is True, bit for bit. FormatError for what the layout cannot hold."""
         codes = CODECS[self.values].encode(weight, mask)
-        return cast(Packed, self.kind.pack(codes, mask, **self.options))  # type: ignore[attr-defined]
+        packed = cast(Packed, self.kind.pack(codes, mask, **self.options))  # type: ignore[attr-defined]
+        assert packed.codec.name == self.values, f"{packed.title} holds no {self.values} values"
+        return packed
 
     def misfits(self, weight: Tensor, mask: Tensor) -> list[str]:
         """Why a weight [out, in] with this mask cannot be held; empty when it can."""

@@ -14,6 +14,7 @@ from sparsec.calibrate import CalibrationData
 from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
+from sparsec.memory import is_mapped
 from sparsec.progress import Progress
 
 
@@ -48,8 +49,12 @@ class Context:
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
 
     def owns(self, weight: str) -> bool:
-        """Whether the tensor of this weight may be overwritten and freed."""
+        """Whether nobody else needs the tensor of this weight."""
         return self.owns_weights and weight not in self.elsewhere
+
+    def may_overwrite(self, weight: str, tensor: Tensor) -> bool:
+        """Whether to write into a weight's tensor: it is owned, and in no mapped file, whose pages would stay or reach the disk."""
+        return self.owns(weight) and not is_mapped(tensor)
 
     def step(self, what: str, done: int, total: int) -> None:
         """Reports progress, where somebody listens."""

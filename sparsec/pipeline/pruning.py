@@ -222,7 +222,8 @@ class CalibratedPruning(PruningPass):
                 short.extend([(statistics[0].tokens, needed)] * len(site.weights))
             for s in settled:
                 if s.updated:
-                    graph.write_matrices(s.weight.name, s.updated, in_place=context.owns(s.weight.name))
+                    name = s.weight.name
+                    graph.write_matrices(name, s.updated, context.may_overwrite(name, graph.tensor(name)))
                 self.record(graph, s.weight, s.masks, self.pruned(shares[s.weight.name], *s.errors))
 
         profile = calibrate(

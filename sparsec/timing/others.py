@@ -8,6 +8,8 @@ from time import perf_counter
 
 IN_THE_WAY = 0.25
 """Of a core: less is what a system does anyway."""
+SHORTEST = 0.2
+"""Seconds: the system counts in ticks of a hundredth, and of this process and of all at other moments."""
 
 
 class Others:
@@ -17,12 +19,12 @@ class Others:
         self._start = _counts()
 
     def cores(self) -> float | None:
-        """That they kept busy on average since then; None where the system does not tell."""
+        """That they kept busy on average since then; None where the system does not tell, and for too short a time."""
         now = _counts()
         if self._start is None or now is None:
             return None
         wall, everybody, own = (after - before for before, after in zip(self._start, now, strict=True))
-        return max(0.0, everybody - own) / wall if wall > 0 else None
+        return max(0.0, everybody - own) / wall if wall >= SHORTEST else None
 
 
 def in_the_way(busy: float | None, threads: int, cores: int) -> bool:
