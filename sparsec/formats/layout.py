@@ -29,7 +29,7 @@ from sparsec.patterns import Pattern
 
 NEAR = 0.15
 """How far from a wanted sparsity a pattern that fixes its own may be, to stand for it."""
-_NUMBER = "[1-9][0-9]{0,8}"  # one spelling for one layout
+_NUMBER = "(?:0|[1-9][0-9]{0,8})"  # one spelling for one layout; a bound of its own refuses 0
 _SPELLING = re.compile(
     rf"(?P<format>[a-z_]+)(?P<parameters>{_NUMBER}(?:x{_NUMBER})*(?::{_NUMBER})?)?(?::(?P<values>[a-z][a-z0-9]*))?"
 )
