@@ -5,8 +5,10 @@ compiled.generate(...)
 print(compiled.sparsec.report())
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if find_spec("sparsec.passes") is None:
     raise ImportError(
@@ -14,13 +16,14 @@ if find_spec("sparsec.passes") is None:
         "sparsec.kernels; run `pip install -e .` in the checkout"
     )
 
-from sparsec.compiler import DEFAULT_PASSES, Compiled, compile, extend
-from sparsec.errors import SparsecError
-from sparsec.ir.graph import Graph
-from sparsec.ir.printer import graph_text
-from sparsec.ir.tracer import trace
-from sparsec.kernels import SparseLinear
-from sparsec.pipeline import Context, DumpIR, Effect, Pass, PassRecord, PassResult, Pipeline, PrintIR, Timing
+if TYPE_CHECKING:
+    from sparsec.compiler import DEFAULT_PASSES, Compiled, compile, extend
+    from sparsec.errors import SparsecError
+    from sparsec.ir.graph import Graph
+    from sparsec.ir.printer import graph_text
+    from sparsec.ir.tracer import trace
+    from sparsec.kernels import SparseLinear
+    from sparsec.pipeline import Context, DumpIR, Effect, Pass, PassRecord, PassResult, Pipeline, PrintIR, Timing
 
 try:
     __version__ = version("sparsec")
@@ -48,3 +51,30 @@ __all__ = [
     "graph_text",
     "trace",
 ]
+
+_HOMES = {
+    "sparsec.compiler": ("DEFAULT_PASSES", "Compiled", "compile", "extend"),
+    "sparsec.errors": ("SparsecError",),
+    "sparsec.ir.graph": ("Graph",),
+    "sparsec.ir.printer": ("graph_text",),
+    "sparsec.ir.tracer": ("trace",),
+    "sparsec.kernels": ("SparseLinear",),
+    "sparsec.pipeline": (
+        *("Context", "DumpIR", "Effect", "Pass", "PassRecord", "PassResult", "Pipeline", "PrintIR", "Timing"),
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a module, imported when it is first asked for: torch takes seconds, and `sparsec --help` needs none."""
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is not None:
+        globals()[name] = found = getattr(import_module(home), name)
+        return found
+    if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

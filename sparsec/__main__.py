@@ -1,22 +1,16 @@
-"""`python -m sparsec`: what there is: commands, passes with their options, formats, kernels, and the environment."""
+"""`python -m sparsec` and `sparsec`: a command by its name; without one, what there is. Help and version need no torch."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from sparsec import __version__, private
-from sparsec.console.command import guarded
+from sparsec import __version__
 from sparsec.console.commands import COMMANDS, find
-from sparsec.console.table import heading, paragraph
+from sparsec.console.output import guarded
 from sparsec.errors import SparsecError
-from sparsec.formats import FORMATS
-from sparsec.kernels import known
-from sparsec.machine import machine
-from sparsec.pipeline.spec import signature
-from sparsec.pipeline.table import known_passes
-from sparsec.report.text import machine_lines
 
 PROG = "python -m sparsec"
 USAGE = """%(prog)s                          what there is: commands, passes, formats, kernels, this machine
@@ -36,7 +30,11 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     if words and not words[0].startswith("-"):
         return _command(words, prog)
     parser(prog).parse_args(words)
-    return guarded(lambda: print(overview()))
+    return guarded(_overview)
+
+
+def _overview() -> None:
+    print(import_module("sparsec.overview").overview())  # torch takes seconds to import
 
 
 def _command(words: Sequence[str], prog: str) -> int:
@@ -62,32 +60,6 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     p.add_argument("--version", action="version", version=f"sparsec {__version__}")
     return p
-
-
-def overview() -> str:
-    """All of it. May build the native kernels, to say whether they can be."""
-    here = machine()
-    lines = [f"sparsec {__version__}", *heading("Commands (each takes --help)")]
-    for command in COMMANDS:
-        lines += paragraph(command.text, f"{'sparsec ' + command.name:<30}")
-    lines += heading("Passes")
-    for cls in known_passes().values():
-        lines += paragraph(f"{cls.__doc__}".strip().splitlines()[0], f"{cls.name:<12}[{cls.effect.value}] ", " " * 12)
-        lines += paragraph(signature(cls), " " * 12)
-        needs = ", ".join(filter(None, (cls.wants, ", ".join(sorted(cls.requires))))) or "nothing"
-        gives = ", ".join(sorted(cls.produces)) or "nothing"
-        lines += paragraph(f"needs {needs}; gives {gives}", " " * 12)
-    lines += heading("Formats")
-    for name, kind in FORMATS.items():
-        lines += paragraph(f"{kind.__doc__}".strip().splitlines()[0], f"{name:<12}")
-    lines += heading("Kernels")
-    for kernel in known():
-        devices = ", ".join(kernel.devices) if kernel.devices else "every device"
-        dtypes = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
-        text = f"{here.kernels[kernel.name]}: format {kernel.format}, {devices}, {dtypes}"
-        lines += paragraph(text, f"{kernel.name:<18}")
-    lines += [line for what in private.absent() for line in paragraph(what, "missing     ")]
-    return "\n".join(lines + machine_lines(here))
 
 
 if __name__ == "__main__":

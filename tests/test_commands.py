@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 
 import pytest
@@ -82,3 +83,35 @@ def test_the_installed_script_runs_the_same(
     assert not inspect.signature(script).parameters
     monkeypatch.setattr(sys, "argv", ["sparsec", "--version"])
     assert helped(capsys, script) == "sparsec 0.1.0\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["reprot"]], ids=" ".join)
+def test_help_and_version_import_no_torch(words: list[str]) -> None:
+    """It takes seconds, which nobody waits for who asks what there is."""
+    script = (
+        "import sys, sparsec.__main__ as o\n"
+        f"try: o.main({words}, 'sparsec')\nexcept SystemExit: pass\n"
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_a_name_is_imported_when_it_is_asked_for() -> None:
+    script = (
+        "import sys, sparsec\n"
+        "assert set(sparsec.__all__) <= set(dir(sparsec)) and 'SparsecError' not in vars(sparsec)\n"
+        "from sparsec import SparsecError\n"
+        "assert sparsec.offered is sys.modules['sparsec.offered']\n"
+        "assert SparsecError is sparsec.errors.SparsecError is vars(sparsec)['SparsecError']\n"
+        "assert not hasattr(sparsec, 'compil') and not hasattr(sparsec, '__wrapped__')\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_homes_of_the_public_names_are_all_of_them() -> None:
+    import sparsec
+
+    listed = [name for names in sparsec._HOMES.values() for name in names]
+    assert sorted(listed) == sorted(set(sparsec.__all__) - {"__version__"})

@@ -57,7 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("compiler", "checkpoint"),
     ("study",),
-    ("", "__main__", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
+    ("", "__main__", "overview", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
 )
 """Imports go to an earlier line or stay in their own. A name stands for all below it, the longest one wins."""
 

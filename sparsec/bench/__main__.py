@@ -15,7 +15,8 @@ from sparsec.bench.end_to_end_output import Run
 from sparsec.bench.kernels import Result, measure
 from sparsec.bench.room import require_room
 from sparsec.bench.sources import source
-from sparsec.console.command import DTYPES, guarded, write_text
+from sparsec.console.command import DTYPES
+from sparsec.console.output import guarded, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import paragraph
 from sparsec.cost import Found, machine_constants

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from sparsec.bench.cases import KNOWN, Asked, asked
 from sparsec.bench.models import CONFIGS, shapes
-from sparsec.console.command import DTYPES, MAX_THREADS, MAX_WHOLE, writable
+from sparsec.console.command import DTYPES, MAX_THREADS, MAX_WHOLE
+from sparsec.console.output import writable
 from sparsec.errors import SpecError
 
 PROG = "python -m sparsec.bench"

@@ -1,57 +1,22 @@
-"""What the command lines share: options, checks before anything slow runs, and how errors end."""
+"""Options that several commands share, and what they are read as."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from contextvars import ContextVar, copy_context
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TextIO
 
 import torch
 
 from sparsec import memory
 from sparsec.calibrate import LENGTH, SEQUENCES, windows
 from sparsec.data import LoadedModel
-from sparsec.errors import DataError, SparsecError
+from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
 
 MAX_THREADS, MAX_WHOLE = 1024, 2**31 - 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-STDOUT = "-"
-"""As a file's name: the standard output."""
-_document: ContextVar[TextIO | None] = ContextVar("_document", default=None)
-
-
-def guarded(run: Callable[[], None], traceback: bool = False, json: str | Path | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 130 when interrupted.
-
-    json: the file that it writes. Where that is the standard output, everything else goes to the standard error.
-    """
-    try:
-        if str(json) == STDOUT:
-            context = copy_context()
-            context.run(_document.set, sys.stdout)
-            with redirect_stdout(sys.stderr):
-                context.run(run)
-        else:
-            run()
-    except SparsecError as error:
-        if traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
@@ -141,44 +106,3 @@ def calibration(
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     sequences, length = args.calibration_sequences, args.calibration_length
     return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit, args.bos)
-
-
-def writable(path: str | Path) -> str:
-    """The path. Raises DataError, before anything slow runs, for a file that could not be written afterwards."""
-    if str(path) == STDOUT:
-        return STDOUT
-    file = Path(path).absolute()
-    try:
-        fits = not file.is_dir() and file.parent.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
-    except (OSError, ValueError):  # a name that is too long, or holds a NUL
-        fits = False
-    if not fits:
-        raise DataError(
-            f"{path}: cannot be written; a file there must be writable, else its folder must exist and be writable, and the "
-            "name must not be a folder's; give another file"
-        )
-    return str(path)
-
-
-def writable_folder(path: str) -> None:
-    """Raises DataError for a folder that could neither be written to nor be made."""
-    folder = Path(path).absolute()
-    try:
-        while not folder.exists() and folder != folder.parent:  # what is missing is made
-            folder = folder.parent
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path[:60]!r}: no folder can have this name ({error}); give another") from error
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "is a file" if folder.is_file() else "cannot be written to"
-        raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Raises DataError where that fails."""
-    if str(path) == STDOUT:
-        (_document.get() or sys.stdout).write(text)
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"{path}: cannot be written ({error}); give another file") from error

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sparsec.console.command import DTYPES, MAX_THREADS, STDOUT, guarded, writable, write_text
+from sparsec.console.command import DTYPES, MAX_THREADS
+from sparsec.console.output import STDOUT, guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, paragraph, table
 from sparsec.cost.constants import Constants, Found, machine_constants, save, to_json

@@ -17,14 +17,12 @@ from sparsec.console.command import (
     add_device,
     calibration,
     check_device,
-    guarded,
     on_device,
     positive,
     seed,
     threads,
-    writable,
-    write_text,
 )
+from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.errors import DataError

@@ -18,15 +18,12 @@ from sparsec.console.command import (
     add_device,
     calibration,
     check_device,
-    guarded,
     on_device,
     positive,
     seed,
     threads,
-    writable,
-    writable_folder,
-    write_text,
 )
+from sparsec.console.output import guarded, writable, writable_folder, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.evaluate import evaluate

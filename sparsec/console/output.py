@@ -1,0 +1,83 @@
+"""How a command ends, and the files that it writes, looked at before anything slow runs. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from contextvars import ContextVar, copy_context
+from pathlib import Path
+from typing import TextIO
+
+from sparsec.errors import DataError, SparsecError
+
+STDOUT = "-"
+"""As a file's name: the standard output."""
+_document: ContextVar[TextIO | None] = ContextVar("_document", default=None)
+
+
+def guarded(run: Callable[[], None], traceback: bool = False, json: str | Path | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 when interrupted.
+
+    json: the file that it writes. Where that is the standard output, everything else goes to the standard error.
+    """
+    try:
+        if str(json) == STDOUT:
+            context = copy_context()
+            context.run(_document.set, sys.stdout)
+            with redirect_stdout(sys.stderr):
+                context.run(run)
+        else:
+            run()
+    except SparsecError as error:
+        if traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def writable(path: str | Path) -> str:
+    """The path. Raises DataError, before anything slow runs, for a file that could not be written afterwards."""
+    if str(path) == STDOUT:
+        return STDOUT
+    file = Path(path).absolute()
+    try:
+        fits = not file.is_dir() and file.parent.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        fits = False
+    if not fits:
+        raise DataError(
+            f"{path}: cannot be written; a file there must be writable, else its folder must exist and be writable, and the "
+            "name must not be a folder's; give another file"
+        )
+    return str(path)
+
+
+def writable_folder(path: str) -> None:
+    """Raises DataError for a folder that could neither be written to nor be made."""
+    folder = Path(path).absolute()
+    try:
+        while not folder.exists() and folder != folder.parent:  # what is missing is made
+            folder = folder.parent
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path[:60]!r}: no folder can have this name ({error}); give another") from error
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "is a file" if folder.is_file() else "cannot be written to"
+        raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Raises DataError where that fails."""
+    if str(path) == STDOUT:
+        (_document.get() or sys.stdout).write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path}: cannot be written ({error}); give another file") from error
