@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsec.command_line import CommandLine
 from sparsec.errors import SparsecError
 from sparsec.kernels.library import toolchain
 from sparsec.kernels.library.loader import NativeStatus, status
@@ -29,11 +30,10 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit status: 0, or 1 with the reason on stderr."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog=prog,
         description="Build the native CPU kernels ahead of time.",
         epilog=_EXAMPLES.replace(PROG, prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--compiler", help="C++ compiler; default: $CXX, then c++, g++, clang++")
     parser.add_argument("--portable", action="store_true", help="only plain C++, no x86 instruction sets")

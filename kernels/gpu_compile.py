@@ -6,7 +6,6 @@ stored weight (bitmap: for each position) that it passes.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sparsec.command_line import CommandLine
 from sparsec.errors import KernelError, SparsecError, SpecError
 from sparsec.formats import Packed
 from sparsec.formats.layout import Layout
@@ -205,7 +205,7 @@ def table(rows: Sequence[Binary]) -> str:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsec.kernels.gpu_compile") -> int:
     """The command line."""
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sparsec-triton"))
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog=prog,
         description=(__doc__ or "").partition("\n\n")[0],
         epilog=f"example: {prog} --arch 90 --layouts wcsr16,bitmap --dtypes bf16",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sparsec import __version__
+from sparsec.command_line import CommandLine
 from sparsec.console.commands import COMMANDS, find
 from sparsec.console.output import guarded
 from sparsec.errors import SparsecError
@@ -51,12 +52,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     width = max(len(command.name) for command in COMMANDS)
     commands = [f"  {command.name:<{width}}  {command.text}" for command in COMMANDS]
     examples = [f"  {prog} {command.name} {command.example}" for command in COMMANDS]
-    p = argparse.ArgumentParser(
+    p = CommandLine(
         prog=prog,
         usage=USAGE,
         description="Prunes language models and runs them on sparse kernels.",
         epilog="\n".join(["commands:", *commands, "", "examples:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--version", action="version", version=f"sparsec {__version__}")
     return p

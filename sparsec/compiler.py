@@ -162,10 +162,9 @@ def compile(
     _refuse(model)
     pipeline = _pipeline(passes, masks)
     pipeline.validate()
-    learns = any(p.needs_calibration for p in pipeline.passes)
     draw = Draw(tokenizer, calibration_sequences, calibration_length, seed, bos, *_positions_and_pad(model))
     drawn = draw.before_trace(calibration, plain=example_inputs is not None)
-    if drawn is None and tokenizer is not None and learns:
+    if drawn is None and tokenizer is not None and pipeline.learning:
         drawn = draw.from_text()
     _require_calibration(pipeline, drawn)
     shares = copy == "changed"
@@ -183,7 +182,7 @@ def compile(
     traced = perf_counter() - start
     if not any(graph.prunable(name) for name in graph.weights):
         raise CompileError(_nothing_to_prune(graph))
-    if calibration is not None and not learns:
+    if calibration is not None and not pipeline.learning:
         graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
     context = _context(
         model, graph, not shares, elsewhere=elsewhere, masks=masks or {}, calibration=data, progress=progress
@@ -216,10 +215,9 @@ def extend(
         )
     more = Pipeline.of(passes)
     more.validate(before.graph.facts)
-    needing = [p.name for p in more.passes if p.needs_calibration]
-    if needing:
+    if more.learning:
         raise PipelineError(
-            f"extend gives no calibration data, which the pass {needing[0]!r} needs; name it in the passes of compile"
+            f"extend gives no calibration data, which the pass {more.learning[0]!r} needs; name it in the passes of compile"
         )
     shares = before.shares
     elsewhere = {} if copy or shares else held_elsewhere(compiled)
@@ -309,9 +307,8 @@ def _positions_and_pad(model: nn.Module) -> tuple[int | None, int | None]:
 
 def _require_calibration(pipeline: Pipeline, drawn: object) -> None:
     """Before anything slow runs."""
-    needing = [p.name for p in pipeline.passes if p.needs_calibration]
-    if needing and drawn is None:
-        raise PipelineError(f"the pass {needing[0]!r} needs calibration data; {NO_CALIBRATION}")
+    if pipeline.learning and drawn is None:
+        raise PipelineError(f"the pass {pipeline.learning[0]!r} needs calibration data; {NO_CALIBRATION}")
 
 
 def _pipeline(

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import sparsec.__main__ as overview
-from sparsec.console.commands import COMMANDS, Command
+from sparsec.command_line import CommandLine
+from sparsec.console.commands import COMMANDS, Command, find
 from sparsec.errors import DataError
 
 WORDS = ("", " ", "x", "-1", "0", "1.5", "nan", "1e400", "9" * 30, "\udce9", "=", ",", "'", "x" * 5000)
@@ -39,7 +40,7 @@ def options_of(command: Command, monkeypatch: pytest.MonkeyPatch) -> list[argpar
         raise _FoundError(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(argparse.ArgumentParser, "parse_args", found)
+        patched.setattr(CommandLine, "parse_args", found)
         with pytest.raises(_FoundError) as caught:
             command.run([], command.name)
     parser: argparse.ArgumentParser = caught.value.args[0]
@@ -109,6 +110,34 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
         base = [word for word in BASE[command.name] if word != "--show"]  # the slow way
         assert command.run([*base, option, str(tmp_path / "missing" / "file")], command.name) == 2
         assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+def test_an_option_that_is_not_there_names_a_near_one(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [a.option_strings[-1] for a in options_of(command, monkeypatch) if a.option_strings]
+    near = max(options, key=len)
+    with pytest.raises(SystemExit) as end:
+        command.run([f"{near[:-3]}{near[-2:]}=1"], command.name)
+    assert end.value.code == 2
+    assert f"did you mean {near}?" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("passes", ["magnitude(0.5)", "wanda(0.5)"])
+@pytest.mark.parametrize("option", ["calibration", "text"])
+@pytest.mark.parametrize("name", ["report", "evaluate"])
+def test_a_text_that_is_missing_is_refused_before_any_work(
+    name: str, option: str, passes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: where no pass learns, --calibration was not looked at, and an empty name was none."""
+    monkeypatch.setattr(f"sparsec.{name}.__main__.load_model", no_report)
+    for word, why in (
+        ("missing.txt", "missing.txt: the text must be a file, this does not exist"),
+        ("", "is a folder"),
+    ):
+        assert find(name).run(["tiny", "--passes", passes, f"--{option}", word], name) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_an_unknown_command_names_near_ones(capsys: pytest.CaptureFixture[str]) -> None:

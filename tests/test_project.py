@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "arguments",
         "cache",
+        "command_line",
         "errors",
         "files",
         "kv_cache",

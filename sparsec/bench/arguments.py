@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from sparsec.bench.cases import KNOWN, Asked, asked
 from sparsec.bench.models import CONFIGS, shapes
+from sparsec.command_line import CommandLine
 from sparsec.console.command import DTYPES, MAX_THREADS, MAX_WHOLE
 from sparsec.console.output import writable
 from sparsec.errors import SpecError
@@ -38,12 +39,11 @@ T = TypeVar("T")
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """All options; those of one mode default to None, so that they can be refused in the other."""
-    p = argparse.ArgumentParser(
+    p = CommandLine(
         prog=prog,
         description="Times sparse products against F.linear and torch.sparse on the CPU, whole models (--end-to-end), what a busy "
         "machine costs (--busy), or a GPU (--device cuda).",
         epilog=EXAMPLES.replace(PROG, prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
         "--device",

@@ -11,7 +11,8 @@ import torch
 
 from sparsec import memory
 from sparsec.calibrate import LENGTH, SEQUENCES, windows
-from sparsec.data import LoadedModel
+from sparsec.data import LoadedModel, Text, load_text
+from sparsec.data.text import DATASET_PREFIX
 from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
 
@@ -95,14 +96,28 @@ def add_calibration(p: argparse.ArgumentParser) -> None:
     )
 
 
+def calibration_text(args: argparse.Namespace, pipelines: Sequence[Pipeline]) -> Text | None:
+    """What `--calibration` names, read before anything slow runs; None where nothing is named or no pass learns from it.
+
+    DataError for a file that is not there, whether or not a pass learns.
+    """
+    named = args.calibration
+    if named is None:
+        return None
+    if any(pipeline.learning for pipeline in pipelines):
+        return load_text(named, split="train")
+    if not named.startswith(DATASET_PREFIX):  # which may be a download
+        load_text(named)
+    print(f"notice: no pass learns from data, so --calibration {named} is not used", file=sys.stderr)
+    return None
+
+
 def calibration(
-    loaded: LoadedModel, args: argparse.Namespace, pipelines: Sequence[Pipeline]
+    loaded: LoadedModel, args: argparse.Namespace, pipelines: Sequence[Pipeline], text: Text | None
 ) -> tuple[torch.Tensor, str] | None:
     """Tokens to calibrate on, drawn by `args.seed`, and where they come from; None where no pass learns from them."""
-    if not any(p.needs_calibration for pipeline in pipelines for p in pipeline.passes):
-        if args.calibration:
-            print(f"notice: no pass learns from data, so --calibration {args.calibration} is not read", file=sys.stderr)
+    if not any(pipeline.learning for pipeline in pipelines):
         return None
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     sequences, length = args.calibration_sequences, args.calibration_length
-    return windows(args.calibration, loaded.tokenizer, sequences, length, args.seed, limit, args.bos)
+    return windows(text, loaded.tokenizer, sequences, length, args.seed, limit, args.bos)

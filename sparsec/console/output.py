@@ -53,8 +53,8 @@ def writable(path: str | Path) -> str:
         fits = False
     if not fits:
         raise DataError(
-            f"{path}: cannot be written; a file there must be writable, else its folder must exist and be writable, and the "
-            "name must not be a folder's; give another file"
+            f"{str(path) or 'a file without a name'}: cannot be written; a file there must be writable, else its folder must exist "
+            "and be writable, and the name must not be a folder's; give another file"
         )
     return str(path)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sparsec.command_line import CommandLine
 from sparsec.console.command import DTYPES, MAX_THREADS
 from sparsec.console.output import STDOUT, guarded, writable, write_text
 from sparsec.console.progress import shown_progress
@@ -42,11 +43,10 @@ HEADER = (
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandLine(
         prog=prog,
         description="Measures what the kernels reach on this machine, for lower(auto) and for the report's predictions.",
         epilog=EXAMPLES.replace(PROG, prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--dtypes", default="fp32,bf16,fp16", help=f"of {', '.join(DTYPES)}, by commas; default: all")
     p.add_argument("--threads", type=int, metavar="N", help="of torch; default: as torch chooses")

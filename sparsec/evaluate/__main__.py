@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from sparsec.command_line import CommandLine
 from sparsec.console.command import (
     DTYPES,
     add_bos,
     add_calibration,
     add_device,
     calibration,
+    calibration_text,
     check_device,
     on_device,
     positive,
@@ -50,11 +52,10 @@ The first model is the reference. A model is a folder, a .gguf file, a hub id, o
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandLine(
         prog=prog,
         description="Perplexity of models on a text, and their agreement with the first and divergence from it.",
         epilog=EXAMPLES.replace(PROG, prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("models", nargs="*", metavar="MODEL", help="default: the packaged SmolLM2-135M")
     p.add_argument(
@@ -96,11 +97,11 @@ def _run(args: argparse.Namespace) -> None:
     for pipeline in pipelines:
         pipeline.validate()
     check_device(args.device)
-    if args.json:
-        writable(args.json)
-    if args.resume:
-        writable(args.resume)
-    content = load_text(args.text) if args.text else _first_half(load_text())
+    for path in (args.json, args.resume):
+        if path is not None:
+            writable(path)
+    content = _first_half(load_text()) if args.text is None else load_text(args.text)
+    learnt = calibration_text(args, pipelines)
     if args.threads:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress:
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
                 on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
             ]
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded), bos=args.bos)
-        drawn = calibration(loaded[0], args, pipelines)
+        drawn = calibration(loaded[0], args, pipelines, learnt)
         notes = [f"calibrated on {drawn[1]}"] if drawn is not None else []
         saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None
         if saved is not None and saved.done:

@@ -74,6 +74,11 @@ class Pipeline:
     def __str__(self) -> str:
         return unparse(self.passes)
 
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """Names of the passes that need calibration data."""
+        return tuple(p.name for p in self.passes if p.needs_calibration)
+
     @checked
     def before(self, name: str) -> Pipeline:
         """The passes that stand before the first pass of that name; all, when there is none."""
@@ -97,10 +102,14 @@ class Pipeline:
         for i, p in enumerate(self.passes, 1):
             _check_declaration(p)
             me = f"pass {i} {p.name!r}"
-            for fact in sorted(p.requires - held):
-                why = f"which {lost[fact]} took away" if fact in lost else "which no earlier pass produces"
-                makers = ", ".join(cls.name for cls in known_passes().values() if fact in cls.produces)
-                raise PipelineError(f"{me} needs {fact!r}, {why}; produced by: {makers or 'no known pass'}\n  {self}")
+            if lacking := [fact for fact in FACTS if fact in p.requires - held]:
+                why = next(
+                    (f"which {lost[f]} took away" for f in lacking if f in lost), "which no earlier pass produces"
+                )
+                put = " and then ".join(self._maker(fact, i) for fact in lacking)
+                raise PipelineError(
+                    f"{me} needs {' and '.join(map(repr, lacking))}, {why}; put {put} before it\n  {self}"
+                )
             for fact in sorted(p.excludes & held):
                 raise PipelineError(
                     f"{me} cannot follow {made.get(fact, 'what was done before')}, which made {fact!r} true; "
@@ -109,6 +118,20 @@ class Pipeline:
             made.update(dict.fromkeys(p.produces, me))
             lost.update(dict.fromkeys(p.invalidates & held, me))
             held = (held - p.invalidates) | p.produces
+
+    def _maker(self, fact: str, place: int) -> str:
+        """What makes a fact true that is wanted at a place: a pass that stands too late, else those that there are."""
+        for i, p in enumerate(self.passes[place:], place + 1):
+            if fact in p.produces:
+                return f"pass {i} {p.name!r}"
+        makers = [cls.name for cls in known_passes().values() if fact in cls.produces]
+        return (
+            makers[0]
+            if len(makers) == 1
+            else f"one of {', '.join(makers)}"
+            if makers
+            else f"a pass that gives {fact!r}"
+        )
 
     @checked_but("verify")
     def run(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from sparsec.command_line import CommandLine
 from sparsec.compiler import DEFAULT_PASSES, compile
 from sparsec.console.command import (
     DTYPES,
@@ -17,6 +18,7 @@ from sparsec.console.command import (
     add_calibration,
     add_device,
     calibration,
+    calibration_text,
     check_device,
     on_device,
     positive,
@@ -51,11 +53,10 @@ examples:
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = CommandLine(
         prog=prog,
         description="Compiles a language model and reports it: per pass, layer and group, and dense / masked / lowered compared.",
         epilog=EXAMPLES.replace(PROG, prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     usual = Effort()
     p.add_argument(
@@ -132,10 +133,11 @@ def _run(args: argparse.Namespace) -> None:
     for each in (pipeline, *beside):
         each.validate()
     check_device(args.device)
-    outputs = [writable(path) for path in (args.json, args.csv) if path]
-    if args.dump_ir:
+    outputs = [writable(path) for path in (args.json, args.csv) if path is not None]
+    if args.dump_ir is not None:
         writable_folder(args.dump_ir)
     text = None if args.no_measure else load_text(args.text)
+    learnt = calibration_text(args, [pipeline, *beside])
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -146,7 +148,7 @@ def _run(args: argparse.Namespace) -> None:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
         planned = None if text is None else plan(loaded, text, effort(args), args.bos)
-        drawn = calibration(loaded, args, [pipeline, *beside])
+        drawn = calibration(loaded, args, [pipeline, *beside], learnt)
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
         report = replace(measured_report(loaded, pipeline, planned, instruments, progress, drawn), beside=others)
     print(report.text(args.layers))

@@ -1,0 +1,35 @@
+"""The parser of a command's words: examples stay as they are written, and an option that is not there is answered by a near one."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse's own, but for the two."""
+
+    def __init__(self, prog: str, description: str, epilog: str, usage: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Ends the process with a message and exit code 2 where a word is none of the command's."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}")
+        return found
+
+    def _nearest(self, words: Sequence[str]) -> str:
+        options = [option for action in self._actions for option in action.option_strings]
+        given = [word.partition("=")[0] for word in words if word.startswith("-")]
+        near = [difflib.get_close_matches(word, options, n=1, cutoff=0.5) for word in given]
+        guesses = list(dict.fromkeys(option for found in near for option in found))
+        return f"; did you mean {' and '.join(guesses)}?" if guesses else ""
