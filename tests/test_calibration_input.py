@@ -74,7 +74,7 @@ def test_data_that_no_pass_learns_from_is_noted(capsys: pytest.CaptureFixture[st
     text = tmp_path / "own.txt"
     text.write_text("words " * 100)
     assert main(["tiny", "--passes", "magnitude(0.5)", "--no-measure", "--calibration", str(text)]) == 0
-    assert f"no pass learns from data, so --calibration {text} is not read" in capsys.readouterr().err
+    assert f"no pass learns from data, so --calibration {text} is not used" in capsys.readouterr().err
 
 
 def test_compile_takes_strings_and_files(tmp_path) -> None:

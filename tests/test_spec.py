@@ -232,7 +232,7 @@ def test_illegal_order_is_refused_before_anything_runs() -> None:
         ("magnitude(0.2),freeze,magnitude(0.5),lower(csr)", "which pass 3 'magnitude' took away; put freeze before it"),
         ("magnitude(0.5),lower(csr),freeze", "put pass 3 'freeze' before it"),
         ("freeze,magnitude(0.5)", "put pass 2 'magnitude' before it"),
-        ("lower(csr)", "needs 'mask' and 'frozen', .*; put one of magnitude, .*, mask and then freeze before it"),
+        ("lower(csr)", "needs 'frozen' and 'mask', .*; put one of magnitude, .*, mask and then freeze before it"),
     ],
 )
 def test_an_illegal_order_says_what_to_put_where(spec: str, message: str) -> None:

@@ -107,9 +107,8 @@ class Pipeline:
                     (f"which {lost[f]} took away" for f in lacking if f in lost), "which no earlier pass produces"
                 )
                 put = " and then ".join(self._maker(fact, i) for fact in lacking)
-                raise PipelineError(
-                    f"{me} needs {' and '.join(map(repr, lacking))}, {why}; put {put} before it\n  {self}"
-                )
+                needs = " and ".join(map(repr, sorted(lacking)))
+                raise PipelineError(f"{me} needs {needs}, {why}; put {put} before it\n  {self}")
             for fact in sorted(p.excludes & held):
                 raise PipelineError(
                     f"{me} cannot follow {made.get(fact, 'what was done before')}, which made {fact!r} true; "
