@@ -12,7 +12,6 @@ import torch
 
 from sparsec import serial
 from sparsec.ir.graph import Graph
-from sparsec.memory import page_out
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 
 
@@ -37,7 +36,6 @@ class Freeze(Pass):
                     serial.masked(tensor, weight.mask, out=tensor)
             else:
                 graph.replace_tensor(weight.name, serial.masked(tensor.detach(), weight.mask))
-                if context.owns(weight.name):
-                    page_out([tensor])
+                context.replaced(weight, tensor, graph.tensor(weight.name))
             graph.update(weight.name, frozen=True)
         return PassResult(changed=bool(waiting), summary=f"{len(waiting)} masks written into their weights")

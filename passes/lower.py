@@ -189,7 +189,7 @@ class Lower(Pass):
         if plan is not None:
             graph.update(weight.name, reason=plan.reason)
         if context.owns(weight.name):
-            context.release(weight)
+            context.put(weight, graph.tensor(weight.name).detach().new_empty(0))
         return lower_weight(graph, weight.name, packed, kernel.name)
 
     def _check(self, graph: Graph, weight: Weight, rows: int) -> None:

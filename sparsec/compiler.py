@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsec.arguments import checked_but
 from sparsec.calibrate import SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
-from sparsec.emitter import adopt, emit, follower, release, unpackable, unswappable
+from sparsec.emitter import adopt, emit, follower, put, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
 from sparsec.holders import elsewhere_text, held_elsewhere
 from sparsec.ir.carry import rebind
@@ -260,7 +260,7 @@ def _context(model: nn.Module, graph: Graph, owns_weights: bool, **given: Any) -
         keep_dense=unpackable(model, graph),
         unswappable=unswappable(model, graph),
         owns_weights=owns_weights,
-        release=partial(release, model),
+        put=partial(put, model),
         rows=usual_rows(model),
         probe=graph.example,
         **given,
@@ -278,7 +278,7 @@ def _emitted(
 ) -> Model:
     """The model with the graph put back into it, and its `.sparsec`."""
     start = perf_counter()
-    made = adopt(model, graph, context.owns)
+    made = adopt(model, graph, context.may_overwrite)
     spared = {name: place for name, place in context.elsewhere.items() if name in made}
     notes = (*notes, *([elsewhere_text(spared)] if spared else []), *emit(model, graph))
     seconds = perf_counter() - start

@@ -7,7 +7,7 @@ anything is lowered (`unswappable`), and its weight stays dense with the reason.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -85,38 +85,32 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
     )
 
 
-def adopt(model: nn.Module, graph: Graph, owns: Callable[[str], bool]) -> set[str]:
+def adopt(model: nn.Module, graph: Graph, may_overwrite: Callable[[str, Tensor], bool]) -> set[str]:
     """Gives `model`, whose tensors may be somebody else's too, those that passes made; what emission will write to is made here.
 
-    owns: whether nobody else needs the tensor of a weight. Returns the weights that `model` holds no more as they were.
+    may_overwrite: whether to write into the tensor of a weight. Returns the weights that `model` holds no more as they were.
     """
     for weight in graph.masked():
-        if not weight.frozen and not owns(weight.name):
+        if not weight.frozen and not may_overwrite(weight.name, graph.tensor(weight.name)):
             graph.replace_tensor(weight.name, graph.tensor(weight.name).detach().clone())
     before = dict(model.named_parameters())
     made = set()
     for weight in graph.weights.values():
         if weight.packed is None:
-            put(model, (weight.name, *weight.aliases), graph.tensor(weight.name))
+            put(model, weight, graph.tensor(weight.name))
         if weight.packed is not None or graph.tensor(weight.name) is not before.get(weight.name):
             made.add(weight.name)
     return made
 
 
-def put(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
-    """Lets `model` hold a tensor under these names as a Parameter, unless it does so already."""
+def put(model: nn.Module, weight: Weight, tensor: Tensor) -> None:
+    """Lets `model` hold a tensor under a weight's names as a Parameter, unless it does so already."""
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-    for name in names:
+    for name in (weight.name, *weight.aliases):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if getattr(module, leaf) is not parameter:
             setattr(module, leaf, parameter)
-
-
-def release(model: nn.Module, weight: Weight) -> None:
-    """Lets `model` go of a weight that is packed now, before its modules are swapped."""
-    names = (weight.name, *weight.aliases)
-    put(model, names, model.get_parameter(weight.name).detach().new_empty(0))
 
 
 def _elsewhere(model: nn.Module, weight: Weight, swapped: set[str]) -> list[str]:

@@ -154,9 +154,13 @@ def trim() -> None:
         library.malloc_trim(0)
 
 
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor lies in a file that is mapped into memory, privately or not; False where the system does not tell."""
-    return _pages(tensor, private=False) is not None
+def is_own(tensor: Tensor) -> bool:
+    """Whether torch allocated a tensor's memory in this process, and for tensors alone.
+
+    False for what others lent: a mapped file, an array of NumPy, a buffer, DLPack, memory that processes share.
+    """
+    storage = tensor.untyped_storage()
+    return storage.resizable() and not (tensor.device.type == "cpu" and storage.is_shared())
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:
@@ -166,13 +170,13 @@ def page_out(tensors: Iterable[Tensor]) -> None:
     """
     library = _glibc()
     for tensor in tensors:
-        pages = _pages(tensor, private=True)
+        pages = _pages(tensor)
         if pages is not None and library is not None:
             library.madvise(ctypes.c_void_p(pages[0]), ctypes.c_size_t(pages[1] - pages[0]), _PAGEOUT)
 
 
-def _pages(tensor: Tensor, private: bool) -> tuple[int, int] | None:
-    """First and last address of the whole pages of a tensor in one mapping of a file."""
+def _pages(tensor: Tensor) -> tuple[int, int] | None:
+    """First and last address of the whole pages of a tensor in one private mapping of a file."""
     if (
         tensor.layout != torch.strided
         or tensor.device.type != "cpu"
@@ -188,8 +192,7 @@ def _pages(tensor: Tensor, private: bool) -> tuple[int, int] | None:
         place, rights, _, _, inode, *_ = line.split()
         low, high = (int(number, 16) for number in place.split("-"))
         if low <= begin < high:
-            mapped = end <= high and inode != "0" and (rights.endswith("p") or not private)
-            return (begin, end) if mapped else None
+            return (begin, end) if end <= high and inode != "0" and rights.endswith("p") else None
     return None
 
 

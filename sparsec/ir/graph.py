@@ -142,9 +142,10 @@ class Graph:
             self.replace_tensor(name, tensor.detach())
 
     def replace_tensor(self, name: str, tensor: Tensor) -> None:
-        """Puts another tensor in a weight's place, in this graph only."""
+        """Puts another tensor in a weight's place, in this graph only. It is trained where the old one was."""
         owner, _, attribute = name.rpartition(".")
-        setattr(self.module.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+        trained = self.tensor(name).requires_grad
+        setattr(self.module.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=trained))
 
     def node(self, name: str) -> fx.Node:
         """The fx node of that name."""

@@ -14,7 +14,7 @@ from sparsec.calibrate import CalibrationData
 from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.memory import is_mapped
+from sparsec.memory import is_own, page_out
 from sparsec.progress import Progress
 
 
@@ -43,9 +43,9 @@ class Context:
     owns_weights: bool = False  # the graph's tensors may be overwritten and freed: nobody else needs them
     rows: int = 1  # of x in a call of the model as it is mostly used: one token, or a batch of sequences
     elsewhere: Mapping[str, str] = field(default_factory=dict)  # weight -> who does need it all the same
-    release: Callable[[Weight], None] = lambda weight: (
+    put: Callable[[Weight, Tensor], None] = lambda weight, tensor: (
         None
-    )  # lets the model that is consumed go of a weight that it owns
+    )  # has the model that is consumed hold another tensor for a weight that it owns
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
 
     def owns(self, weight: str) -> bool:
@@ -53,8 +53,14 @@ class Context:
         return self.owns_weights and weight not in self.elsewhere
 
     def may_overwrite(self, weight: str, tensor: Tensor) -> bool:
-        """Whether to write into a weight's tensor: it is owned, and in no mapped file, whose pages would stay or reach the disk."""
-        return self.owns(weight) and not is_mapped(tensor)
+        """Whether to write into a weight's tensor: it is owned, and nobody lent it, as mapped files and arrays are."""
+        return self.owns(weight) and is_own(tensor)
+
+    def replaced(self, weight: Weight, old: Tensor, new: Tensor) -> None:
+        """The graph holds `new` for a weight: so does the model that is consumed, and the old one's memory goes back."""
+        if new is not old and self.owns(weight.name):
+            self.put(weight, new)
+            page_out([old])
 
     def step(self, what: str, done: int, total: int) -> None:
         """Reports progress, where somebody listens."""

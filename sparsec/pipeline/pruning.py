@@ -222,8 +222,9 @@ class CalibratedPruning(PruningPass):
                 short.extend([(statistics[0].tokens, needed)] * len(site.weights))
             for s in settled:
                 if s.updated:
-                    name = s.weight.name
-                    graph.write_matrices(name, s.updated, context.may_overwrite(name, graph.tensor(name)))
+                    name, before_update = s.weight.name, graph.tensor(s.weight.name)
+                    graph.write_matrices(name, s.updated, context.may_overwrite(name, before_update))
+                    context.replaced(s.weight, before_update, graph.tensor(name))
                 self.record(graph, s.weight, s.masks, self.pruned(shares[s.weight.name], *s.errors))
 
         profile = calibrate(
