@@ -76,6 +76,19 @@ def test_adapters_are_a_group_of_their_own(name: str) -> None:
         assert (weight.group == "adapter") == (weight.name in theirs)
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_wrapper_that_takes_any_arguments_is_called_as_the_model_inside(merged: bool) -> None:
+    """Regression: without a task type it was refused, with the advice to compile a part that was refused too."""
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(copy.deepcopy(tiny_model("llama")[0]), config).eval()
+    if merged:
+        model.merge_adapter()
+    made = sparsec.compile(model, "magnitude(0.5,scope='layer'),freeze")
+    assert made.sparsec.graph.inputs == ("input_ids", "attention_mask")
+    assert "mlp.up_proj.base_layer.weight" in " ".join(w.name for w in made.sparsec.graph.masked())
+    assert trace(model.base_model).inputs == ("input_ids", "attention_mask")
+
+
 class LowRank(nn.Module):
     """An adapter as other libraries have it, or as it is written by hand, around a linear."""
 

@@ -101,20 +101,23 @@ class Twice(nn.Module):
         parametrizations.spectral_norm,
         parametrizations.orthogonal,
         nn.utils.weight_norm,
+        nn.utils.spectral_norm,  # refuses a None itself
         lambda module, name: parametrize.register_parametrization(module, name, Twice()),
     ],
-    ids=["weight_norm", "spectral_norm", "orthogonal", "the old weight_norm", "twice"],
+    ids=["weight_norm", "spectral_norm", "orthogonal", "the old weight_norm", "the old spectral_norm", "twice"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_utilities_that_put_another_weight_in_its_place_raise_too(utility: Callable[..., object], name: str) -> None:
-    """Regression: KeyError('weight'), or a layer without its columns."""
+    """Regression: KeyError('weight'), at the second time too, or a layer without its columns."""
     module = layer()
     expected = module.weight.clone()
-    with pytest.raises((WeightError, KeyError, ValueError, RuntimeError)) as raised:
-        utility(module, name)
-    if name == "weight" or utility.__name__ == "<lambda>":
-        assert isinstance(raised.value, WeightError)
-        assert "model.proj" in str(raised.value)
+    for _ in range(2):
+        with pytest.raises((WeightError, KeyError, ValueError, RuntimeError)) as raised:
+            utility(module, name)
+        if (name == "weight" and utility is not nn.utils.spectral_norm) or utility.__name__ == "<lambda>":
+            assert isinstance(raised.value, WeightError)
+            assert "model.proj" in str(raised.value)
+    assert list(module._parameters) == ["bias", "weight"]
     assert torch.equal(module.weight, expected)
     assert module(torch.randn(2, 12)).shape == (2, 8)
 

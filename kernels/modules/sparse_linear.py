@@ -169,6 +169,7 @@ class SparseLinear(Grouped, nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """WeightError for a weight, and for what pruning and normalising utilities make of one (`weight_orig`, `weight_g`)."""
         if name.split("_")[0] == "weight":
+            self._parameters["weight"] = None  # torch.nn.utils.weight_norm has taken it out by now
             raise write_error(self.path)
         super().register_parameter(name, param)
 

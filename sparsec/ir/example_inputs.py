@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsec.errors import TraceError
 from sparsec.ir.names import is_plain
 from sparsec.ir.parts import advice, has_towers, is_encoder_decoder, is_hugging_face
+from sparsec.ir.parts import arguments as arguments_of
 
 BATCH, LENGTH = 2, 8
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -49,7 +50,7 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs | None) -> Call
         )
     if example_inputs is None and has_towers(model):
         raise TraceError(f"{name} is made of several models, which no one call shows to a trace; {advice(model)}")
-    parameters = inspect.signature(model.forward).parameters
+    parameters = arguments_of(model)
     if example_inputs is not None:
         arguments = _by_name(model, example_inputs)
     elif is_hugging_face(model) and "input_ids" in parameters:

@@ -7,9 +7,11 @@ SentenceTransformer, a module of one's own) have no single call that shows all o
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 from torch import nn
 
+from sparsec.ir.groups import of_peft
 from sparsec.ir.names import is_plain
 
 ENCODED = 32 * 128
@@ -27,10 +29,20 @@ def usual_rows(model: nn.Module) -> int:
     return ENCODED if is_hugging_face(model) and callable(generates) and not generates() else 1
 
 
+def arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What forward takes; of peft's wrappers, which hand on whatever they are given, what the model inside does."""
+    inner = model
+    while of_peft(inner) and (inside := inner._modules.get("base_model", inner._modules.get("model"))) is not None:
+        inner = inside
+    own = inspect.signature(model.forward).parameters
+    handed_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
+    return {**inspect.signature(inner.forward).parameters, **own} if handed_on else own
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether it is the whole of one. Its encoder and its decoder have the same config."""
     marked = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(marked) and "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return bool(marked) and "decoder_input_ids" in arguments(model)
 
 
 def has_towers(model: nn.Module) -> bool:
@@ -51,9 +63,7 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
             found[path] = module
     if is_encoder_decoder(model):
         return found
-    return dict(
-        sorted(found.items(), key=lambda part: "input_ids" not in inspect.signature(part[1].forward).parameters)
-    )
+    return dict(sorted(found.items(), key=lambda part: "input_ids" not in arguments(part[1])))
 
 
 def advice(model: nn.Module) -> str:
