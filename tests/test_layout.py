@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -59,8 +61,8 @@ def test_any_other_text_is_refused(text: str) -> None:
         ("nm2:5", "M of 4 and 8"),
         ("bitmap8", "bitmap has no parameters"),
         ("dense8", "dense has no parameters"),
-        ("bitmap:int8", "only plain ones; write bitmap"),
-        ("nm2:4:int4", "only plain ones; write nm2:4"),
+        ("bitmap:int8", "only plain ones; write 'bitmap'"),
+        ("nm2:4:int4", "only plain ones; write 'nm2:4'"),
         ("bsr016x16", "is no layout"),
         ("bsr\uff11\uff16x16", "is no layout"),
         ("nm" + "1" * 5000 + ":4", "is no layout"),
@@ -147,6 +149,18 @@ def test_lower_takes_a_layout_by_its_name(layout: str, found: str) -> None:
     assert compiled.sparsec.graph.weights["0.weight"].format == found
 
 
-def test_an_unquoted_colon_is_explained() -> None:
-    with pytest.raises(SpecError, match=r"quote what is no name: \('nm2:4'\)"):
-        sparsec.Pipeline.parse("magnitude(0.5),freeze,lower(nm2:4)")
+@pytest.mark.parametrize(
+    ("text", "odd"),
+    [
+        ("magnitude(0.5),freeze,lower(nm2:4)", "nm2:4"),
+        ("magnitude(0.5, pattern=2:4),lower(nm1:4)", "2:4"),
+        ("lower(nm2:4:int8)", "nm2:4:int8"),
+        ("lower(16x16)", "16x16"),
+        ("zeros,\r\rlower(auto, targets=model.layers.0.*)", "model.layers.0.*"),
+        ("magnitude(0.5, ignore=*)", "*"),
+    ],
+)
+def test_the_word_that_needs_quotes_is_named_whole(text: str, odd: str) -> None:
+    """Regression: only the first word with a colon, up to a second one, and none behind a keyword."""
+    with pytest.raises(SpecError, match=rf"invalid [a-z ]+; quote what is no name: {re.escape(repr(odd))}\n"):
+        sparsec.Pipeline.parse(text)

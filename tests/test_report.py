@@ -29,6 +29,7 @@ from sparsec.report.text import render
 from sparsec.report.variant import metrics
 from sparsec.report.words import dense_reason, pays_from, slower, storage
 from sparsec.study.sample import read_prompt
+from sparsec.timing import others
 from sparsec.timing.others import in_the_way
 from sparsec.timing.spread import Spread
 
@@ -331,6 +332,12 @@ def test_others_are_in_the_way_only_where_they_leave_too_few_cores() -> None:
     assert not in_the_way(0.1, threads=2, cores=2)
     assert not in_the_way(1.0, threads=1, cores=2)
     assert not in_the_way(None, threads=2, cores=2)
+
+
+def test_busy_cores_are_told_to_the_hundredth_that_the_system_counts_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([(0.0, 0.0, 0.0), (0.3, 0.4, 0.07)])
+    monkeypatch.setattr(others, "_counts", lambda: next(counts))
+    assert others.Others().cores() == 1.1
 
 
 @pytest.mark.parametrize("name", metrics())

@@ -56,8 +56,8 @@ class Layout:
             raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(listed)}")
         layout = cls(name, found["parameters"] or "", found["values"] or "")
         if layout.values not in CODECS:
-            plain = replace(layout, values="")
-            raise SpecError(f"{text!r}: there are no {layout.values!r} values, only plain ones; write {plain}")
+            plain = str(replace(layout, values=""))
+            raise SpecError(f"{text!r}: there are no {layout.values!r} values, only plain ones; write {plain!r}")
         if name == DENSE and layout.parameters:
             raise SpecError(f"dense has no parameters, got {text!r}")
         _ = layout.options  # refuses wrong parameters

@@ -90,9 +90,18 @@ def _syntax_fault(text: str, error: SyntaxError) -> tuple[tuple[int, int, int], 
             )  # the bracket around it all, which nothing of the text closes
             what = "a closing bracket does not fit" if "match" in error.msg and not ours else "a bracket is not closed"
         return (len(lines), column, 1), f"not a pass specification: {what}"
-    quoted = re.search(r"\(\s*(\w+:\w+)", text)
-    hint = f"; quote what is no name: ({quoted[1]!r})" if quoted is not None else ""
-    return (error.lineno or 1, (error.offset or 1) - 1, 1), f"not a pass specification: {error.msg}{hint}"
+    place = (error.lineno or 1, (error.offset or 1) - 1, 1)
+    odd = _odd_word(re.split(r"\r\n?|\n", f"[{text}\n]")[place[0] - 1], place[1])
+    what = f"{error.msg.partition('. ')[0]}; quote what is no name: {odd!r}" if odd else error.msg
+    return place, f"not a pass specification: {what}"
+
+
+def _odd_word(line: str, column: int) -> str:
+    """The word at a column, or that ends before it, if it is none of Python's: nm2:4, layers.0.*; else ""."""
+    found = [m[0] for m in re.finditer(r"[\w.:*-]+", line) if m.start() <= column <= m.end()]
+    word = found[0] if found else ""
+    plain = word.isidentifier() or re.fullmatch(r"[\W_]*|-?[\d.]+(?:e-?\d+)?", word) is not None
+    return "" if plain and word != "*" else word
 
 
 def _build(node: ast.expr, text: str, table: Mapping[str, type[Pass]]) -> Pass:

@@ -24,7 +24,7 @@ class Others:
         if self._start is None or now is None:
             return None
         wall, everybody, own = (after - before for before, after in zip(self._start, now, strict=True))
-        return max(0.0, everybody - own) / wall if wall >= SHORTEST else None
+        return round(max(0.0, everybody - own) / wall, 2) if wall >= SHORTEST else None
 
 
 def in_the_way(busy: float | None, threads: int, cores: int) -> bool:
