@@ -26,6 +26,7 @@ class Flops(Pass):
     """
 
     name: ClassVar[str] = "flops"
+    examples: ClassVar[tuple[str, ...]] = ("magnitude(0.5),sparsity,flops", "flops(context=4096)")
     effect: ClassVar[Effect] = Effect.ANALYSIS
     produces: ClassVar[frozenset[str]] = frozenset({"flops"})
 

@@ -20,6 +20,7 @@ class Freeze(Pass):
     """Writes every mask into its weight. Outputs stay bit-identical, because a graph's meaning includes its masks."""
 
     name: ClassVar[str] = "freeze"
+    examples: ClassVar[tuple[str, ...]] = ("magnitude(0.5),freeze",)
     effect: ClassVar[Effect] = Effect.EXACT
     requires: ClassVar[frozenset[str]] = frozenset({"mask"})
     produces: ClassVar[frozenset[str]] = frozenset({"frozen"})

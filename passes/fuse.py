@@ -34,6 +34,7 @@ class Fuse(Pass):
     """
 
     name: ClassVar[str] = "fuse"
+    examples: ClassVar[tuple[str, ...]] = ("fuse",)
     effect: ClassVar[Effect] = Effect.NUMERIC
     excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 

@@ -46,6 +46,14 @@ class Lower(Pass):
     """
 
     name: ClassVar[str] = "lower"
+    examples: ClassVar[tuple[str, ...]] = (
+        "magnitude(0.5),freeze,fuse,lower(csr)",
+        "magnitude(0.5),freeze,lower(csr8)",
+        "magnitude(0.5),freeze,lower(bitmap)",
+        "magnitude(0.5),freeze,lower(auto)",
+        "magnitude(0.5),freeze,lower(objective='bytes', tokens=64)",
+        "lower(dense)",
+    )
     effect: ClassVar[Effect] = Effect.NUMERIC
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
     produces: ClassVar[frozenset[str]] = frozenset({"lowered"})

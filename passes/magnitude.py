@@ -33,6 +33,11 @@ class Magnitude(PruningPass):
     """
 
     name: ClassVar[str] = "magnitude"
+    examples: ClassVar[tuple[str, ...]] = (
+        "magnitude(0.5)",
+        "magnitude(0.5, scope='layer')",
+        "magnitude(0.5, scope='row')",
+    )
 
     scope: str | None = field(default=None, kw_only=True)
 

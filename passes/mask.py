@@ -26,6 +26,7 @@ class Mask(Pass):
     """
 
     name: ClassVar[str] = "mask"
+    examples: ClassVar[tuple[str, ...]] = ("mask",)
     effect: ClassVar[Effect] = Effect.LOSSY
     produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})

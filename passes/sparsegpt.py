@@ -36,6 +36,11 @@ class SparseGPT(CalibratedPruning):
     """
 
     name: ClassVar[str] = "sparsegpt"
+    examples: ClassVar[tuple[str, ...]] = (
+        "sparsegpt(0.5)",
+        "sparsegpt(0.5, block_size=2, damping=0.1, feed='dense')",
+        "sparsegpt(0.5, order='true')",
+    )
     gram: ClassVar[bool] = True
 
     block_size: int | None = field(default=None, kw_only=True)

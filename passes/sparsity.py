@@ -14,6 +14,7 @@ class Sparsity(Pass):
     """Counts nnz of every weight; one without a mask keeps all. Tied weights are one weight and are counted once."""
 
     name: ClassVar[str] = "sparsity"
+    examples: ClassVar[tuple[str, ...]] = ("magnitude(0.5),sparsity",)
     effect: ClassVar[Effect] = Effect.ANALYSIS
     produces: ClassVar[frozenset[str]] = frozenset({"sparsity"})
 

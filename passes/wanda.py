@@ -19,6 +19,7 @@ class Wanda(CalibratedPruning):
     """
 
     name: ClassVar[str] = "wanda"
+    examples: ClassVar[tuple[str, ...]] = ("wanda(0.5)", "wanda(0.5, feed='dense')", "wanda(0.5, order='true')")
 
     def scores(self, matrix: Tensor, statistics: Statistics) -> Tensor:
         """By the norms alone."""

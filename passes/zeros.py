@@ -20,6 +20,7 @@ class Zeros(Pass):
     """
 
     name: ClassVar[str] = "zeros"
+    examples: ClassVar[tuple[str, ...]] = ("zeros",)
     effect: ClassVar[Effect] = Effect.EXACT
     produces: ClassVar[frozenset[str]] = frozenset({"mask", "pattern"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})

@@ -25,7 +25,8 @@ def overview() -> str:
         lines += paragraph(signature(cls), " " * 12)
         needs = ", ".join(filter(None, (cls.wants, ", ".join(sorted(cls.requires))))) or "nothing"
         gives = ", ".join(sorted(cls.produces)) or "nothing"
-        lines += paragraph(f"needs {needs}; gives {gives}", " " * 12)
+        example = f"; as in {cls.examples[0]}" if cls.examples else ""
+        lines += paragraph(f"needs {needs}; gives {gives}{example}", " " * 12)
     lines += heading("Formats")
     for name, kind in FORMATS.items():
         lines += paragraph(f"{kind.__doc__}".strip().splitlines()[0], f"{name:<12}")

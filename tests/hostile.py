@@ -336,13 +336,8 @@ def targets() -> dict[str, Target]:
 
 
 def example_options(kind: type[sparsec.Pass]) -> dict[str, Any]:
-    """Every option of a pass at its default, 0.5 where there is none."""
-    import dataclasses
-
-    return {
-        f.name: 0.5 if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING else f.default
-        for f in dataclasses.fields(kind)
-    }
+    """Every option of a pass as its first example has it."""
+    return vars(pipeline.Pipeline.parse(kind.examples[0]).passes[-1]).copy()
 
 
 def outcome(target: Target, arguments: dict[str, Any]) -> str:

@@ -18,17 +18,9 @@ from sparsec.ir.printer import graph_text
 from sparsec.ir.tracer import trace
 from sparsec.kernels.library import loader
 from sparsec.passes import PASSES
-from sparsec.pipeline import Context, Pipeline
+from sparsec.pipeline import Context, Pass, Pipeline
 
 GOLDEN = Path(__file__).parent / "golden" / "passes"
-SPECS = {"magnitude": "magnitude(0.5)", "wanda": "wanda(0.5)", "sparsegpt": "sparsegpt(0.5)", "lower": "lower(csr)"}
-"""Of passes that need an option, or whose default depends on the machine."""
-BEFORE = {
-    "freeze": "magnitude(0.5)",
-    "sparsity": "magnitude(0.5)",
-    "flops": "magnitude(0.5),sparsity",
-    "lower": "magnitude(0.5),freeze,fuse",
-}
 
 
 class Net(nn.Module):
@@ -59,9 +51,9 @@ def text_of(graph: Graph) -> str:
     return graph_text(graph) + "".join(f"# mask of {name}: {' '.join(own)}\n" for name, own in rows.items())
 
 
-@pytest.mark.parametrize("name", [cls.name for cls in PASSES])
+@pytest.mark.parametrize("cls", PASSES, ids=lambda cls: cls.name)
 def test_text_of_the_graph_before_and_after_a_pass(
-    name: str, traced: Graph, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    cls: type[Pass], traced: Graph, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     # the same on a machine with a compiler and on one without
     missing = replace(loader.status(), reason="not on this machine")
@@ -71,12 +63,13 @@ def test_text_of_the_graph_before_and_after_a_pass(
         masks={"up": torch.arange(32).reshape(8, 4) % 3 > 0}, calibration=CalibrationData(((x,),), "the example")
     )
     graph = traced.copy()
-    if name in BEFORE:
-        Pipeline.parse(BEFORE[name]).run(graph, context)
+    *earlier, p = Pipeline.parse(cls.examples[0]).passes
+    if earlier:
+        Pipeline(tuple(earlier)).run(graph, context)
     before = text_of(graph)
-    (record,) = Pipeline.parse(SPECS.get(name, name)).run(graph, context)
+    (record,) = Pipeline((p,)).run(graph, context)
     text = f"# before {record.spec}\n{before}\n# after {record.spec}\n{text_of(graph)}"
-    path = GOLDEN / f"{name}.txt"
+    path = GOLDEN / f"{cls.name}.txt"
     if request.config.getoption("--refresh-goldens"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)

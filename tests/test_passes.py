@@ -9,47 +9,24 @@ import torch
 from architectures import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from pass_cases import EXAMPLES, before, last, shares, varied
 from torch import nn
 from traces import traced as trace
 
 import sparsec
 from sparsec.errors import FormatError, MaskError, SelectionError, WeightError
 from sparsec.ir.graph import Graph
-from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
+from sparsec.passes import Freeze, Lower, Magnitude, Mask, Sparsity, Zeros
 from sparsec.patterns import prune_count
-from sparsec.pipeline import Context, Pass, Pipeline
+from sparsec.pipeline import Context, Pipeline
 from sparsec.testing import ModelCase, assert_untouched, check_pass, masked_twin, masks, small_models, state_of
 
-FIRST = {"freeze": "magnitude(0.4)", "lower": "magnitude(0.4),freeze"}
-shares = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.75, 0.99])
 
-
-@st.composite
-def any_pass(draw: st.DrawFn) -> Pass:
-    match draw(st.sampled_from([cls.name for cls in PASSES])):
-        case "magnitude":
-            return Magnitude(draw(shares), scope=draw(st.sampled_from(["global", "layer", "row"])))
-        case "wanda":
-            return Wanda(draw(shares), **draw(st.sampled_from([{}, {"order": "true"}, {"feed": "dense"}])))
-        case "sparsegpt":
-            return SparseGPT(draw(shares), block_size=draw(st.sampled_from([2, 128])))
-        case "lower":
-            return draw(
-                st.sampled_from([Lower("csr"), Lower("csr8"), Lower("bitmap"), Lower(), Lower(objective="bytes")])
-            )
-        case "flops":
-            return Flops(context=draw(st.integers(1, 4096)))
-        case name:
-            return next(cls for cls in PASSES if cls.name == name)()
-
-
-@given(p=any_pass(), case=small_models(), data=st.data())
-def test_every_pass_keeps_its_contract(p: Pass, case: ModelCase, data: st.DataObject) -> None:
-    context = Context()
-    if isinstance(p, Mask):
-        name, weight = data.draw(st.sampled_from([(n, w) for n, w in case.model.named_parameters() if w.dim() == 2]))
-        context.masks = {name: data.draw(masks(*weight.shape))}
-    check_pass(p, case.model, case.inputs, after=FIRST.get(p.name, ""), context=context)
+@given(example=st.sampled_from([example for _, example in EXAMPLES]), case=small_models(), data=st.data())
+def test_every_pass_keeps_its_contract(example: str, case: ModelCase, data: st.DataObject) -> None:
+    name, weight = data.draw(st.sampled_from([(n, w) for n, w in case.model.named_parameters() if w.dim() == 2]))
+    context = Context(masks={name: data.draw(masks(*weight.shape))})
+    check_pass(data.draw(varied(last(example))), case.model, case.inputs, after=before(example), context=context)
 
 
 @given(case=small_models(), first=shares, second=shares, scope=st.sampled_from(["global", "layer", "row"]))

@@ -8,65 +8,37 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pass_cases import COMMON, EXAMPLES, last, varied
 
 from sparsec.errors import PipelineError, SpecError
-from sparsec.passes import Flops, Freeze, Fuse, Lower, Magnitude, Mask, SparseGPT, Sparsity, Wanda, Zeros
+from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Sparsity
 from sparsec.pipeline import Pass, Pipeline, known_passes
 
-patterns = st.text("abz*.?[]_0'\"\\ \nµ", min_size=1, max_size=8)
-names = st.none() | st.lists(patterns, min_size=1, max_size=3).map(tuple)
-ignores = st.lists(patterns, max_size=3).map(tuple)
-passes = st.one_of(
-    st.builds(
-        Magnitude,
-        st.floats(0, 1, exclude_max=True),
-        scope=st.sampled_from(["global", "layer", "row"]),
-        targets=names,
-        ignore=ignores,
-    ),
-    st.builds(
-        Wanda,
-        st.floats(0, 0.99),
-        feed=st.sampled_from(["pruned", "dense"]),
-        pattern=st.sampled_from(["unstructured", "block:2x2"]),
-        targets=names,
-        ignore=ignores,
-    ),
-    st.builds(
-        SparseGPT,
-        st.floats(0, 0.99),
-        order=st.sampled_from(["block", "true"]),
-        block_size=st.integers(1, 512),
-        damping=st.floats(1e-4, 1),
-    ),
-    st.builds(Magnitude, pattern=st.sampled_from(["2:4", "4:8", "1:16"])),
-    st.builds(Zeros, targets=names, ignore=ignores),
-    st.just(Mask()),
-    st.just(Freeze()),
-    st.just(Sparsity()),
-    st.builds(Flops, context=st.integers(1, 10**6)),
-    st.builds(
-        Lower,
-        st.sampled_from(["bitmap", "csr", "csr8", "csr32", "nm", "nm2:4", "bsr", "bsr8x3"]),
-        targets=names,
-        ignore=ignores,
-    ),
-    st.builds(Lower, objective=st.sampled_from(["latency", "bytes"]), tokens=st.integers(1, 512), targets=names),
-    st.builds(Lower, st.just("dense"), targets=names, ignore=ignores),
-    st.builds(Fuse, targets=names, ignore=ignores),
-)
+NAMES = ", ".join(known_passes())
+MASKING = ", ".join(name for name, cls in known_passes().items() if "mask" in cls.produces)
 
 
-@given(st.lists(passes, min_size=1, max_size=5))
+@st.composite
+def passes(draw: st.DrawFn) -> Pass:
+    """Any, with any options."""
+    return draw(varied(last(draw(st.sampled_from([example for _, example in EXAMPLES]))), common=True))
+
+
+@given(st.lists(passes(), min_size=1, max_size=5))
 def test_text_of_passes_reads_back_as_the_same_passes(listed: list[Pass]) -> None:
     pipeline = Pipeline(tuple(listed))
     assert Pipeline.parse(str(pipeline)) == pipeline
 
 
-def test_every_registered_pass_is_in_the_round_trip_strategy() -> None:
-    assert {Magnitude, Wanda, SparseGPT, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower} == set(
-        known_passes().values()
-    )
+@pytest.mark.parametrize("cls", PASSES)
+def test_a_pass_shows_all_its_options_in_examples_that_end_in_it(cls: type[Pass]) -> None:
+    assert cls.examples
+    for example in cls.examples:
+        assert type(last(example)) is cls
+        Pipeline.parse(example).validate()
+    for option in dataclasses.fields(cls):
+        shown = any(getattr(last(example), option.name) != option.default for example in cls.examples)
+        assert shown or option.name in COMMON, f"no example of {cls.name} gives {option.name}"
 
 
 tokens = st.sampled_from(
@@ -120,8 +92,7 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
     [
         (
             "magnitude(0.5),freez,lower(csr)",
-            "unknown pass 'freez', did you mean 'freeze'; passes: magnitude, wanda, sparsegpt, zeros, mask, freeze, sparsity, "
-            "flops, fuse, lower\n"
+            f"unknown pass 'freez', did you mean 'freeze'; passes: {NAMES}\n"
             "  magnitude(0.5),freez,lower(csr)\n"
             "                 ^^^^^",
         ),
@@ -149,8 +120,7 @@ def test_nothing_in_a_specification_is_evaluated(tmp_path) -> None:
         ("freeze(1)", "freeze takes no such option\n  freeze(1)\n         ^"),
         (
             "µ(0.5),freez",
-            "unknown pass 'μ'; passes: magnitude, wanda, sparsegpt, zeros, mask, freeze, sparsity, flops, fuse, "
-            "lower\n  µ(0.5),freez\n  ^",
+            f"unknown pass 'μ'; passes: {NAMES}\n  µ(0.5),freez\n  ^",
         ),
     ],
 )
@@ -217,8 +187,9 @@ def test_illegal_order_is_refused_before_anything_runs() -> None:
     with pytest.raises(PipelineError) as caught:
         Pipeline.parse("freeze,lower(csr)").validate()
     assert str(caught.value) == (
-        "pass 1 'freeze' needs 'mask', which no earlier pass produces; put one of "
-        "magnitude, wanda, sparsegpt, zeros, mask before it\n  freeze,lower(csr)"
+        f"pass 1 'freeze' needs 'mask', which no earlier pass produces; put one of {MASKING} before it
+"
+        "  freeze,lower(csr)"
     )
 
 

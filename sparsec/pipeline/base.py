@@ -104,6 +104,8 @@ class Pass(ABC):
         frozenset()
     )  # facts that must not hold yet: pruning needs weights not yet packed
 
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Pipelines that end in it, its options in use, for listings and tests: on any model, whatever its shapes and names."""
     wants: ClassVar[str] = ""
     """What its user has to bring, in words for listings."""
     gone: ClassVar[Mapping[str, str]] = {}
