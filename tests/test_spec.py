@@ -187,8 +187,7 @@ def test_illegal_order_is_refused_before_anything_runs() -> None:
     with pytest.raises(PipelineError) as caught:
         Pipeline.parse("freeze,lower(csr)").validate()
     assert str(caught.value) == (
-        f"pass 1 'freeze' needs 'mask', which no earlier pass produces; put one of {MASKING} before it
-"
+        f"pass 1 'freeze' needs 'mask', which no earlier pass produces; put one of {MASKING} before it\n"
         "  freeze,lower(csr)"
     )
 
