@@ -28,8 +28,7 @@ class Freeze(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         """In place where that is allowed, else into new tensors."""
         waiting = [w for w in graph.masked() if not w.frozen]
-        for i, weight in enumerate(waiting):
-            context.step("freeze", i, len(waiting))
+        for weight in context.each_of("freeze", waiting):
             tensor = graph.tensor(weight.name)
             assert weight.mask is not None
             if context.may_overwrite(weight.name, tensor):

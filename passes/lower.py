@@ -107,8 +107,7 @@ class Lower(Pass):
             gc.collect()  # tracing leaves cycles that hold the weights: SmolLM2's peak lies 419 MB above the model, so 184
         done = []
         dense: dict[str, list[str]] = {}
-        for i, weight in enumerate(chosen):
-            context.step("lower", i, len(chosen))
+        for weight in context.each_of("lower", chosen):
             if reason := reasons[weight.name]:
                 graph.update(weight.name, reason=reason)
                 dense.setdefault(reason, []).append(weight.name)
@@ -169,8 +168,7 @@ class Lower(Pass):
                     "say lower(auto, tokens=...)"
                 )
         found = {}
-        for i, weight in enumerate(weights):
-            context.step("choosing formats", i, len(weights))
+        for weight in context.each_of("choosing formats", weights):
             mask = graph.mask_matrix(weight.name) if weight.name in may_pack else None
             kernels = dense_kernels(graph, weight, context.unswappable)
             if mask is not None or OWN in kernels:
@@ -178,7 +176,6 @@ class Lower(Pass):
                 matrix = graph.matrix(weight.name)
                 own = replace(setting, fused=fused, device=matrix.device.type)
                 found[weight.name] = choose(matrix, mask, own, kernels)
-        context.step("choosing formats", len(weights), len(weights))
         return found, notes
 
     def _selected(self, graph: Graph, weight: Weight) -> bool:

@@ -79,8 +79,7 @@ class Magnitude(PruningPass):
             return pattern.masks([partial(_same, m) for m in matrices], self.share, old)
         compared: Compared = "row" if self._scope == "row" else "layer"
         masks = []
-        for i, (name, matrix, before) in enumerate(zip(names, matrices, old, strict=True)):
-            context.step("magnitude", i, len(matrices))
+        for name, matrix, before in context.each_of("magnitude", list(zip(names, matrices, old, strict=True))):
             masks.append(pattern.mask(matrix, shares[name].sparsity, before, compared))
         return masks
 

@@ -37,8 +37,7 @@ class Zeros(Pass):
         """Raises SelectionError for patterns that match nothing."""
         chosen = select_weights(graph, self.targets, self.ignore)
         total = zeros = 0
-        for i, weight in enumerate(chosen):
-            context.step("zeros", i, len(chosen))
+        for weight in context.each_of("zeros", chosen):
             mask, old = serial.present(graph.tensor(weight.name).detach()), graph.mask(weight.name)
             if old is not None:
                 mask &= old

@@ -1,8 +1,10 @@
 """How long work says how far it is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total): a stage begins with the first call of its name and ends when done reaches total."""
 
@@ -15,3 +17,13 @@ def stage(progress: Progress | None, what: str) -> Iterator[None]:
     yield
     if progress is not None:
         progress(what, 1, 1)
+
+
+def each_of(progress: Progress | None, what: str, items: Collection[T]) -> Iterator[T]:
+    """The items, as a stage that says how many are done; it ends with the last one."""
+    for done, item in enumerate(items):
+        if progress is not None:
+            progress(what, done, len(items))
+        yield item
+    if progress is not None:
+        progress(what, len(items), len(items))

@@ -90,7 +90,7 @@ def _work(label: str, nbytes: int) -> Work:
     return Work(64, 96, stored, nbytes)
 
 
-def test_without_a_calibration_bytes_are_the_only_roof_and_auto_takes_the_smallest() -> None:
+def test_without_constants_bytes_are_the_only_roof_and_auto_takes_the_smallest() -> None:
     results = measured(case("csr16", "bitmap", "auto")).results
     assert {r.bound.roof for r in results} == {"bytes"}
     assert results[2].format == "bitmap"

@@ -21,13 +21,10 @@ import torch
 import sparsec.__main__ as overview
 import sparsec.report.__main__ as command
 from sparsec.console.commands import COMMANDS
-from sparsec.console.progress import StageLines, shown_progress
-from sparsec.errors import DataError
 from sparsec.kernels import KERNELS
 from sparsec.kernels.library import loader
 from sparsec.passes import PASSES
 from sparsec.pipeline import Pipeline
-from sparsec.progress import stage
 from sparsec.report import schema
 from sparsec.study.plan import QUICK, Effort
 
@@ -50,7 +47,7 @@ def run(folder: Path, *args: str) -> Done:
     with redirect_stdout(out), redirect_stderr(err):
         assert command.main([*args, "--json", str(folder / "report.json")]) == 0, err.getvalue()
     said = err.getvalue()
-    assert all(re.fullmatch(r" *[^\n]+( \.\.\.|:)(.* \d+\.\d s)?", line) for line in said.splitlines()), said
+    assert all(re.fullmatch(r" *[^\n]+ \.\.\.( .*\d+\.\d s)?", line) for line in said.splitlines()), said
     assert "tracing ... " in said
     assert "pass 1 magnitude(0.5) ... " in said
     return Done(out.getvalue(), folder, json.loads((folder / "report.json").read_text()))
@@ -309,62 +306,3 @@ def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> Non
         overview.main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == "sparsec 0.1.0\n"
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_stages_are_lines_in_a_pipe() -> None:
-    """What runs, how far a long one is, how long it took; one within another is set in."""
-    now, pipe = [0.0], io.StringIO()
-    lines = StageLines(pipe, lambda: now[0])
-    for at, what, done, total in [
-        (0, "loading", 0, 1), (2, "loading", 1, 1), (2, "pass 1 wanda", 0, 1), (3, "reading", 0, 9), (13, "reading", 4, 9),
-        (33, "reading", 8, 9), (34, "reading", 9, 9), (35, "pass 1 wanda", 1, 1), (40, "again", 0, 1),
-    ]:  # fmt: skip
-        now[0] = float(at)
-        lines(what, done, total)
-    lines.close()
-    assert pipe.getvalue().splitlines() == [
-        "loading ... 2.0 s",
-        "pass 1 wanda ...",
-        "  reading ... 8 of 9 (30.0 s) ... 31.0 s",
-        "pass 1 wanda: 33.0 s",
-        "again ...",
-    ]
-
-
-def test_a_stage_takes_short_and_unfinished_ones_within_it_along() -> None:
-    """Regression: what a pass began and never ended stood open, and all that came after was set in."""
-    pipe = io.StringIO()
-    lines = StageLines(pipe, lambda: 0.0)
-    for what, done in [
-        ("pass 1 freeze", 0),
-        ("freeze", 0),
-        ("pass 1 freeze", 1),
-        ("pass 2 lower", 0),
-        ("pass 2 lower", 1),
-    ]:
-        lines(what, done, 1)
-    assert pipe.getvalue().splitlines() == ["pass 1 freeze ... 0.0 s", "pass 2 lower ... 0.0 s"]
-
-
-def test_a_stage_that_fails_ends_its_line() -> None:
-    pipe = io.StringIO()
-    with pytest.raises(DataError), shown_progress(pipe) as show, stage(show, "loading"):
-        raise DataError("no")
-    assert pipe.getvalue() == "loading ...\n"
-
-
-def test_a_terminal_shows_a_bar_and_keeps_a_line_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    terminal = Terminal()
-    with shown_progress(terminal) as show:
-        show("packing [a]", 1, 2)
-        show("packing [a]", 2, 2)
-        show("packing [a]", 0, 2)
-    assert re.search(r"packing \[a\]: \d+\.\d s", terminal.getvalue())

@@ -148,7 +148,7 @@ def test_non_negative_least_squares_is_no_worse_than_any_other_point(
 
 
 @given(some_constants)
-def test_json_reads_back_as_the_same_calibration(found: Constants) -> None:
+def test_json_reads_back_as_the_same_constants(found: Constants) -> None:
     assert from_json(to_json(found)) == found
 
 
@@ -188,7 +188,7 @@ def test_any_other_text_is_refused(text: str) -> None:
         (lambda c: c["key"].pop("isa"), "TypeError"),
         (
             lambda c: c.update(schema="sparsec.cost/0"),
-            "is no calibration of this version ('sparsec.cost/3'): 'sparsec.cost/0'",
+            "holds no constants of this version ('sparsec.cost/3'): 'sparsec.cost/0'",
         ),
     ],
 )
@@ -267,7 +267,7 @@ def test_what_was_measured_on_a_busy_machine_is_said_and_measured_anew_once_it_i
 ) -> None:
     monkeypatch.setattr(fake_measure, "load", 99.0)
     monkeypatch.setattr(cal, "load_average", lambda: 99.0)
-    assert "was busy when it was calibrated (load 99.0" in ask().notices[0]
+    assert "was busy when it was measured (load 99.0" in ask().notices[0]
     assert "was busy" in ask().notices[0]
     assert len(fake_measure.calls) == 1
     monkeypatch.setattr(cal, "load_average", lambda: 0.0)

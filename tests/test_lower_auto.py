@@ -206,13 +206,13 @@ def test_auto_without_native_kernels_chooses_by_bytes_and_says_so(monkeypatch: p
 
 
 @native
-def test_a_bad_calibration_is_refused_before_anything_is_packed(
+def test_a_bad_file_of_constants_is_refused_before_anything_is_packed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
     monkeypatch.setenv("SPARSEC_CALIBRATION", str(bad))
-    with pytest.raises(ConstantsError, match="is no calibration of this version"):
+    with pytest.raises(ConstantsError, match="holds no constants of this version"):
         sparsec.compile(model(), "magnitude(0.6),freeze,lower(auto)", example_inputs=torch.randn(2, 576))
 
 

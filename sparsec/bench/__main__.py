@@ -72,7 +72,7 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
         arguments.read_rows(options.rows or "1"),
     )
     require_room(max(_bytes(c, protocol) for c in todo), "walking through copies", _SMALLER)
-    known = _calibration(todo, progress)
+    known = _constants(todo, progress)
     found = machine()
     print(output.about(found, str(protocol), known.source if known else "none (python -m sparsec.cost measures it)"))
     print("".join(f"{line}\n" for line in output.doubts(found)), end="")
@@ -130,7 +130,7 @@ def _bytes(case: Case, protocol: Protocol) -> int:
     return contenders * max(protocol.nbytes, protocol.count(dense) * dense)
 
 
-def _calibration(todo: Sequence[Case], progress: Progress | None) -> Found | None:
+def _constants(todo: Sequence[Case], progress: Progress | None) -> Found | None:
     """Measured where `auto` has to choose by it, else only looked up; None without native kernels, which it is about."""
     if not status().built:
         return None

@@ -24,7 +24,7 @@ from sparsec.console.table import paragraph, table, times
 from sparsec.formats import Bitmap
 from sparsec.kernels import operator, operator_args
 from sparsec.pipeline.base import PassRecord
-from sparsec.progress import Progress
+from sparsec.progress import Progress, each_of
 from sparsec.timing.turns import clocked, take_turns
 
 SHAPES, LAYERS, SPARSITY = "1024x1024", 48, 0.5
@@ -118,10 +118,7 @@ def products(
             product(x, *arguments)
 
     seconds: dict[tuple[bool, bool], list[float]] = {}  # by busy and sparse
-    for turn in range(2 * ROUNDS):
-        busy = turn % 2 == 1
-        if progress is not None:
-            progress(f"{shape[0]}x{shape[1]} {'busy' if busy else 'idle'}", turn, 2 * ROUNDS)
+    for busy in each_of(progress, f"{shape[0]}x{shape[1]} idle and busy", (False, True) * ROUNDS):
         with competitor(busy):
             taken = take_turns([clocked(run_dense), clocked(run_sparse)], repeats, warm_up=1)
         for own, kind in zip(taken, (False, True), strict=True):
@@ -139,9 +136,7 @@ def products(
 def pass_times(model: nn.Module, calibration: torch.Tensor, progress: Progress | None = None) -> list[PassTime]:
     """Every pass of PIPELINES, once under each spec: the faster of two runs, by turns idle and busy."""
     found: dict[str, PassTime] = {}
-    for i, spec in enumerate(PIPELINES):
-        if progress is not None:
-            progress(spec, i, len(PIPELINES))
+    for spec in each_of(progress, "passes idle and busy", PIPELINES):
         seconds: dict[tuple[str, bool], float] = {}
         for turn in range(2 * ROUNDS):
             busy = turn % 2 == 1

@@ -45,14 +45,14 @@ LEGEND = (
     "the weight with the zeros, which it does not skip. zeros: over sparsec's own kernel of the dense weight, so the part that "
     "zeros give. predicted: the speedup by the cost model, where weights lie in memory. bytes: dense / "
     "packed, what reading less can give at most. roof GB/s: plain reading (the best of a sum, the own dense kernel and F.linear) "
-    "in the same rounds. binds, of roof: the highest of bytes / that bandwidth and the calibrated times of decoding and "
-    "arithmetic (bytes alone where there is no calibration), over the time taken. shape (n): the model has it n times. "
+    "in the same rounds. binds, of roof: the highest of bytes / that bandwidth and the times of decoding and arithmetic "
+    "by this machine's constants (bytes alone where none are measured), over the time taken. shape (n): the model has it n times. "
     "torch.sparse: its speedup over F.linear, n/a where it does not serve the type, * where a call takes over "
     f"{SLOW_SECONDS} s and ran {SLOW_REPEATS} times."
 )
 
 
-def about(found: Machine, protocol: str, calibrated: str) -> str:
+def about(found: Machine, protocol: str, constants: str) -> str:
     """What the numbers depend on, in one line."""
     facts = {
         "cpu": found.cpu,
@@ -61,7 +61,7 @@ def about(found: Machine, protocol: str, calibrated: str) -> str:
         "native kernels": found.native,
         "commit": found.commit or "unknown",
         "weights": protocol,
-        "cost model": calibrated,
+        "cost model": constants,
     }
     return "  ".join(f"{k}: {v}" for k, v in facts.items())
 

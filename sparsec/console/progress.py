@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from sparsec.progress import Progress
@@ -34,7 +34,10 @@ def shown_progress(stream: TextIO) -> Iterator[Progress]:
 
 
 class StageLines:
-    """`what ... 3.2 s` for every stage. One within another has a line of its own, set in, once it has taken a second."""
+    """`what ... 3.2 s` for every stage. One within another has lines of its own, set in, once it has taken a second.
+
+    A line is left open while its stage runs; what comes between ends it, and the stage goes on in a line of the same form.
+    """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = perf_counter) -> None:
         self._stream, self._clock = stream, clock
@@ -47,16 +50,14 @@ class StageLines:
         now = self._clock()
         began = self._running.setdefault(what, now)
         if what not in self._said and (len(self._running) == 1 or now - began >= INNER_FROM):
-            self.close()
-            self._write(f"{self._indent(what)}{what} ...")
-            self._line, self._said[what] = what, now
+            self._open(what)
+            self._said[what] = now
         if done >= total:
-            if what in self._said:
-                self._again(what, f" {_seconds(now - began)}\n")
-                self._line = ""
-            self._forget(what)
+            names = list(self._running)
+            for name in reversed(names[names.index(what) :]):
+                self._end(name, now)
         elif what in self._said and now - self._said[what] >= SAY_EVERY:
-            self._again(what, f" {done} of {total} ({_seconds(now - began)}) ...")
+            self._finish(what, f"{done} of {total}, {_seconds(now - began)}")
             self._said[what] = now
 
     def close(self) -> None:
@@ -65,21 +66,22 @@ class StageLines:
             self._write("\n")
             self._line = ""
 
-    def _forget(self, what: str) -> None:
-        names = list(self._running)
-        for name in names[names.index(what) :]:
-            del self._running[name]
-            self._said.pop(name, None)
+    def _end(self, what: str, now: float) -> None:
+        if what in self._said:
+            self._finish(what, _seconds(now - self._running[what]))
+            del self._said[what]
+        del self._running[what]
 
-    def _again(self, what: str, text: str) -> None:
+    def _finish(self, what: str, text: str) -> None:
         if self._line != what:
-            self.close()
-            self._write(f"{self._indent(what)}{what}:")
-            self._line = what
-        self._write(text)
+            self._open(what)
+        self._write(f" {text}\n")
+        self._line = ""
 
-    def _indent(self, what: str) -> str:
-        return "  " * list(self._running).index(what)
+    def _open(self, what: str) -> None:
+        self.close()
+        self._write(f"{'  ' * list(self._running).index(what)}{what} ...")
+        self._line = what
 
     def _write(self, text: str) -> None:
         self._stream.write(text)
@@ -88,21 +90,27 @@ class StageLines:
 
 @contextmanager
 def _bars(stream: TextIO) -> Iterator[Progress]:
-    """Bars of the stages that run; what is done stays as a line."""
+    """Bars of the stages that run; what is done stays as a line, in the order in which it ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks = {}
+    tasks: dict[str, tuple[TaskID, float]] = {}
     with Bars(*columns, console=Console(file=stream), transient=True) as bars:
+
+        def end(what: str) -> None:
+            depth, now = len(tasks) - 1, perf_counter()
+            task, began = tasks.pop(what)
+            bars.remove_task(task)
+            if not depth or now - began >= INNER_FROM:
+                line = f"{'  ' * depth}{what} ... {_seconds(now - began)}"
+                bars.console.print(line, markup=False, highlight=False)
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what.replace("[", r"\["), total=total), perf_counter()
-            task, began = tasks[what]
-            bars.update(task, completed=done, total=total)
+            bars.update(tasks[what][0], completed=done, total=total)
             if done >= total:
                 names = list(tasks)
-                for name in names[names.index(what) :]:  # it takes those within it along
-                    bars.remove_task(tasks.pop(name)[0])
-                bars.console.print(f"{what}: {_seconds(perf_counter() - began)}", markup=False, highlight=False)
+                for name in reversed(names[names.index(what) :]):  # it takes those within it along
+                    end(name)
 
         yield show
 

@@ -52,7 +52,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; default: the CPU's")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--force", action="store_true", help="measure, even where a calibration is known")
+    how.add_argument("--force", action="store_true", help="measure, even where all constants are known")
     how.add_argument("--show", action="store_true", help="measure nothing; an error where nothing is known")
     p.add_argument("--json", type=Path, metavar="FILE", help="write it there too, - on the standard output")
     return p
@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
 def lines(found: Found) -> list[str]:
     """The constants as text."""
     known = found.constants
-    shown = heading("Calibration")
+    shown = heading("Constants of this machine")
     for title, text in (
         (known.key.device, known.key.processor),
         ("isa", known.key.isa),

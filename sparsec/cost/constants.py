@@ -179,7 +179,7 @@ def remarks(found: Constants) -> list[str]:
             f"{threads} threads share {cores()} cores, so times scatter widely; use torch.set_num_threads({cores()})"
         )
     if busy(found.load):
-        notes.append(f"the machine was busy when it was calibrated (load {found.load:.1f} on {cores()} cores); {anew}")
+        notes.append(f"the machine was busy when it was measured (load {found.load:.1f} on {cores()} cores); {anew}")
     poor = [k for k in found.kernels if k.error > POOR_FIT]
     if poor:
         worst = max(poor, key=lambda k: k.error)
@@ -227,7 +227,7 @@ def from_json(text: str) -> Constants:
         raise ConstantsError(f"is damaged: no JSON ({error})") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
-        raise ConstantsError(f"is no calibration of this version ({SCHEMA!r}): {found!r}")
+        raise ConstantsError(f"holds no constants of this version ({SCHEMA!r}): {found!r}")
     if content.pop("sha256", None) != _checksum(content):
         raise ConstantsError("is damaged: its checksum does not fit its content")
     try:

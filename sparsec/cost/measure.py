@@ -31,9 +31,10 @@ from sparsec.kernels.dense import NAME as DENSE_OPERATOR
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.modules.dense_linear import DTYPES as DENSE_DTYPES
 from sparsec.kernels.modules.dense_linear import DenseLinear
-from sparsec.progress import Progress
+from sparsec.progress import Progress, each_of
 from sparsec.timing.arena import Arena
 
+MEASURING = "measuring the machine"
 DENSITIES = (0.5, 0.3, 0.1)
 SHAPES = ((192, 576), (576, 576), (576, 1536), (1536, 576), (2048, 768), (768, 3072))
 COLD = (
@@ -49,11 +50,7 @@ READS = tuple(1 << n for n in range(18, 31, 2))  # bytes
 
 def measure_reads(progress: Progress | None = None) -> tuple[ReadRate, ...]:
     """The roof of every level of memory; the last one is the memory itself."""
-    found = []
-    for i, nbytes in enumerate(READS):
-        _say(progress, "reading", i, len(READS))
-        found.append(time_read(nbytes))
-    return tuple(found)
+    return tuple(time_read(nbytes) for nbytes in each_of(progress, f"{MEASURING}: reading", READS))
 
 
 def measure_member(dtype: torch.dtype) -> float:
@@ -78,11 +75,10 @@ def measure_kernels(
     }
     for dtype in dtypes:
         walk = [c for case, found in packed.items() for c in _trials(case[0], found, dtype)]
-        what = f"measuring the machine: walking through {str(dtype).removeprefix('torch.')} layers"
+        what = f"{MEASURING}: walking through {str(dtype).removeprefix('torch.')} layers"
         for trial, sample in zip(walk, time_walk(walk, arena, WALK_ROUNDS, dtype, progress, what), strict=True):
             samples.setdefault((trial.kernel, trial.format, dtype), []).append(sample)
-    for i, (case, timer, rounds) in enumerate(timers):
-        _say(progress, "timing kernels", i, len(timers))
+    for case, timer, rounds in each_of(progress, f"{MEASURING}: timing kernels", timers):
         if case not in packed:
             packed[case] = list(_matrices(case[0], case[1], generator))
         for dtype in dtypes:
@@ -90,7 +86,6 @@ def measure_kernels(
             times = timer(trials, arena=arena, rounds=rounds, dtype=dtype)
             for trial, sample in zip(trials, times, strict=True):
                 samples.setdefault((trial.kernel, trial.format, dtype), []).append(sample)
-    _say(progress, "timing kernels", len(timers), len(timers))
     return [fit(k, f, str(d).removeprefix("torch."), found, read_per_byte) for (k, f, d), found in samples.items()]
 
 
@@ -113,8 +108,3 @@ def _trials(shape: tuple[int, int], packed: Sequence[tuple[Kernel, Packed]], dty
 
 def _as_it_is(linear: nn.Linear) -> nn.Module:
     return linear
-
-
-def _say(progress: Progress | None, what: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(f"measuring the machine: {what}", done, total)

@@ -19,9 +19,11 @@ from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import Kernel, Problem, known
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
-from sparsec.progress import Progress
+from sparsec.progress import Progress, each_of
 from sparsec.timing.replay import ROTATE_BYTES, Replay, dense_calls, packed_calls, read_seconds
 from sparsec.timing.turns import take_turns
+
+MEASURING = "measuring the GPU"
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,8 @@ class Sizes:
 
 def measure_reads(device: torch.device, sizes: Sizes, progress: Progress | None = None) -> tuple[ReadRate, ...]:
     """The roof of every level of memory; the last one is the memory itself."""
-    found = []
-    for i, nbytes in enumerate(sizes.reads):
-        _say(progress, "reading", i, len(sizes.reads))
-        found.append(ReadRate(nbytes, read_seconds(device, nbytes) / nbytes))
-    return tuple(found)
+    todo = each_of(progress, f"{MEASURING}: reading", sizes.reads)
+    return tuple(ReadRate(nbytes, read_seconds(device, nbytes) / nbytes) for nbytes in todo)
 
 
 @torch.no_grad()
@@ -68,19 +67,17 @@ def measure_kernels(
     ]
     generator = torch.Generator(device).manual_seed(0)
     found = []
-    for i, dtype in enumerate(dtypes):
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
         samples: dict[tuple[str, str], list[Timed]] = {}
-        for j, (shape, density, rows, warm) in enumerate(todo):
-            _say(progress, "timing kernels", i * len(todo) + j, len(dtypes) * len(todo))
+        for shape, density, rows, warm in each_of(progress, f"{MEASURING}: timing kernels with {name}", todo):
             x = torch.ones(rows, shape[1], dtype=dtype, device=device)
             named = list(_trials(shape, density, x, warm, sizes, generator))
             times = take_turns([replay.seconds for *_, replay in named], sizes.rounds, warm_up=1)
             for (kernel, layout, work, _), own in zip(named, times, strict=True):
                 sample = Timed(work, rows, statistics.median(own), warm)
                 samples.setdefault((kernel, layout), []).append(sample)
-        name = str(dtype).removeprefix("torch.")
         found += [fit(kernel, layout, name, own, read_per_byte) for (kernel, layout), own in samples.items()]
-    _say(progress, "timing kernels", len(dtypes) * len(todo), len(dtypes) * len(todo))
     return found
 
 
@@ -122,8 +119,3 @@ def _kernel(packed: Packed, rows: int) -> Kernel | None:
     """The one that serves so many rows on a GPU."""
     problem = replace(Problem.of(packed, rows), device="cuda")
     return next((k for k in known() if k.format == packed.format and not k.unsupported(problem)), None)
-
-
-def _say(progress: Progress | None, what: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(f"measuring the GPU: {what}", done, total)

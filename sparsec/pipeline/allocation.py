@@ -245,8 +245,7 @@ def _outliers(graph: Graph, members: Mapping[str, Sequence[Weight]], context: Co
 def _tails(graph: Graph, members: Mapping[str, Sequence[Weight]], context: Context) -> list[float]:
     """Of every block the mean exponent of its matrices' spectra."""
     found = []
-    for i, group in enumerate(members.values()):
-        context.step("spectra", i, len(members))
+    for group in context.each_of("spectra", members.values()):
         exponents = []
         for weight in group:
             for matrix in graph.matrices(weight.name):
@@ -258,7 +257,6 @@ def _tails(graph: Graph, members: Mapping[str, Sequence[Weight]], context: Conte
                     )
                 exponents.append(exponent)
         found.append(sum(exponents) / len(exponents))
-    context.step("spectra", len(members), len(members))
     return found
 
 

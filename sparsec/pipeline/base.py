@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
@@ -15,7 +15,9 @@ from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.memory import is_own, page_out
-from sparsec.progress import Progress
+from sparsec.progress import Progress, each_of
+
+T = TypeVar("T")
 
 
 class Effect(Enum):
@@ -66,6 +68,10 @@ class Context:
         """Reports progress, where somebody listens."""
         if self.progress is not None:
             self.progress(what, done, total)
+
+    def each_of(self, what: str, items: Collection[T]) -> Iterator[T]:
+        """The items, as a stage of their own."""
+        return each_of(self.progress, what, items)
 
 
 @dataclass(frozen=True)

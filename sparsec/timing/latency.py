@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsec.kv_cache import cache_argument, cache_of
-from sparsec.progress import Progress
+from sparsec.progress import Progress, each_of
 from sparsec.timing.others import Others
 from sparsec.timing.recorded import Decoder
 from sparsec.timing.replay import ROTATE_BYTES, Replay, copies
@@ -194,12 +194,8 @@ def _replayed_speedups(
     pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]], rounds: int, progress: Progress | None
 ) -> dict[str, float]:
     found = {}
-    for i, (name, (dense, other)) in enumerate(pairs.items()):
-        if progress is not None:
-            progress("timing layers", i, len(pairs))
+    for name, (dense, other) in each_of(progress, "timing layers", pairs.items()):
         found[name] = replayed_speedup(dense, other, rounds)
-    if progress is not None:
-        progress("timing layers", len(pairs), len(pairs))
     return found
 
 

@@ -1,0 +1,104 @@
+"""How far a command is: lines of one form in a pipe, bars on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsec.console.progress import StageLines, shown_progress
+from sparsec.errors import DataError
+from sparsec.progress import stage
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_stages_are_lines_in_a_pipe() -> None:
+    """What runs, how far a long one is, how long it took; one within another is set in."""
+    now, pipe = [0.0], io.StringIO()
+    lines = StageLines(pipe, lambda: now[0])
+    for at, what, done, total in [
+        (0, "loading", 0, 1), (2, "loading", 1, 1), (2, "pass 1 wanda", 0, 1), (3, "reading", 0, 9), (13, "reading", 4, 9),
+        (33, "reading", 8, 9), (34, "reading", 9, 9), (35, "pass 1 wanda", 1, 1), (40, "again", 0, 1),
+    ]:  # fmt: skip
+        now[0] = float(at)
+        lines(what, done, total)
+    lines.close()
+    assert pipe.getvalue().splitlines() == [
+        "loading ... 2.0 s",
+        "pass 1 wanda ...",
+        "  reading ... 8 of 9, 30.0 s",
+        "  reading ... 31.0 s",
+        "pass 1 wanda ... 33.0 s",
+        "again ...",
+    ]
+
+
+def test_a_stage_that_its_outer_one_ends_says_its_time() -> None:
+    """Regression: of what had no last step, lower among others, the line stayed without a time."""
+    now, pipe = [0.0], io.StringIO()
+    lines = StageLines(pipe, lambda: now[0])
+    for at, what, done in [(0, "pass 1 lower", 0), (1, "lower", 0), (3, "lower", 1), (6, "pass 1 lower", 2)]:
+        now[0] = float(at)
+        lines(what, done, 2)
+    assert pipe.getvalue().splitlines() == ["pass 1 lower ...", "  lower ... 5.0 s", "pass 1 lower ... 6.0 s"]
+
+
+STEPS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.sampled_from([0.0, 2.0, 30.0])), max_size=20)
+
+
+@given(STEPS)
+def test_every_line_of_a_pipe_has_one_form(steps: list[tuple[str, int, float]]) -> None:
+    """And once the outermost stage is over, the last line of each stage that said anything says its time."""
+    now, pipe = [0.0], io.StringIO()
+    lines = StageLines(pipe, lambda: now[0])
+    for what, done, seconds in [("all", 0, 0.0), *steps, ("all", 2, 1.0)]:
+        now[0] += seconds
+        lines(what, done, 2)
+    found = [
+        re.fullmatch(r"( *)(\w+) \.\.\.(?: (\d of 2, )?(\d+\.\d s))?", line) for line in pipe.getvalue().splitlines()
+    ]
+    assert all(found)
+    last = {line[2]: line for line in found}
+    assert all(line[4] and not line[3] for line in last.values())
+    assert found[-1][2] == "all"
+
+
+def test_a_stage_takes_short_and_unfinished_ones_within_it_along() -> None:
+    """Regression: what a pass began and never ended stood open, and all that came after was set in."""
+    pipe = io.StringIO()
+    lines = StageLines(pipe, lambda: 0.0)
+    for what, done in [
+        ("pass 1 freeze", 0),
+        ("freeze", 0),
+        ("pass 1 freeze", 1),
+        ("pass 2 lower", 0),
+        ("pass 2 lower", 1),
+    ]:
+        lines(what, done, 1)
+    assert pipe.getvalue().splitlines() == ["pass 1 freeze ... 0.0 s", "pass 2 lower ... 0.0 s"]
+
+
+def test_a_stage_that_fails_ends_its_line() -> None:
+    pipe = io.StringIO()
+    with pytest.raises(DataError), shown_progress(pipe) as show, stage(show, "loading"):
+        raise DataError("no")
+    assert pipe.getvalue() == "loading ...\n"
+
+
+def test_a_terminal_shows_a_bar_and_keeps_a_line_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    with shown_progress(terminal) as show:
+        show("packing [a]", 1, 2)
+        show("packing [a]", 2, 2)
+        show("packing [a]", 0, 2)
+    assert re.search(r"packing \[a\] \.\.\. \d+\.\d s", terminal.getvalue())
