@@ -19,7 +19,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sparsec import private
 from sparsec.arguments import checked
-from sparsec.errors import KernelError
+from sparsec.errors import KernelError, OfferedError, SparsecError
 from sparsec.formats import FORMATS, NM, WarpCSR
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import for_device
@@ -39,6 +39,8 @@ from sparsec.kernels.reference import check_call, dense_product
 from sparsec.offered import offered
 
 ENTRY_POINTS = "sparsec.kernels"
+
+Answer = TypeVar("Answer", str, list[str])
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ def serves_all(problem: Problem) -> str:
     return ""
 
 
+def _holds(values: object, kind: type) -> bool:
+    return isinstance(values, tuple) and bool(values) and all(isinstance(value, kind) for value in values)
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One way to multiply by the packed matrices of a format: what it accepts, and how it is run."""
@@ -87,9 +93,20 @@ class Kernel:
     missing: Callable[[], list[str]] = always  # why it cannot run on this machine
     refuses: Callable[[Problem], str] = serves_all  # why not, where it is not format, type or device
 
+    def __post_init__(self) -> None:
+        """KernelError for what is of another kind than it must be."""
+        rows = {
+            "name and format must be words": all(isinstance(t, str) and t for t in (self.name, self.format)),
+            "dtypes must be a tuple of torch.dtype": _holds(self.dtypes, torch.dtype),
+            "devices must be None or a tuple of device types": self.devices is None or _holds(self.devices, str),
+            "run, missing and refuses must be functions": all(map(callable, (self.run, self.missing, self.refuses))),
+        }
+        if faults := [rule for rule, held in rows.items() if not held]:
+            raise KernelError(f"the kernel {self.name!r}: {'; '.join(faults)}")
+
     def available(self) -> list[str]:
         """Why it cannot run on this machine; empty when it can. May build the native library."""
-        return self.missing()
+        return self._answer("missing", [])
 
     def unfit(self, problem: Problem) -> list[str]:
         """Why the problem is not for it, whatever the machine; empty when it is."""
@@ -101,9 +118,23 @@ class Kernel:
             reasons.append(f"serves {names}, not {str(problem.dtype).removeprefix('torch.')}")
         if self.devices is not None and problem.device not in self.devices:
             reasons.append(f"runs on {', '.join(self.devices)}, not {problem.device}")
-        if not reasons and (reason := self.refuses(problem)):
+        if not reasons and (reason := self._answer("refuses", "", problem)):
             reasons.append(reason)
         return reasons
+
+    def _answer(self, question: str, kind: Answer, *about: Any) -> Answer:
+        """What refuses or missing says; where it raises or says no such thing, that, after a warning: it serves nothing then."""
+        try:
+            found: Answer = getattr(self, question)(*about)
+            if isinstance(found, type(kind)):
+                return found
+            fault = f"must give a {type(kind).__name__}, got {found!r}"
+        except Exception as error:  # whatever a stranger's code raises
+            fault = f"raised {type(error).__name__}: {error}"
+        warnings.warn(f"the kernel {self.name!r} is left out: its {question} {fault}", stacklevel=3)
+        said: Any = f"its {question} {fault}"
+        answer: Answer = said if isinstance(kind, str) else [said]
+        return answer
 
     def unsupported(self, problem: Problem) -> list[str]:
         """Why it cannot serve the problem here; empty when it can."""
@@ -224,7 +255,7 @@ def _offered() -> tuple[Kernel, ...]:
         if not isinstance(kernel, Kernel):
             warnings.warn(f"{what} is no sparsec.kernels.Kernel and is left out", stacklevel=2)
         elif kernel.name in found or any(k.name == kernel.name for k in KERNELS):
-            raise KernelError(f"{what} offers a kernel {kernel.name!r}, but that name is taken")
+            warnings.warn(f"{what} is left out: the name of its kernel, {kernel.name!r}, is taken", stacklevel=2)
         else:
             found[kernel.name] = kernel
     return tuple(found.values())
@@ -276,4 +307,21 @@ def dispatch(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return dispatch(x, there, bias)
     if x.device.type == "cuda" and kernel.run is _reference:
         gpu.warn_of_reference(packed)
-    return kernel.run(x, packed, bias)
+    return _run(kernel, x, packed, bias)
+
+
+def _run(kernel: Kernel, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """OfferedError, naming the kernel, where one of another package raises or gives another shape."""
+    shape = (*x.shape[:-1], packed.shape[0])
+    try:
+        out = kernel.run(x, packed, bias)
+    except SparsecError:
+        raise
+    except Exception as error:
+        if kernel not in others():
+            raise
+        raise OfferedError(f"the kernel {kernel.name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(out, Tensor) or out.shape != shape or out.dtype != x.dtype:
+        got = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else repr(out)
+        raise OfferedError(f"the kernel {kernel.name!r} must give {x.dtype} {list(shape)}, got {got}")
+    return out

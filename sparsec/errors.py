@@ -48,6 +48,10 @@ class FormatError(SparsecError, ValueError):
     """Packed tensors that do not form a valid matrix, or a matrix that a format cannot hold."""
 
 
+class OfferedError(SparsecError, RuntimeError):
+    """A format or a kernel of another package that does not keep what it promises; names it and what it did."""
+
+
 class KernelError(SparsecError, RuntimeError):
     """No kernel serves the request; lists every kernel with its reasons."""
 

@@ -17,7 +17,7 @@ def offered(group: str) -> Iterator[tuple[str, Any]]:
         what = f"entry point {entry.name!r} of group {group!r} ({entry.value})"
         try:
             found = entry.load()
-        except Exception as error:  # whatever a stranger's module raises while it is imported
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
             warnings.warn(f"{what} does not load and is left out: {type(error).__name__}: {error}", stacklevel=3)
             continue
         yield what, found

@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from project import ROOT
 
 from sparsec import formats, kernels
-from sparsec.errors import ArgumentError, FormatError, KernelError
+from sparsec.cost.choice import Setting, sparse_candidates
+from sparsec.errors import ArgumentError, FormatError, KernelError, OfferedError
 from sparsec.formats.layout import Layout
+from sparsec.kernels import registry
 from sparsec.testing import check_format, check_kernel
 
 # What is added to the tables stays there: so these run in processes of their own, in which packages are pretended.
@@ -151,6 +154,109 @@ def test_what_cannot_be_added_is_refused() -> None:
         kernels.add(first)
     with pytest.raises(ArgumentError, match="kernel must be a Kernel"):
         kernels.add(torch.nn.Linear)
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("boom")
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "candidates": ({"candidates": classmethod(fails)}, "candidates raised ZeroDivisionError: boom"),
+    "candidates of another kind": ({"candidates": lambda mask, device: 7}, "candidates raised TypeError"),
+    "candidates that are none": ({"candidates": lambda mask, device: ["x"]}, "strange has no parameters, got strangex"),
+    "options": ({"options": lambda parameters: None}, "options must give a dict, got None"),
+    "plan": ({"plan": classmethod(fails)}, "plan raised ZeroDivisionError: boom"),
+    "plan of another kind": ({"plan": lambda mask, dtype: 7}, "plan must give a Plan, got 7"),
+    "pack": ({"pack": classmethod(fails)}, "pack raised ZeroDivisionError: boom"),
+    "pack of another format": ({"pack": formats.CSR.pack}, "pack must give a Strange, got CSR"),
+    "its count": ({"nnz": property(fails)}, "what pack gave, when looked at, raised ZeroDivisionError: boom"),
+    "its tensors": (
+        {"tensor_names": ("values", "beads")},
+        "what pack gave, when looked at, raised AttributeError: .*beads",
+    ),
+    "its shape": ({"shape": property(lambda self: (1, 8))}, "what pack gave, when looked at, raised ValueError: "),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_format_that_breaks_its_promises_is_named_and_stops_no_other(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: whatever it raised came through, from `lower(auto)` too."""
+    members, message = BROKEN[name]
+    bad = type("Strange", (formats.Bitmap,), {"format": "strange", "__module__": "package.strange", **members})
+    monkeypatch.setitem(formats.FORMATS, "strange", bad)
+    mask, setting = torch.rand(16, 8) < 0.5, Setting("bytes", 1)
+    layouts, named = [], r"the format 'strange' \(package.strange.Strange\): " if "none" not in name else ""
+    if name.startswith(("candidates", "plan", "options")):
+        with pytest.warns(UserWarning, match=rf"{named}{message}.* considered"):
+            layouts = [c.layout.format for c in sparse_candidates(mask, torch.float32, setting)]
+    else:
+        layouts = [c.layout.format for c in sparse_candidates(mask, torch.float32, setting)]
+    assert {"csr", "bitmap"} <= set(layouts)
+    if not name.startswith("candidates"):
+        with pytest.raises(OfferedError, match=named + message):
+            Layout("strange").planned(mask, torch.float32)[0].pack(torch.randn(16, 8), mask)
+
+
+def mine(**options: Any) -> kernels.Kernel:
+    given = {"format": "bitmap", "dtypes": (torch.float32,), "devices": ("cpu",), "run": lambda x, packed, bias: x}
+    return kernels.Kernel("mine", **{**given, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"refuses": fails}, "its refuses raised ZeroDivisionError: boom"),
+        ({"refuses": lambda problem: None}, "its refuses must give a str, got None"),
+        ({"missing": fails}, "its missing raised ZeroDivisionError: boom"),
+        ({"missing": lambda: "no"}, "its missing must give a list, got 'no'"),
+    ],
+)
+def test_a_kernel_that_cannot_say_what_it_serves_serves_nothing(options: dict[str, Any], said: str) -> None:
+    first = kernels.known()[0]
+    problem = kernels.Problem("bitmap", 8, 8)
+    with pytest.warns(UserWarning, match=f"the kernel 'mine' is left out: {said}"):
+        found = kernels.select(problem, (mine(**options), *kernels.known()))
+    assert found.format == "bitmap"
+    assert found.name != "mine"
+    with pytest.warns(UserWarning, match="mine"), pytest.raises(KernelError, match=f"mine: {said}"):
+        kernels.select(problem, (mine(**options), first))
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (fails, "raised ZeroDivisionError: boom"),
+        (lambda x, packed, bias: None, r"must give torch.float32 \[2, 16\], got None"),
+    ],
+)
+def test_a_kernel_that_breaks_in_a_call_is_named(run: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = mine(run=run)
+    monkeypatch.setattr(registry, "others", lambda: (kernel,))
+    registry._table.cache_clear()
+    packed = formats.Bitmap.pack(torch.randn(16, 8), torch.rand(16, 8) < 0.5)
+    with pytest.raises(OfferedError, match=f"the kernel 'mine' {said}"):
+        registry.dispatch(torch.randn(2, 8), packed, None)
+    monkeypatch.undo()
+    registry._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": 3}, {"dtypes": None}, {"dtypes": ()}, {"devices": "cpu"}, {"run": None}]
+)
+def test_a_kernel_of_odd_parts_is_refused_where_it_is_made(options: dict[str, Any]) -> None:
+    with pytest.raises(KernelError, match=r"the kernel 'mine': .* must be"):
+        mine(**options)
+
+
+def test_a_format_without_what_every_format_has_is_refused() -> None:
+    """Regression: KeyError or TypeError in whatever listed the formats next."""
+    nameless = type("Nameless", (formats.Bitmap,), {"format": None, "calibrated": None})
+    with pytest.raises(
+        FormatError, match="Nameless is no format: format must be a str, got None; calibrated must be a Mapping"
+    ):
+        formats.add(nameless)
 
 
 @pytest.mark.parametrize(

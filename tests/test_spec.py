@@ -248,11 +248,30 @@ def test_a_broken_entry_point_is_left_out_and_named(monkeypatch, loaded: object,
     known_passes.cache_clear()
 
 
-def test_an_entry_point_cannot_take_the_name_of_another_pass(monkeypatch) -> None:
+class Nameless(Halve):
+    name = "no name"
+
+
+class NoEffect(Halve):
+    name = "no_effect"
+    effect = "lossy"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Freeze, "'freeze', is taken by"),
+        (Nameless, "its name must be a word of letters, digits and _, got 'no name'"),
+        (NoEffect, "NoEffect must be a dataclass with an effect"),
+    ],
+)
+def test_an_entry_point_that_offers_no_usable_pass_stops_no_other(monkeypatch, kind: type, message: str) -> None:
+    """Regression: a name that is taken, or none, ended every call."""
     known_passes.cache_clear()
-    monkeypatch.setattr("sparsec.offered.entry_points", lambda group: [_Entry("thing", Freeze)])
-    with pytest.raises(SpecError, match="name is taken"):
-        known_passes()
+    monkeypatch.setattr("sparsec.offered.entry_points", lambda group: [_Entry("thing", kind), _Entry("halve", Halve)])
+    with pytest.warns(UserWarning, match=f"'thing' .*third.party:Thing.* is left out: .*{message}"):
+        assert known_passes()["freeze"] is Freeze
+    assert known_passes()["halve"] is Halve
     known_passes.cache_clear()
 
 

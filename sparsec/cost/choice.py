@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sparsec.cost.constants import Constants
 from sparsec.cost.model import Prediction, Work
-from sparsec.errors import FormatError, KernelError
+from sparsec.errors import FormatError, KernelError, OfferedError, SpecError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import Problem, select
 
@@ -100,6 +101,9 @@ def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Ite
             kernel = select(problem).name
         except (FormatError, KernelError):
             continue  # it cannot hold or serve this weight
+        except (OfferedError, SpecError) as error:
+            warnings.warn(f"{error}; {open_layout} is not considered", stacklevel=2)
+            continue
         work = Work(out_features, in_features, plan.stored, plan.nbytes)
         prediction = _predict(setting, kernel, str(layout), dtype, work)
         yield Candidate(layout, kernel, plan.nbytes, prediction)

@@ -22,6 +22,7 @@ from sparsec.formats.bitmap import Bitmap
 from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.nm import NM
+from sparsec.formats.promises import attribute_faults
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.offered import offered
 
@@ -34,6 +35,8 @@ def add(kind: type[Packed]) -> None:
     """Puts a format into the table. FormatError for what is no format, or one whose name is taken."""
     if not (isinstance(kind, type) and issubclass(kind, Packed)) or inspect.isabstract(kind):
         raise FormatError(f"{kind!r} is no format: it must be a subclass of sparsec.formats.Packed that lacks nothing")
+    if faults := attribute_faults(kind):
+        raise FormatError(f"{kind.__qualname__} is no format: {'; '.join(faults)}")
     if re.fullmatch("[a-z_]+", kind.format) is None or kind.format == "dense":
         raise FormatError(f"the format {kind.format!r} must be called by small letters, and not dense")
     if FORMATS.get(kind.format, kind) is not kind:

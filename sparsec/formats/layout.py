@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from sparsec.errors import FormatError, SpecError
+from sparsec.errors import FormatError, OfferedError, SpecError
 from sparsec.formats import FORMATS, take_offered
 from sparsec.formats.base import Packed, Plan
 from sparsec.formats.faults import check_pack
 from sparsec.formats.parts import DENSE
 from sparsec.formats.positions import bits_of
+from sparsec.formats.promises import kept, sound
 from sparsec.formats.values import CODECS
 from sparsec.patterns import Pattern
 
@@ -73,7 +75,12 @@ class Layout:
         """Those worth a look for a mask [out, in] on a type of device, where the best is to be chosen."""
         take_offered()
         for name, kind in FORMATS.items():
-            yield from (cls(name, parameters) for parameters in kind.candidates(mask, device))
+            try:
+                found = kept(kind, "candidates", lambda kind=kind: tuple(kind.candidates(mask, device)), tuple)  # type: ignore[misc]
+            except OfferedError as error:
+                warnings.warn(f"{error}; no layout of it is considered", stacklevel=2)
+                continue
+            yield from (cls(name, parameters) for parameters in found)
 
     @classmethod
     def calibrated(cls, device: str, sparsity: float) -> Iterator[Self]:
@@ -103,12 +110,18 @@ class Layout:
     @cached_property
     def options(self) -> dict[str, Any]:
         """What its format's `pack` and `plan` take. SpecError for parameters that the format does not know."""
-        return {} if self.format == DENSE else self.kind.options(self.parameters)
+        return (
+            {} if self.format == DENSE else kept(self.kind, "options", lambda: self.kind.options(self.parameters), dict)
+        )
 
     @property
     def pattern(self) -> Pattern:
         """What a mask must follow; nothing but the free one where any mask can be held."""
-        return Pattern() if self.format == DENSE else self.kind.pattern(self.parameters)
+        return (
+            Pattern()
+            if self.format == DENSE
+            else kept(self.kind, "pattern", lambda: self.kind.pattern(self.parameters), Pattern)
+        )
 
     @property
     def cost_family(self) -> str:
@@ -117,7 +130,9 @@ class Layout:
 
     def plan(self, mask: Tensor, dtype: torch.dtype) -> Plan:
         """What packing a weight of `dtype` with this mask [out, in] would give. FormatError for what `pack` would refuse."""
-        return cast(Plan, self.kind.plan(mask, dtype, **self.options))  # type: ignore[attr-defined]
+        plan: Any = self.kind.plan  # type: ignore[attr-defined]
+        found: Plan = kept(self.kind, "plan", lambda: plan(mask, dtype, **self.options), Plan)
+        return found
 
     def planned(self, mask: Tensor, dtype: torch.dtype) -> tuple[Layout, Plan]:
         """The layout with the parameters that the mask settles, and its plan. FormatError as there."""
@@ -127,7 +142,8 @@ class Layout:
     def pack(self, weight: Tensor, mask: Tensor) -> Packed:
         """weight [out, in] where mask [out, in] is True, bit for bit. FormatError for what the layout cannot hold."""
         codes = CODECS[self.values].encode(weight, mask)
-        packed = cast(Packed, self.kind.pack(codes, mask, **self.options))  # type: ignore[attr-defined]
+        pack: Any = self.kind.pack  # type: ignore[attr-defined]
+        packed = sound(kept(self.kind, "pack", lambda: pack(codes, mask, **self.options), self.kind), tuple(mask.shape))
         assert packed.codec.name == self.values, f"{packed.title} holds no {self.values} values"
         return packed
 

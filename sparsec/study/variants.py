@@ -162,7 +162,7 @@ def filled(model: Model, made: Any) -> Model:
         else:
             matrix = weight.packed.unpack()
             tensor = matrix.t().contiguous() if weight.transposed else matrix
-        put(model, (weight.name, *weight.aliases), tensor)
+        put(model, weight, tensor)
     return model
 
 
