@@ -359,3 +359,24 @@ def test_a_layer_that_is_slower_than_dense_says_why(full: Any) -> None:
         f"measured slower than dense: {row.name.removesuffix('.weight')}: so small a product is mostly the call of its kernel"
     ]
     assert slower([replace(row, speedup_measured=1.1)]) == []
+
+
+def test_rows_of_a_sequential_are_named(compiled: Any) -> None:
+    """Regression: a row whose role is numbers alone was named `*`."""
+    row = compiled.sparsec.report().layers[1]
+    names = ["0.weight", "0.bias", "2.bias", "4.0.weight", "layers.0.up.weight", "layers.1.up.weight"]
+    rows = [replace(row, name=name, block="", shape=(len(name.split(".")),)) for name in names]
+    assert [title for title, _ in by_role(rows)] == ["0", "0.bias .. 2.bias", "4.0", "layers.*.up"]
+
+
+def test_why_a_weight_is_dense_is_said_once(full: Any) -> None:
+    """In the table of layers, which has the figures beside it; the records of the passes keep it."""
+    name, why = "model.layers.0.mlp.up_proj.weight", "bitmap predicted 0.9x of that"
+    layers = tuple(replace(r, format="dense", reason=why) if r.name == name else r for r in full.layers)
+    notes = (f"{name} stays dense: {why}", "another note")
+    report = replace(full, layers=layers, passes=(*full.passes[:-1], replace(full.passes[-1], notes=notes)))
+    text = " ".join(render(report).split())
+    assert text.count(why) == 1
+    assert f"dense because: {why}" in text
+    assert "another note" in text
+    assert why in json.dumps(schema.document(report))

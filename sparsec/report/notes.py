@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from sparsec.console.table import mega, times
 from sparsec.report.records import ReportData
 from sparsec.report.variant import Variant
+from sparsec.report.words import dense_reason
 
 TOY = 4_000_000
 """Parameters below which a model fits into a processor's cache and a token is all overhead."""
@@ -20,9 +21,17 @@ WORSE = 1.5
 def all_notes(report: ReportData) -> list[str]:
     """What matters most first: what the figures say, doubts about them, what the passes left alone, how it was measured."""
     doubts = [text for text in report.remarks if text.startswith("quick:")]
-    told = [note for p in report.passes for note in p.notes]
+    told = said_under_layers(report, (note for p in report.passes for note in p.notes))[0]
     rest = [text for text in report.remarks if text not in doubts]
     return merged([*verdicts(report), *doubts, *told, *report.notes, *rest], [row.name for row in report.layers])
+
+
+def said_under_layers(report: ReportData, notes: Iterable[str]) -> tuple[list[str], int]:
+    """The notes without those that say why weights are dense, as the table of layers does, and how many these are."""
+    found = list(notes)
+    reasons = tuple(f" dense: {reason}" for row in report.layers if (reason := dense_reason(row)) is not None)
+    left = [note for note in found if not note.endswith(reasons)]
+    return left, len(found) - len(left)
 
 
 def merged(notes: Iterable[str], names: Iterable[str] = ()) -> list[str]:

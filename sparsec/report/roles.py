@@ -10,9 +10,13 @@ from sparsec.report.records import LayerRow
 
 def role(row: LayerRow) -> str:
     """Its name without the numbers of blocks and experts: `self_attn.q_proj`."""
+    return ".".join("*" if part.isdigit() else part for part in _inside(row).split("."))
+
+
+def _inside(row: LayerRow) -> str:
+    """Its name within its block."""
     name = row.name.removesuffix(".weight")
-    inside = name.removeprefix(f"{row.block}.") if row.block else name
-    return ".".join("*" if part.isdigit() else part for part in inside.split("."))
+    return name.removeprefix(f"{row.block}.") if row.block else name
 
 
 def by_role(rows: Iterable[LayerRow]) -> list[tuple[str, list[LayerRow]]]:
@@ -20,7 +24,16 @@ def by_role(rows: Iterable[LayerRow]) -> list[tuple[str, list[LayerRow]]]:
     found: dict[tuple[object, ...], list[LayerRow]] = {}
     for row in rows:
         found.setdefault((role(row), row.group, row.shape, row.criterion), []).append(row)
-    return [(role(members[0]), members) for members in found.values()]
+    return [(_title(members), members) for members in found.values()]
+
+
+def _title(rows: Sequence[LayerRow]) -> str:
+    """Their role; where that is numbers alone, as in an nn.Sequential, or nobody shares it, the first name and the last."""
+    first, last = _inside(rows[0]), _inside(rows[-1])
+    if first == last:
+        return first
+    named = set(role(rows[0]).split(".")) - {"*", "bias"}
+    return role(rows[0]) if named else f"{first} .. {last}"
 
 
 def most(values: Sequence[str]) -> str:

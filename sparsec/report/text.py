@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sparsec.console.table import heading, mega, paragraph, percent, shorten, table, times
 from sparsec.data.tiny import RANDOM
 from sparsec.machine import Machine
-from sparsec.report.notes import all_notes, merged
+from sparsec.report.notes import all_notes, merged, said_under_layers
 from sparsec.report.pruning import pruning_lines
 from sparsec.report.records import GroupRow, LayerRow, ReportData, known_ratio, total
 from sparsec.report.roles import by_role, middle, most
@@ -73,10 +73,13 @@ def _passes(report: ReportData) -> list[str]:
     for p in report.passes:
         lines += paragraph(f"{p.spec}  [{p.effect.value}]  {p.seconds:.2f} s", f"{p.index:>2}  ")
         lines += paragraph(p.summary + ("" if p.changed else " (the computation is unchanged)"), "      ")
-        notes = merged(p.notes, names)
+        left, elsewhere = said_under_layers(report, p.notes)
+        notes = merged(left, names)
         lines += [line for note in notes[:5] for line in paragraph(note, "      - ")]
         if notes[5:]:
             lines.append(f"      - and {len(notes) - 5} more (under Notes)")
+        if elsewhere:
+            lines.append("      - what stays dense says why under Layers")
     return lines
 
 
