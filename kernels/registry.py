@@ -28,7 +28,7 @@ from torch import Tensor
 from sparsec import private
 from sparsec.arguments import checked
 from sparsec.errors import KernelError, OfferedError, SparsecError
-from sparsec.formats import FORMATS, NM, WarpCSR
+from sparsec.formats import BSR, CSR, FORMATS, NM, Bitmap, WarpCSR
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import for_device
 from sparsec.formats.parts import DENSE, Part, flatten
@@ -172,26 +172,24 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _of_format(kind: type[Packed]) -> tuple[Kernel, ...]:
-    """The kernels of one of sparsec's formats, and their slow twin."""
-    name, dtypes = kind.format, kind.dtypes
-    triton = Kernel(
-        *(f"{name}_triton", name, dtypes, ("cuda",), gpu.product, gpu.missing),
-        refuses=lambda problem: gpu.unsupported(problem.layout, problem.dtype),
-    )
-    if kind is WarpCSR:  # a layout for warps: elsewhere csr serves
-        return (triton, Kernel(f"{name}_reference", name, dtypes, ("cuda",), _reference))
-    return (
-        Kernel(f"{name}_cpu", name, dtypes, ("cpu",), _native, native_missing(f"{name}_linear")),
-        *([_semi_structured()] if kind is NM else []),
-        triton,
-        reference_kernel(kind),
-    )
+def _on_cpu(kind: type[Packed]) -> Kernel:
+    """The native library's, of a format that has its header there."""
+    name = kind.format
+    return Kernel(f"{name}_cpu", name, kind.dtypes, ("cpu",), _native, native_missing(f"{name}_linear"))
+
+
+def _on_gpu(kind: type[Packed]) -> Kernel:
+    """Triton's, of a format that has its file in gpu/."""
+
+    def refuses(problem: Problem) -> str:
+        return gpu.unsupported(problem.layout, problem.dtype)
+
+    return Kernel(f"{kind.format}_triton", kind.format, kind.dtypes, ("cuda",), gpu.product, gpu.missing, refuses)
 
 
 def reference_kernel(kind: type[Packed]) -> Kernel:
-    """The last of every format: expands the matrix and multiplies, on every device."""
-    return Kernel(f"{kind.format}_reference", kind.format, kind.dtypes, None, _reference)
+    """The last of every format: expands the matrix and multiplies, on every device that the format is laid out for."""
+    return Kernel(f"{kind.format}_reference", kind.format, kind.dtypes, kind.devices, _reference)
 
 
 def _semi_structured() -> Kernel:
@@ -211,7 +209,12 @@ def _semi_structured() -> Kernel:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 KERNELS: tuple[Kernel, ...] = (
-    *(kernel for kind in FORMATS.values() for kernel in _of_format(kind)),
+    *(_on_cpu(CSR), _on_gpu(CSR)),
+    *(_on_cpu(Bitmap), _on_gpu(Bitmap)),
+    *(_on_cpu(BSR), _on_gpu(BSR)),
+    *(_on_cpu(NM), _semi_structured(), _on_gpu(NM)),
+    _on_gpu(WarpCSR),
+    *(reference_kernel(kind) for kind in FORMATS.values()),
     Kernel("dense_cpu", DENSE, _FLOATS, ("cpu",), _dense, native_missing("dense_linear")),
     Kernel("dense_torch", DENSE, _FLOATS, None, F.linear),
 )

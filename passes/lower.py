@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 
 from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError, some
-from sparsec.formats import WarpCSR
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import DENSE
 from sparsec.ir.facts import Weight
@@ -202,10 +201,17 @@ class Lower(Pass):
         mask, device = graph.mask_matrix(weight.name), graph.tensor(weight.name).device.type
         assert mask is not None
         wanted = Layout.parse(self.layout)
-        if wanted.format == WarpCSR.format and device == "cpu":
+        if wanted.kind.devices is not None and device not in wanted.kind.devices:
+            twin = wanted.kind.twins.get(device)
+            moved = (
+                f"use lower({twin}), which becomes {wanted.format} when the compiled model is moved, or "
+                if twin
+                else ""
+            )
+            places = " and ".join(wanted.kind.devices)
             raise KernelError(
-                f"{weight.name}: wcsr is laid out for GPUs, and this weight is on the CPU; use lower(csr), which becomes wcsr "
-                'when the compiled model is moved with .to("cuda"), or move the model first'
+                f"{weight.name}: {wanted.format} is laid out for {places}, and this weight is on {device}; {moved}move the model "
+                "first"
             )
         try:
             layout, _ = wanted.planned(mask, weight.dtype)

@@ -310,7 +310,7 @@ def test_every_operator_has_an_implementation_for_cuda(name: str) -> None:
 
 def test_a_model_on_the_cpu_is_not_lowered_to_warp_csr() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    said = r"0\.weight: wcsr is laid out for GPUs, and this weight is on the CPU; use lower\(csr\), which becomes wcsr when"
+    said = r"0\.weight: wcsr is laid out for cuda, and this weight is on cpu; use lower\(csr\), which becomes wcsr when"
     with pytest.raises(KernelError, match=said):
         sparsec.compile(model, passes="magnitude(0.5),freeze,lower(wcsr)", example_inputs=(torch.randn(2, 8),))
 

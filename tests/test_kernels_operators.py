@@ -8,7 +8,7 @@ from format_cases import LAYOUTS, Layout, some
 from torch import Tensor
 
 from sparsec.errors import KernelError
-from sparsec.formats import CSR, FORMATS
+from sparsec.formats import FORMATS
 from sparsec.formats.panels import LANES
 from sparsec.formats.parts import FORMAT_NUMBERS, scalar_count, tensor_count
 from sparsec.kernels import KERNELS, Problem, gpu, operator, operator_args, select, status
@@ -172,11 +172,13 @@ def test_schema_shape_rule_and_gradient_pass_torchs_own_check(name: str, bias: b
 # ---- selection ---------------------------------------------------------------------------------------------------------------
 
 
-every_native_format = pytest.mark.parametrize("name", [name for name in FORMATS if name != "wcsr"])
+NATIVE = [kernel.format for kernel in KERNELS if kernel.devices == ("cpu",)]
+ON_GPU = [kernel.format for kernel in KERNELS if kernel.run is gpu.product]
+every_native_format = pytest.mark.parametrize("name", [name for name in NATIVE if name in FORMATS])
 
 
 @every_native_format
-def test_the_native_library_serves_every_format(name: str) -> None:
+def test_the_native_library_serves_the_formats_of_its_kernels(name: str) -> None:
     if not status().built:
         pytest.skip(f"no native kernels: {status().reason}")
     assert has_native(f"{name}_linear")
@@ -185,7 +187,8 @@ def test_the_native_library_serves_every_format(name: str) -> None:
 @every_native_format
 def test_selection_takes_the_native_kernel_first(name: str) -> None:
     assert select(Problem(name, 8, 8)).name == (f"{name}_cpu" if status().built else f"{name}_reference")
-    assert select(Problem(name, 8, 8, device="cuda")).name == f"{name}_{'reference' if gpu.missing() else 'triton'}"
+    triton = name in ON_GPU and not gpu.missing()
+    assert select(Problem(name, 8, 8, device="cuda")).name == f"{name}_{'triton' if triton else 'reference'}"
 
 
 def test_selection_takes_our_own_dense_kernel_on_a_cpu_only() -> None:
@@ -203,10 +206,11 @@ def test_a_problem_that_nothing_serves_lists_the_kernels_with_their_reasons(prob
         assert f"{kernel.name}: {'; '.join(reasons)}" in str(caught.value)
 
 
-def test_a_type_that_only_csr_holds_is_refused_by_the_others() -> None:
+def test_a_type_that_a_format_does_not_hold_is_refused() -> None:
     for name in FORMATS:
-        problem = Problem(name, 8, 8, dtype=torch.float64, device="cuda" if name == "wcsr" else "cpu")
-        if name == CSR.format:
+        kind = FORMATS[name]
+        problem = Problem(name, 8, 8, dtype=torch.float64, device=(kind.devices or ("cpu",))[0])
+        if torch.float64 in kind.dtypes:
             assert select(problem).format == name
         else:
             with pytest.raises(KernelError, match=r"serves float32, bfloat16, float16, not float64"):
@@ -218,7 +222,7 @@ def test_the_native_library_numbers_things_as_python_does() -> None:
     formats = [
         f"format {name} {number} {tensor_count(name)} {scalar_count(name)}"
         for name, number in FORMAT_NUMBERS.items()
-        if name != "wcsr"  # for GPUs
+        if name in NATIVE
     ]
     instructions = [f"instruction {name} {number}" for name, number in {"product": 0, **CODES}.items()]
     types = [

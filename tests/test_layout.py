@@ -15,11 +15,12 @@ from sparsec.errors import FormatError, SpecError
 from sparsec.formats import FORMATS
 from sparsec.formats.layout import Layout, spellings
 from sparsec.formats.parts import DENSE
+from sparsec.kernels import KERNELS, gpu
 from sparsec.patterns import Pattern
 
 BITS = st.sampled_from([8, 16, 32])
 LAYOUTS = st.one_of(
-    st.sampled_from(["csr", "wcsr", "bitmap", "bsr", "nm", DENSE, "wcsr8", "wcsr16"]),
+    st.sampled_from((*FORMATS, *spellings())),
     BITS.map("csr{}".format),
     st.tuples(st.sampled_from([8, 16, 24]), st.integers(1, 40)).map(lambda rc: f"bsr{rc[0]}x{rc[1]}"),
     st.sampled_from([4, 8]).flatmap(lambda m: st.integers(1, m - 1).map(lambda n: f"nm{n}:{m}")),
@@ -129,7 +130,7 @@ def test_candidates_are_layouts_of_the_device(mask: Tensor, device: str) -> None
 def test_the_lists_hold_layouts_and_every_format_is_in_them() -> None:
     named = [Layout.parse(text) for text in spellings()]
     assert {layout.format for layout in named} == {*FORMATS, DENSE}
-    assert {layout.format for layout in Layout.checked()} == set(FORMATS)
+    assert {layout.format for layout in Layout.checked()} == {k.format for k in KERNELS if k.run is gpu.product}
     measured = {layout.format for device in ("cpu", "cuda") for layout in Layout.calibrated(device, 0.5)}
     assert measured == set(FORMATS)
     at_half = [str(layout) for layout in Layout.calibrated("cpu", 0.5)]

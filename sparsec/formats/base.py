@@ -69,6 +69,8 @@ class Packed(ABC):
     """Those whose constants the cost model measures, by type of device; others have the constants of a relative."""
     one_cost: ClassVar[bool] = False
     """Whether all parameters have the same constants."""
+    devices: ClassVar[tuple[str, ...] | None] = None
+    """Types of device that it is laid out for; None: every one."""
     twins: ClassVar[Mapping[str, str]] = {}
     """Type of device -> the format that holds the same matrices and has kernels there, where this one has none."""
     widest: ClassVar[int | None] = None

@@ -44,6 +44,7 @@ class WarpCSR(Packed):
     parameters: ClassVar[tuple[str, ...]] = ("8", "16")
     checked: ClassVar[tuple[str, ...]] = ("8", "16")
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cuda": ("8", "16")}
+    devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
     twins: ClassVar[Mapping[str, str]] = {"cpu": "csr"}
     widest: ClassVar[int | None] = WIDEST
 
