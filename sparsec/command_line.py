@@ -20,7 +20,9 @@ class CommandLine(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # argparse has two overloads, for one that is given a namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Ends the process with a message and exit code 2 where a word is none of the command's."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:

@@ -269,3 +269,12 @@ def test_formats_are_chosen_for_what_the_model_is_used_for(
     assert asked == {rows}
     notes = compiled.sparsec.records[-1].notes
     assert any("for 4096 tokens at a time" in note for note in notes) == (rows == 4096)
+
+
+@native
+def test_a_part_of_a_group_is_never_predicted_to_take_longer_than_a_call_of_its_own() -> None:
+    """Regression: measured on a busy machine, a member cost more than a call, and groups were kept from the sparse kernels."""
+    setting = Setting("latency", 1, replace(FIXTURE, member=1.0))
+    matrix = torch.ones(64, 64)
+    alone, fused = (list(dense_candidates(matrix, replace(setting, fused=f), (TORCH, OWN))) for f in (False, True))
+    assert [c.prediction for c in fused] == [c.prediction for c in alone]

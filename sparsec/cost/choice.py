@@ -116,7 +116,7 @@ def _predict(setting: Setting, kernel: str, label: str, dtype: torch.dtype, work
         return None
     found = cost.predict(work, setting.rows, known.reach(setting.working_set))
     if setting.fused and kernel != TORCH and known.member is not None:
-        found = replace(found, call=found.call - cost.call + known.member)
+        found = replace(found, call=found.call - cost.call + min(known.member, cost.call))  # a group saves calls
     return found
 
 

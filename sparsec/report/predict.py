@@ -70,7 +70,7 @@ def _product(graph: Graph, op: Op, known: Constants, working_set: int) -> Predic
         calls.append(cost.call)
         binds.append(now.binds)
     # One call serves all; each of the others is still a module that is called and a matrix that is looked at.
-    shared = 0.0 if known.member is None else sum(calls) - max(calls) - known.member * (len(calls) - 1)
+    shared = 0.0 if known.member is None else max(0.0, sum(calls) - max(calls) - known.member * (len(calls) - 1))
     return Predicted(op.matrices, dense, seconds - shared, tuple(binds))
 
 
