@@ -6,11 +6,13 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pass_cases import COMMON, EXAMPLES, last, varied
 
-from sparsec.errors import PipelineError, SpecError
+import sparsec
+from sparsec.errors import PipelineError, SpecError, VerifyError
 from sparsec.passes import PASSES, Flops, Freeze, Lower, Magnitude, Sparsity
 from sparsec.pipeline import Pass, Pipeline, known_passes
 
@@ -290,3 +292,33 @@ def test_a_quote_and_a_bracket_that_are_open_are_told_apart() -> None:
     ):
         with pytest.raises(SpecError, match=what):
             Pipeline.parse(text)
+
+
+HALF_MADE = sparsec.trace(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.ones(2, 4))
+
+
+def odd_run(members: dict[str, object]) -> sparsec.Pass:
+    return type("Odd", (Halve,), members)()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"run": lambda self, graph, context: None}, r"pass 1 'halve' must give a PassResult .*got None"),
+        ({"run": lambda self, graph, context: sparsec.PassResult(True, "x", (3,))}, r"pass 1 'halve' must give"),
+        (
+            {
+                "run": lambda self, graph, context: (
+                    graph.weights.update({"0.weight": 7}) or sparsec.PassResult(True, "x")
+                )
+            },
+            r"after pass 1 'halve' the graph cannot be read any more: AttributeError",
+        ),
+        ({"produces": ["mask"]}, r"pass 'halve': produces must be a frozenset of facts, got \['mask'\]"),
+        ({"effect": "lossy"}, r"pass 'halve': name must be a word and effect a sparsec.Effect, got 'lossy'"),
+    ],
+)
+def test_a_pass_that_breaks_its_promises_is_named(members: dict[str, object], message: str) -> None:
+    """Regression: AttributeError or TypeError of whatever read its result next."""
+    with pytest.raises((VerifyError, PipelineError), match=message):
+        Pipeline.of([odd_run(members)]).run(HALF_MADE.view())

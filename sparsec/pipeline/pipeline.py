@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import IOBase
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 
@@ -160,7 +160,7 @@ class Pipeline:
                 around.enter_context(stage(context.progress, f"pass {i} {unparse_one(p)}"))
                 for instrument in (*instruments, timing):
                     around.enter_context(instrument.around(i, p, graph))
-                result = p.run(graph, context)
+                result = _said(p, i, p.run(graph, context))
                 graph.forget(p.invalidates - p.produces)
                 graph.facts |= p.produces
             held.check(result)
@@ -194,8 +194,14 @@ class _Promise:
     def check(self, result: PassResult) -> None:
         if self.level == "none":
             return
-        found = problems(self.graph, self.recompute)
-        changed = snapshot(self.graph, self.recompute) != self.before
+        try:
+            found = problems(self.graph, self.recompute)
+            changed = snapshot(self.graph, self.recompute) != self.before
+        except Exception as error:  # a record or a tensor of another kind
+            raise VerifyError(
+                f"after pass {self.index} {self.p.name!r} the graph cannot be read any more: {type(error).__name__}: {error}; this "
+                "is a defect of the pass"
+            ) from error
         if self.p.effect is Effect.ANALYSIS and changed:
             found.append("it is declared an analysis, but the dataflow, a mask or a tensor changed")
         if changed and not result.changed and self.p.effect is not Effect.ANALYSIS:
@@ -217,6 +223,27 @@ class _Promise:
 
 
 def _check_declaration(p: Pass) -> None:
+    sets = {name: getattr(p, name, None) for name in ("requires", "produces", "invalidates", "excludes")}
+    if odd := [name for name, facts in sets.items() if not isinstance(facts, frozenset)]:
+        raise PipelineError(f"pass {p.name!r}: {odd[0]} must be a frozenset of facts, got {sets[odd[0]]!r}")
+    if not isinstance(p.name, str) or not isinstance(p.effect, Effect):
+        raise PipelineError(f"pass {p.name!r}: name must be a word and effect a sparsec.Effect, got {p.effect!r}")
     unknown = (p.requires | p.produces | p.invalidates | p.excludes) - set(FACTS)
     if unknown:
         raise PipelineError(f"pass {p.name!r} declares unknown facts {sorted(unknown)}; facts: {', '.join(FACTS)}")
+
+
+def _said(p: Pass, index: int, result: Any) -> PassResult:
+    """What a pass said of its run. VerifyError for anything else."""
+    texts = (
+        [result.summary, *result.notes]
+        if isinstance(result, PassResult) and isinstance(result.notes, tuple)
+        else [None]
+    )
+    if not all(isinstance(text, str) for text in texts):
+        raise VerifyError(
+            f"pass {index} {p.name!r} must give a PassResult with one line of text and a tuple of notes, got {result!r}; this is a "
+            "defect of the pass"
+        )
+    told: PassResult = result
+    return told
