@@ -210,7 +210,9 @@ def predicted(lines: Sequence[Line], known: Constants) -> list[Line]:
     """The same lines, with what the cost model says of each."""
     found = []
     for line in lines:
-        said = known.predict(line.kernel, line.layout, DTYPES[line.case.dtype], line.work, line.case.rows)
+        said = known.predict(
+            line.kernel, Layout.parse(line.layout).cost_family, DTYPES[line.case.dtype], line.work, line.case.rows
+        )
         found.append(replace(line, predicted=None if said is None else said.seconds))
     return found
 

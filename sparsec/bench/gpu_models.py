@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from sparsec import memory
 from sparsec.bench.gpu import Deadline, said
 from sparsec.bench.models import random_model
-from sparsec.compiler import compile
 from sparsec.console.command import DTYPES
+from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
+from sparsec.study.variants import compiled_by
 from sparsec.timing.recorded import Decoder
 from sparsec.timing.spread import Spread, ratio
 from sparsec.timing.turns import WARM_UP, take_turns
@@ -74,8 +76,9 @@ def time_decoding(
         if deadline is not None and deadline.over:
             found.append(_without(name, dense, dtype, variant, False, NO_TIME))
             continue
+        pipeline = Pipeline.parse(passes.replace("{sparsity}", repr(sparsity)))
         try:
-            variants[variant] = compile(dense, passes.replace("{sparsity}", repr(sparsity)), progress=progress)
+            variants[variant] = compiled_by({variant: pipeline}, dense, progress=progress)[variant]
         except Exception as error:  # of triton, of the driver, of torch
             found.append(_without(name, dense, dtype, variant, False, said(error)))
     for way in (False, True):
@@ -111,7 +114,7 @@ def time_decoding(
                     decoder.note,
                     Spread.of(own),
                     None if base is None else ratio(base, own),
-                    _nbytes(variants[variant]),
+                    memory.held(variants[variant]).total,
                 )
             )
     return found
@@ -148,8 +151,3 @@ def _without(name: str, dense: Any, dtype: str, variant: str, compiled: bool, wh
     """A mode that did not run: no time, and the reason."""
     mode = "compiled graph" if compiled else "graph"
     return Decoded(name, dense.config.num_hidden_layers, dtype, variant, mode, why, None, None, 0)
-
-
-def _nbytes(model: Any) -> int:
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())

@@ -10,8 +10,9 @@ from sparsec.cost.model import Roof
 from sparsec.ir.facts import GROUPS, Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import PassRecord
+from sparsec.report.layer import LayerRow, Traced, executed_share, total
 from sparsec.report.predict import Predicted, by_weight
-from sparsec.report.records import GroupRow, LayerRow, ReportData, total
+from sparsec.report.records import GroupRow, ReportData
 from sparsec.report.text import render
 
 
@@ -55,75 +56,16 @@ def collect(
 
 
 def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof] | None) -> LayerRow:
-    ops = graph.ops_of(weight.name)
-    out_features, in_features = _features(weight)
-    kernels = dict.fromkeys(kernel for op in ops if (kernel := op.kernel_of(weight.name)) is not None)
-    return LayerRow(
-        name=weight.name,
-        aliases=weight.aliases,
-        kind=weight.kind,
-        group=weight.group,
-        shape=weight.shape,
-        out_features=out_features,
-        in_features=in_features,
-        parameters=weight.numel,
-        nnz=graph.kept(weight.name),
-        flops_per_token=total([_executed_share(weight, op) for op in ops]),
-        flops_dense=total([2.0 * weight.numel if op.members and op.flops_dense else op.flops_dense for op in ops]),
-        bytes_dense=weight.nbytes_dense,
-        bytes_held=weight.nbytes,
-        bytes_mask=weight.nbytes_mask,
-        value_bytes=weight.dtype.itemsize,
-        format=weight.format,
-        kernel=", ".join(kernels) or None,
-        reason=weight.reason,
-        executed=bool(ops),
-        multiplied=graph.is_linear(weight.name),
-        speedup_predicted=expected[0] if expected is not None else None,
-        binds=expected[1] if expected is not None else None,
-        block=next((op.block for op in ops), None),
-        criterion=_criterion(weight),
-        allocation=weight.pruned.allocation if weight.pruned is not None else None,
-        allocation_measure=weight.pruned.measure if weight.pruned is not None else None,
-        sparsity_target=weight.pruned.target if weight.pruned is not None else None,
-        error_masked=weight.pruned.error_masked if weight.pruned is not None else None,
-        error=weight.pruned.error if weight.pruned is not None else None,
-    )
-
-
-def _criterion(weight: Weight) -> str | None:
-    """The pass, and the pattern where there is one."""
-    if weight.pruned is None:
-        return None
-    free = weight.pattern in (None, "unstructured")
-    return weight.pruned.criterion if free else f"{weight.pruned.criterion} {weight.pattern}"
-
-
-def _features(weight: Weight) -> tuple[int | None, int | None]:
-    if weight.kind == "conv1d":
-        return weight.matrix_shape
-    match weight.shape:
-        case (out_features,):
-            return out_features, None
-        case (out_features, in_features):
-            return out_features, in_features
-    return None, None
+    return LayerRow.of(Traced(graph, weight, graph.ops_of(weight.name), expected))
 
 
 def _executed(graph: Graph, op: Op) -> float | None:
     """A mask alone saves no work: a dense kernel multiplies by the zeros too."""
     if op.members:
-        return total([_executed_share(graph.weights[name], op) for name in op.members])
+        return total([executed_share(graph.weights[name], op) for name in op.members])
     if op.weights and graph.weights[op.weights[0]].packed is not None:
         return op.flops
     return op.flops_dense
-
-
-def _executed_share(weight: Weight, op: Op) -> float | None:
-    """Of one weight."""
-    if not op.members:
-        return op.flops if weight.packed is not None else op.flops_dense
-    return 2.0 * (weight.numel if weight.packed is None else weight.packed.nnz) if op.flops is not None else None
 
 
 def _groups(graph: Graph, layers: Sequence[LayerRow]) -> Iterable[GroupRow]:

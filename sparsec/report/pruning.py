@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsec.console.table import heading, paragraph, percent, shorten, table
-from sparsec.report.records import LayerRow
+from sparsec.report.layer import LayerRow
 from sparsec.report.roles import by_role
 
 _NAME = 48

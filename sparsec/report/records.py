@@ -10,67 +10,8 @@ from dataclasses import dataclass, field
 
 from sparsec.machine import Machine
 from sparsec.pipeline.base import PassRecord
+from sparsec.report.layer import LayerRow, total
 from sparsec.report.variant import Variant
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One stored weight. A tied weight is one row, with its other names in `aliases`."""
-
-    name: str
-    aliases: tuple[str, ...]
-    kind: str
-    group: str
-    shape: tuple[int, ...]  # as stored
-    out_features: int | None  # of a matrix; for a vector its length
-    in_features: int | None  # of a matrix
-    parameters: int
-    nnz: int
-    flops_per_token: float | None  # what its ops execute
-    flops_dense: float | None
-    bytes_dense: int
-    bytes_held: int  # without the mask
-    bytes_mask: int
-    value_bytes: int  # of one value
-    format: str
-    kernel: str | None  # None where nothing but torch runs
-    reason: str | None  # why it is dense, where that needs saying, or why it has the format that was chosen for it
-    executed: bool  # in the traced call
-    multiplied: bool  # by it a linear product multiplies; a table too, where it is tied to a head
-    speedup_measured: float | None = None
-    speedup_predicted: float | None = None  # by the cost model
-    criterion: str | None = None  # the pass that pruned it; None where none did
-    sparsity_target: float | None = None  # what it was asked to reach
-    error_masked: float | None = (
-        None  # of its outputs on calibration tokens, mean square over that of dense ones: by the mask
-    )
-    error: float | None = None  # with the weights that the pass left
-    block: str | None = None  # path of the repeated block that it is in
-    allocation: str | None = (
-        None  # how its target came to be: uniform, global, owl, ..., table; None where no pass pruned it
-    )
-    allocation_measure: float | None = None  # what the allocation derived it from
-    binds: str | None = None  # the roof that binds, by the cost model: bytes, decode, flops or call
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros."""
-        return 1.0 - self.nnz / self.parameters if self.parameters else 0.0
-
-    @property
-    def packed(self) -> bool:
-        """Whether it is stored in a sparse format."""
-        return self.format != "dense"
-
-    @property
-    def speedup_theoretical(self) -> float | None:
-        """By FLOPs: dense / executed."""
-        return known_ratio(self.flops_dense, self.flops_per_token)
-
-    @property
-    def speedup_theoretical_bytes(self) -> float | None:
-        """By bytes read: dense / held. The bound of decoding one token at a time."""
-        return known_ratio(self.bytes_dense, self.bytes_held)
 
 
 @dataclass(frozen=True)
@@ -223,14 +164,3 @@ class ReportData:
     def flops_per_token(self) -> float | None:
         """Per token, as executed, of all groups."""
         return total([row.flops_per_token for row in self.groups])
-
-
-def total(values: list[float | None]) -> float | None:
-    """Sum of what is known; None when nothing is."""
-    known = [v for v in values if v is not None]
-    return sum(known) if known else None
-
-
-def known_ratio(dense: float | None, now: float | None) -> float | None:
-    """dense / now; None where unknown or meaningless."""
-    return dense / now if dense and now else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from sparsec.report.records import LayerRow
+from sparsec.report.layer import LayerRow
 
 
 def role(row: LayerRow) -> str:

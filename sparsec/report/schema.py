@@ -12,7 +12,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from sparsec.report.records import GroupRow, LayerRow, ReportData
+from sparsec.report.layer import LayerRow, figures
+from sparsec.report.records import GroupRow, ReportData
 from sparsec.report.variant import Variant, metrics
 from sparsec.report.words import dense_reason
 from sparsec.timing.spread import Spread
@@ -33,53 +34,16 @@ PASS: Keys = {
     "summary": ((str,), "one line"),
     "notes": ((list,), "strings: what was left alone, and why"),
 }
-LAYER: Keys = {
-    "name": ((str,), "of the stored weight"),
-    "aliases": ((list,), "its other names, where it is tied"),
-    "kind": ((str,), "linear, conv1d, experts, embedding, bias or other"),
-    "group": ((str,), "attention, mlp, experts, router, lm_head, embedding, norm, adapter or other"),
-    "shape": ((list,), "as stored"),
-    "out_features": ((int, NONE), "of a matrix [out, in]; the length of a vector; null for more dimensions"),
-    "in_features": ((int, NONE), "of a matrix; else null"),
-    "parameters": ((int,), "zeros included"),
-    "nnz": ((int,), "kept by the mask"),
-    "sparsity": (NUMBER, "share of zeros, 0 to 1"),
-    "flops_per_token": ((*NUMBER, NONE), "as executed; a multiply-add is 2"),
-    "flops_dense": ((*NUMBER, NONE), "as if nothing were zero"),
-    "bytes_dense": ((int,), "of the dense tensor"),
-    "bytes_held": ((int,), "of the tensors held instead, without the mask"),
-    "bytes_mask": ((int,), "of the mask, while there is one"),
-    "criterion": ((str, NONE), "the pass that pruned it; null where none did"),
-    "sparsity_target": ((*NUMBER, NONE), "the share of zeros that it was asked to reach"),
-    "block": ((str, NONE), "path of the repeated block that it is in; null outside of the blocks"),
-    "allocation": (
-        (str, NONE),
-        "how the target came to be: uniform, global, owl, alphapruning, sensitivity or table; null where no pass pruned it",
-    ),
-    "allocation_measure": (
-        (*NUMBER, NONE),
-        "of its block, what that was derived from: share of outliers, exponent of the spectra, divergence; else null",
-    ),
-    "error_masked": (
-        (*NUMBER, NONE),
-        "of its outputs on sampled calibration tokens: mean square of the change over that of the dense outputs, by the mask alone",
-    ),
-    "error": ((*NUMBER, NONE), "the same with the weights that the pass left"),
-    "format": ((str,), "dense, csr16, csr32, ..."),
-    "kernel": ((str, NONE), "that executes it; null where only torch does"),
-    "reason": ((str, NONE), "why it is dense, or why lower(auto) chose its format"),
-    "speedup_theoretical": ((*NUMBER, NONE), "by FLOPs: flops_dense / flops_per_token"),
-    "speedup_theoretical_bytes": ((*NUMBER, NONE), "bytes_dense / bytes_held"),
-    "speedup_predicted": (
-        (*NUMBER, NONE),
-        "by the cost model, one row; of a fused product, of all its weights together",
-    ),
-    "binds": ((str, NONE), "the roof that binds by the cost model: bytes, decode, flops or call"),
-    "speedup_measured": (
-        (*NUMBER, NONE),
-        "one row, against the dense layer, in rotation over all layers; fused ones together",
-    ),
-}
+
+
+def _types(annotation: Any) -> tuple[type, ...]:
+    """As JSON has them; a spread is its median."""
+    kind = str(annotation)
+    known = {"int": (int,), "str": (str,), "tuple": (list,)}
+    return known.get(kind.partition(" ")[0].partition("[")[0], NUMBER) + ((NONE,) if kind.endswith("None") else ())
+
+
+LAYER: Keys = {name: (_types(own.type), figure.doc) for name, (own, figure) in figures().items() if figure.doc}
 GROUP: Keys = {
     "group": ((str,), "as in a layer"),
     "parameters": ((int,), "stored in it"),
@@ -97,10 +61,8 @@ def _variant_keys() -> Keys:
     """From the fields of Variant; a spread is its median and its quartiles."""
     found: Keys = {}
     for name, (own, metric) in metrics().items():
-        kind = str(own.type)
-        types = ((int,) if kind.startswith("int") else NUMBER) + ((NONE,) if kind.endswith("None") else ())
-        found[name] = (types, metric.doc)
-        if "Spread" in kind:
+        found[name] = (_types(own.type), metric.doc)
+        if "Spread" in str(own.type):
             found[f"{name}_quartiles"] = ((list, NONE), "[lower, upper]")
     return found
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from sparsec.console.table import heading, mega, paragraph, percent, shorten, table, times
 from sparsec.data.tiny import RANDOM
 from sparsec.machine import Machine
+from sparsec.report.layer import LayerRow, known_ratio, total
 from sparsec.report.notes import all_notes, merged, said_under_layers
 from sparsec.report.pruning import pruning_lines
-from sparsec.report.records import GroupRow, LayerRow, ReportData, known_ratio, total
+from sparsec.report.records import GroupRow, ReportData
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import summary_lines
 from sparsec.report.variant import metrics

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsec.console.table import mega, percent
-from sparsec.report.records import LayerRow, ReportData
+from sparsec.report.layer import LayerRow
+from sparsec.report.records import ReportData
 
 
 def dense_reason(row: LayerRow) -> str | None:

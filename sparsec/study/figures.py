@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sparsec.evaluate import Evaluation
-from sparsec.report.records import known_ratio
+from sparsec.report.layer import known_ratio
 from sparsec.report.variant import VARIANTS, Variant, metrics
 from sparsec.study.variants import Built
 from sparsec.timing.latency import Comparison
