@@ -180,3 +180,31 @@ def test_a_forked_process_computes_and_both_end_well() -> None:
     code = FORKED.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+UNMAPPED = """
+import mmap, sys, torch
+import numpy as np
+sys.path.insert(0, {tests!r})
+from test_helpers import large, library, product
+torch.set_num_threads(2)
+packed, x = large()
+library().force_helpers(True, late=True)
+for _ in range(200):
+    memory = mmap.mmap(-1, 4 * x.numel())
+    lent = torch.from_numpy(np.frombuffer(memory, np.float32).reshape(1, -1))
+    lent.copy_(x)
+    product(packed, lent)
+    del lent
+    memory.close()  # nobody can read it from now on
+"""
+
+
+@pytest.mark.skipif(CPUS < 2, reason="one CPU has no helpers")
+def test_x_may_go_while_a_helper_is_still_at_it() -> None:
+    """A helper reads its own copy: one of the caller's memory would end the process here."""
+    code = UNMAPPED.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
