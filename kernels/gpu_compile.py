@@ -21,7 +21,7 @@ import torch
 from sparsec.command_line import CommandLine
 from sparsec.errors import KernelError, SparsecError, SpecError
 from sparsec.formats import Packed
-from sparsec.formats.layout import Layout
+from sparsec.formats.layout import Layout, for_device
 from sparsec.kernels import gpu
 from sparsec.kernels.gpu.launch import Config, Launch, interpreted, recording
 
@@ -83,7 +83,7 @@ def _launches(packed: Packed) -> list[Launch]:
 def _sample(layout: Layout, dtype: torch.dtype, shape: tuple[int, int]) -> Packed:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(dtype)
-    return layout.pack(weight, layout.sample_mask(shape, 0.5, generator))
+    return for_device(layout.pack(weight, layout.sample_mask(shape, 0.5, generator)), "cuda")
 
 
 def _elements(launch: Launch, config: Config) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsec.errors import FormatError
 from sparsec.formats import BSR, CSR, NM, Bitmap, Packed
+from sparsec.formats.panels import from_panels
 
 WEIGHT = torch.arange(1.0, 24 * 8 + 1).view(24, 8)
 
@@ -52,7 +53,7 @@ CORRUPTIONS: list[tuple[type[Packed], str, Spoil]] = [
     (Bitmap, "values must be float32, bfloat16 or float16 [nnz + 16", lambda b: replace(b, values=b.values.double())),
     (Bitmap, "values must be", lambda b: replace(b, values=b.values[:15])),
     (Bitmap, "values must end in 16 zeros", lambda b: replace(b, values=written(b.values, -1, 1))),
-    (Bitmap, "bits must be int16 [panels = 2, in_features = 8]", lambda b: replace(b, bits=b.bits[:1])),
+    (Bitmap, "bits must be int16 [panels = 2, steps = 8]", lambda b: replace(b, bits=b.bits[:1])),
     (
         Bitmap,
         "bits must keep the 24 weights that panel_ptr gives panel 0, got 16",
@@ -81,11 +82,11 @@ CORRUPTIONS: list[tuple[type[Packed], str, Spoil]] = [
     ),
     (Bitmap, "must be on one device, got meta, cpu, cpu", lambda b: replace(b, values=b.values.to("meta"))),
     (Bitmap, "must not be negative, got -1 and 8", lambda b: replace(b, out_features=-1)),
-    (Bitmap, "[panels = 3, in_features = 8]", lambda b: replace(b, out_features=33)),
+    (Bitmap, "[panels = 3, steps = 8]", lambda b: replace(b, out_features=33)),
     (BSR, "values must be float32, bfloat16 or float16 [blocks", lambda b: replace(b, values=b.values.int())),
     (BSR, "values must be", lambda b: replace(b, values=b.values[0])),
     (BSR, "r, a multiple of 8 = 8", lambda b: replace(b, values=b.values[:, :, :4])),
-    (BSR, "c, a divisor of in_features = 9", lambda b: replace(b, in_features=9)),
+    (BSR, "c is a divisor of in_features = 9", lambda b: replace(b, in_features=9)),
     (BSR, "col_idx must be int16 or int32 [blocks = 6], got int16 [5]", lambda b: replace(b, col_idx=b.col_idx[:-1])),
     (BSR, "col_idx must lie in [0, 4), got 65535 at block 1", lambda b: replace(b, col_idx=written(b.col_idx, 1, -1))),
     (
@@ -112,9 +113,10 @@ CORRUPTIONS: list[tuple[type[Packed], str, Spoil]] = [
     (BSR, "nnz must be 72 to 96 for these values, got 97", lambda b: replace(b, kept=97)),
     (NM, "values must be float32, bfloat16 or float16 [panels = 2", lambda n: replace(n, values=n.values.int())),
     (NM, "values must be", lambda n: replace(n, values=n.values[0])),
-    (NM, "n, from 1 to m - 1 = 3", lambda n: replace(n, values=n.values.repeat(1, 1, 2, 1))),
-    (NM, "n, from 1 to m - 1 = 1", lambda n: replace(n, values=n.values[:, :, :0])),
-    (NM, "values must be zero past the last row, 23", lambda n: replace(n, values=written(n.values, (1, 0, 0, 15), 1))),
+    (NM, "[panels = 2, steps = 4, 16, slots = 1]", lambda n: replace(n, values=n.values.repeat(1, 2, 1, 1))),
+    (NM, "n must be from 1 to m - 1 = 3, got 4", lambda n: replace(n, n=4)),
+    (NM, "n must be from 1 to m - 1 = 3, got 0", lambda n: replace(n, n=0)),
+    (NM, "values must be zero past the last row, 23", lambda n: replace(n, values=written(n.values, (1, 0, 15, 0), 1))),
     (NM, "index must be uint8 [bytes of all slots + 4 = 36], got uint8 [35]", lambda n: replace(n, index=n.index[:-1])),
     (
         NM,
@@ -210,8 +212,8 @@ def test_slots_without_a_weight_point_to_dropped_columns() -> None:
     """A kernel may add a slot's product without asking whether it is one: each column is pointed to once, by its weight."""
     mask = torch.rand(20, 32, generator=torch.Generator().manual_seed(0)) < 0.2
     packed = NM.pack(torch.ones(20, 32), mask)
-    columns = packed.columns().movedim(-1, 1).flatten(0, 1)[:20]  # [rows, groups, n]
-    values = packed.values.movedim(-1, 1).flatten(0, 1)[:20]
+    columns = packed.columns()[:20]
+    values = from_panels(packed.values, 20, 32 // packed.m * packed.n).view(columns.shape)
     assert (columns.diff(dim=2) > 0).all()
     kept = mask.view(20, -1, packed.m).gather(2, columns)
     assert torch.equal(kept, values != 0)
@@ -255,8 +257,8 @@ def test_a_block_is_stored_whole_if_it_keeps_any_weight() -> None:
     mask = torch.zeros(16, 8, dtype=torch.bool)
     mask[9, 5] = True
     packed = BSR.pack(torch.ones(16, 8), mask, block=(8, 4))
-    assert packed.values.shape == (1, 4, 8)
-    assert packed.values.sum() == packed.values[0, 1, 1] == 1
+    assert packed.values.shape == (1, 4, 8, 1)
+    assert packed.values.sum() == packed.values[0, 1, 1, 0] == 1
     assert (packed.nnz, packed.flops_per_token, packed.col_idx.tolist()) == (1, 64, [1])
 
 

@@ -16,7 +16,7 @@ from sparsec.kernels import force_isa, operator, operator_args, status, toleranc
 from sparsec.kernels.library.loader import library
 from sparsec.kernels.reference import reference_linear
 
-NATIVE = ("amx", "vbmi2", "avx512", "avx2", "portable")
+NATIVE = ("amx", "avx512_bf16", "vbmi2", "avx512", "avx2", "portable")
 HALF = (torch.bfloat16, torch.float16)
 # Rows of x on both sides of every switch: 1; CSR's lanes 4, 8, 16, 32; 33 and more go through panels, 6 or more tiles of them;
 # one, two, three or five matrix tiles of 16 rows.
@@ -91,7 +91,7 @@ def test_many_rows_are_right_through_the_dense_product_of_the_half_type(
         # More rows than are expanded at a time.
         packed, kept = some(LAYOUTS[name], 300, 90, 0.4, dtype)
         for bias in (None, torch.randn(len(kept)).to(dtype)):
-            assert_right(isa, torch.randn(40, kept.shape[1]).to(dtype), [40], packed, kept, bias)
+            assert_right(isa, torch.randn(130, kept.shape[1]).to(dtype), [40, 130], packed, kept, bias)
     finally:
         library().force_half_product(None)
 
@@ -218,7 +218,7 @@ def test_half_values_are_converted_exactly(isa: str, name: str, dtype: torch.dty
         for tokens in (1, 2, 33):
             out = product(isa, torch.ones(tokens, shape[1], dtype=dtype), packed, None)
             expected = values.t().expand(tokens, -1)
-            if isa == "amx" and dtype == torch.bfloat16 and tokens > 1:  # and so do tiles
+            if isa in ("amx", "avx512_bf16") and dtype == torch.bfloat16:  # and so do tiles and products of pairs
                 small = expected.abs() < torch.finfo(dtype).tiny
                 assert ((out == expected) | (out == 0))[small].all()
                 out = out.where(~small, expected)
@@ -229,7 +229,7 @@ def test_half_values_are_converted_exactly(isa: str, name: str, dtype: torch.dty
             library().force_half_product(None)
 
 
-@pytest.mark.parametrize("isa", ["amx"], indirect=True)
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16"], indirect=True)
 @every_layout
 def test_tiles_are_right_beyond_what_goes_through_them_at_once(isa: str, name: str) -> None:
     """More than 32 tiles of tokens, more than two runs of columns, more than one group of panels; and few of each."""

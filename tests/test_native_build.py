@@ -152,14 +152,16 @@ def test_a_compiler_that_was_named_does_not_make_way(fresh: pytest.MonkeyPatch, 
 
 def test_an_unknown_instruction_set_is_refused(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("SPARSEC_ISA", "sse9")
-    with pytest.raises(KernelError, match="one of amx, vbmi2, avx512, avx2, portable, reference, got 'sse9'"):
+    with pytest.raises(
+        KernelError, match="one of amx, avx512_bf16, vbmi2, avx512, avx2, portable, reference, got 'sse9'"
+    ):
         loader.status()
 
 
 @needs_compiler
 def test_a_forced_instruction_set_is_used_or_refused() -> None:
     usable = loader.library().usable
-    for name in ("amx", "vbmi2", "avx512", "avx2", "portable"):
+    for name in ("amx", "avx512_bf16", "vbmi2", "avx512", "avx2", "portable"):
         if name in usable:
             loader.force_isa(name)
             assert loader.status().isa == name
@@ -258,7 +260,7 @@ def test_avx512_is_right_through_simde(tmp_path: Path) -> None:
     # -P: the checkout must not be importable, or its `kernels` folder would be found under that name.
     command = [sys.executable, "-P", "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
     tests = CHECKOUT / "tests" / "test_kernels_products.py"
-    command += ["-q", "-rs", "-p", "no:cacheprovider", "-k", "avx512 or amx", str(tests)]
+    command += ["-q", "-rs", "-p", "no:cacheprovider", "-k", "avx512 or amx or vbmi2", str(tests)]
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     environment["SPARSEC_NATIVE_LIBRARY"] = str(tmp_path / "emulated.so")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False)

@@ -1,4 +1,8 @@
-"""BSR on a GPU: whole blocks, by the matrix units from two rows of x on; with few rows the blocks are split over programs."""
+"""BSR on a GPU: whole blocks, by the matrix units from two rows of x on; with few rows the blocks are split over programs.
+
+A matrix that comes from a CPU is laid out anew, with one column in a lane (`BSR.ordered`). With two it is multiplied right as well,
+by more instructions.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ LARGE_PRODUCT = (Config({}, warps=8),)
 @triton.jit
 def bsr_kernel(
     x, values, col_idx, row_ptr, bias, out, out_features, in_features, tokens,
-    R: tl.constexpr, C: tl.constexpr, SIDE_R: tl.constexpr, SIDE_C: tl.constexpr, SHORT: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, LANE: tl.constexpr, SIDE_R: tl.constexpr, SIDE_C: tl.constexpr, SHORT: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -39,9 +43,8 @@ def bsr_kernel(
         if SHORT:
             column = column & 0xFFFF
         # A side that is no power of two is filled up with zeros.
-        w = tl.load(
-            values + b * (C * R) + c[:, None] * R + r[None, :], mask=(r < R)[None, :] & (c < C)[:, None], other=0.0
-        )
+        place = (c // LANE)[:, None] * (R * LANE) + r[None, :] * LANE + (c % LANE)[:, None]
+        w = tl.load(values + b * (C * R) + place, mask=(r < R)[None, :] & (c < C)[:, None], other=0.0)
         if M > 1:
             # Past the last row of x the last one is read again, and nothing is stored.
             at = tl.minimum(token, tokens - 1)[:, None] * in_features + column * C + c[None, :]
@@ -85,6 +88,7 @@ def bsr(x: Tensor, packed: BSR, bias: Tensor | None) -> Tensor:
         {
             "R": r,
             "C": c,
+            "LANE": packed.values.shape[3],
             "SIDE_R": side_r,
             "SIDE_C": side_c,
             "SHORT": packed.col_idx.element_size() == 2,

@@ -1,6 +1,6 @@
 """N:M on a GPU: few rows of x by gathers within a group, many through an expanded matrix and torch's dense product.
 
-A program takes a panel of 16 rows of W, in tiles of one dimension as the panel lies in memory: slot by slot, 16 rows in each.
+A program takes a panel of 16 rows of W, in tiles of one dimension as the panel lies in memory: step by step, 16 rows in each.
 """
 
 from __future__ import annotations
@@ -27,49 +27,67 @@ EXPAND = Config({"TILE": 1024})
 
 
 @triton.jit
+def each(parts, LANE: tl.constexpr):
+    """Of every slot of a lane one number for four rows, [TILE / 4 / LANE]: those of every weight, [TILE / 4 / LANE, 4, LANE]."""
+    if LANE == 1:
+        joined = parts[0][:, None]
+    else:
+        joined = tl.join(parts[0], parts[1])
+    return tl.broadcast_to(joined[:, None, :], [joined.shape[0], 4, LANE])
+
+
+@triton.jit
 def slots_at(
-    values, index, panel, start, held, N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr
-):
-    """Weights of a panel from `start` on, at [TILE], and their columns. held: how many weights a panel has."""
+    values, index, panel, start, slots, LANE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Weights of a panel from `start` on, at [TILE], their columns, and which there are. slots: of a row."""
     i = tl.arange(0, TILE)
-    w = tl.load(values + (panel * held + start) + i, mask=start + i < held, other=0.0)
-    # Lanes 0 to 7 lie in BITS bytes, lanes 8 to 15 in the next; a lane's bits may lie in two bytes. What does not depend on
-    # `start` is written apart from it: the compiler takes it out of the loop.
-    bit = i % 8 * BITS
-    byte = index + (panel * held + start) // 16 * (2 * BITS) + (i // 8 * BITS + bit // 8)
-    word = tl.load(byte, mask=start + i < held, other=0).to(tl.int32)
-    if 8 % BITS != 0:
-        word += tl.load(byte + 1, mask=start + i < held, other=0).to(tl.int32) << 8
-    within = (word >> (bit % 8)) & (GROUP - 1)
-    if TILE // 16 % N == 0:
-        return w, start // 16 // N * GROUP + i // 16 // N * GROUP + within
-    return w, (start // 16 + i // 16) // N * GROUP + within
+    padded = tl.cdiv(slots, LANE) * LANE * 16
+    w = tl.load(values + (panel * padded + start) + i, mask=start + i < padded, other=0.0)
+    # Step by step, in it row by row, in it slot by slot. What does not depend on `start` is written apart from it: the compiler
+    # takes it out of the loop. Four rows at a time: their bits lie in one byte, or in two.
+    quad = tl.arange(0, TILE // (4 * LANE))
+    bit = quad % 2 * (4 * BITS)
+    words, groups, there = (), (), ()
+    for c in tl.static_range(LANE):
+        slot = quad // 4 * LANE + c
+        inside = start // 16 + slot < slots
+        byte = index + (panel * slots + start // 16) * (2 * BITS) + ((slot * 2 + quad % 4 // 2) * BITS + bit // 8)
+        word = tl.load(byte, mask=inside).to(tl.int32)
+        if 8 % BITS != 0:
+            word += tl.load(byte + 1, mask=inside).to(tl.int32) << 8
+        words = words + (word >> (bit % 8),)
+        if TILE // 16 % N == 0:
+            groups = groups + (start // 16 // N * GROUP + slot // N * GROUP,)
+        else:
+            groups = groups + ((start // 16 + slot) // N * GROUP,)
+        there = there + (inside.to(tl.int1),)
+    shift = (tl.arange(0, 4) * BITS)[None, :, None]
+    columns = each(groups, LANE) + ((each(words, LANE) >> shift) & (GROUP - 1))
+    return w, tl.reshape(columns, [TILE]), tl.reshape(each(there, LANE), [TILE])
 
 
 @triton.jit
 def nm_kernel(
     x, values, index, bias, out, out_features, in_features, tokens,
-    N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
-    TILE: tl.constexpr,
+    LANE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     panel, token = tl.program_id(0), tl.program_id(2) * M
-    held = in_features // GROUP * N * 16
+    slots = in_features // GROUP * N
     sums = (tl.zeros([TILE], tl.float32),) * M
-    for start in range(tl.program_id(1) * TILE, held, SPLITS * TILE):
-        w, columns = slots_at(values, index, panel, start, held, N, GROUP, BITS, TILE)
+    for start in range(tl.program_id(1) * TILE, slots * 16, SPLITS * TILE):
+        w, columns, there = slots_at(values, index, panel, start, slots, LANE, N, GROUP, BITS, TILE)
         added = ()
         for m in tl.static_range(M):
             # Past the last row of x the last one is read again, and nothing is stored.
-            xs = tl.load(
-                x + tl.minimum(token + m, tokens - 1) * in_features + columns,
-                mask=start + tl.arange(0, TILE) < held,
-                other=0.0,
-            )
+            xs = tl.load(x + tl.minimum(token + m, tokens - 1) * in_features + columns, mask=there, other=0.0)
             added = added + (sums[m] + w.to(tl.float32) * xs.to(tl.float32),)
         sums = added
     rows = panel * 16 + tl.arange(0, 16)
     for m in tl.static_range(M):
-        total = tl.sum(tl.reshape(sums[m], [TILE // 16, 16]), 0)
+        total = tl.sum(tl.sum(tl.reshape(sums[m], [TILE // 16 // LANE, 16, LANE]), 2), 0)
         if HAS_BIAS:
             total += tl.load(bias + rows, mask=rows < out_features, other=0.0).to(tl.float32)
         place = (tl.program_id(1) * tokens + token + m) * out_features + rows
@@ -79,15 +97,13 @@ def nm_kernel(
 @triton.jit
 def nm_expand_kernel(
     values, index, dense, out_features, in_features,
-    N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+    LANE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     panel = tl.program_id(0)
-    held = in_features // GROUP * N * 16
-    start = tl.program_id(1) * TILE
-    at = start + tl.arange(0, TILE)
-    w, columns = slots_at(values, index, panel, start, held, N, GROUP, BITS, TILE)
-    rows = panel * 16 + at % 16
-    tl.store(dense + rows.to(tl.int64) * in_features + columns, w, mask=at < tl.where(rows < out_features, held, 0))
+    slots = in_features // GROUP * N
+    w, columns, there = slots_at(values, index, panel, tl.program_id(1) * TILE, slots, LANE, N, GROUP, BITS, TILE)
+    rows = panel * 16 + tl.arange(0, TILE) // LANE % 16
+    tl.store(dense + rows.to(tl.int64) * in_features + columns, w, mask=there & (rows < out_features))
 
 
 def nm(x: Tensor, packed: NM, bias: Tensor | None) -> Tensor:
@@ -129,4 +145,4 @@ def expand(packed: NM) -> Tensor:
 
 
 def _constants(packed: NM) -> dict[str, int]:
-    return {"N": packed.n, "GROUP": packed.m, "BITS": INDEX_BITS[packed.m]}
+    return {"LANE": packed.values.shape[3], "N": packed.n, "GROUP": packed.m, "BITS": INDEX_BITS[packed.m]}

@@ -2,7 +2,7 @@
 
 Looked for in this order: the library named in SPARSEC_NATIVE_LIBRARY; one put into the package by
 `python -m sparsec.kernels.build`; one in the cache folder; a new one, built into the cache folder under a lock.
-SPARSEC_NATIVE=0 turns them off; SPARSEC_ISA=amx|vbmi2|avx512|avx2|portable|reference forces an instruction set.
+SPARSEC_NATIVE=0 turns them off; SPARSEC_ISA=amx|avx512_bf16|vbmi2|avx512|avx2|portable|reference forces an instruction set.
 
 A library whose hash is not the one that its build wrote beside it is never opened, and one in the cache folder is built anew.
 """
@@ -33,7 +33,7 @@ SYMBOLS = (
     "sparsec_force_half_product",
     "sparsec_force_helpers",
 )
-ISAS = ("amx", "vbmi2", "avx512", "avx2", "portable", REFERENCE)
+ISAS = ("amx", "avx512_bf16", "vbmi2", "avx512", "avx2", "portable", REFERENCE)
 WAYS_OUT = (
     "or name a library in SPARSEC_NATIVE_LIBRARY, or build one into the package with python -m sparsec.kernels.build; "
     "SPARSEC_NATIVE=0 keeps the reference kernels without this notice"

@@ -35,9 +35,10 @@ def loadable(
     given = {name: state[prefix + name] for name in parts if prefix + name in state}
     if not given:
         return {}
-    faults = _missing(given, parts, state, prefix) or [
-        fault for name, new in given.items() if (fault := _misfit(name, new, parts[name], assign))
-    ]
+    faults = _missing(given, parts, state, prefix)
+    if not faults:
+        given, like = _in_order(given, held, assign)
+        faults = [fault for name, new in given.items() if (fault := _misfit(name, new, like[name], assign))]
     new_bias = state.get(f"{prefix}bias")
     if not faults and assign and bias is not None:
         values = given["values"]
@@ -60,6 +61,23 @@ def loadable(
     if faults:
         raise _refused(layer, held, "; ".join(faults))
     return {prefix + name: new for name, new in plain.items()}
+
+
+def _in_order(given: dict[str, Any], held: Packed, assign: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state, and tensors like those that it must have. Values of another floating dtype, or of a GPU, may be ordered in another
+    way: they are rounded, and ordered as the layer's are; those that are assigned stay as they are, if they are a valid matrix."""
+    parts, values = held.tensors(), given["values"]
+    if not all(type(t) is Tensor and not t.is_meta for t in given.values()):
+        return given, parts
+    if values.dtype == held.values.dtype and values.shape[3:] == held.values.shape[3:]:
+        return given, parts
+    found = type(held).from_parts(given, held.scalars())
+    if found.layout_faults() or found.content_faults():
+        return given, parts
+    if assign:
+        return given, given
+    rounded = {**given, "values": values.to(held.values.dtype)}
+    return type(held).from_parts(rounded, held.scalars()).ordered(held.values.device.type).tensors(), parts
 
 
 def _missing(given: Mapping[str, Any], parts: Mapping[str, Tensor], state: Mapping[str, Any], prefix: str) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsec import private
 from sparsec.errors import FormatError, KernelError
-from sparsec.formats.base import Packed
+from sparsec.formats.base import Packed, check_order
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
@@ -181,6 +181,7 @@ class SparseLinear(Grouped, nn.Module):
         self._check_dtype(fn(self._buffers["values"].new_empty(0)).dtype)
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(self.packed.ordered().tensors())
         self._keep(before)
         values = self._buffers["values"]
         if type(values) is Tensor:  # not one that only pretends to have contents
@@ -224,9 +225,11 @@ class SparseLinear(Grouped, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Operators cannot be pickled; the format names ours.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_op", "follow")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_op", "follow")}
+        return {**kept, "order": self._packed_type.order}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        check_order(state["_packed_type"], state.pop("order", 1))
         super().__setstate__(state)
         self._op = operator_of(self.format)
 

@@ -1,11 +1,10 @@
 // bf16, more than one row of x, on a CPU with matrix tiles (AMX): a panel is decoded, some columns at a time, straight into the form that the
 // tile product reads, and multiplied from there with all rows of x.
 //
-// A tile is 16 rows of 64 bytes. Of x: 16 tokens, 32 columns. Of W: 16 lines of two columns; a line holds for each of the panel's 16 lanes
-// the two columns side by side. As oneDNN's products of this type do, the instruction takes subnormal numbers for 0.
+// A tile is 16 rows of 64 bytes. Of x: 16 tokens, 32 columns. Of W: 16 lines. As oneDNN's products of this type do, the instruction takes
+// subnormal numbers for 0.
 #pragma once
 #include "pairs.h"
-#include "panels.h"
 
 #if defined(SPARSEC_SIMDE)  // tiles of plain C++: slow, but the same loops
 #define SPARSEC_AMX
@@ -61,70 +60,7 @@ SPARSEC_AMX_TARGET inline void use_tiles(int64_t rows) {
 SPARSEC_AMX_TARGET inline void release_tiles() { _tile_release(); }
 #endif
 
-// Where a tile of W is in memory: two panels, some columns.
-struct Lines {
-  uint32_t* at;          // [2][kAmxColumns / 2][16]
-  uint32_t used[2];      // by panel, a bit for each tile in which anything is
-};
-constexpr int64_t kLinesOfPanel = kAmxColumns / 2 * 16;
-
-inline __m512i load_bits(const void* from) { return _mm512_loadu_si512(from); }
-
-// Any format: decoded to fp32 lanes, of which the upper halves are what was stored.
-inline uint32_t any_lines(const DecoderKind& kind, AnyDecoder& decoder, const sparsec::Matrix& w, int64_t begin, int64_t end, float* decoded,
-                          uint32_t* to) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  const int64_t blocks = block_columns(w);
-  int32_t* const starts = reinterpret_cast<int32_t*>(decoded + 16 * (kDecodedColumns + blocks));
-  const int64_t tiles = (end - begin + 31) / 32;
-  if (blocks || (end - begin) % 32) memset(to, 0, 1024 * tiles);
-  uint32_t used = blocks ? 0 : ~0u;
-  for (int64_t b = begin; b < end; b += kDecodedColumns) {
-    const int64_t e = least(end, b + kDecodedColumns);
-    const float* columns = decoded;
-    starts[0] = static_cast<int32_t>(b);
-    const int64_t runs = kind.decode(decoder, w, b, e, decoded, starts, &columns);
-    if (!blocks) {
-      for (int64_t k = b; k < e; k += 2, columns += 32) {
-        const __m512i first = _mm512_srli_epi32(load_bits(columns), 16);
-        const __m512i second = k + 1 < e ? _mm512_and_si512(load_bits(columns + 16), upper) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + 8 * (k - begin), _mm512_or_si512(first, second));
-      }
-      continue;
-    }
-    for (int64_t i = 0; i < runs; ++i)
-      for (int64_t k = starts[i] - begin; k < starts[i] - begin + blocks; ++k, columns += 16) {
-        uint32_t* const line = to + 16 * (k / 2);
-        const __m512i own = k % 2 ? _mm512_and_si512(load_bits(columns), upper) : _mm512_srli_epi32(load_bits(columns), 16);
-        _mm512_storeu_si512(line, _mm512_or_si512(load_bits(line), own));
-        used |= 1u << (k / 32);
-      }
-  }
-  return used;
-}
-
-#if !defined(SPARSEC_SIMDE)
-SPARSEC_AMX_TARGET inline uint32_t bitmap_lines(AnyDecoder& any, const sparsec::Matrix& w, int64_t begin, int64_t end, uint32_t* to) {
-  BitmapDecoder<BFloat16> decoder;
-  memcpy(static_cast<void*>(&decoder), any.state, sizeof(decoder));
-  PairReader reader(w, decoder.values);
-  const uint16_t* const bits = decoder.bits;
-  const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  int64_t k = begin;
-  for (; k + 4 <= end; k += 4, to += 32) {
-    __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kBitmapAhead);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(side_by_side, reader.take(two_masks(bits + k))));
-    _mm512_storeu_si512(to + 16, _mm512_permutexvar_epi16(side_by_side, reader.take(two_masks(bits + k + 2))));
-  }
-  for (; k < end; k += 2, to += 16)
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(side_by_side, reader.take(k + 1 < end ? two_masks(bits + k) : bits[k])));
-  for (; (k - begin) % 32; k += 2, to += 16) _mm512_storeu_si512(to, _mm512_setzero_si512());
-  decoder.values = reader.next;
-  memcpy(any.state, &decoder, sizeof(decoder));
-  return ~0u;
-}
-#endif
+using Lines = PanelLines<kAmxColumns>;
 
 // Two panels times two tiles of tokens, or one. sums: [2][16][16] of each of them, added to unless `fresh`. One tile of tokens has two sets of
 // sums, for every other tile of columns, since a product waits four times as long for the one before it as it takes.
@@ -147,7 +83,7 @@ SPARSEC_AMX_TARGET inline void multiply_tiles(const Lines& w, int64_t k_tiles, c
     const uint16_t* const from = x + 512 * k;
     SPARSEC_TILE_LOAD(4, from);
     SPARSEC_TILE_LOAD(6, w.at + 256 * k);
-    SPARSEC_TILE_LOAD(7, w.at + kLinesOfPanel + 256 * k);
+    SPARSEC_TILE_LOAD(7, w.at + Lines::kOfPanel + 256 * k);
     if (Two) {
       SPARSEC_TILE_DOT(0, 4, 6);
       SPARSEC_TILE_LOAD(5, from + next_tile);
@@ -205,7 +141,6 @@ inline void finish_pair(const AmxTask& t, int64_t panel, int64_t panels, const f
   }
 }
 
-#if !defined(SPARSEC_SIMDE)
 // Bitmap, one tile of tokens: here decoding takes longest, so that a tile of columns is multiplied while the next one is decoded.
 SPARSEC_AMX_TARGET inline void bitmap_tile(const AmxTask& t) {
   const sparsec::Matrix& w = *t.matrix;
@@ -237,25 +172,22 @@ SPARSEC_AMX_TARGET inline void bitmap_tile(const AmxTask& t) {
     finish_pair(t, first, panels, sums);
   }
 }
-#endif
 
 SPARSEC_AMX_TARGET void amx(const AmxTask& t) {
   const sparsec::Matrix& w = *t.matrix;
   const DecoderKind& kind = decoder_of(w);
   const int64_t in = w.in_features, per_pair = 1024 * ((t.token_tiles + 1) / 2), k_tiles = (in + 31) / 32;
   uint32_t* const lines = static_cast<uint32_t*>(t.scratch);
-  float* const sums = reinterpret_cast<float*>(lines + 2 * kLinesOfPanel);
+  float* const sums = reinterpret_cast<float*>(lines + 2 * Lines::kOfPanel);
   float* const decoded = sums + kAmxPairs * per_pair;
   // Where all of x stays in a second-level cache, pairs of panels go one by one.
   const int64_t group = t.token_tiles * k_tiles <= 1024 ? 2 : 2 * kAmxPairs;
   AnyDecoder decoders[2 * kAmxPairs];
   use_tiles(t.token_tiles == 1 ? t.tokens : 16);
-#if !defined(SPARSEC_SIMDE)
   if (w.format == sparsec::kBitmap && t.token_tiles == 1) {
     bitmap_tile(t);
     return release_tiles();
   }
-#endif
   for (int64_t first = t.first; first < t.last; first += group) {
     const int64_t panels = least(group, t.last - first);
     for (int64_t p = 0; p < panels; ++p) kind.start(decoders[p], w, first + p);
@@ -264,14 +196,7 @@ SPARSEC_AMX_TARGET void amx(const AmxTask& t) {
       for (int64_t p = 0; p < panels; p += 2) {
         Lines pair{lines, {0, 0}};
         for (int64_t h = 0; h < least(2, panels - p); ++h) {
-          uint32_t* const to = lines + h * kLinesOfPanel;
-#if !defined(SPARSEC_SIMDE)
-          if (w.format == sparsec::kBitmap) {
-            pair.used[h] = bitmap_lines(decoders[p + h], w, begin, end, to);
-            continue;
-          }
-#endif
-          pair.used[h] = any_lines(kind, decoders[p + h], w, begin, end, decoded, to);
+          pair.used[h] = lines_of(kind, decoders[p + h], w, begin, end, decoded, lines + h * Lines::kOfPanel);
         }
         const uint16_t* x = t.x + 16 * begin;
         float* own = sums + p / 2 * per_pair;

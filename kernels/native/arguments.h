@@ -51,6 +51,7 @@ Matrix matrix(const char* op, sparsec::Format format, const Tensor& values, int6
   w.out_features = out_features;
   w.in_features = in_features;
   w.rows_per_unit = 1;
+  w.lane = w.type == sparsec::kBFloat16 || w.type == sparsec::kFloat16 ? 2 : 1;
   w.units = out_features;
   if (bias) {
     STD_TORCH_CHECK(bias->scalar_type() == values.scalar_type() && bias->dim() == 1 && bias->numel() == out_features &&

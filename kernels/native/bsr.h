@@ -1,4 +1,7 @@
-// BSR: dense blocks of r output rows and c columns; inside a block column by column, so that lanes are output rows.
+// BSR: dense blocks of r output rows and c columns; lanes are output rows. Of each the columns of a lane stand side by side, or one alone
+// where a lane's columns do not divide c, or the matrix was laid out for a GPU (w.lane).
+//
+// The including file defines `void load_half(Cursor<V> at, Eight (&columns)[2])`, where a lane holds two columns: half of a step.
 #pragma once
 #include "lanes.h"
 
@@ -14,13 +17,6 @@ inline int64_t block_column(const sparsec::Matrix& w, int64_t at) {
 
 constexpr int64_t kBlockAhead = 1024;  // bytes
 
-// Eight lanes, `groups` of them at once.
-typedef float Eight __attribute__((vector_size(32)));
-inline Eight load_eight(const float* at) {
-  Eight e;
-  memcpy(&e, at, sizeof(e));
-  return e;
-}
 template <class C>
 inline Eight load_eight(C at) {
   float f[8];
@@ -28,41 +24,50 @@ inline Eight load_eight(C at) {
   return load_eight(static_cast<const float*>(f));
 }
 
-// Lanes [lane, lane + 8 * G) of the block rows. Neighbouring columns go to C sums, to hide the latency of the multiply-add.
-template <int G, class V, class A, class I>
+template <class C>
+inline void load_eights(C at, Eight (&columns)[1]) {
+  columns[0] = load_eight(at);
+}
+template <class C>
+inline void load_eights(C at, Eight (&columns)[2]) {
+  load_half(at, columns);
+}
+
+// Lanes [lane, lane + 8 * G) of the block rows, of L columns each. Neighbouring columns go to C sums, to hide the latency of the multiply-add.
+template <int G, int64_t L, class V, class A, class I>
 void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
   constexpr int C = G >= 4 ? 2 : 4;
   const sparsec::Matrix& w = *t.matrix;
   const float* x = static_cast<const float*>(t.x);
   const I* columns = static_cast<const I*>(w.columns);
   const int64_t r = w.r, c = w.c, begin = w.start[block_row], end = w.start[block_row + 1];
-  Cursor<V> values = cursor<V>(w.values, begin * r * c + lane);
+  Cursor<V> values = cursor<V>(w.values, begin * r * c + lane * L);
   Eight sums[C][G] = {};
+  const auto step = [&](const float* xs, int64_t s) {
+    __builtin_prefetch(address(values) + kBlockAhead);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      Eight eights[L];
+      load_eights(values + 8 * L * g, eights);
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < L; ++i) sums[(s + i) % C][g] += eights[i] * xs[i];
+    }
+    values += r * L;
+  };
   int64_t at = begin;
   // Blocks of one column are taken C at a time, wider ones column by column.
   if (c == 1) {
     for (; at + C <= end; at += C)
 #pragma GCC unroll 4
-      for (int s = 0; s < C; ++s, values += r) {
-        __builtin_prefetch(address(values) + kBlockAhead);
-        const float xk = x[columns[at + s]];
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) sums[s][g] += load_eight(values + 8 * g) * xk;
-      }
+      for (int s = 0; s < C; ++s) step(x + columns[at + s], s);
   }
   for (; at < end; ++at) {
     const float* xb = x + static_cast<int64_t>(columns[at]) * c;
     int64_t k = 0;
     for (; k + C <= c; k += C)
 #pragma GCC unroll 4
-      for (int s = 0; s < C; ++s, values += r) {
-        __builtin_prefetch(address(values) + kBlockAhead);
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) sums[s][g] += load_eight(values + 8 * g) * xb[k + s];
-      }
-    for (; k < c; ++k, values += r)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[0][g] += load_eight(values + 8 * g) * xb[k];
+      for (int s = 0; s < C; s += L) step(xb + k + s, s);
+    for (; k < c; k += L) step(xb + k, 0);
   }
   const int64_t row = block_row * r + lane;
   const A* bias = static_cast<const A*>(w.bias);
@@ -77,19 +82,23 @@ void bsr_lanes(const sparsec::Task& t, int64_t block_row, int64_t lane) {
   }
 }
 
-template <class V, class A, class I>
+template <int64_t L, class V, class A, class I>
 void bsr_rows(const sparsec::Task& t) {
   for (int64_t b = t.first; b < t.last; ++b) {
     int64_t lane = 0;
-    for (; lane + 32 <= t.matrix->r; lane += 32) bsr_lanes<4, V, A, I>(t, b, lane);
-    for (; lane + 16 <= t.matrix->r; lane += 16) bsr_lanes<2, V, A, I>(t, b, lane);
-    for (; lane < t.matrix->r; lane += 8) bsr_lanes<1, V, A, I>(t, b, lane);
+    for (; lane + 32 <= t.matrix->r; lane += 32) bsr_lanes<4, L, V, A, I>(t, b, lane);
+    for (; lane + 16 <= t.matrix->r; lane += 16) bsr_lanes<2, L, V, A, I>(t, b, lane);
+    for (; lane < t.matrix->r; lane += 8) bsr_lanes<1, L, V, A, I>(t, b, lane);
   }
+}
+template <class V, class A, class I>
+void bsr_by_lane(const sparsec::Task& t) {
+  t.matrix->lane == kLane<V> ? bsr_rows<kLane<V>, V, A, I>(t) : bsr_rows<1, V, A, I>(t);
 }
 
 template <class V, class A>
 void bsr_one(const sparsec::Task& t) {
-  t.matrix->index == sparsec::kUInt16 ? bsr_rows<V, A, uint16_t>(t) : bsr_rows<V, A, int32_t>(t);
+  t.matrix->index == sparsec::kUInt16 ? bsr_by_lane<V, A, uint16_t>(t) : bsr_by_lane<V, A, int32_t>(t);
 }
 
 // The stored columns of a panel. Where r is no multiple of 16, a panel's halves lie in two rows of blocks: their blocks are merged.
@@ -125,12 +134,10 @@ struct BsrDecoder {
           *in_place = values + first * 16 * c;
           return found;
         }
-      for (int64_t at = first; at < h.at; ++at)
-        for (int64_t k = 0; k < c; ++k, to += 16) {
-          const Cursor<V> from = values + ((at * c + k) * r + h.lane);
-          widen8(from, to);
-          widen8(from + 8, to + 8);
-        }
+      for (int64_t at = first; at < h.at; ++at, to += 16 * c) {
+        columns(w, at, h.lane, to);
+        columns(w, at, h.lane + 8, to + 8);
+      }
       return found;
     }
     for (;;) {
@@ -142,16 +149,29 @@ struct BsrDecoder {
       float* lanes = to;
       for (Half& h : halves) {
         const bool has = h.at < h.end && block_column(w, h.at) == next;
-        for (int64_t k = 0; k < c; ++k) {
-          if (has)
-            widen8(values + ((h.at * c + k) * r + h.lane), lanes + 16 * k);
-          else
-            memset(lanes + 16 * k, 0, 32);
-        }
+        if (has)
+          columns(w, h.at, h.lane, lanes);
+        else
+          for (int64_t k = 0; k < c; ++k) memset(lanes + 16 * k, 0, 32);
         h.at += has;
         lanes += 8;
       }
       to += 16 * c;
+    }
+  }
+
+ private:
+  // Eight lanes of all columns of a block, to every sixteenth place.
+  static void columns(const sparsec::Matrix& w, int64_t block, int64_t lane, float* to) {
+    Cursor<V> from = cursor<V>(w.values, block * w.c * w.r + lane * w.lane);
+    if (w.lane == 1) {
+      for (int64_t k = 0; k < w.c; ++k, from += w.r, to += 16) widen8(from, to);
+      return;
+    }
+    for (int64_t k = 0; k < w.c; k += kLane<V>, from += w.r * kLane<V>, to += 16 * kLane<V>) {
+      Eight eights[kLane<V>];
+      load_eights(from, eights);
+      for (int64_t i = 0; i < kLane<V>; ++i) memcpy(to + 16 * i, &eights[i], 32);
     }
   }
 };

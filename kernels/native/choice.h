@@ -41,11 +41,13 @@ bool cpu_has(const InstructionSet& isa) {
 #endif
   if (&isa == &sparsec::kAvx512) return avx512;
 #if defined(SPARSEC_SIMDE)
-  if (&isa == &sparsec::kVbmi2 || &isa == &sparsec::kAmx) return avx512;
+  if (&isa == &sparsec::kVbmi2 || &isa == &sparsec::kAvx512Bf16 || &isa == &sparsec::kAmx) return avx512;
 #else
   const bool vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
   if (&isa == &sparsec::kVbmi2) return vbmi2;
-  if (&isa == &sparsec::kAmx) return vbmi2 && isa.amx && has_tiles();
+  const bool pairs = vbmi2 && isa.pairs && __builtin_cpu_supports("avx512bf16");
+  if (&isa == &sparsec::kAvx512Bf16) return pairs;
+  if (&isa == &sparsec::kAmx) return pairs && isa.amx && has_tiles();
 #endif
   if (&isa == &sparsec::kAvx2) return avx2;
 #endif
@@ -55,7 +57,7 @@ bool cpu_has(const InstructionSet& isa) {
 // Best first.
 const InstructionSet* const kAll[] = {
 #if defined(SPARSEC_X86)
-    &sparsec::kAmx, &sparsec::kVbmi2, &sparsec::kAvx512, &sparsec::kAvx2,
+    &sparsec::kAmx, &sparsec::kAvx512Bf16, &sparsec::kVbmi2, &sparsec::kAvx512, &sparsec::kAvx2,
 #endif
     &sparsec::kPortable};
 
@@ -67,21 +69,14 @@ const InstructionSet* best() {
 
 std::atomic<const InstructionSet*> chosen{best()};
 
-// Whether the dense product of a half type is worth calling: only with matrix instructions for it (AMX, or at least
-// AVX-512 BF16), else fp32 is faster.
-bool cpu_has_half_product(sparsec::ValueType type) {
-#if defined(SPARSEC_X86)
-  if (type == sparsec::kBFloat16) return __builtin_cpu_supports("avx512bf16");
-#endif
-  (void)type;
-  return false;
-}
-std::atomic<int> half_product{-1};  // -1: as the CPU says; 0, 1: forced by a test
+std::atomic<int> half_product{-1};  // -1: as the instruction set says; 0, 1: forced by a test
 
-bool has_half_product(sparsec::ValueType type) {
+// Whether torch's dense product of a half type is worth calling: only with instructions for it (AMX, or at least AVX-512 BF16), else fp32
+// is faster. An instruction set that was forced stands for a CPU that has no better one.
+bool has_half_product(sparsec::ValueType type, const InstructionSet& isa) {
   if (type != sparsec::kBFloat16 && type != sparsec::kFloat16) return false;
   const int forced = half_product.load(std::memory_order_relaxed);
-  return forced < 0 ? cpu_has_half_product(type) : forced != 0;
+  return forced < 0 ? type == sparsec::kBFloat16 && isa.pairs : forced != 0;
 }
 
 }  // namespace

@@ -11,27 +11,36 @@ struct ExpandTable {
   alignas(Row) uint8_t rows[256][Row];
 };
 
-// Eight lanes of `lane` bytes, of which the last `value` come from the value; the count starts anew after `restart` lanes.
-template <int Lane, int Value, int Restart>
-constexpr ExpandTable<8 * Lane> expand_table() {
+// Eight lanes of `Lane` bytes, of which the last `Value` come from the value.
+template <int Lane, int Value, class Order>
+constexpr ExpandTable<8 * Lane> expand_table(Order order) {
   ExpandTable<8 * Lane> table{};
-  for (int bits = 0; bits < 256; ++bits) {
-    int next = 0;
+  for (int bits = 0; bits < 256; ++bits)
     for (int l = 0; l < 8; ++l) {
-      if (l % Restart == 0) next = 0;
-      const bool kept = (bits >> l) & 1;
+      const int bit = order.bit(l);
+      int next = 0;  // of the values that the lane can take
+      for (int b = order.first(l); b < bit; ++b) next += (bits >> b) & 1;
       for (int b = 0; b < Lane; ++b) {
         const int from = b - (Lane - Value);
-        table.rows[bits][Lane * l + b] = static_cast<uint8_t>(kept && from >= 0 ? Value * next + from : kNothing);
+        table.rows[bits][Lane * l + b] = static_cast<uint8_t>((bits >> bit) & 1 && from >= 0 ? Value * next + from : kNothing);
       }
-      next += kept;
     }
-  }
   return table;
 }
 
-constexpr auto kExpandFloat = expand_table<4, 4, 4>();
-constexpr auto kExpandBFloat16 = expand_table<4, 2, 8>();  // to the upper half of an fp32
-constexpr auto kExpandHalf = expand_table<2, 2, 8>();
+// One column, two groups of four lanes: each has values of its own.
+struct OneColumn {
+  constexpr int bit(int l) const { return l; }
+  constexpr int first(int l) const { return l / 4 * 4; }
+};
+// Four lanes of two columns: the first column of each, then the second.
+struct TwoColumns {
+  constexpr int bit(int l) const { return l % 4 * 2 + l / 4; }
+  constexpr int first(int) const { return 0; }
+};
+
+constexpr auto kExpandFloat = expand_table<4, 4>(OneColumn{});
+constexpr auto kExpandBFloat16 = expand_table<4, 2>(TwoColumns{});  // to the upper half of an fp32
+constexpr auto kExpandHalf = expand_table<2, 2>(TwoColumns{});
 
 }  // namespace

@@ -37,15 +37,23 @@ struct Bytes {
   int64_t before(int64_t unit) const { return per_unit * unit + (start ? per_start * start[unit] : 0); }
 };
 
-// Blocks must not reach from one run of columns into the next.
+// Rows of x up to which products of pairs keep up with torch's dense product of bf16, which then pays for an expansion besides: by a
+// prototype on Zen 4 64 rows take 1.03 times as long, 512 rows 1.28 times.
+constexpr int64_t kFewTokens = 128;
+
+bool fits_pairs(const Matrix& w, const InstructionSet& isa) {
+  return isa.pairs && w.type == sparsec::kBFloat16 && holds_blocks(w, sparsec::kPairColumns);
+}
 bool fits_tiles(const Matrix& w, const InstructionSet& isa) {
-  return isa.amx && w.type == sparsec::kBFloat16 && (!block_columns(w) || sparsec::kAmxColumns % block_columns(w) == 0);
+  return isa.amx && w.type == sparsec::kBFloat16 && holds_blocks(w, sparsec::kAmxColumns);
 }
 
 // Where nothing else is better: panels of W are decoded, and multiplied with all rows of x.
 Way decoded(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
   if (fits_tiles(w, isa)) return Way::amx;
-  return has_half_product(w.type) && tokens > 32 ? Way::half : Way::panels;
+  const bool pairs = fits_pairs(w, isa);
+  if (has_half_product(w.type, isa) && tokens > (pairs ? kFewTokens : 32)) return Way::half;
+  return pairs ? Way::pairs : Way::panels;
 }
 
 struct Dense {
@@ -59,10 +67,10 @@ struct Dense {
     return matrix(op, kFormat, weight, weight.size(0), weight.size(1), bias);
   }
   static Bytes bytes(const Matrix& w) { return {0, stored_bytes(w, w.in_features), nullptr}; }
-  static Way way(const Matrix& w, int64_t tokens, const InstructionSet&) {
+  static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
     if (w.type == sparsec::kFloat64) return Way::stock;
     if (tokens <= kFewRows) return Way::rows;
-    return w.type == sparsec::kFloat32 || has_half_product(w.type) ? Way::stock : Way::panels;
+    return w.type == sparsec::kFloat32 || has_half_product(w.type, isa) ? Way::stock : Way::panels;
   }
 };
 
@@ -92,16 +100,16 @@ struct Csr {
   static Bytes bytes(const Matrix& w) { return {stored_bytes(w, 1) + index_bytes(w), 16, w.start}; }
   static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
     if (w.type == sparsec::kFloat64) return Way::one;
-    return one_by_one(w, tokens) ? Way::lanes : decoded(w, tokens, isa);
+    return one_by_one(w, tokens, isa) ? Way::lanes : decoded(w, tokens, isa);
   }
 
   // Up to how many rows of x the non-zeros are multiplied one by one, 32 rows at a time; beyond, panels win, although they save no FLOPs.
   // Measured on Zen 3, fp32 2048x2048, 128 rows, one thread, as a ratio to F.linear: at 50 % zeros 0.71x against 0.8-0.9x of a dense product;
   // at 70 % 1.13x; at 90 % 3.2x against 0.94x. Where x no longer fits the second-level cache, or the CPU has matrix instructions for the
   // type, nothing is known beyond 32 rows.
-  static bool one_by_one(const Matrix& w, int64_t tokens) {
+  static bool one_by_one(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
     const bool sparse = 10 * w.stored <= 3 * w.out_features * w.in_features;
-    return tokens <= 32 || (sparse && w.in_features <= 4096 && !has_half_product(w.type));
+    return tokens <= 32 || (sparse && w.in_features <= 4096 && !has_half_product(w.type, isa));
   }
 };
 
@@ -116,8 +124,9 @@ struct Bitmap {
     w.rows_per_unit = kPanel;
     w.units = (w.out_features + kPanel - 1) / kPanel;
     check_plain(op, bits);
-    STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Short && bits.numel() == w.units * w.in_features, op, ": bits must be int16 [",
-                    w.units, ", ", w.in_features, "], got ", bits.numel(), " entries");
+    const int64_t steps = (w.in_features + w.lane - 1) / w.lane;
+    STD_TORCH_CHECK(bits.scalar_type() == (w.lane == 1 ? ScalarType::Short : ScalarType::Int) && bits.numel() == w.units * steps, op,
+                    ": bits must be ", w.lane == 1 ? "int16 [" : "int32 [", w.units, ", ", steps, "], got ", bits.numel(), " entries");
     STD_TORCH_CHECK(w.stored >= kPanel, op, ": values must end with ", kPanel, " zeros, got ", w.stored, " values");
     w.columns = bits.const_data_ptr();
     w.start = starts(op, panel_ptr, w.units, w.stored - kPanel);
@@ -135,10 +144,10 @@ struct Bsr {
 
   static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
     const Tensor &values = tensors[0], &col_idx = tensors[1], &row_ptr = tensors[2];
-    STD_TORCH_CHECK(values.dim() == 3 && col_idx.dim() == 1 && col_idx.numel() == values.size(0) && row_ptr.dim() == 1 &&
+    STD_TORCH_CHECK(values.dim() == 4 && col_idx.dim() == 1 && col_idx.numel() == values.size(0) && row_ptr.dim() == 1 &&
                         row_ptr.numel() > 0,
-                    op, ": values must be [blocks, c, r], col_idx [blocks] and row_ptr [out_features / r + 1]");
-    const int64_t c = values.size(1), r = values.size(2), in_features = scalars[0];
+                    op, ": values must be [blocks, c / lane, r, lane], col_idx [blocks] and row_ptr [out_features / r + 1]");
+    const int64_t lane = values.size(3), c = values.size(1) * lane, r = values.size(2), in_features = scalars[0];
     STD_TORCH_CHECK(c > 0 && r > 0 && r % 8 == 0 && in_features % c == 0, op, ": blocks are of r rows, a multiple of 8, and c columns, "
                     "which divide in_features; got r = ", r, ", c = ", c);
     Matrix w = matrix(op, kFormat, values, (row_ptr.numel() - 1) * r, in_features, bias);
@@ -146,6 +155,8 @@ struct Bsr {
     w.units = row_ptr.numel() - 1;
     w.r = r;
     w.c = c;
+    STD_TORCH_CHECK(lane == 1 || (lane == w.lane && c % lane == 0), op, ": a lane holds ", w.lane, " columns, or one; got ", lane);
+    w.lane = lane;
     check_plain(op, col_idx);
     const ScalarType index = col_idx.scalar_type();
     STD_TORCH_CHECK(index == ScalarType::Short || index == ScalarType::Int, op, ": col_idx must be int16 or int32");
@@ -161,21 +172,21 @@ struct Bsr {
 struct Nm {
   static constexpr sparsec::Format kFormat = sparsec::kNm;
   static constexpr const char *kName = "nm", *kOp = "nm_linear";
-  static constexpr size_t kTensors = 2, kScalars = 4;
+  static constexpr size_t kTensors = 2, kScalars = 5;
 
   static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
     const Tensor &values = tensors[0], &index = tensors[1];
-    const int64_t in_features = scalars[1], m = scalars[2];
-    STD_TORCH_CHECK((m == 4 || m == 8) && in_features % m == 0 && values.dim() == 4, op,
-                    ": m must be 4 or 8 and divide in_features, values must be [panels, in_features / m, n, 16]");
+    const int64_t in_features = scalars[1], n = scalars[2], m = scalars[3];
+    STD_TORCH_CHECK((m == 4 || m == 8) && n > 0 && n < m && in_features % m == 0 && values.dim() == 4, op,
+                    ": m must be 4 or 8 and divide in_features, n from 1 to m - 1, values [panels, steps, 16, lane]");
     Matrix w = matrix(op, kFormat, values, scalars[0], in_features, bias);
     w.rows_per_unit = kPanel;
     w.units = (w.out_features + kPanel - 1) / kPanel;
-    w.r = values.size(2);
+    w.r = n;
     w.c = m;
-    const int64_t bits = m == 4 ? 2 : 3;
-    STD_TORCH_CHECK(values.size(0) == w.units && values.size(1) == in_features / m && values.size(3) == kPanel, op,
-                    ": values must be [", w.units, ", ", in_features / m, ", n, ", kPanel, "]");
+    const int64_t bits = m == 4 ? 2 : 3, steps = (in_features / m * n + w.lane - 1) / w.lane;
+    STD_TORCH_CHECK(values.size(0) == w.units && values.size(1) == steps && values.size(2) == kPanel && values.size(3) == w.lane, op,
+                    ": values must be [", w.units, ", ", steps, ", ", kPanel, ", ", w.lane, "]");
     check_plain(op, index);
     const int64_t wanted = w.units * (in_features / m) * w.r * 2 * bits + 4;
     STD_TORCH_CHECK(index.scalar_type() == ScalarType::Byte && index.numel() == wanted, op, ": index must be uint8 [", wanted,
@@ -185,7 +196,7 @@ struct Nm {
   }
   static Bytes bytes(const Matrix& w) { return {0, (stored_bytes(w, kPanel) + w.c) * w.r * (w.in_features / w.c), nullptr}; }
   static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
-    return tokens <= kFewRows && !fits_tiles(w, isa) ? Way::rows : decoded(w, tokens, isa);
+    return tokens <= kFewRows && !fits_tiles(w, isa) && !fits_pairs(w, isa) ? Way::rows : decoded(w, tokens, isa);
   }
 };
 

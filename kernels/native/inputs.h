@@ -13,8 +13,8 @@ namespace {
 
 // How a product is done. `one`: a row of x. `rows`: dense and N:M, few rows. `lanes`: CSR, where multiplying only what is kept saves work.
 // `panels`: decode once, multiply with all rows. `half`: decode into the half type, for a CPU with matrix instructions for it.
-// `amx`: decode into matrix tiles. `stock`: torch's own dense product.
-enum class Way { one, rows, lanes, panels, half, amx, stock };
+// `pairs`: the same by products of pairs of bf16. `amx`: decode into matrix tiles. `stock`: torch's own dense product.
+enum class Way { one, rows, lanes, panels, half, pairs, amx, stock };
 
 template <class F>
 void by_type(sparsec::ValueType type, F f) {
@@ -108,6 +108,34 @@ struct Tiled {
   }
 };
 
+// x [tokens][in] of a 16-bit type, two columns side by side, in groups of rows: [groups][ceil(in / 2)][lanes], absent ones 0.
+struct Paired {
+  std::unique_ptr<uint32_t[]> memory;
+  int64_t groups = 0;
+  int64_t lanes = 0;
+
+  void fill(const uint16_t* x, int64_t tokens, int64_t in, int64_t rows) {
+    lanes = rows;
+    groups = (tokens + lanes - 1) / lanes;
+    const int64_t steps = (in + 1) / 2;
+    memory.reset(new uint32_t[std::max<int64_t>(1, groups * steps * lanes)]);
+    uint32_t* const to = memory.get();
+    constexpr int64_t kRun = 64;  // steps: of a group they stay in a first-level cache
+    const int64_t runs = (steps + kRun - 1) / kRun;
+    spread(groups * runs, std::max<int64_t>(1, 16384 / (lanes * kRun)), [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t first = at / runs * lanes, from = at % runs * kRun, until = std::min(steps, from + kRun);
+        for (int64_t l = 0; l < lanes; ++l)
+          for (int64_t k = from; k < until; ++k) {
+            uint32_t pair = 0;
+            if (first + l < tokens) memcpy(&pair, x + (first + l) * in + 2 * k, 2 * k + 1 < in ? 4 : 2);
+            to[first * steps + k * lanes + l] = pair;
+          }
+      }
+    });
+  }
+};
+
 struct Rows {
   sparsec::ValueType type;
   const void* data;
@@ -116,6 +144,7 @@ struct Rows {
   const void* plain;  // [tokens][in] in fp32 (fp64 as it is), or null as long as nobody has asked
   std::unique_ptr<float[]> widened;
   Grouped lanes, tiles;
+  Paired paired;
   Tiled tiled;
 
   void prepare(Way way, const sparsec::InstructionSet& isa) {
@@ -126,6 +155,10 @@ struct Rows {
         plain = x;
       } else {
         if ((way == Way::one || way == Way::rows) && !plain) widen_all(x);
+        if constexpr (sizeof(T) == 2) {
+          if (way == Way::one && isa.pairs && !paired.memory) paired.fill(static_cast<const uint16_t*>(data), 1, in, 1);
+          if (way == Way::pairs && !paired.memory) paired.fill(static_cast<const uint16_t*>(data), tokens, in, rows_at_once(isa));
+        }
         if (way == Way::lanes && !lanes.memory) {
           int group = 0;
           while (group + 1 < sparsec::kLaneCounts && sparsec::kLanes[group] < tokens) ++group;
@@ -133,11 +166,16 @@ struct Rows {
         }
         if (way == Way::amx && !tiled.memory) tiled.fill(static_cast<const uint16_t*>(data), tokens, in);
         if (way == Way::panels && !tiles.memory) {
-          const int64_t count = (tokens + isa.rows_per_tile - 1) / isa.rows_per_tile;
-          tiles.fill(x, tokens, in, (tokens + count - 1) / count);
+          tiles.fill(x, tokens, in, rows_at_once(isa));
         }
       }
     });
+  }
+
+  // As many as tiles of equal size have, at most as many as registers serve.
+  int64_t rows_at_once(const sparsec::InstructionSet& isa) const {
+    const int64_t count = (tokens + isa.rows_per_tile - 1) / isa.rows_per_tile;
+    return (tokens + count - 1) / count;
   }
 
   // From now on nothing is read that is not part of this.

@@ -122,9 +122,23 @@ template <class C>
 inline Vec load_wide(C at) {
   return load8(at);
 }
-template <class C>
-inline Lanes load16(C at) {
-  return Lanes{{load8(at), load8(at + 8)}};
+// Pairs of fp16 that stand in eight lanes, column by column.
+inline void halves_of(__m256i lanes, __m256& first, __m256& second) {
+  const __m256i apart = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i columns = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(lanes, apart), 0xd8);
+  first = _mm256_cvtph_ps(_mm256_castsi256_si128(columns));
+  second = _mm256_cvtph_ps(_mm256_extracti128_si256(columns, 1));
+}
+inline void load_half(const Float16* at, Eight (&columns)[2]) {
+  __m256 first, second;
+  halves_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), first, second);
+  columns[0] = (Eight)first;
+  columns[1] = (Eight)second;
+}
+inline void load_step(const Float16* at, Lanes (&columns)[2]) {
+  for (int i = 0; i < 2; ++i)
+    halves_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 16 * i)), columns[0].v[i], columns[1].v[i]);
 }
 
 // AVX2 has no expand: a table tells for each of 256 bit patterns which bytes every lane takes, and 0 where none. A byte shuffle stays
@@ -136,20 +150,76 @@ inline __m256 expand8(const float* values, uint32_t bits) {
   const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandFloat.rows[bits]));
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), order));
 }
-// The bytes of a bf16 go straight to the upper half of its lane: eight values in both halves of a register, one shuffle.
-inline __m256 expand8(const BFloat16* values, uint32_t bits) {
+inline void expand(const float* values, uint32_t bits, Lanes (&columns)[1]) {
+  const uint32_t low = bits & 0xff;
+  columns[0] = Lanes{{expand8(values, low), expand8(values + __builtin_popcount(low), bits >> 8)}};
+}
+template <class V>
+struct Sums {
+  Lanes lanes;
+};
+inline void add_step(Sums<float>& sums, const float* values, uint32_t bits, const float* x) {
+  Lanes column[1];
+  expand(values, bits, column);
+  add_product(sums.lanes, column[0], *x);
+}
+inline Lanes total(const Sums<float>& sums) { return sums.lanes; }
+
+// Four lanes of two columns: the first column of each, then the second. The bytes of a bf16 go straight to the upper half of an fp32:
+// eight values in both halves of a register, one shuffle.
+inline __m256 expand4(const BFloat16* values, uint32_t bits) {
   const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
   const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandBFloat16.rows[bits]));
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, order));
 }
-inline __m256 expand8(const Float16* values, uint32_t bits) {
+inline __m256 expand4(const Float16* values, uint32_t bits) {
   const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandHalf.rows[bits]));
   return wide8(_mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), order), values);
 }
 template <class C>
-inline Lanes expand16(C values, uint32_t bits) {
-  const uint32_t low = bits & 0xff;
-  return Lanes{{expand8(values, low), expand8(values + __builtin_popcount(low), bits >> 8)}};
+inline void expand_fours(C values, uint32_t bits, __m256 (&fours)[4]) {
+  fours[0] = expand4(values, bits & 0xff);
+  fours[1] = expand4(values + __builtin_popcount(bits & 0xff), bits >> 8 & 0xff);
+  fours[2] = expand4(values + __builtin_popcount(bits & 0xffff), bits >> 16 & 0xff);
+  fours[3] = expand4(values + __builtin_popcount(bits & 0xffffff), bits >> 24);
+}
+template <class V>
+struct PairSums {
+  __m256 fours[4];
+};
+template <>
+struct Sums<BFloat16> : PairSums<BFloat16> {};
+template <>
+struct Sums<Float16> : PairSums<Float16> {};
+template <class V>
+inline void add_step(PairSums<V>& sums, const V* values, uint32_t bits, const float* x) {
+  __m256 fours[4];
+  expand_fours(values, bits, fours);
+  const __m256 pair = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x)));
+  const __m256 apart = _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) sums.fours[i] = _mm256_fmadd_ps(fours[i], apart, sums.fours[i]);
+}
+inline __m256 first_halves(__m256 a, __m256 b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+inline __m256 second_halves(__m256 a, __m256 b) { return _mm256_permute2f128_ps(a, b, 0x31); }
+template <class V>
+inline Lanes total(const PairSums<V>& sums) {
+  Lanes found;
+  for (int i = 0; i < 2; ++i) {
+    const __m256 &a = sums.fours[2 * i], &b = sums.fours[2 * i + 1];
+    found.v[i] = _mm256_add_ps(first_halves(a, b), second_halves(a, b));
+  }
+  return found;
+}
+template <class C>
+inline void expand(C values, uint32_t bits, Lanes (&columns)[2]) {
+  __m256 fours[4];
+  expand_fours(values, bits, fours);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    columns[0].v[i] = first_halves(fours[2 * i], fours[2 * i + 1]);
+    columns[1].v[i] = second_halves(fours[2 * i], fours[2 * i + 1]);
+  }
 }
 
 inline Lanes select4(const float* x, const uint8_t* positions) {

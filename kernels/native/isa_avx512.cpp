@@ -47,6 +47,8 @@ inline Vec as_vec(__m512 v) {
   return lanes;
 }
 
+typedef double Unaligned __attribute__((aligned(4), may_alias));
+
 // ---- CSR
 
 inline __m256 pick8(const float* x, const uint16_t* columns) {
@@ -131,11 +133,6 @@ template <class C>
 inline Vec load_wide(C at) {
   return as_vec(values16(at));
 }
-template <class C>
-inline Lanes load16(C at) {
-  return Lanes{{load_wide(at)}};
-}
-
 #if defined(SPARSEC_SIMDE)  // which has no expand of 16 lanes
 inline __m512 expand(uint32_t bits, __m512 v) {
   float from[16], to[16];
@@ -145,12 +142,73 @@ inline __m512 expand(uint32_t bits, __m512 v) {
 }
 #else
 // In registers, after a load: the form that reads memory is slow on some CPUs.
-inline __m512 expand(uint32_t bits, __m512 v) { return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), v); }
+inline __m512 expand(uint32_t bits, __m512 v) {
+  asm("" : "+v"(v));  // GCC would choose it
+  return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), v);
+}
 #endif
 
+inline void expand(const float* values, uint32_t bits, Lanes (&columns)[1]) {
+  columns[0] = Lanes{{as_vec(expand(bits, values16(values)))}};
+}
+template <class V>
+struct Sums {
+  Lanes lanes;
+};
+inline void add_step(Sums<float>& sums, const float* values, uint32_t bits, const float* x) {
+  sums.lanes.v[0] += as_vec(expand(bits, values16(values))) * *x;
+}
+inline Lanes total(const Sums<float>& sums) { return sums.lanes; }
+
+// Eight lanes of two columns in a register, as they stand in memory.
+inline Vec both_columns(const float* x) {
+  return as_vec(_mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const Unaligned*>(x))));
+}
+template <class V>
+struct PairSums {
+  Vec eights[2];
+};
+template <>
+struct Sums<BFloat16> : PairSums<BFloat16> {};
+template <>
+struct Sums<Float16> : PairSums<Float16> {};
+template <class V>
+inline void add_step(PairSums<V>& sums, const V* values, uint32_t bits, const float* x) {
+  const Vec pair = both_columns(x);
+  sums.eights[0] += as_vec(expand(bits & 0xffff, values16(values))) * pair;
+  sums.eights[1] += as_vec(expand(bits >> 16, values16(values + __builtin_popcount(bits & 0xffff)))) * pair;
+}
+inline void apart(const Vec (&eights)[2], Lanes (&columns)[2]) {
+#if defined(__clang__)
+  columns[0].v[0] = __builtin_shufflevector(eights[0], eights[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  columns[1].v[0] = __builtin_shufflevector(eights[0], eights[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  const LaneBits even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  columns[0].v[0] = __builtin_shuffle(eights[0], eights[1], even);
+  columns[1].v[0] = __builtin_shuffle(eights[0], eights[1], even + 1);
+#endif
+}
+template <class V>
+inline Lanes total(const PairSums<V>& sums) {
+  Lanes columns[2];
+  apart(sums.eights, columns);
+  return add(columns[0], columns[1]);
+}
 template <class C>
-inline Lanes expand16(C values, uint32_t bits) {
-  return Lanes{{as_vec(expand(bits, values16(values)))}};
+inline void expand(C values, uint32_t bits, Lanes (&columns)[2]) {
+  const Vec eights[2] = {as_vec(expand(bits & 0xffff, values16(values))),
+                         as_vec(expand(bits >> 16, values16(values + __builtin_popcount(bits & 0xffff))))};
+  apart(eights, columns);
+}
+inline void load_step(const Float16* at, Lanes (&columns)[2]) {
+  const Vec eights[2] = {load_wide(at), load_wide(at + 16)};
+  apart(eights, columns);
+}
+inline void load_half(const Float16* at, Eight (&columns)[2]) {
+  const __m256 low = load8(at), high = load8(at + 8);
+  const __m256 first = _mm256_shuffle_ps(low, high, 0x88), second = _mm256_shuffle_ps(low, high, 0xdd);
+  columns[0] = (Eight)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(first), 0xd8));
+  columns[1] = (Eight)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(second), 0xd8));
 }
 
 inline Lanes select4(const float* x, const uint8_t* positions) {
@@ -180,14 +238,26 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 
 namespace sparsec {
 namespace {
-constexpr InstructionSet with_pairs(const char* name, void (*amx)(const AmxTask&)) {
+constexpr InstructionSet with_words(const char* name) {
   InstructionSet found = instruction_set(name);
-  found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_pairs;
+  found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_words<BFloat16>;
+  found.formats[kBitmap].one[kPlain][kFloat16] = bitmap_one_words<Float16>;
+  return found;
+}
+constexpr InstructionSet with_pairs(const char* name, void (*amx)(const AmxTask&)) {
+  InstructionSet found = with_words(name);
+#if defined(SPARSEC_DOTS)
+  found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_dots;
+  found.formats[kNm].one[kPlain][kBFloat16] = nm_one_pairs;
+  found.pairs = pair_product;
+  found.expand = expand_lines;
+#endif
   found.amx = amx;
   return found;
 }
 }  // namespace
 extern const InstructionSet kAvx512 = instruction_set("avx512");
-extern const InstructionSet kVbmi2 = with_pairs("vbmi2", nullptr);
+extern const InstructionSet kVbmi2 = with_words("vbmi2");
+extern const InstructionSet kAvx512Bf16 = with_pairs("avx512_bf16", nullptr);
 extern const InstructionSet kAmx = with_pairs("amx", kAmxProduct);
 }

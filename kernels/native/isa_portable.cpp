@@ -29,24 +29,42 @@ inline Vec load_wide(C at) {
   return load_vec(v);
 }
 
-template <class C>
-inline Lanes load16(C at) {
-  Lanes lanes;
-  for (int i = 0; i < kRegisters; ++i) lanes.v[i] = load_wide(at + i * kRegister);
-  return lanes;
+inline void load_step(const Float16* at, Lanes (&columns)[2]) {
+  float lanes[2][16];
+  for (int l = 0; l < 16; ++l)
+    for (int c = 0; c < 2; ++c) lanes[c][l] = widen(at[2 * l + c]);
+  for (int c = 0; c < 2; ++c) columns[c] = load_lanes(lanes[c]);
+}
+inline void load_half(const Float16* at, Eight (&columns)[2]) {
+  for (int l = 0; l < 8; ++l)
+    for (int c = 0; c < 2; ++c) columns[c][l] = widen(at[2 * l + c]);
 }
 
-// Reads a value at every lane, kept or not: a branch on a random bit costs more.
-template <class C>
-inline Lanes expand16(C values, uint32_t bits) {
-  float lanes[16];
-  for (int l = 0; l < 16; ++l) {
-    const uint32_t kept = (bits >> l) & 1;
+// Reads a value for every bit, set or not: a branch on a random bit costs more.
+template <class C, int L>
+inline void expand(C values, uint32_t bits, Lanes (&columns)[L]) {
+  float lanes[L][16];
+  for (int i = 0; i < 16 * L; ++i) {
+    const uint32_t kept = (bits >> i) & 1;
     const float v = widen(values[0]);
-    lanes[l] = kept ? v : 0.0f;
+    lanes[i % L][i / L] = kept ? v : 0.0f;
     values += kept;
   }
-  return load_lanes(lanes);
+  for (int c = 0; c < L; ++c) columns[c] = load_lanes(lanes[c]);
+}
+template <class V>
+struct Sums {
+  Lanes lanes;
+};
+template <class V>
+inline void add_step(Sums<V>& sums, Cursor<V> values, uint32_t bits, const float* x) {
+  Lanes columns[kLane<V>];
+  expand(values, bits, columns);
+  for (int c = 0; c < kLane<V>; ++c) add_product(sums.lanes, columns[c], x[c]);
+}
+template <class V>
+inline Lanes total(const Sums<V>& sums) {
+  return sums.lanes;
 }
 
 inline Lanes select4(const float* x, const uint8_t* positions) {

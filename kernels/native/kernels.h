@@ -25,8 +25,8 @@ struct Matrix {
   Codec codec;           // of the values
   ValueType type;        // of x, bias and result
   IndexType index;       // of the columns of CSR and BSR
-  const void* values;    // dense: [out][in]; CSR: [stored]; bitmap: [nnz + 16]; BSR: [blocks][c][r]; N:M: [panels][in / m][n][16]
-  const void* columns;   // CSR: [stored]; bitmap: bits [panels][in]; BSR: [blocks]; N:M: slot positions, 2 or 3 bits each
+  const void* values;    // dense: [out][in]; CSR: [stored]; bitmap: [nnz + 16]; BSR: [blocks][c / lane][r][lane]; N:M: [panels][steps][16][lane]
+  const void* columns;   // CSR: [stored]; bitmap: a word for each step [panels][steps]; BSR: [blocks]; N:M: slot positions, 2 or 3 bits each
   const int32_t* start;  // [units + 1], where a unit's values (BSR: blocks) begin; null: all units are of one size
   const void* bias;      // [out_features], or null
   int64_t out_features;
@@ -35,14 +35,18 @@ struct Matrix {
   int64_t rows_per_unit;
   int64_t stored;        // values held
   int64_t r, c;          // BSR: the block; N:M: n, m
+  int64_t lane;          // columns of a lane of 32 bits
 };
 // Columns of a block, which a decoder gives as a whole; 0: it gives any columns.
 constexpr int64_t block_columns(const Matrix& w) { return w.format == kBsr ? w.c : 0; }
+// Whether no block reaches from one run of columns into the next.
+constexpr bool holds_blocks(const Matrix& w, int64_t run) { return !block_columns(w) || run % block_columns(w) == 0; }
 
 // Units [first, last) of W times up to `tokens` rows of x, into out [tokens][out_stride] of x's type.
 struct Task {
   const Matrix* matrix;
-  const void* x;  // fp32; `one` [in]; `lanes` [in][lanes]; `rows` [tokens][in]; fp64: fp64 [tokens][in]
+  const void* x;          // fp32; `one` [in]; `lanes` [in][lanes]; `rows` [tokens][in]; fp64: fp64 [tokens][in]
+  const uint32_t* pairs;  // `one`: x as it is [ceil(in / 2)], two columns side by side; only where the instruction set has `pairs`
   void* out;
   int64_t out_stride;
   int64_t tokens;
@@ -62,6 +66,20 @@ struct PanelTask {
   int64_t first;
   int64_t last;
   float* scratch;  // panel_scratch() floats
+};
+
+// Panels [first, last) of a bf16 W times several rows of x, by products of pairs.
+struct PairTask {
+  const Matrix* matrix;
+  const uint32_t* x;  // [tiles][ceil(in / 2)][rows_per_tile], two columns side by side, absent ones 0
+  int64_t tiles;
+  int64_t rows_per_tile;
+  void* out;
+  int64_t out_stride;
+  int64_t tokens;
+  int64_t first;
+  int64_t last;
+  float* scratch;  // pair_scratch() floats
 };
 
 // Panels [first, last) of W as rows of x's type, [16 * (last - first)][in] (absent rows are left alone).
@@ -142,6 +160,12 @@ constexpr int64_t panel_scratch(int64_t block_columns, int64_t rows_of_x) {
   return kPanel * (2 * kDecodedColumns + block_columns) + (kDecodedColumns + 2) + kPanelGroup * kPanel * rows_of_x;
 }
 
+constexpr int64_t kPairColumns = 256;  // of two panels at a time: 16 KB, half of a first-level cache
+
+constexpr int64_t pair_scratch(int64_t block_columns, int64_t rows_of_x) {
+  return kPanel * kPairColumns + kPanelGroup * kPanel * rows_of_x + panel_scratch(block_columns, 0);
+}
+
 constexpr int64_t kAmxColumns = 512;  // of two panels at a time: 32 KB, most of a first-level cache
 constexpr int64_t kAmxPairs = 8;      // pairs of panels that go through the columns together
 
@@ -163,6 +187,7 @@ struct InstructionSet {
   FormatKernels formats[kFormats];
   void (*panels)(const PanelTask&);           // many rows of x; fp32, bf16, fp16
   void (*expand)(const ExpandTask&);
+  void (*pairs)(const PairTask&);             // bf16, two rows of x and more; null: there are no products of pairs
   void (*amx)(const AmxTask&);                // bf16, two rows of x and more; null: there are no tiles
   void (*elementwise)(const ElementTask&);
   void (*widen[kFloat64])(const void*, float*, int64_t);
@@ -174,8 +199,9 @@ extern const InstructionSet kPortable;
 #if defined(SPARSEC_X86)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
-extern const InstructionSet kVbmi2;  // AVX-512 with lanes of 16 bits that expand
-extern const InstructionSet kAmx;    // that and matrix tiles
+extern const InstructionSet kVbmi2;       // AVX-512 that expands numbers of 16 bits
+extern const InstructionSet kAvx512Bf16;  // that, and products of pairs of bf16
+extern const InstructionSet kAmx;         // that, and matrix tiles
 #endif
 
 }  // namespace sparsec

@@ -19,6 +19,7 @@ constexpr int kRegister = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kRegister)));
+typedef uint32_t LaneBits __attribute__((vector_size(4 * kRegister)));
 
 inline Vec load_vec(const float* from) {
   Vec v;
@@ -64,6 +65,36 @@ inline Lanes add(const Lanes& a, const Lanes& b) {
 #pragma GCC unroll 4
   for (int i = 0; i < kRegisters; ++i) s.v[i] = a.v[i] + b.v[i];
   return s;
+}
+
+inline void load_step(const float* at, Lanes (&columns)[1]) { columns[0] = load_lanes(at); }
+
+// A lane's first column stands in the lower half of its 32 bits.
+inline Vec first_column(LaneBits lanes, const BFloat16*) { return (Vec)(lanes << 16); }
+inline Vec second_column(LaneBits lanes, const BFloat16*) { return (Vec)(lanes & 0xffff0000u); }
+inline void load_step(const BFloat16* at, Lanes (&columns)[2]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kRegisters; ++i) {
+    LaneBits lanes;
+    memcpy(&lanes, at + 2 * kRegister * i, sizeof(lanes));
+    columns[0].v[i] = first_column(lanes, at);
+    columns[1].v[i] = second_column(lanes, at);
+  }
+}
+
+// Half of them, in whatever registers.
+typedef float Eight __attribute__((vector_size(32)));
+typedef uint32_t EightBits __attribute__((vector_size(32)));
+inline Eight load_eight(const float* at) {
+  Eight e;
+  memcpy(&e, at, sizeof(e));
+  return e;
+}
+inline void load_half(const BFloat16* at, Eight (&columns)[2]) {
+  EightBits lanes;
+  memcpy(&lanes, at, sizeof(lanes));
+  columns[0] = (Eight)(lanes << 16);
+  columns[1] = (Eight)(lanes & 0xffff0000u);
 }
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

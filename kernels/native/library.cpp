@@ -53,8 +53,9 @@ Tensor bitmap_linear(Tensor x, Tensor values, Tensor bits, Tensor panel_ptr, Bia
 Tensor bsr_linear(Tensor x, Tensor values, Tensor col_idx, Tensor row_ptr, Bias bias, int64_t in_features, int64_t nnz) {
   return single(Bsr{}, x, {values, col_idx, row_ptr}, bias, {in_features, nnz});
 }
-Tensor nm_linear(Tensor x, Tensor values, Tensor index, Bias bias, int64_t out_features, int64_t in_features, int64_t m, int64_t nnz) {
-  return single(Nm{}, x, {values, index}, bias, {out_features, in_features, m, nnz});
+Tensor nm_linear(Tensor x, Tensor values, Tensor index, Bias bias, int64_t out_features, int64_t in_features, int64_t n, int64_t m,
+                 int64_t nnz) {
+  return single(Nm{}, x, {values, index}, bias, {out_features, in_features, n, m, nnz});
 }
 
 // Several matrices, one parallel region.

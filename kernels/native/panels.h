@@ -156,8 +156,8 @@ const Tile kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,
 };
 
 // Panels [first, first + panels), token by token: what is written then lies side by side.
-template <class A>
-void finish_panels(const sparsec::PanelTask& t, const float* sums, int64_t per_panel, int64_t first, int64_t panels) {
+template <class A, class Task>
+void finish_panels(const Task& t, const float* sums, int64_t per_panel, int64_t first, int64_t panels) {
   for (int64_t token = 0; token < t.tokens; ++token) {
     A* const out = static_cast<A*>(t.out) + token * t.out_stride;
     for (int64_t p = 0; p < panels; ++p) {

@@ -38,7 +38,7 @@ int64_t work_of(const Part& part, int64_t tokens) {
 }
 
 // The unit is then a panel of 16 rows, whatever rows_per_unit is.
-bool by_panels(const Part& part) { return part.way == Way::panels || part.way == Way::amx; }
+bool by_panels(const Part& part) { return part.way == Way::panels || part.way == Way::pairs || part.way == Way::amx; }
 
 bool is_shared(const Part& part) { return part.way != Way::half && part.way != Way::stock; }
 

@@ -36,7 +36,7 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Tar
         const int64_t lanes = x.lanes.lanes, done = g * lanes;
         int group = 0;
         while (sparsec::kLanes[group] < lanes) ++group;
-        isa.formats[w.format].lanes[group][w.codec][w.type](Task{&w, x.lanes.memory.get() + done * x.in,
+        isa.formats[w.format].lanes[group][w.codec][w.type](Task{&w, x.lanes.memory.get() + done * x.in, nullptr,
                                       to.data + result_bytes(w) * done * to.width, to.width,
                                       std::min(lanes, x.tokens - done), piece.first, piece.last});
       }
@@ -49,6 +49,16 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Tar
                              to.data + result_bytes(w) * done * to.width, to.width,
                              std::min(count * rows, x.tokens - done), piece.first, piece.last,
                              scratch(sparsec::panel_scratch(block_columns(w), count * rows))});
+      }
+      return;
+    }
+    case Way::pairs: {
+      const int64_t rows = x.paired.lanes, tiles = std::max<int64_t>(1, tokens_at_once(isa) / rows), steps = (x.in + 1) / 2;
+      for (int64_t tile = 0; tile < x.paired.groups; tile += tiles) {
+        const int64_t count = std::min(tiles, x.paired.groups - tile), done = tile * rows;
+        isa.pairs(sparsec::PairTask{&w, x.paired.memory.get() + done * steps, count, rows, to.data + result_bytes(w) * done * to.width,
+                                    to.width, std::min(count * rows, x.tokens - done), piece.first, piece.last,
+                                    scratch(sparsec::pair_scratch(block_columns(w), count * rows))});
       }
       return;
     }
@@ -66,7 +76,7 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Tar
     }
     default: {
       const sparsec::FormatKernels& kernels = isa.formats[w.format];
-      (part.way == Way::rows ? kernels.rows : kernels.one)[w.codec][w.type](Task{&w, x.plain, to.data, to.width, x.tokens, piece.first, piece.last});
+      (part.way == Way::rows ? kernels.rows : kernels.one)[w.codec][w.type](Task{&w, x.plain, x.paired.memory.get(), to.data, to.width, x.tokens, piece.first, piece.last});
     }
   }
 }
@@ -131,7 +141,7 @@ class Products : public Job {
 void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>& weights) {
   const InstructionSet& isa = *chosen.load(std::memory_order_relaxed);
   const int64_t in = parts[0].matrix.in_features, tokens = x.tokens;
-  Rows rows{parts[0].matrix.type, x.data, tokens, in, x.wide, nullptr, {}, {}, {}};
+  Rows rows{parts[0].matrix.type, x.data, tokens, in, x.wide, nullptr, {}, {}, {}, {}};
   int64_t work = 0;
   bool any = false;  // also of no columns, where the bias is left
   for (Part& part : parts) {

@@ -25,6 +25,7 @@ constexpr sparsec::InstructionSet with_formats(const char* name, FormatList<F...
           panels,
           expand,
           nullptr,
+          nullptr,
           elementwise,
           {widen_many<float>, widen_many<BFloat16>, widen_many<Float16>},
           {narrow_many<float>, narrow_many<BFloat16>, narrow_many<Float16>},

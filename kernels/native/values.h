@@ -6,7 +6,10 @@
 //   at + n, at += n           n values on
 //   widen(at[n])              the n-th from here as a number
 //   address(at)               the byte it stands on, for prefetching
-// The primitives of an instruction set (load_wide, load16, widen8, expand16, dot) take one.
+// The primitives of an instruction set (load_wide, load_step, load_half, widen8, expand, add_step, dot) take one.
+//
+// A lane is 32 bits: one column where values take 32 bits, two where they take 16. A step is one register: 16 lanes, one for each output
+// row of a panel. Its values stand lane by lane, in a lane column by column; a word of a bit for each says which are kept.
 //
 // Plain values are stored as x is: V is A, and a pointer is the cursor. Another codec specialises StoredAs and overloads the primitives.
 #pragma once
@@ -26,6 +29,24 @@ template <class V>
 using Cursor = typename StoredAs<V>::Cursor;
 template <class V>
 constexpr int64_t kValueBits = StoredAs<V>::kBits;
+
+// Columns of a lane.
+template <class V>
+constexpr int kLane = kValueBits<V> < 32 ? 32 / kValueBits<V> : 1;
+
+template <int L>
+struct WordOf;
+template <>
+struct WordOf<1> {
+  using Type = uint16_t;
+};
+template <>
+struct WordOf<2> {
+  using Type = uint32_t;
+};
+// Which values of a step are kept: bit kLane * l + c of lane l and column c.
+template <class V>
+using Word = typename WordOf<kLane<V>>::Type;
 
 template <class V>
 inline Cursor<V> cursor(const void* values, int64_t n) {

@@ -73,6 +73,8 @@ class Packed(ABC):
     """Types of device that it is laid out for; None: every one."""
     twins: ClassVar[Mapping[str, str]] = {}
     """Type of device -> the format that holds the same matrices and has kernels there, where this one has none."""
+    order: ClassVar[int] = 1
+    """Of the values in the tensors; raised when it changes, so that what was pickled before is refused, not read wrongly."""
     widest: ClassVar[int | None] = None
     """Columns that it reaches at most; None: any number."""
 
@@ -112,6 +114,19 @@ class Packed(ABC):
     def from_parts(cls, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> Self:
         """The inverse of `tensors()` and `scalars()`; does not check."""
         return cls(**tensors, **{name: int(number) for name, number in scalars.items()})
+
+    def ordered(self, device: str = "") -> Self:
+        """The same matrix with its values in the order that their dtype has on a type of device; the very same object where they
+        are. For one whose `values` were converted to another dtype, or moved. device: "" is the one that they are on."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "order": self.order}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """FormatError for values in another order."""
+        check_order(type(self), state.pop("order", 1))
+        self.__dict__.update(state)
 
     @property
     @abstractmethod
@@ -177,3 +192,12 @@ class Packed(ABC):
     def flops_per_token(self) -> int:
         """Multiply-adds count 2."""
         return 2 * self.nnz
+
+
+def check_order(kind: type[Packed], order: int) -> None:
+    """FormatError unless what was pickled holds its values in the order of today."""
+    if order != kind.order:
+        raise FormatError(
+            f"{kind.title}: this was pickled with values in order {order}, they are read in order {kind.order}; "
+            "lower the pruned model again with this version"
+        )

@@ -1,13 +1,15 @@
 """BSR: blocks of r rows and c columns, each stored whole if any of its weights is kept; bd + little bits per weight.
 
 The format of block pruning, and the one that saves work in prefill too: a block that is gone is neither read nor multiplied.
+In a block a lane holds columns as in a panel (panels.py), so that CPUs multiply many rows by registers as they are. A GPU's
+matrix units read single columns: there a lane holds one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +20,7 @@ from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.csr import csr_rows
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
+from sparsec.formats.panels import lane_columns
 from sparsec.formats.positions import flat_positions, starts, unsigned
 from sparsec.patterns import Pattern
 
@@ -33,6 +36,7 @@ class BSR(Packed):
     """Block sparse rows; block columns ascend within each row of blocks; weights of a block that were not kept are 0.0."""
 
     format: ClassVar[str] = "bsr"
+    order: ClassVar[int] = 2
     title: ClassVar[str] = "BSR"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "col_idx", "row_ptr")
@@ -41,7 +45,7 @@ class BSR(Packed):
     checked: ClassVar[tuple[str, ...]] = ("16x16", "64x64", "128x128")
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("16x16",), "cuda": ("16x16", "64x64")}
 
-    values: Tensor  # [blocks, c, r]: column by column, so that the rows lie side by side
+    values: Tensor  # [blocks, c / lane, r, lane]: rows side by side, each with the columns of a lane, 1 where these do not divide c
     col_idx: Tensor  # [blocks], the number of the block's column of blocks; int16 (read as unsigned) or int32
     row_ptr: Tensor  # [out_features / r + 1], int32
     in_features: int
@@ -80,7 +84,9 @@ class BSR(Packed):
         kept = _kept_blocks(mask, r, c)
         check_count(cls.title, "blocks", kept.numel(), MAX_COUNT)
         zeroed = serial.masked(weight.detach(), mask)
-        blocks = zeroed.view(rows, r, columns, c).permute(0, 2, 3, 1).reshape(rows * columns, c, r)
+        lane = _lane(c, weight.dtype, weight.device.type)
+        blocks = zeroed.view(rows, r, columns, c // lane, lane).permute(0, 2, 3, 1, 4)
+        blocks = blocks.reshape(rows * columns, c // lane, r, lane)
         return cls(
             values=blocks.index_select(0, kept),
             col_idx=(kept % max(columns, 1)).to(_index_dtype(columns)),
@@ -103,7 +109,9 @@ class BSR(Packed):
     @property
     def block(self) -> tuple[int, int]:
         """(rows, columns) of a block."""
-        return (self.values.shape[-1], self.values.shape[1] if self.values.ndim > 1 else 0)
+        if self.values.ndim != 4:
+            return (0, 0)
+        return (self.values.shape[2], self.values.shape[1] * self.values.shape[3])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -122,28 +130,40 @@ class BSR(Packed):
     def from_parts(cls, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> Self:
         return cls(**tensors, in_features=int(scalars["in_features"]), kept=int(scalars["nnz"]))
 
+    def ordered(self, device: str = "") -> Self:
+        blocks, steps, r, held = self.values.shape
+        lane = _lane(steps * held, self.values.dtype, device or self.values.device.type)
+        if lane == held:
+            return self
+        columns = self.values.transpose(2, 3).reshape(blocks, steps * held, r)
+        values = columns.view(blocks, steps * held // lane, lane, r).transpose(2, 3)
+        return replace(self, values=values.contiguous())
+
     def scatter(self) -> Tensor:
         r, c = self.block
         rows, columns = self.row_ptr.numel() - 1, self.in_features // c
         places = csr_rows(self.row_ptr, self.col_idx.numel()) * columns + unsigned(self.col_idx)
-        blocks = self.values.new_zeros(rows * columns, c, r).index_copy(0, places, self.values)
-        return blocks.view(rows, columns, c, r).permute(0, 3, 1, 2).reshape(rows * r, columns * c)
+        _, steps, _, lane = self.values.shape
+        blocks = self.values.new_zeros(rows * columns, steps, r, lane).index_copy(0, places, self.values)
+        return blocks.view(rows, columns, steps, r, lane).permute(0, 3, 1, 2, 4).reshape(rows * r, columns * c)
 
     def describe(self) -> str:
         return f"bsr{self.block[0]}x{self.block[1]}"
 
     def fields(self) -> list[Field]:
         blocks = ("blocks", self.values.shape[0] if self.values.ndim else 0)
-        values = Field("values", self.values, self.dtypes, (blocks, ("c", None), ("r", None)))
+        values = Field("values", self.values, self.dtypes, (blocks, ("c / lane", None), ("r", None), ("lane", None)))
         if values.fault():
             return [values]
         r, c = self.block
-        r_fits, c_fits = (("r, a multiple of 8", r if r % 8 == 0 and r else 8), ("c, a divisor of in_features", c))
+        lane = self.values.shape[3] if self.values.shape[3] == 1 else _lane(c, self.values.dtype, "cpu")
+        r_fits = ("r, a multiple of 8", r if r % 8 == 0 and r else 8)
+        c_fits = ("c / lane, where c is a divisor of in_features", c // lane)
         if c == 0 or self.in_features % c:
-            c_fits = (f"c, a divisor of in_features = {self.in_features}", 1)
+            c_fits = (f"c / lane, where c is a divisor of in_features = {self.in_features}", 1)
         rows = ("out_features / r + 1", max(self.row_ptr.numel(), 1))
         return [
-            Field("values", self.values, self.dtypes, (blocks, c_fits, r_fits)),
+            Field("values", self.values, self.dtypes, (blocks, c_fits, r_fits, ("lane", lane))),
             Field("col_idx", self.col_idx, (torch.int16, torch.int32), (blocks,)),
             Field("row_ptr", self.row_ptr, (torch.int32,), (rows,)),
         ]
@@ -167,6 +187,12 @@ class BSR(Packed):
 
     def _count_faults(self) -> list[str]:
         return count_faults(self.nnz, int(self.values.count_nonzero()), self.values.numel())
+
+
+def _lane(c: int, dtype: torch.dtype, device: str) -> int:
+    """Columns of a lane in blocks of c columns on a type of device: no block is padded."""
+    lane = lane_columns(dtype)
+    return lane if c % lane == 0 and device != "cuda" else 1
 
 
 def _check_block(mask: Tensor, block: tuple[int, int]) -> tuple[int, int]:

@@ -181,7 +181,7 @@ def for_device(packed: Packed, device: str, before: str = "") -> Packed:
     """
     kind = FORMATS.get(packed.twins.get(device, ""))
     if kind is None or packed.dtype not in kind.dtypes or (kind.widest is not None and packed.shape[1] > kind.widest):
-        return packed
+        return packed.ordered(device)
     dense = packed.unpack()
     kept = bits_of(dense) != 0
     zeros = packed.nnz - int(kept.count_nonzero())

@@ -1,14 +1,15 @@
 """N:M: in every group of m columns a row keeps at most n, so slots take the place of lists: bn/m + index bits n/m.
 
 Each slot holds a value and log2(m) bits that say which column of the group it belongs to (Mishra et al. 2021,
-arXiv:2104.08378). n and m are read from the mask. Panels of 16 rows, so that one slot serves 16 outputs.
+arXiv:2104.08378). n and m are read from the mask. Panels of 16 rows: a step is one slot of 16 outputs in fp32, two slots in
+bf16 and fp16 (panels.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +19,7 @@ from sparsec import serial
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
-from sparsec.formats.panels import LANES, from_panels, panel_count, to_panels
+from sparsec.formats.panels import LANES, from_panels, lane_columns, panel_count, step_count, to_panels
 from sparsec.formats.positions import bits_of, flat_positions
 from sparsec.patterns import Pattern
 
@@ -33,19 +34,21 @@ class NM(Packed):
     """n slots for every row and group of m columns, ascending by column; a slot without a kept weight holds 0.0."""
 
     format: ClassVar[str] = "nm"
+    order: ClassVar[int] = 2
     title: ClassVar[str] = "N:M"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "index")
-    scalar_names: ClassVar[tuple[str, ...]] = ("out_features", "in_features", "m", "nnz")
+    scalar_names: ClassVar[tuple[str, ...]] = ("out_features", "in_features", "n", "m", "nnz")
     parameters: ClassVar[tuple[str, ...]] = ("2:4", "4:8")
     checked: ClassVar[tuple[str, ...]] = ("2:4", "4:8")
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("1:8", "1:4", "2:4"), "cuda": ("2:4",)}
     one_cost: ClassVar[bool] = True
 
-    values: Tensor  # [panels, in_features / m, n, 16]
+    values: Tensor  # [panels, steps, 16, slots of a lane]: slots in order, 0.0 past the last
     index: Tensor  # uint8 [panels * in_features / m * n * 2 b + 4]: b bits a lane, lanes 0-7 in b bytes, 8-15 in the next b
     out_features: int
     in_features: int
+    n: int  # slots of a group
     m: int
     kept: int
 
@@ -77,22 +80,19 @@ class NM(Packed):
         slots = flat_positions(_filled(mask, n, m))
         values = serial.masked(weight.detach(), mask).reshape(-1).index_select(0, slots)
         columns = slots.bitwise_and_(m - 1).to(torch.uint8)
-        index = _pack_index(to_panels(columns.view(out_features, in_features // m, n)), INDEX_BITS[m])
-        values = to_panels(values.view(out_features, in_features // m, n))
-        return cls(values, index, out_features, in_features, m, serial.count(mask))
+        slots_of_row = in_features // m * n
+        index = _pack_index(to_panels(columns.view(out_features, slots_of_row), 1), INDEX_BITS[m])
+        values = to_panels(values.view(out_features, slots_of_row), lane_columns(weight.dtype))
+        return cls(values, index, out_features, in_features, n, m, serial.count(mask))
 
     @classmethod
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, nm: tuple[int, int] | None = None) -> Plan:
         """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
         n, m = _pattern(mask, dtype.itemsize, nm)
-        slots = panel_count(mask.shape[0]) * (mask.shape[1] // m) * n
-        return Plan(slots * (LANES * dtype.itemsize + 2 * INDEX_BITS[m]) + PADDING, slots * LANES, f"{n}:{m}")
-
-    @property
-    def n(self) -> int:
-        """Slots of a group."""
-        return self.values.shape[2] if self.values.ndim > 2 else 0
+        panels, slots = panel_count(mask.shape[0]), mask.shape[1] // m * n
+        stored = panels * step_count(slots, dtype) * lane_columns(dtype) * LANES
+        return Plan(stored * dtype.itemsize + panels * slots * 2 * INDEX_BITS[m] + PADDING, stored, f"{n}:{m}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,22 +107,34 @@ class NM(Packed):
         sizes = (int(scalars[name]) for name in cls.scalar_names)
         return cls(tensors["values"], tensors["index"], *sizes)
 
+    def ordered(self, device: str = "") -> Self:
+        lane = lane_columns(self.values.dtype)
+        if self.values.shape[-1] == lane:
+            return self
+        return replace(self, values=to_panels(self._slots(self.values.shape[0] * LANES), lane))
+
     def scatter(self) -> Tensor:
-        panels, groups, _, lanes = self.values.shape
+        columns = self.columns()
         # As integers: torch 2.13 scatters half types through fp32, which changes the bits of a NaN.
-        numbers = bits_of(self.values)
-        dense = numbers.new_zeros(panels, groups, self.m, lanes).scatter(2, self.columns(), numbers)
-        return from_panels(dense.view(self.values.dtype).flatten(1, 2), self.out_features)
+        numbers = bits_of(self._slots(len(columns))).view(columns.shape)
+        dense = numbers.new_zeros(*columns.shape[:2], self.m).scatter(2, columns, numbers)
+        return dense.view(self.values.dtype).flatten(1)[: self.out_features]
+
+    def _slots(self, rows: int) -> Tensor:
+        """The values [rows, slots of a row]; absent rows are counted from 0 as those that exist."""
+        return from_panels(self.values, rows, self.in_features // self.m * self.n)
 
     def columns(self) -> Tensor:
-        """Column within its group (int64) of every slot [panels, groups, n, 16]."""
+        """Column within its group (int64) of every slot [16 * panels, groups, n]."""
         b = INDEX_BITS[self.m]
         halves = self.index[:-PADDING].view(-1, b).to(torch.int64)
         words = halves[:, 0]
         for byte in range(1, b):
             words = words | halves[:, byte] << 8 * byte
         lanes = torch.arange(LANES // 2, device=words.device)
-        return (words.unsqueeze(1) >> b * lanes & (self.m - 1)).view(self.values.shape)
+        panels, groups = panel_count(self.out_features), self.in_features // self.m
+        columns = (words.unsqueeze(1) >> b * lanes & (self.m - 1)).view(panels, groups * self.n, LANES)
+        return columns.transpose(1, 2).reshape(panels * LANES, groups, self.n)
 
     def describe(self) -> str:
         return f"nm{self.n}:{self.m}"
@@ -130,30 +142,33 @@ class NM(Packed):
     def layout_faults(self) -> list[str]:
         if self.m not in INDEX_BITS:
             return [f"m must be 4 or 8, got {self.m}"]
+        if not 0 < self.n < self.m:
+            return [f"n must be from 1 to m - 1 = {self.m - 1}, got {self.n}"]
         if self.in_features % self.m:
             return [f"in_features must be divisible by m = {self.m}, got {self.in_features}"]
         return super().layout_faults()
 
     def fields(self) -> list[Field]:
-        panels, groups, n = panel_count(self.out_features), self.in_features // self.m, self.n
-        few = ("n, from 1 to m - 1", min(max(n, 1), self.m - 1))
-        shape = (("panels", panels), ("in_features / m", groups), few, ("16", LANES))
-        index_bytes = panels * groups * n * 2 * INDEX_BITS[self.m] + PADDING
+        panels, slots, dtype = panel_count(self.out_features), self.in_features // self.m * self.n, self.values.dtype
+        shape = (("panels", panels), ("steps", step_count(slots, dtype)), ("16", LANES), ("slots", lane_columns(dtype)))
+        index_bytes = panels * slots * 2 * INDEX_BITS[self.m] + PADDING
         return [
             Field("values", self.values, self.dtypes, shape),
             Field("index", self.index, (torch.uint8,), (("bytes of all slots + 4", index_bytes),)),
         ]
 
     def content_faults(self) -> list[str]:
-        columns = from_panels(self.columns(), self.out_features)
+        columns = self.columns()[: self.out_features]
         bad = (columns.diff(dim=2) <= 0).nonzero()
         if len(bad):
             row, group = bad[0, :2].tolist()
             return [f"index must ascend within a group, but does not in row {row}, group {group}"]
         if self.index[-PADDING:].any():
             return [f"index must end in {PADDING} zeros, got {self.index[-PADDING:].tolist()}"]
-        absent = from_panels(self.values, self.values.shape[0] * LANES)[self.out_features :]
-        if absent.count_nonzero():
+        rows, slots, lane = self.values.shape[0] * LANES, self.in_features // self.m * self.n, self.values.shape[-1]
+        if from_panels(self.values, rows, self.values.shape[1] * lane)[:, slots:].count_nonzero():
+            return [f"values must be zero past the last slot, {slots - 1}, but are not in the last step"]
+        if self._slots(rows)[self.out_features :].count_nonzero():
             return [f"values must be zero past the last row, {self.out_features - 1}, but are not in the last panel"]
         return count_faults(self.nnz, int(self.values.count_nonzero()), columns.numel())
 

@@ -1,18 +1,24 @@
-"""Panels of 16 output rows, whose rows lie side by side: the layout in which one register holds one column of 16 outputs.
+"""Panels of 16 output rows, a lane of 32 bits for each: a step is one register, 16 lanes of as many columns as 32 bits hold.
 
-So x is broadcast and no sum runs across a register. The last panel is padded with absent rows.
+One column in fp32, two in bf16 and fp16. x is broadcast, and no sum runs across a register. What multiplies pairs of numbers
+takes a step as it is. The last panel is padded with absent rows, the last step with absent columns.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
 
 LANES = 16
 """Rows of a panel."""
+
+WORDS = {1: torch.int16, 2: torch.int32, 4: torch.int64}
+"""Type of the word that says which weights of a step are kept, by columns of a lane; read as unsigned."""
+_NUMPY_WORDS = {1: np.int16, 2: np.int32, 4: np.int64}
 
 _LOW_BITS = 0x0102040810204080  # times bytes b0..b7 of 0 or 1, the top byte is b0 | b1 << 1 | ... | b7 << 7
 
@@ -22,31 +28,43 @@ def panel_count(out_features: int) -> int:
     return -(-out_features // LANES)
 
 
-def to_panels(rows: Tensor) -> Tensor:
-    """[out, ...] -> [panels, ..., 16], contiguous, absent rows zero."""
-    out_features = rows.shape[0]
-    panels = panel_count(out_features)
-    if panels * LANES != out_features:
-        rows = torch.cat([rows, rows.new_zeros(panels * LANES - out_features, *rows.shape[1:])])
-    return serial.contiguous(rows.reshape(panels, LANES, *rows.shape[1:]).movedim(1, -1))
+def lane_columns(dtype: torch.dtype) -> int:
+    """Columns that share a lane."""
+    return max(1, 4 // dtype.itemsize)
 
 
-def from_panels(panels: Tensor, out_features: int) -> Tensor:
-    """The inverse of `to_panels`: [panels, ..., 16] -> [out, ...]."""
-    return panels.movedim(-1, 1).flatten(0, 1)[:out_features]
+def step_count(columns: int, dtype: torch.dtype) -> int:
+    """How many steps hold that many columns."""
+    return -(-columns // lane_columns(dtype))
+
+
+def to_panels(rows: Tensor, lane: int) -> Tensor:
+    """[out, columns] -> [panels, steps, 16, lane], contiguous, absent rows and columns zero. lane: columns of a lane."""
+    out_features, columns = rows.shape
+    panels, steps = panel_count(out_features), -(-columns // lane)
+    if (panels * LANES, steps * lane) != (out_features, columns):
+        rows = F.pad(rows, (0, steps * lane - columns, 0, panels * LANES - out_features))
+    return serial.contiguous(rows.reshape(panels, LANES, steps, lane).transpose(1, 2))
+
+
+def from_panels(panels: Tensor, out_features: int, columns: int) -> Tensor:
+    """The inverse of `to_panels`: [panels, steps, 16, lane] -> [out, columns]."""
+    return panels.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features, :columns]
 
 
 def pack_bits(flags: Tensor) -> Tensor:
-    """bool [..., 16] (contiguous) -> int16 [...], flag l in bit l."""
+    """bool [panels, steps, 16, lane] (contiguous) -> a word for each step [panels, steps], flag i of a step in bit i."""
+    lane = flags.shape[-1]
     if flags.device.type == "cpu":
-        words = np.packbits(flags.numpy().reshape(-1), bitorder="little").view(np.int16)
-        return torch.from_numpy(words).view(flags.shape[:-1])
+        words = np.packbits(flags.numpy().reshape(-1), bitorder="little").view(_NUMPY_WORDS[lane])
+        return torch.from_numpy(words).view(flags.shape[:-2])
     # Flat: a dimension of 1 may have any stride, and then torch refuses to view bytes as words.
     top_bytes = (flags.view(-1).view(torch.int64) * _LOW_BITS).view(torch.uint8)[7::8]
-    return top_bytes.clone(memory_format=torch.contiguous_format).view(torch.int16).view(flags.shape[:-1])
+    return top_bytes.clone(memory_format=torch.contiguous_format).view(WORDS[lane]).view(flags.shape[:-2])
 
 
 def unpack_bits(bits: Tensor) -> Tensor:
     """The inverse of `pack_bits`."""
-    lanes = torch.arange(LANES, dtype=torch.int32, device=bits.device)
-    return (bits.to(torch.int32).unsqueeze(-1) >> lanes & 1).to(torch.bool)
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flags = bits.contiguous().view(-1).view(torch.uint8).unsqueeze(-1) >> places & 1
+    return flags.view(torch.bool).view(*bits.shape, LANES, bits.dtype.itemsize * 8 // LANES)
