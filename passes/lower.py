@@ -37,7 +37,9 @@ class Lower(Pass):
     layout: `auto` lets the cost model choose for every weight among all layouts and dense, for `tokens` rows at a time, by
     predicted time (objective="latency") or by bytes, and lets what stays dense run on an own kernel where that is predicted
     to be faster; the reason stands in the weight's record. tokens: by default one for a transformers model that generates, 4096
-    (32 sequences of 128) for one that does not, such as an encoder, and one for any other module. A layout by name packs
+    (32 sequences of 128) for one that does not, such as an encoder, and one for any other module. prompt_tokens and new_tokens, in
+    place of tokens: a prompt that is read at once, and the tokens that are decoded after it one by one; the time of both counts.
+    A layout by name packs
     everything in it: `csr` (16-bit columns where they reach, else 32), `csr8`, `csr16`, `csr32`, `bitmap`, `bsr16x16` and other
     blocks, `nm` (N and M as the mask has them), `'nm2:4'`; on a GPU `wcsr8` and `wcsr16`, which CSR becomes there too. `dense`
     packs nothing and needs no mask: every selected weight stays what it is, zeros included, and runs on sparsec's own dense
@@ -66,6 +68,8 @@ class Lower(Pass):
     layout: str = AUTO
     objective: Literal["latency", "bytes"] = field(default="latency", kw_only=True)
     tokens: int | None = field(default=None, kw_only=True)
+    prompt_tokens: int | None = field(default=None, kw_only=True)
+    new_tokens: int | None = field(default=None, kw_only=True)
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
@@ -75,12 +79,26 @@ class Lower(Pass):
         if self.layout == DENSE:
             object.__setattr__(self, "requires", frozenset())  # of this instance: masks mean nothing to it
         check_choice(self.objective, "objective", OBJECTIVES)
-        if self.tokens is not None:
-            check_positive(self.tokens, "tokens")
-        for option, default in (("objective", "latency"), ("tokens", None)):
+        for option in ("tokens", "prompt_tokens", "new_tokens"):
+            if getattr(self, option) is not None:
+                check_positive(getattr(self, option), option)
+        for option, default in (
+            ("objective", "latency"),
+            ("tokens", None),
+            ("prompt_tokens", None),
+            ("new_tokens", None),
+        ):
             if getattr(self, option) != default and self.layout != AUTO:
                 got = f"lower({self.layout}, {option}={getattr(self, option)!r})"
                 raise SpecError(f"{option} is an option of lower(auto), got {got}; leave it out")
+        workload = (self.prompt_tokens, self.new_tokens)
+        if (self.prompt_tokens is None) != (self.new_tokens is None) or (
+            self.tokens is not None and workload != (None, None)
+        ):
+            raise SpecError(
+                "a workload is prompt_tokens and new_tokens, both, in place of tokens, as in "
+                "lower(auto, prompt_tokens=512, new_tokens=128)"
+            )
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
 
@@ -155,12 +173,12 @@ class Lower(Pass):
         dense = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
         weights = [w for w in dense if self._selected(graph, w)]
         rows = self._rows(context)
-        setting = Setting(self.objective, rows)
+        setting = Setting(self.objective, rows, prompt_tokens=self.prompt_tokens or 0, new_tokens=self.new_tokens or 1)
         notes: list[str] = []
         if self.objective == "latency":
             constants, notes = constants_for(graph, weights, context.progress)
             working_set = sum(w.nbytes for w in graph.weights.values() if graph.is_linear(w.name))
-            setting = Setting(self.objective, rows, constants, working_set)
+            setting = replace(setting, constants=constants, working_set=working_set)
             if self.tokens is None and rows > 1:
                 notes.append(
                     f"formats are chosen for {rows} tokens at a time, since the model does not generate; for another workload "
@@ -225,7 +243,7 @@ class Lower(Pass):
             raise type(error)(f"{weight.name}: {error}; {way_out}") from error
 
     def _rows(self, context: Context) -> int:
-        return self.tokens or context.rows
+        return 1 if self.new_tokens else self.tokens or context.rows
 
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:

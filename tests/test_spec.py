@@ -159,6 +159,9 @@ def test_sparsity_outside_zero_to_one_is_refused(text: str) -> None:
         (lambda: Lower("nm", tokens=8), "tokens is an option of lower(auto), got lower(nm, tokens=8)"),
         (lambda: Lower(objective="speed"), "objective must be one of 'latency', 'bytes', got 'speed'"),
         (lambda: Lower(tokens=0), "tokens must be a whole number above 0, got 0"),
+        (lambda: Lower(prompt_tokens=8), "prompt_tokens and new_tokens, both, in place of tokens"),
+        (lambda: Lower(tokens=1, prompt_tokens=8, new_tokens=2), "both, in place of tokens"),
+        (lambda: Lower(prompt_tokens=8, new_tokens=0), "new_tokens must be a whole number above 0, got 0"),
         (lambda: Flops(context=0), "context must be a whole number above 0, got 0"),
     ],
 )

@@ -38,12 +38,29 @@ class Candidate:
     layout: Layout
     kernel: str
     nbytes: int
-    prediction: Prediction | None  # None where nothing was measured
+    predictions: tuple[
+        tuple[int, Prediction], ...
+    ]  # by the setting's products, how many and one of them; empty: nothing was measured
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """Of the products that take longest."""
+        return max(self.predictions, key=lambda p: p[0] * p[1].seconds)[1] if self.predictions else None
+
+    @property
+    def seconds(self) -> float:
+        """Of all the setting's products."""
+        return sum(times * one.seconds for times, one in self.predictions)
+
+    def careful(self, setting: Setting) -> float:
+        """Seconds by which it must beat a dense kernel: those of each number of rows with their margin."""
+        margins = (MARGIN if rows <= FEW else MARGIN_MANY for rows, _ in setting.products)
+        return sum(m * times * one.seconds for m, (times, one) in zip(margins, self.predictions, strict=True))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the choices are made for."""
+    """What the choices are made for: `new_tokens` products with `rows` rows of x each, after one with a prompt if there is one."""
 
     objective: Objective
     rows: int = 1  # of x
@@ -51,11 +68,14 @@ class Setting:
     working_set: int | None = None  # bytes that are read in turn; None: more than a cache holds
     device: str = "cpu"  # its type
     fused: bool = False  # a part of a fused product, whose call all parts share, whatever their formats
+    prompt_tokens: int = 0  # rows of x before; 0: no prompt
+    new_tokens: int = 1
 
     @property
-    def margin(self) -> float:
-        """How many times as fast as dense a sparse kernel must be predicted."""
-        return MARGIN if self.rows <= FEW else MARGIN_MANY
+    def products(self) -> tuple[tuple[int, int], ...]:
+        """Rows of x, and how many products with so many."""
+        decode = (self.rows, self.new_tokens)
+        return ((self.prompt_tokens, 1), decode) if self.prompt_tokens else (decode,)
 
 
 @dataclass(frozen=True)
@@ -75,18 +95,17 @@ def choose(matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels:
     dense = list(dense_candidates(matrix, setting, dense_kernels))
     sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, setting))
     work = Work.dense(matrix.shape[0], matrix.shape[1], matrix.dtype)
-    base = _predict(setting, TORCH, "dense", matrix.dtype, work)
-    if base is None or setting.objective == "bytes":
+    base = Candidate(Layout("dense"), TORCH, work.nbytes, _predict(setting, TORCH, "dense", matrix.dtype, work))
+    if not base.predictions or setting.objective == "bytes":
         return _smallest(dense[0], sparse)
-    return _fastest(base.seconds, dense, sparse, setting.margin)
+    return _fastest(base.seconds, dense, sparse, setting)
 
 
 def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -> Iterator[Candidate]:
     """The weight as it is."""
     work = Work.dense(matrix.shape[0], matrix.shape[1], matrix.dtype)
     for kernel in kernels:
-        prediction = _predict(setting, kernel, "dense", matrix.dtype, work)
-        yield Candidate(Layout("dense"), kernel, work.nbytes, prediction)
+        yield Candidate(Layout("dense"), kernel, work.nbytes, _predict(setting, kernel, "dense", matrix.dtype, work))
 
 
 def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Iterator[Candidate]:
@@ -105,19 +124,23 @@ def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Ite
             warnings.warn(f"{error}; {open_layout} is not considered", stacklevel=2)
             continue
         work = Work(out_features, in_features, plan.stored, plan.nbytes)
-        prediction = _predict(setting, kernel, str(layout), dtype, work)
-        yield Candidate(layout, kernel, plan.nbytes, prediction)
+        yield Candidate(layout, kernel, plan.nbytes, _predict(setting, kernel, str(layout), dtype, work))
 
 
-def _predict(setting: Setting, kernel: str, label: str, dtype: torch.dtype, work: Work) -> Prediction | None:
+def _predict(
+    setting: Setting, kernel: str, label: str, dtype: torch.dtype, work: Work
+) -> tuple[tuple[int, Prediction], ...]:
     known = setting.constants
     cost = None if known is None else known.cost(kernel, label, dtype)
     if known is None or cost is None:
-        return None
-    found = cost.predict(work, setting.rows, known.reach(setting.working_set))
-    if setting.fused and kernel != TORCH and known.member is not None:
-        found = replace(found, call=found.call - cost.call + min(known.member, cost.call))  # a group saves calls
-    return found
+        return ()
+    found = []
+    for rows, times in setting.products:
+        one = cost.predict(work, rows, known.reach(setting.working_set))
+        if setting.fused and kernel != TORCH and known.member is not None:
+            one = replace(one, call=one.call - cost.call + min(known.member, cost.call))  # a group saves calls
+        found.append((times, one))
+    return tuple(found)
 
 
 def _smallest(dense: Candidate, sparse: Sequence[Candidate]) -> Choice:
@@ -131,9 +154,9 @@ def _smallest(dense: Candidate, sparse: Sequence[Candidate]) -> Choice:
     return Choice(best, f"{best.layout}: {_share(best, dense)} of the dense bytes{rest}")
 
 
-def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate], margin: float) -> Choice:
-    timed = sorted(((c.prediction.seconds, c) for c in sparse if c.prediction is not None), key=lambda t: t[0])
-    known = [(c.prediction.seconds, c) for c in dense if c.prediction is not None]
+def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate], setting: Setting) -> Choice:
+    timed = sorted(((c.seconds, c) for c in sparse if c.predictions), key=lambda t: t[0])
+    known = [(c.seconds, c) for c in dense if c.predictions]
     if not known:
         return _smallest(dense[0], sparse)
     plain_seconds, plain = min(known, key=lambda t: t[0])
@@ -143,11 +166,11 @@ def _fastest(base: float, dense: Sequence[Candidate], sparse: Sequence[Candidate
     if not timed:
         return Choice(plain, f"{name}")
     least, fastest = timed[0]
-    if least * margin > plain_seconds:
-        return Choice(
-            plain, f"{name}: {fastest.layout} predicted {plain_seconds / least:.2f}x of that, below {margin}x"
-        )
-    close = [(s, c) for s, c in timed if s <= CLOSE * least and s * margin <= plain_seconds]
+    careful = fastest.careful(setting)
+    if careful > plain_seconds:
+        margin = f"{careful / least:.2f}x"
+        return Choice(plain, f"{name}: {fastest.layout} predicted {plain_seconds / least:.2f}x of that, below {margin}")
+    close = [(s, c) for s, c in timed if s <= CLOSE * least and c.careful(setting) <= plain_seconds]
     seconds, best = min(close, key=lambda t: t[1].nbytes)
     assert best.prediction is not None
     others = [f"{c.layout} {base / s:.2f}x" for s, c in timed if c is not best][:2]
