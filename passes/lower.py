@@ -53,6 +53,7 @@ class Lower(Pass):
         "magnitude(0.5),freeze,lower(bitmap)",
         "magnitude(0.5),freeze,lower(auto)",
         "magnitude(0.5),freeze,lower(objective='bytes', tokens=64)",
+        "magnitude(0.5),freeze,lower(prompt_tokens=64, new_tokens=16)",
         "lower(dense)",
     )
     effect: ClassVar[Effect] = Effect.NUMERIC

@@ -76,8 +76,8 @@ def time_decoding(
         if deadline is not None and deadline.over:
             found.append(_without(name, dense, dtype, variant, False, NO_TIME))
             continue
-        pipeline = Pipeline.parse(passes.replace("{sparsity}", repr(sparsity)))
         try:
+            pipeline = Pipeline.parse(passes.replace("{sparsity}", repr(sparsity)))
             variants[variant] = compiled_by({variant: pipeline}, dense, progress=progress)[variant]
         except Exception as error:  # of triton, of the driver, of torch
             found.append(_without(name, dense, dtype, variant, False, said(error)))
