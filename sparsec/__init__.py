@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from sparsec import transformers_hook
+
 if find_spec("sparsec.passes") is None:
     raise ImportError(
         "sparsec is not installed: the installation is what maps the folders passes/ and kernels/ to sparsec.passes and "
@@ -17,6 +19,7 @@ if find_spec("sparsec.passes") is None:
     )
 
 if TYPE_CHECKING:
+    from sparsec.checkpoint import load, save
     from sparsec.compiler import DEFAULT_PASSES, Compiled, compile, extend
     from sparsec.errors import SparsecError
     from sparsec.ir.graph import Graph
@@ -49,10 +52,13 @@ __all__ = [
     "compile",
     "extend",
     "graph_text",
+    "load",
+    "save",
     "trace",
 ]
 
 _HOMES = {
+    "sparsec.checkpoint": ("load", "save"),
     "sparsec.compiler": ("DEFAULT_PASSES", "Compiled", "compile", "extend"),
     "sparsec.errors": ("SparsecError",),
     "sparsec.ir.graph": ("Graph",),
@@ -78,3 +84,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+transformers_hook.install()

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from sparsec.arguments import checked_but
 from sparsec.calibrate import SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
+from sparsec.checkpoint.loaded import Loaded
+from sparsec.checkpoint.pretrained import guard_saving
+from sparsec.checkpoint.pretrained import save_pretrained as save_packed
 from sparsec.emitter import adopt, emit, follower, put, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
 from sparsec.holders import elsewhere_text, held_elsewhere
 from sparsec.ir.carry import rebind
 from sparsec.ir.foreign import refusal
 from sparsec.ir.graph import Graph
-from sparsec.ir.groups import of_peft
 from sparsec.ir.parts import usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
@@ -86,13 +88,23 @@ class Compiled:
         _refresh(self.kept)
         return odd
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own does, which it stands before, after a warning where pruned weights grew again."""
+    def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        """What is lowered, for `sparsec.load` and transformers; takes `tokenizer`, `max_shard_size`. Else the model's own."""
         model: Any = self.model()
         assert model is not None
         for change in self._now()[1]:
             warnings.warn(f"{type(model).__name__}.save_pretrained: {change}", stacklevel=2)
-        return type(model).save_pretrained(model, *args, **kwargs)
+        if "lowered" not in self.kept.facts:
+            return type(model).save_pretrained(model, folder, *args, **kwargs)
+        passes = tuple(
+            {"spec": r.spec, "name": r.name, "effect": r.effect.value, "summary": r.summary} for r in self.records
+        )
+        reasons = {
+            op.owner_of(w.name): w.reason or ""
+            for w in self.kept.weights.values()
+            for op in self.kept.products_of(w.name)
+        }
+        return save_packed(model, folder, *args, passes=passes, reasons=reasons, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
@@ -247,6 +259,11 @@ def _inside(model: nn.Module) -> tuple[str, Compiled]:
         raise CompileError(foreign)
     refuse_meta(model)
     found = [(path, m.sparsec) for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)]
+    if any(isinstance(vars(m).get("sparsec"), Loaded) for m in model.modules()):
+        raise CompileError(
+            "this model was loaded, and is lowered already: its dense weights are gone; extend the one that was saved before "
+            "the pass lower runs"
+        )
     if not found:
         raise CompileError("extend takes what sparsec.compile gave back; compile the model first")
     if len(found) > 1:
@@ -286,18 +303,8 @@ def _emitted(
         graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model), not context.owns_weights
     )
     object.__setattr__(model, "sparsec", compiled)
-    _guard_saving(model, compiled)
+    guard_saving(model, compiled.save_pretrained)
     return model
-
-
-def _guard_saving(model: nn.Module, compiled: Compiled) -> None:
-    for part in model.modules():
-        if not hasattr(type(part), "save_pretrained") or of_peft(part):  # which saves the adapter alone
-            continue
-        if any(isinstance(m, SparseLinear) for m in part.modules()):
-            object.__setattr__(part, "save_pretrained", partial(_refuse_saving, type(part).__name__))
-        elif part is model:
-            object.__setattr__(part, "save_pretrained", compiled.save_pretrained)
 
 
 def _positions_and_pad(model: nn.Module) -> tuple[int | None, int | None]:
@@ -387,11 +394,4 @@ def _nothing_to_prune(graph: Graph) -> str:
     return (
         "the model has no linear layer whose weight is a plain parameter, so there is nothing to make sparse "
         f"(its parameters: {kinds}); sparsec works on nn.Linear and transformers' Conv1D{seen}"
-    )
-
-
-def _refuse_saving(model_class: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise CompileError(
-        f"{model_class}.save_pretrained: lowered models cannot be saved yet, and the folder would not load again; save the pruned "
-        "dense model instead: compile without lower, passes='magnitude(0.5),freeze', then save_pretrained"
     )

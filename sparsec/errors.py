@@ -56,6 +56,10 @@ class KernelError(SparsecError, RuntimeError):
     """No kernel serves the request; lists every kernel with its reasons."""
 
 
+class CheckpointError(SparsecError, ValueError):
+    """A saved model that is missing, damaged or of another version, or a folder that cannot be written; names the file."""
+
+
 class ConstantsError(SparsecError, ValueError):
     """Constants of the cost model whose file is missing, damaged, or of another version."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -158,6 +159,14 @@ def tokenizer() -> Any:
     return tiny.byte_tokenizer()
 
 
+@cache
+def saved() -> Path:
+    """A folder with a saved module, for the whole run."""
+    folder = Path(tempfile.mkdtemp())
+    sparsec.save(Plain(), folder)
+    return folder
+
+
 TEXT = data.Text("a text", "Every layer says why it is dense. " * 20)
 
 
@@ -217,6 +226,10 @@ def targets() -> dict[str, Target]:
                 "instruments": (),
             },
         ),
+        "sparsec.save": Target(
+            sparsec.save, lambda: {"module": pruned(), "folder": Path("saved"), "max_shard_size": "1GB"}
+        ),
+        "sparsec.load": Target(sparsec.load, lambda: {"folder": saved(), "into": Plain()}),
         "sparsec.trace": Target(sparsec.trace, lambda: {"model": Plain(), "example_inputs": ones}),
         "sparsec.graph_text": Target(sparsec.graph_text, lambda: {"graph": graph()}),
         "sparsec.Pipeline": Target(sparsec.Pipeline, lambda: {"passes": ()}),

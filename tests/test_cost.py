@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sparsec.cost import __main__ as cli
 from sparsec.cost import constants as cal
-from sparsec.cost.constants import Constants, Found, Key, from_json, load_file, save, to_json
+from sparsec.cost.constants import Constants, Found, Key, from_json, load_file, save_file, to_json
 from sparsec.cost.fit import Timed, fit, non_negative
 from sparsec.cost.model import KernelCost, Rate, ReadRate, RowsRate, Work
 from sparsec.errors import ConstantsError
@@ -256,7 +256,7 @@ def test_a_damaged_file_is_said_to_be_so_and_measured_anew(here: Key, damage: by
 
 
 def test_a_file_of_another_machine_is_not_believed(here: Key) -> None:
-    save(replace(load_file(FIXTURE)), here.file())
+    save_file(replace(load_file(FIXTURE)), here.file())
     found = ask()
     assert "was measured elsewhere" in found.notices[0]
     assert found.constants.key == here

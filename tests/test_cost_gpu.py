@@ -18,7 +18,7 @@ from sparsec.cost import __main__ as cli
 from sparsec.cost import choice, measure_gpu
 from sparsec.cost import constants as cal
 from sparsec.cost.choice import TORCH, Setting, choose, sparse_candidates
-from sparsec.cost.constants import Constants, Key, from_json, load_file, save, to_json
+from sparsec.cost.constants import Constants, Key, from_json, load_file, save_file, to_json
 from sparsec.cost.fit import Timed, fit
 from sparsec.cost.model import KernelCost, Rate, ReadRate, RowsRate, Work
 from sparsec.errors import ConstantsError, KernelError
@@ -213,7 +213,7 @@ def test_a_calibration_of_the_other_device_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(ConstantsError, match=r"measured on cpu, and cuda is asked for; write it with .*--device cuda"):
         cal.machine_constants([torch.bfloat16], device="cuda")
     path = tmp_path / "gpu.json"
-    save(invented(), path)
+    save_file(invented(), path)
     monkeypatch.setenv(cal.VARIABLE, str(path))
     with pytest.raises(ConstantsError, match="was measured on cuda, and cpu is asked for"):
         cal.machine_constants([torch.bfloat16])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sparsec.errors import FormatError
 from sparsec.formats import BSR, NM, Bitmap
 from sparsec.formats.layout import for_device
+from sparsec.formats.panels import from_panels, pack_bits, set_bits, stray_bits, to_panels
 from sparsec.kernels import SparseLinear
 
 
@@ -102,3 +103,17 @@ def test_blocks_are_laid_out_for_a_gpu_and_back(data: st.DataObject, dtype: torc
     module = SparseLinear(here)
     module.load_state_dict(SparseLinear(there).state_dict())
     assert torch.equal(module.packed.values, here.values)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([1, 2, 4]), st.integers(0, 99))
+def test_bits_are_counted_and_strays_found_as_in_flags(out: int, columns: int, lane: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    flags = to_panels(torch.ones(out, columns, dtype=torch.bool), lane)
+    flags &= torch.rand(flags.shape, generator=generator) < 0.5
+    bits = pack_bits(flags)
+    assert torch.equal(set_bits(bits), flags.sum((1, 2, 3)))
+    assert stray_bits(bits, out, columns) == (False, False)
+    whole = torch.ones_like(flags)
+    past_rows = from_panels(whole, len(whole) * 16, columns)[out:].any()
+    past_columns = from_panels(whole, out, whole.shape[1] * lane)[:, columns:].any()
+    assert stray_bits(pack_bits(whole), out, columns) == (bool(past_rows), bool(past_columns))

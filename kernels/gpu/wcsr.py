@@ -23,7 +23,7 @@ EXPAND = Config({"TILE": 1024}, warps=2)
 
 
 @triton.jit
-def load(at, live):
+def load_live(at, live):
     """What lies at [...]; 0 where it is not live. None: all is."""
     if live is None:
         return tl.load(at)
@@ -34,7 +34,7 @@ def load(at, live):
 @triton.jit
 def words_at(pointer, at, live, ASM: tl.constexpr):
     """The lower and the upper half of the 64-bit words at [...], as uint32. pointer: to anything, aligned to 8 bytes."""
-    word = load(pointer.to(tl.pointer_type(tl.int64)) + at, live)
+    word = load_live(pointer.to(tl.pointer_type(tl.int64)) + at, live)
     if ASM:  # or else shifting the lower half would be shifting all 64 bits
         return tl.inline_asm_elementwise(
             "mov.b64 {$0, $1}, $2;", "=r,=r,l", [word], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
@@ -97,7 +97,7 @@ def weights_at(values, quad, live, ASM: tl.constexpr):
 def columns_at(col_idx, base, row, begin, quad, live, WIDTH: tl.constexpr, ASM: tl.constexpr):
     """Columns of four weights that follow each other, as uint32. begin: where their row starts; quad: as above, from there."""
     if WIDTH == 8:
-        word = load((col_idx + begin).to(tl.pointer_type(tl.int32)) + quad, live)
+        word = load_live((col_idx + begin).to(tl.pointer_type(tl.int32)) + quad, live)
         low, high = bytes_of(word.to(tl.uint32, bitcast=True), ASM)
         base_low, base_high = words_at(base, (begin // 256 + row + quad // 64) * 2 + quad % 2, live, ASM)
         # No sum reaches 2 ** 16, so that nothing is carried from one column into the other.

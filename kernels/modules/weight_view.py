@@ -32,6 +32,7 @@ class WeightView(Tensor):
     """A dense weight that raises WeightError when it is written to."""
 
     _layer: str
+    _is_hf_initialized = True  # transformers, which initialises what a file lacks, leaves it alone
 
     @staticmethod
     def of(dense: Tensor, layer: str) -> Tensor:

@@ -37,7 +37,7 @@ from sparsec.bench.gpu import (
 from sparsec.bench.gpu_models import PASSES, Decoded, headlines, time_decoding
 from sparsec.console.command import DTYPES as TYPES
 from sparsec.cost import Constants, machine_constants
-from sparsec.cost.constants import save
+from sparsec.cost.constants import save_file
 from sparsec.errors import CacheError, KernelError, SpecError
 from sparsec.formats.layout import Layout
 from sparsec.kernels import gpu
@@ -190,7 +190,7 @@ class GpuReport:
         try:
             found = machine_constants([TYPES[dtype]], device=self.device.type, force=True, progress=watched)
             assert found is not None
-            save(found.constants, self._folder / "cost.json")
+            save_file(found.constants, self._folder / "cost.json")
         except Exception as error:  # of triton, of the driver, of torch
             self.left_out.append(f"the cost model: {said(error)}")
             return

@@ -14,7 +14,7 @@ from sparsec.console.command import DTYPES, MAX_THREADS
 from sparsec.console.output import STDOUT, guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, paragraph, table
-from sparsec.cost.constants import Constants, Found, machine_constants, save, to_json
+from sparsec.cost.constants import Constants, Found, machine_constants, save_file, to_json
 from sparsec.errors import DataError, KernelError
 from sparsec.kernels import gpu
 
@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.json and str(args.json) == STDOUT:
         write_text(args.json, to_json(found.constants))
     elif args.json:
-        save(found.constants, args.json)
+        save_file(found.constants, args.json)
 
 
 def lines(found: Found) -> list[str]:

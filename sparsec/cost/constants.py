@@ -148,7 +148,7 @@ def machine_constants(
         source = "measured now"
         try:
             if file is not None:
-                save(known, file)
+                save_file(known, file)
         except OSError as error:
             notices.append(f"it cannot be kept in {file} ({error.strerror}), so every run measures it again")
     assert known is not None
@@ -195,7 +195,7 @@ def busy(load: float) -> bool:
     return load > cores() + 0.5
 
 
-def save(found: Constants, path: Path) -> None:
+def save_file(found: Constants, path: Path) -> None:
     """Writes the file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, to_json(found).encode())

@@ -22,7 +22,9 @@ from sparsec.formats.panels import (
     lane_columns,
     pack_bits,
     panel_count,
+    set_bits,
     step_count,
+    stray_bits,
     to_panels,
     unpack_bits,
 )
@@ -110,16 +112,16 @@ class Bitmap(Packed):
         faults = pointer_faults("panel_ptr", self.panel_ptr, self.nnz, "nnz", "panel")
         if faults:
             return faults
-        flags = unpack_bits(self.bits)
-        wrong = (flags.sum((1, 2, 3)) != self.panel_ptr.diff()).nonzero()
+        counts = set_bits(self.bits)
+        wrong = (counts != self.panel_ptr.diff()).nonzero()
         if len(wrong):
             p = int(wrong[0])
             held = int(self.panel_ptr[p + 1] - self.panel_ptr[p])
-            return [f"bits must keep the {held} weights that panel_ptr gives panel {p}, got {int(flags[p].sum())}"]
-        columns = flags.shape[1] * flags.shape[3]
-        if from_panels(flags, len(flags) * LANES, columns)[:, self.in_features :].any():
+            return [f"bits must keep the {held} weights that panel_ptr gives panel {p}, got {int(counts[p])}"]
+        past_rows, past_columns = stray_bits(self.bits, self.out_features, self.in_features)
+        if past_columns:
             return [f"bits must be clear past the last column, {self.in_features - 1}, but are not in the last step"]
-        if from_panels(flags, len(flags) * LANES, columns)[self.out_features :].any():
+        if past_rows:
             return [f"bits must be clear past the last row, {self.out_features - 1}, but are not in the last panel"]
         if self.values[self.nnz :].count_nonzero():
             return [f"values must end in {LANES} zeros, got {self.values[self.nnz :].tolist()}"]

@@ -46,15 +46,19 @@ class Layout:
     values: str = ""  # a key of CODECS; empty where they are plain
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """From its spelling. SpecError, with the nearest right one, for what is no layout."""
-        take_offered()
+    def parse(cls, text: str, *, offered: bool = True) -> Self:
+        """From its spelling. SpecError, with the nearest right one, for what is no layout.
+
+        offered: False imports no formats that packages offer, as a text from a file must not.
+        """
+        if offered:
+            take_offered()
         found = _SPELLING.fullmatch(text) if isinstance(text, str) else None
         name = found["format"] if found is not None else None
         if found is None or name not in (DENSE, *FORMATS):
-            near = difflib.get_close_matches(str(text), spellings(), n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(text), spellings(offered), n=1, cutoff=0.5)
             hint = f", did you mean {near[0]!r}" if near else ""
-            listed = dict.fromkeys((*FORMATS, *spellings()))  # without parameters too: the mask settles them
+            listed = dict.fromkeys((*FORMATS, *spellings(offered)))  # without parameters too: the mask settles them
             raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(listed)}")
         layout = cls(name, found["parameters"] or "", found["values"] or "")
         if layout.values not in CODECS:
@@ -191,8 +195,9 @@ def for_device(packed: Packed, device: str, before: str = "") -> Packed:
     return Layout(kind.format, known[0] if known else "").pack(dense, kept)
 
 
-def spellings() -> tuple[str, ...]:
+def spellings(offered: bool = True) -> tuple[str, ...]:
     """Layouts that are often used, for messages and lists."""
-    take_offered()
+    if offered:
+        take_offered()
     named = [f"{name}{parameters}" for name, kind in FORMATS.items() for parameters in kind.parameters]
     return (*named, DENSE)

@@ -20,6 +20,7 @@ WORDS = {1: torch.int16, 2: torch.int32, 4: torch.int64}
 """Type of the word that says which weights of a step are kept, by columns of a lane; read as unsigned."""
 _NUMPY_WORDS = {1: np.int16, 2: np.int32, 4: np.int64}
 
+_SET_BITS = np.array([i.bit_count() for i in range(256)], dtype=np.uint8)
 _LOW_BITS = 0x0102040810204080  # times bytes b0..b7 of 0 or 1, the top byte is b0 | b1 << 1 | ... | b7 << 7
 
 
@@ -68,3 +69,31 @@ def unpack_bits(bits: Tensor) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flags = bits.contiguous().view(-1).view(torch.uint8).unsqueeze(-1) >> places & 1
     return flags.view(torch.bool).view(*bits.shape, LANES, bits.dtype.itemsize * 8 // LANES)
+
+
+def set_bits(bits: Tensor) -> Tensor:
+    """Set bits of every panel [panels], int64; takes a byte for eight weights, where `unpack_bits` takes eight."""
+    held = bits.contiguous().view(-1).view(torch.uint8)
+    across = held.numel() // len(bits) if len(bits) else 0
+    if bits.device.type == "cpu":  # in one thread: torch would wake others for a part of a millisecond
+        return torch.from_numpy(_SET_BITS[held.numpy()].reshape(len(bits), across).sum(1, dtype=np.int64))
+    held = held - (held >> 1 & 0x55)
+    held = (held & 0x33) + (held >> 2 & 0x33)
+    return (held + (held >> 4) & 0x0F).view(len(bits), across).sum(1)
+
+
+def stray_bits(bits: Tensor, out_features: int, in_features: int) -> tuple[bool, bool]:
+    """Whether any bit is set past the last row, and whether any is past the last column."""
+    size = bits.dtype.itemsize * 8
+    lane = size // LANES
+    row = (1 << lane) - 1
+    rows = sum(row << lane * r for r in range(out_features - (len(bits) - 1) * LANES, LANES))
+    column = (1 << lane) - (1 << (in_features - 1) % lane + 1)
+    columns = sum(column << lane * r for r in range(LANES))
+    if not bits.numel():
+        return False, False
+    return bool((bits[-1] & _signed(rows, size)).any()), bool((bits[:, -1] & _signed(columns, size)).any())
+
+
+def _signed(word: int, size: int) -> int:
+    return word - (1 << size) if word >> size - 1 else word

@@ -1,0 +1,129 @@
+"""transformers loads what sparsec saved: `AutoModel.from_pretrained(folder)` once sparsec is imported, through its own registries.
+
+Who imports transformers first may be sparsec itself, half imported: so this file imports the rest of it when a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from sparsec.checkpoint.record import Record
+
+METHOD = "sparsec"
+
+
+@register_quantization_config(METHOD)
+class SparsecConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `config.json` says of a saved model, as transformers hands it on."""
+
+    def __init__(self, **content: Any) -> None:
+        self.quant_method = METHOD
+        self.content = {"quant_method": METHOD, **content}
+
+    @property
+    def record(self) -> Record:
+        """Read and checked. CheckpointError."""
+        from sparsec.checkpoint.record import Record
+
+        return Record.read(self.content, "config.json")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in `config.json`."""
+        return dict(self.content)
+
+
+@register_quantizer(METHOD)
+class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Makes room for packed matrices before transformers loads, and checks them after."""
+
+    requires_calibration = True  # a dense model is not pruned by loading it
+    quantization_config: SparsecConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """CheckpointError for a record that cannot be used."""
+        self.record = self.quantization_config.record
+
+    def get_weight_conversions(self) -> list[Any]:
+        """The names in the files to those of the model."""
+        from sparsec.checkpoint.record import PREFIX
+
+        return [WeightRenaming(rf"^{PREFIX.replace('.', '[.]')}", "")]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Ours come first: the model's own know names without the prefix."""
+        return [*self.get_weight_conversions(), *weight_conversions]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Nothing is cast: packed values go with their positions."""
+        return None
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from sparsec.checkpoint.reading import check_packed
+        from sparsec.checkpoint.record import BUFFERS
+        from sparsec.errors import CheckpointError
+        from sparsec.kernels import SparseLinear
+
+        files: Sequence[str] = kwargs.get("checkpoint_files") or ()
+        if {Path(f).name for f in files} != set(self.record.files):
+            raise CheckpointError(
+                f"config.json names other files than are loaded: {', '.join(sorted(self.record.files))}"
+            )
+        self.files = tuple(files)
+        for path, stored in self.record.layers.items():
+            try:
+                old = model.get_submodule(path)
+            except AttributeError as error:
+                raise CheckpointError(
+                    f"config.json: layers names {path!r}, and {type(model).__name__} has no such module; load it as the class that "
+                    "was saved"
+                ) from error
+            packed = stored.on_meta()
+            check_packed(path, stored, packed, old, "config.json")
+            bias = torch.empty(packed.shape[0], dtype=packed.dtype, device="meta") if stored.bias else None
+            layer = SparseLinear(packed, bias)
+            layer.path = path
+            model.set_submodule(path, layer)
+        ignored: Any = model
+        ignored._keys_to_ignore_on_load_unexpected = {
+            *(ignored._keys_to_ignore_on_load_unexpected or ()),
+            rf"^{BUFFERS}",
+        }
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from sparsec.checkpoint.reading import check_packed, computed_buffers, join, put_computed, say_loaded
+        from sparsec.kernels import SparseLinear
+
+        for path, stored in self.record.layers.items():
+            layer = model.get_submodule(path)
+            assert isinstance(layer, SparseLinear)
+            check_packed(path, stored, layer.packed, layer, "the files")
+            layer.lay_out(layer.packed.values.device.type)
+        put_computed(model, {n: t for f in self.files for n, t in computed_buffers(f)}, "the files")
+        join(model, self.record, "config.json")
+        say_loaded(model, self.record, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
+        return model
+
+    def is_serializable(self) -> bool:
+        """It is saved as it was loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on it; its packed weights cannot."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile takes it."""
+        return True

@@ -1,0 +1,83 @@
+"""`save_pretrained` of compiled and of loaded models: the folder that `sparsec.load` and transformers read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+from sparsec import files
+from sparsec.checkpoint.card import card
+from sparsec.checkpoint.record import Record
+from sparsec.checkpoint.writing import SHARD, store
+from sparsec.errors import CheckpointError, CompileError
+from sparsec.ir.groups import of_peft
+from sparsec.kernels import SparseLinear
+from sparsec.progress import Progress
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = SHARD,
+    passes: tuple[Mapping[str, Any], ...] = (),
+    calibration: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
+    reasons: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Saves a model of transformers with its packed weights, its configs, its tokenizer if given, and a model card."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        raise CheckpointError(
+            f"{type(model).__name__} has no config of transformers; sparsec.save(module, folder) saves any module"
+        )
+    content = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
+    content.pop("quantization_config", None)
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            files.write(place / "generation_config.json", generation.to_json_string().encode())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+    except OSError as error:
+        raise CheckpointError(f"{place} could not be written: {error.strerror or error}") from error
+    record = store(
+        model,
+        place,
+        max_shard_size=max_shard_size,
+        config=content,
+        passes=passes,
+        calibration=calibration,
+        report=report,
+        reasons=reasons,
+        progress=progress,
+    )
+    files.write(place / "README.md", card(record, type(model).__name__, place.name).encode())
+    return record
+
+
+def guard_saving(model: nn.Module, save_whole: Callable[..., Any]) -> None:
+    """Has `model` save by `save_whole`, and its parts that hold packed layers refuse to save themselves by halves."""
+    for part in model.modules():
+        if not hasattr(type(part), "save_pretrained") or of_peft(part):  # which saves the adapter alone
+            continue
+        if part is model:
+            object.__setattr__(part, "save_pretrained", save_whole)
+        elif any(isinstance(m, SparseLinear) for m in part.modules()):
+            object.__setattr__(part, "save_pretrained", partial(_refuse_part, type(part).__name__))
+
+
+def _refuse_part(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise CompileError(
+        f"{kind}.save_pretrained: this is a part of a compiled model; save the whole, or sparsec.save(part, folder)"
+    )

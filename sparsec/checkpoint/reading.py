@@ -1,0 +1,320 @@
+"""Reads a saved model: files are mapped, modules made without weights, and every packed matrix checked before a kernel reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sparsec.arguments import checked
+from sparsec.checkpoint.loaded import Loaded
+from sparsec.checkpoint.pretrained import guard_saving
+from sparsec.checkpoint.record import BUFFERS, PREFIX, Record, Stored
+from sparsec.checkpoint.writing import CONFIG
+from sparsec.emitter import conv1d_type
+from sparsec.errors import CheckpointError
+from sparsec.formats.base import Packed
+from sparsec.formats.layout import Layout
+from sparsec.kernels import SparseLinear
+from sparsec.kernels.modules.dense_linear import DenseLinear
+from sparsec.kernels.modules.group import Group, Grouped
+from sparsec.kernels.modules.loading import guard_loading
+
+
+@checked
+def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
+    """The model that `save` or `save_pretrained` wrote into a folder, on the CPU, ready to run.
+
+    into: for a module that is not from transformers: one of the same structure as was compiled, on meta or not, which is filled.
+    Files are mapped, so that memory is taken as they are read, and they must stay. Raises CheckpointError for what is missing,
+    damaged or does not fit; `into` then is as it was.
+    """
+    place = Path(folder)
+    content, record = read_config(place)
+    tensors = dict(file_tensors(place, record))
+    model = into if into is not None else _empty(place, content)
+    fill(model, record, tensors, str(place))
+    if into is None:
+        model.eval()
+        _generation(place, model)
+    say_loaded(model, record, str(place))
+    return model
+
+
+def say_loaded(model: nn.Module, record: Record, place: str) -> None:
+    """Gives a model its `.sparsec`, and the way of saving that keeps what is packed."""
+    loaded = Loaded(record, place, model)
+    object.__setattr__(model, "sparsec", loaded)
+    guard_saving(model, loaded.save_pretrained)
+
+
+def read_config(place: Path) -> tuple[dict[str, Any], Record]:
+    """config.json, and what it says of a saved model."""
+    path = place / CONFIG
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; a saved model is a folder that holds it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict) or "quantization_config" not in content:
+        raise CheckpointError(f"{path} has no quantization_config: this is no model that sparsec saved")
+    return content, Record.read(content["quantization_config"], str(path))
+
+
+def file_tensors(place: Path, record: Record) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the files, by its name in the module; of a buffer that the module computes with BUFFERS before it."""
+    seen: set[str] = set()
+    for name, facts in record.files.items():
+        path = place / name
+        try:
+            size = path.stat().st_size
+            if size != facts.get("bytes"):
+                raise CheckpointError(
+                    f"{path} has {size} bytes, and must have {facts.get('bytes')}: it is not the file that was saved"
+                )
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - no dictionary
+                    if not key.startswith((PREFIX, BUFFERS)) or key in seen:
+                        raise CheckpointError(
+                            f"{path} holds a tensor {key!r}, which is no name of sparsec's or stands there twice"
+                        )
+                    seen.add(key)
+                    yield (key if key.startswith(BUFFERS) else key.removeprefix(PREFIX)), file.get_tensor(key)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error.strerror or error}; the model is not whole"
+            ) from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Puts tensors into a model made for them: packed layers in place of linears, groups, dense kernels. All is checked before."""
+    for name, first in record.tied.items():
+        if first not in tensors:
+            raise CheckpointError(f"{where}: {name} is tied to {first}, which is not in the files")
+    computed = {n: t for n, t in tensors.items() if n.startswith(BUFFERS)}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(BUFFERS)}
+    named = {**tensors, **{name: tensors[first] for name, first in record.tied.items()}}
+    layers = {path: _sparse_linear(model, path, record, named, where) for path in record.layers}
+    rest = _rest(model, record, named, where)
+    _check_joints(model, record, where)
+    _check_computed(model, computed, where)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    put_computed(model, computed, where)
+    shared: dict[int, nn.Parameter] = {}
+    for name, tensor in rest.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = shared.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
+    join(model, record, where)
+
+
+def join(model: nn.Module, record: Record, where: str) -> None:
+    """Gives linears sparsec's dense kernel, and makes groups of those whose products are one call."""
+    _check_joints(model, record, where)
+    for path in record.dense_kernels:
+        model.set_submodule(path, DenseLinear(model.get_submodule(path)))  # type: ignore[arg-type]
+    for paths in record.groups:
+        group = Group(len(paths))
+        for i, path in enumerate(paths):
+            member = model.get_submodule(path)
+            assert isinstance(member, Grouped)
+            member.join(group, i)
+    guard_loading(model, SparseLinear)
+
+
+def _sparse_linear(
+    model: nn.Module, path: str, record: Record, named: Mapping[str, Tensor], where: str
+) -> SparseLinear:
+    stored = record.layers[path]
+    try:
+        old = model.get_submodule(path)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{where}: layers names {path!r}, and {type(model).__name__} has no such module"
+        ) from error
+    held = {}
+    for name, (dtype, shape) in stored.tensors.items():
+        tensor = named.get(f"{path}.{name}")
+        if tensor is None:
+            raise CheckpointError(f"{where}: {path}.{name} is not in the files")
+        if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{where}: {path}.{name} is {tensor.dtype} {list(tensor.shape)} in the file, and {dtype} {list(shape)} in {CONFIG}"
+            )
+        held[name] = tensor
+    packed = stored.kind.from_parts(held, stored.scalars)
+    check_packed(path, stored, packed, old, where)
+    bias = named.get(f"{path}.bias")
+    if bool(stored.bias) != (bias is not None):
+        raise CheckpointError(
+            f"{where}: {path}.bias is {'not ' if bias is None else ''}in the files, against what {CONFIG} says"
+        )
+    if bias is not None and (bias.dtype != packed.dtype or tuple(bias.shape) != (packed.shape[0],)):
+        raise CheckpointError(
+            f"{where}: {path}.bias must be {packed.dtype} [{packed.shape[0]}], got {bias.dtype} {list(bias.shape)}"
+        )
+    layer = SparseLinear(packed, bias)
+    layer.path = path
+    layer.train(old.training)
+    layer.lay_out("cpu")
+    return layer
+
+
+def check_packed(path: str, stored: Stored, packed: Packed, module: nn.Module, where: str) -> None:
+    """CheckpointError unless it is a valid matrix, as the record has it, of a module's size; on meta nobody looks at contents."""
+    faults = packed.layout_faults() or ([] if packed.values.is_meta else packed.content_faults())
+    if faults:
+        raise CheckpointError(f"{where}: {path}: {'; '.join(faults)}")
+    if str(Layout.of(packed)) != stored.layout:
+        raise CheckpointError(f"{where}: {path} is {Layout.of(packed)}, and {CONFIG} says {stored.layout}")
+    shape = _matrix_shape(module)
+    if shape != packed.shape:
+        raise CheckpointError(
+            f"{where}: {path} holds a matrix [{packed.shape[0]}, {packed.shape[1]}], and the module there is "
+            f"{type(module).__name__} {list(shape) if shape else ''}"
+        )
+
+
+def computed_buffers(path: str) -> Iterator[tuple[str, Tensor]]:
+    """Those of one file that a module computes when it is made, by their names there."""
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - no dictionary
+            if key.startswith(BUFFERS):
+                yield key, file.get_tensor(key)
+
+
+def put_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -> None:
+    """Gives a model the buffers that it would compute, by their names in the files."""
+    _check_computed(model, computed, where)
+    for name, tensor in computed.items():
+        owner, _, leaf = name.removeprefix(BUFFERS).rpartition(".")
+        module = model.get_submodule(owner)
+        held = module._buffers[leaf]
+        module._buffers[leaf] = tensor if held is None or held.is_meta else tensor.to(held.device)
+
+
+def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Of the linear map that a module is, [out, in]; None for another module."""
+    if isinstance(module, (nn.Linear, SparseLinear)):
+        return (module.out_features, module.in_features)
+    if isinstance(module, conv1d_type()):
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return (int(columns), int(rows))
+    return None
+
+
+def _check_joints(model: nn.Module, record: Record, where: str) -> None:
+    for path in record.dense_kernels:
+        found = dict(model.named_modules(remove_duplicate=False)).get(path)
+        if not isinstance(found, nn.Linear):
+            raise CheckpointError(
+                f"{where}: dense_kernels names {path!r}, which is no linear of {type(model).__name__}"
+            )
+    known = {*record.layers, *record.dense_kernels}
+    for paths in record.groups:
+        if len(paths) < 2 or len(set(paths)) < len(paths) or not set(paths) <= known:
+            raise CheckpointError(f"{where}: groups must name packed linears, each once, got {', '.join(paths)}")
+
+
+def _rest(model: nn.Module, record: Record, named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """What is not packed, as the model wants it; CheckpointError for what is lacking, left over or of another shape."""
+    inside = tuple(f"{path}." for path in record.layers)
+    wanted = {n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith(inside)}
+    given = {n: t for n, t in named.items() if not n.startswith(inside)}
+    missing, more = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or more:
+        lists = [
+            f"{what} {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
+            for what, names in (("lack", missing), ("hold besides", more))
+            if names
+        ]
+        raise CheckpointError(f"{where}: the files {' and '.join(lists)}, for {type(model).__name__}")
+    for name, tensor in wanted.items():
+        if tuple(tensor.shape) != tuple(given[name].shape):
+            raise CheckpointError(
+                f"{where}: {name} is {list(given[name].shape)} in the file, and {list(tensor.shape)} in {type(model).__name__}"
+            )
+    return given
+
+
+def _check_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -> None:
+    known = dict(model.named_buffers())
+    for key, tensor in computed.items():
+        name = key.removeprefix(BUFFERS)
+        if name not in known or known[name].shape != tensor.shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{where}: the files hold a buffer {name} {list(tensor.shape)}, which {type(model).__name__} has not"
+            )
+
+
+def _empty(place: Path, content: Mapping[str, Any]) -> nn.Module:
+    """A model of transformers with parameters on meta and buffers in place. Its class comes from transformers' own tables."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    architectures = content.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+        raise CheckpointError(
+            f"{place / CONFIG} names no class of transformers: load(folder, into=module) fills a module that you made"
+        )
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{place / CONFIG} is no config of a model that transformers knows: {error}") from error
+    for name in dir(modeling_auto):
+        table = getattr(modeling_auto, name)
+        if name.startswith("MODEL_") and name.endswith("MAPPING") and type(config) in table:
+            found = table[type(config)]
+            for kind in found if isinstance(found, tuple) else (found,):
+                if kind.__name__ == architectures[0]:
+                    del config.quantization_config
+                    with _parameters_on_meta():
+                        made: nn.Module = kind._from_config(config)
+                    return made
+    raise CheckpointError(f"{place / CONFIG}: transformers has no {architectures[0]!r} for {type(config).__name__}")
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it a Parameter that a module registers is moved to meta, before anybody writes to it, and transformers fills none."""
+    from transformers import PreTrainedModel
+
+    before, fill = nn.Module.register_parameter, PreTrainedModel.init_weights
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        before(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    PreTrainedModel.init_weights = lambda self: None
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = before  # type: ignore[method-assign]
+        PreTrainedModel.init_weights = fill
+
+
+def _generation(place: Path, model: nn.Module) -> None:
+    from transformers import GenerationConfig
+
+    if (place / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+        except (ValueError, OSError, TypeError) as error:
+            raise CheckpointError(f"{place / 'generation_config.json'} cannot be read: {error}") from error

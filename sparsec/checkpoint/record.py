@@ -1,0 +1,227 @@
+"""What a saved model says of itself in JSON: how each packed matrix lies, and where it comes from. Read with suspicion.
+
+It stands in `config.json` as `quantization_config`. A file's text chooses among fixed tables only: no name in it is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Self
+
+import torch
+
+from sparsec.errors import CheckpointError, SpecError
+from sparsec.formats import FORMATS
+from sparsec.formats.base import Packed
+from sparsec.formats.layout import Layout
+
+METHOD = "sparsec"
+SCHEMA = "sparsec.checkpoint/1"
+PREFIX = "sparsec."
+"""Of every tensor's name in the files: no dense model has such names, so that nobody loads half of one without noticing."""
+BUFFERS = "sparsec-buffer."
+"""In place of PREFIX, of buffers that a module computes when it is made, such as rotary frequencies: they come back as they are."""
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)} | {
+    str(d).removeprefix("torch."): d
+    for d in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One packed matrix in a file."""
+
+    layout: str  # as `Layout` spells it
+    order: int  # of the values, `Packed.order`
+    scalars: Mapping[str, int]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+    bias: str = ""  # its dtype; "" for none
+    reason: str = ""  # why this layout
+
+    @classmethod
+    def of(cls, packed: Packed, bias: torch.Tensor | None, reason: str = "") -> Self:
+        """Of a matrix that is held."""
+        tensors = {n: (_name(t.dtype), tuple(t.shape)) for n, t in packed.tensors().items()}
+        return cls(
+            str(Layout.of(packed)),
+            packed.order,
+            packed.scalars(),
+            tensors,
+            "" if bias is None else _name(bias.dtype),
+            reason,
+        )
+
+    @property
+    def kind(self) -> type[Packed]:
+        """The class of the matrix."""
+        return FORMATS[Layout.parse(self.layout).format]
+
+    def on_meta(self) -> Packed:
+        """The matrix without contents."""
+        made = {n: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for n, (dtype, shape) in self.tensors.items()}
+        return self.kind.from_parts(made, self.scalars)
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is said of a saved model."""
+
+    files: Mapping[str, Mapping[str, Any]]  # name -> {"sha256": ..., "bytes": ...}
+    layers: Mapping[str, Stored]  # by the path of the module that holds it
+    tied: Mapping[str, str] = field(default_factory=dict)  # name -> the name under which the tensor is stored
+    dense_kernels: tuple[str, ...] = ()  # paths of linears on sparsec's dense kernel
+    groups: tuple[tuple[str, ...], ...] = ()  # paths of linears whose products are one call
+    passes: tuple[Mapping[str, Any], ...] = ()
+    calibration: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    report: Mapping[str, Any] | None = None
+
+    def json(self) -> dict[str, Any]:
+        """What `read` takes."""
+        layers = {
+            path: {
+                "layout": s.layout,
+                "order": s.order,
+                "scalars": dict(s.scalars),
+                "tensors": {n: [dtype, list(shape)] for n, (dtype, shape) in s.tensors.items()},
+                "bias": s.bias,
+                "reason": s.reason,
+            }
+            for path, s in self.layers.items()
+        }
+        return {
+            "quant_method": METHOD,
+            "schema": SCHEMA,
+            "versions": dict(self.versions),
+            "passes": [dict(p) for p in self.passes],
+            "calibration": None if self.calibration is None else dict(self.calibration),
+            "layers": layers,
+            "tied": dict(self.tied),
+            "dense_kernels": list(self.dense_kernels),
+            "groups": [list(g) for g in self.groups],
+            "files": {name: dict(facts) for name, facts in self.files.items()},
+            "report": None if self.report is None else dict(self.report),
+        }
+
+    @classmethod
+    def read(cls, found: Any, where: str) -> Self:
+        """From `json()`. CheckpointError, naming the place and the rule, for anything else."""
+        reader = _Reader(where)
+        top = reader.mapping(found, "quantization_config")
+        if top.get("quant_method") != METHOD:
+            raise reader.error("quant_method", f"must be {METHOD!r}, got {top.get('quant_method')!r}")
+        if top.get("schema") != SCHEMA:
+            raise reader.error(
+                "schema", f"must be {SCHEMA!r}, got {top.get('schema')!r}; load it with the version that saved it"
+            )
+        files = {
+            reader.file(n): reader.mapping(f, f"files[{n!r}]")
+            for n, f in reader.mapping(top.get("files"), "files").items()
+        }
+        layers = reader.mapping(top.get("layers"), "layers")
+        return cls(
+            files=files,
+            layers={reader.text(p, "a path in layers"): reader.stored(s, f"layers[{p!r}]") for p, s in layers.items()},
+            tied=reader.texts_by_text(top.get("tied", {}), "tied"),
+            dense_kernels=reader.texts(top.get("dense_kernels", []), "dense_kernels"),
+            groups=tuple(
+                reader.texts(g, f"groups[{i}]") for i, g in enumerate(reader.sequence(top.get("groups", []), "groups"))
+            ),
+            passes=tuple(
+                reader.mapping(p, f"passes[{i}]")
+                for i, p in enumerate(reader.sequence(top.get("passes", []), "passes"))
+            ),
+            calibration=None if top.get("calibration") is None else reader.mapping(top["calibration"], "calibration"),
+            versions=reader.texts_by_text(top.get("versions", {}), "versions"),
+            report=None if top.get("report") is None else reader.mapping(top["report"], "report"),
+        )
+
+
+class _Reader:
+    """Values of a JSON file, each of the kind that it must be."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def error(self, what: str, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {what} {why}")
+
+    def mapping(self, found: Any, what: str) -> dict[str, Any]:
+        if not isinstance(found, dict):
+            raise self.error(what, f"must be an object, got {type(found).__name__}")
+        return found
+
+    def sequence(self, found: Any, what: str) -> list[Any]:
+        if not isinstance(found, list):
+            raise self.error(what, f"must be a list, got {type(found).__name__}")
+        return found
+
+    def text(self, found: Any, what: str) -> str:
+        if not isinstance(found, str):
+            raise self.error(what, f"must be a text, got {type(found).__name__}")
+        return found
+
+    def texts(self, found: Any, what: str) -> tuple[str, ...]:
+        return tuple(self.text(t, f"an entry of {what}") for t in self.sequence(found, what))
+
+    def texts_by_text(self, found: Any, what: str) -> dict[str, str]:
+        return {self.text(k, what): self.text(v, f"{what}[{k!r}]") for k, v in self.mapping(found, what).items()}
+
+    def number(self, found: Any, what: str) -> int:
+        if type(found) is not int or not 0 <= found < 2**62:
+            raise self.error(what, f"must be a whole number from 0, got {found!r}")
+        return found
+
+    def file(self, name: Any) -> str:
+        """The name of a file in this very folder."""
+        text = self.text(name, "a name in files")
+        if (
+            text != PurePosixPath(text).name
+            or "\\" in text
+            or text in ("", ".", "..")
+            or not text.endswith(".safetensors")
+        ):
+            raise self.error("files", f"must name .safetensors files in the folder itself, got {text!r}")
+        return text
+
+    def stored(self, found: Any, what: str) -> Stored:
+        given = self.mapping(found, what)
+        spelled = self.text(given.get("layout"), f"{what}.layout")
+        try:
+            layout = Layout.parse(spelled, offered=False)
+            kind = layout.kind
+        except SpecError as error:
+            raise self.error(
+                f"{what}.layout",
+                f"is none that is known: {error}; a format of another package is known once that is imported",
+            ) from error
+        scalars = {
+            n: self.number(v, f"{what}.scalars[{n!r}]") for n, v in self.mapping(given.get("scalars"), what).items()
+        }
+        if set(scalars) != set(kind.scalar_names):
+            raise self.error(f"{what}.scalars", f"must be {', '.join(kind.scalar_names)}, got {', '.join(scalars)}")
+        order = self.number(given.get("order"), f"{what}.order")
+        if order != kind.order:
+            raise self.error(
+                f"{what}.order", f"must be {kind.order}, got {order}; load it with the version that saved it"
+            )
+        tensors = self.mapping(given.get("tensors"), f"{what}.tensors")
+        if tuple(tensors) != kind.tensor_names:
+            raise self.error(f"{what}.tensors", f"must be {', '.join(kind.tensor_names)}, got {', '.join(tensors)}")
+        shapes = {n: self._tensor(t, f"{what}.tensors[{n!r}]") for n, t in tensors.items()}
+        bias = self.text(given.get("bias", ""), f"{what}.bias")
+        if bias and bias not in DTYPES:
+            raise self.error(f"{what}.bias", f"must be a dtype, got {bias!r}")
+        return Stored(spelled, order, scalars, shapes, bias, self.text(given.get("reason", ""), f"{what}.reason"))
+
+    def _tensor(self, found: Any, what: str) -> tuple[str, tuple[int, ...]]:
+        pair = self.sequence(found, what)
+        if len(pair) != 2 or pair[0] not in DTYPES:
+            raise self.error(what, f"must be a dtype and a shape, got {found!r}")
+        return pair[0], tuple(self.number(n, what) for n in self.sequence(pair[1], what))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

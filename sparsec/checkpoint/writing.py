@@ -1,0 +1,223 @@
+"""Writes a model into a folder: tensors under new names, then `config.json` by one rename: who loads sees the old or the new."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsec import files
+from sparsec.arguments import checked
+from sparsec.checkpoint.record import BUFFERS, PREFIX, Record, Stored
+from sparsec.errors import CheckpointError
+from sparsec.kernels import SparseLinear
+from sparsec.kernels.modules.dense_linear import DenseLinear
+from sparsec.kernels.modules.group import Group, Grouped
+from sparsec.progress import Progress, stage
+
+CONFIG = "config.json"
+SHARD = 5_000_000_000
+"""Bytes of tensors in one file, at most; a larger tensor has a file of its own."""
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@checked
+def save(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = SHARD,
+    progress: Progress | None = None,
+) -> None:
+    """Saves a module, its packed matrices as they are, every tensor once. `load(folder, into=...)` is the way back.
+
+    max_shard_size: bytes of a file, or a text such as "2GB". progress: called with (what, done, total). Raises CheckpointError for
+    tensors without contents, and where the folder cannot be written; what was in it before then still loads.
+    """
+    store(module, folder, max_shard_size=max_shard_size, progress=progress)
+
+
+def store(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = SHARD,
+    config: Mapping[str, Any] | None = None,
+    passes: tuple[Mapping[str, Any], ...] = (),
+    calibration: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
+    reasons: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """As `save`, with what is to be known of a model. config: what else stands in config.json. reasons: by path, for a layout."""
+    place = Path(folder)
+    stored, tied = _tensors(module)
+    shards = _shards(stored, _size(max_shard_size))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        before = _own_files(place)
+        with stage(progress, "writing"):
+            named, facts = _write_shards(place, stored, shards, progress)
+            record = Record(
+                files=facts,
+                layers={p: Stored.of(m.packed, m.bias, (reasons or {}).get(p, "")) for p, m in _sparse(module)},
+                tied=tied,
+                dense_kernels=tuple(p for p, m in module.named_modules() if isinstance(m, DenseLinear)),
+                groups=_groups(module),
+                passes=passes,
+                calibration=calibration,
+                versions={"sparsec": version("sparsec"), "torch": torch.__version__},
+                report=report,
+            )
+            index = _write_index(place, named, facts)
+            content = {**(config or {}), "transformers_weights": index, "quantization_config": record.json()}
+            files.write(place / CONFIG, json.dumps(content, indent=2).encode())
+            for stale in before - {*facts, index}:
+                (place / stale).unlink(missing_ok=True)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{place} could not be written: {why}; free some room or name a folder of your own; a model that was there "
+            "before is as it was"
+        ) from error
+    return record
+
+
+def _sparse(module: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    return ((path, m) for path, m in module.named_modules(remove_duplicate=False) if isinstance(m, SparseLinear))
+
+
+def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is stored, by its name in the file, and further names in the module of the same tensors."""
+    stored: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{name} is a {type(tensor).__name__}: extra state of a module cannot be saved as a tensor"
+            )
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{name} is on meta, which has no contents: an offloaded model is saved after its hooks were taken off, with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True), and its weights were loaded"
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{name} is {tensor.layout} {tensor.dtype}, and only plain tensors can be saved")
+        held = tensor.detach()
+        key = (held.data_ptr(), held.shape, held.stride(), held.dtype, held.device) if held.numel() else (id(tensor),)
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            stored[PREFIX + name] = held
+    persistent = {*tied, *first.values()}
+    for name, buffer in module.named_buffers():
+        if name not in persistent and buffer.is_floating_point() and not buffer.is_meta:
+            stored[BUFFERS + name] = buffer.detach()
+    return stored, tied
+
+
+def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    found: dict[int, list[tuple[int, str]]] = {}
+    known: dict[int, Group] = {}
+    for path, m in module.named_modules():
+        if isinstance(m, Grouped) and m._group is not None:
+            known[id(m._group)] = m._group
+            found.setdefault(id(m._group), []).append((m._index, path))
+    return tuple(
+        tuple(path for _, path in sorted(members)) for key, members in found.items() if len(members) == known[key].size
+    )
+
+
+def _size(given: int | str) -> int:
+    if isinstance(given, str):
+        unit = next((u for u in _UNITS if given.upper().endswith(u)), "")
+        number = given.upper().removesuffix(unit).strip()
+        if unit and number.replace(".", "", 1).isdigit():
+            given = int(float(number) * _UNITS[unit])
+    if type(given) is not int or given < 1:
+        raise CheckpointError(f"max_shard_size must be a number of bytes or a text such as '2GB', got {given!r}")
+    return given
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and held + tensor.nbytes > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += tensor.nbytes
+    return shards
+
+
+def _write_shards(
+    place: Path, tensors: Mapping[str, Tensor], shards: list[list[str]], progress: Progress | None
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The file of each tensor, by its name there; of each file its hash and bytes. A file is named after its contents."""
+    named, facts = {}, {}
+    files.sweep(place, ".sparsec-*.tmp")
+    for i, names in enumerate(shards):
+        if progress is not None:
+            progress("writing", i, len(shards))
+        made = place / f".sparsec-{secrets.token_hex(8)}.tmp"
+        try:
+            whole = {n: tensors[n].contiguous() for n in names}
+            save_file(whole, made, metadata={"format": "pt"})
+            digest = sha256(made)
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}-{digest[:16]}.safetensors"
+            facts[name] = {"sha256": digest, "bytes": made.stat().st_size}
+            os.chmod(made, 0o666 & ~_umask())
+            files.put_in_place(made, place / name)
+        except BaseException:
+            made.unlink(missing_ok=True)
+            raise
+        named.update(dict.fromkeys(whole, name))
+    return named, facts
+
+
+def _write_index(place: Path, named: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]]) -> str:
+    content = {"metadata": {"total_size": sum(f["bytes"] for f in facts.values())}, "weight_map": dict(named)}
+    data = json.dumps(content, indent=1).encode()
+    name = f"model-{hashlib.sha256(data).hexdigest()[:16]}.safetensors.index.json"
+    files.write(place / name, data)
+    return name
+
+
+def _own_files(place: Path) -> set[str]:
+    """Files of tensors that an earlier save left there."""
+    try:
+        content = json.loads((place / CONFIG).read_bytes())
+        record = Record.read(content["quantization_config"], str(place / CONFIG))
+        index = content.get("transformers_weights")
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    own_index = (
+        {index} if isinstance(index, str) and Path(index).name == index and index.endswith(".index.json") else set()
+    )
+    return {*record.files, *own_index}
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,262 @@
+"""Saved models: what goes in comes out bit for bit, what is damaged is named, and a save that fails leaves what was there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from format_cases import LAYOUTS, some
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+import sparsec
+from sparsec import files
+from sparsec.checkpoint.record import BUFFERS, PREFIX, Record
+from sparsec.errors import CheckpointError, CompileError, SparsecError
+from sparsec.kernels import SparseLinear
+
+SPEC = "magnitude(0.5),freeze,fuse,lower(bitmap)"
+ON_CPU = [name for name, case in LAYOUTS.items() if case.kind.format != "wcsr"]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return (
+        tensor.detach().flatten().clone().view(torch.uint8)
+        if tensor.numel()
+        else tensor.new_empty(0, dtype=torch.uint8)
+    )
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(bits(t), bits(two[n])) for n, t in one.items())
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.arange(14).view(2, 7))[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A lowered model, and the folder that it was saved to in several files."""
+    model, _ = tiny_model("llama")
+    compiled = sparsec.compile(model.eval(), SPEC)
+    folder = tmp_path_factory.mktemp("llama")
+    compiled.save_pretrained(folder, max_shard_size="40KB")
+    return compiled, folder
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_layout_and_type_comes_back_bit_for_bit(name: str, tmp_path: Path, data: st.DataObject) -> None:
+    case = LAYOUTS[name]
+    dtype = data.draw(st.sampled_from(case.kind.dtypes))
+    packed, dense = some(
+        case, data.draw(st.integers(0, 40)), data.draw(st.integers(0, 40)), 0.5, dtype, data.draw(st.integers(0, 9))
+    )
+    bias = torch.randn(len(dense)).to(dtype) if data.draw(st.booleans()) else None
+    model = nn.Sequential(nn.Identity(), SparseLinear(packed, bias))
+    sparsec.save(model, tmp_path)
+    fresh = nn.Sequential(nn.Identity(), nn.Linear(dense.shape[1], len(dense), bias=bias is not None, device="meta"))
+    loaded = sparsec.load(tmp_path, into=fresh)
+    assert loaded is fresh
+    assert same(loaded, model)
+    x = torch.randn(3, dense.shape[1]).to(dtype)
+    assert torch.equal(bits(loaded(x)), bits(model(x)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert-base"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_of_transformers_loads_both_ways(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, _ = tiny_model(architecture)
+    compiled = sparsec.compile(model.eval().to(dtype), SPEC)
+    compiled.save_pretrained(tmp_path)
+    right = outputs(compiled)
+    auto = AutoModel if architecture == "bert-base" else AutoModelForCausalLM
+    for loaded in (sparsec.load(tmp_path), auto.from_pretrained(tmp_path)):
+        assert type(loaded) is type(model)
+        assert torch.equal(outputs(loaded), right)
+        assert same(loaded, compiled)
+        grouped = [m for m in loaded.modules() if isinstance(m, SparseLinear) and m._group is not None]
+        assert len(grouped) == sum(isinstance(m, SparseLinear) and m._group is not None for m in compiled.modules())
+        assert [p["spec"] for p in loaded.sparsec.passes] == [r.spec for r in compiled.sparsec.records]
+
+
+def test_a_loaded_model_is_saved_as_it_was(llama: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    compiled, folder = llama
+    first = copy.deepcopy(sparsec.load(folder))
+    first.save_pretrained(tmp_path)
+    twin = copy.deepcopy(compiled)
+    twin.save_pretrained(tmp_path / "again")
+    assert same(sparsec.load(tmp_path / "again"), compiled)
+    second = sparsec.load(tmp_path)
+    assert same(second, compiled)
+    assert second.sparsec.passes == first.sparsec.passes
+    with pytest.raises(CompileError, match="lowered"):
+        sparsec.extend(second, "lower(csr)")
+
+
+def test_every_tensor_is_stored_once_under_a_name_that_no_dense_model_has(
+    llama: tuple[nn.Module, Path],
+) -> None:
+    compiled, folder = llama
+    names = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names += list(file.keys())
+    assert len(names) == len(set(names))
+    assert all(n.startswith((PREFIX, BUFFERS)) for n in names)
+    tied = json.loads((folder / "config.json").read_bytes())["quantization_config"]["tied"]
+    assert len(names) + len(tied) >= len(compiled.state_dict())
+    assert "import sparsec" in (folder / "README.md").read_text()
+
+
+def test_a_save_that_fails_anywhere_leaves_the_old_model(
+    llama: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, _ = llama
+    old = nn.Sequential(nn.Linear(3, 5))
+    sparsec.save(old, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    put = files.put_in_place
+    for at in range(20):
+        calls = iter(range(100))
+
+        def failing(made: Path, path: Path, calls: Any = calls, at: int = at) -> None:
+            if next(calls) == at:
+                raise OSError(28, "No space left on device")
+            put(made, path)
+
+        monkeypatch.setattr(files, "put_in_place", failing)
+        told = ""
+        try:
+            sparsec.save(compiled, tmp_path, max_shard_size="40KB")
+        except CheckpointError as error:
+            told = str(error)
+        if not told:
+            assert at > 3
+            break
+        assert "No space left on device" in told
+        assert same(sparsec.load(tmp_path, into=nn.Sequential(nn.Linear(3, 5))), old)
+        assert not list(tmp_path.glob(".*.tmp"))
+    record = Record.read(json.loads((tmp_path / "config.json").read_bytes())["quantization_config"], "")
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == set(record.files)
+    assert len(list(tmp_path.glob("*.index.json"))) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+SPOIL: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    ("method", lambda q: q.update(quant_method="gptq"), "quant_method must be 'sparsec', got 'gptq'"),
+    ("schema", lambda q: q.update(schema="sparsec.checkpoint/9"), "load it with the version that saved it"),
+    ("layout", lambda q: first(q).update(layout="os.system"), "is none that is known"),
+    ("order", lambda q: first(q).update(order=1), "must be 2, got 1"),
+    ("scalars", lambda q: first(q)["scalars"].update(out_features=-1), "must be a whole number from 0"),
+    ("shape", lambda q: first(q)["tensors"].update(values=["float32", [7]]), "in config.json"),
+    ("dtype", lambda q: first(q)["tensors"].update(values=["complex64", [7]]), "must be a dtype and a shape"),
+    ("bias", lambda q: first(q).update(bias="float32"), "bias is not in the files"),
+    ("layer", lambda q: q["layers"].update({"model.nowhere": first(q)}), "has no such module"),
+    ("group", lambda q: q.update(groups=[["model.norm", "lm_head"]]), "groups must name packed linears"),
+    ("dense", lambda q: q.update(dense_kernels=["model.norm"]), "which is no linear"),
+    ("tied", lambda q: q.update(tied={"lm_head.weight": "nothing"}), "is tied to nothing"),
+    ("climb", lambda q: q.update(files={"../x.safetensors": {}}), "in the folder itself"),
+    ("absent", lambda q: q.update(files={"x.safetensors": {"bytes": 1}}), "cannot be read"),
+]
+
+
+def first(q: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(iter(q["layers"].values()))
+    return found
+
+
+@pytest.mark.parametrize(("what", "spoil", "message"), SPOIL, ids=[s[0] for s in SPOIL])
+def test_a_record_that_is_wrong_is_named(
+    what: str,
+    spoil: Callable[[dict[str, Any]], Any],
+    message: str,
+    llama: tuple[nn.Module, Path],
+    tmp_path: Path,
+) -> None:
+    folder = copied(llama[1], tmp_path)
+    content = json.loads((folder / "config.json").read_bytes())
+    spoil(content["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as caught:
+        sparsec.load(folder)
+    assert message in str(caught.value)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy of a saved model."""
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_bytes_give_an_error_or_a_valid_model(tmp_path: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(ON_CPU))
+    packed, dense = some(LAYOUTS[name], 16, 32, 0.5, torch.float32, data.draw(st.integers(0, 3)))
+    sparsec.save(nn.Sequential(SparseLinear(packed)), tmp_path)
+    path = data.draw(st.sampled_from([tmp_path / "config.json", *sorted(tmp_path.glob("*.safetensors"))]))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        model = sparsec.load(tmp_path, into=nn.Sequential(nn.Linear(dense.shape[1], len(dense), bias=False)))
+    except SparsecError:
+        return
+    finally:
+        for left in tmp_path.iterdir():
+            left.unlink()
+    model[0].packed.check()
+    model(torch.zeros(2, dense.shape[1]))
+
+
+def test_what_cannot_be_saved_is_named(llama: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="weight is on meta"):
+        sparsec.save(nn.Linear(2, 2, device="meta"), tmp_path)
+    with pytest.raises(CheckpointError, match="max_shard_size must be"):
+        sparsec.save(nn.Linear(2, 2), tmp_path, max_shard_size="much")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        sparsec.save(nn.Linear(2, 2), "/proc/nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no quantization_config"):
+        sparsec.load(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        sparsec.load(tmp_path / "nowhere")
+    with pytest.raises(CompileError, match="a part of a compiled model"):
+        llama[0].model.save_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_transformers_finds_it_whoever_is_imported_first(llama: tuple[nn.Module, Path]) -> None:
+    folder = llama[1]
+    for lines in ("import sparsec, transformers", "import transformers, sparsec"):
+        code = f"{lines}\nm = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})\nprint(m.sparsec)"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
+        )
+        assert "packed layers" in done.stdout, done.stderr[-2000:]
+    code = f"import transformers\ntransformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+    assert "MISSING" in done.stdout + done.stderr
