@@ -168,6 +168,7 @@ SPOIL: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("scalars", lambda q: first(q)["scalars"].update(out_features=-1), "must be a whole number from 0"),
     ("shape", lambda q: first(q)["tensors"].update(values=["float32", [7]]), "in config.json"),
     ("dtype", lambda q: first(q)["tensors"].update(values=["complex64", [7]]), "must be a dtype and a shape"),
+    ("no text", lambda q: first(q)["tensors"].update(values=[["float32"], [7]]), "must be a dtype and a shape"),
     ("bias", lambda q: first(q).update(bias="float32"), "bias is not in the files"),
     ("layer", lambda q: q["layers"].update({"model.nowhere": first(q)}), "has no such module"),
     ("group", lambda q: q.update(groups=[["model.norm", "lm_head"]]), "groups must name packed linears"),

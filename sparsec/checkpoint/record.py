@@ -218,7 +218,7 @@ class _Reader:
 
     def _tensor(self, found: Any, what: str) -> tuple[str, tuple[int, ...]]:
         pair = self.sequence(found, what)
-        if len(pair) != 2 or pair[0] not in DTYPES:
+        if len(pair) != 2 or type(pair[0]) is not str or pair[0] not in DTYPES:
             raise self.error(what, f"must be a dtype and a shape, got {found!r}")
         return pair[0], tuple(self.number(n, what) for n in self.sequence(pair[1], what))
 
