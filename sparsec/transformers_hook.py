@@ -13,6 +13,8 @@ from typing import Any
 
 TABLES = "transformers.quantizers.auto"
 """Where transformers keeps its table of ways in which models are stored."""
+METHOD = "sparsec"
+"""What a saved model is called in it."""
 OURS = "sparsec.checkpoint.hub"
 """What enters itself there when it is imported."""
 
@@ -32,7 +34,11 @@ class _Waiting(MetaPathFinder):
             run = loader.exec_module
 
             def then_ours(module: ModuleType) -> None:
-                run(module)
+                try:
+                    run(module)
+                except BaseException:  # it may be imported again
+                    install()
+                    raise
                 import_module(OURS)
 
             loader.exec_module = then_ours

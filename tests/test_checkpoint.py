@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from format_cases import LAYOUTS, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -172,6 +174,14 @@ SPOIL: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("bias", lambda q: first(q).update(bias="float32"), "bias is not in the files"),
     ("layer", lambda q: q["layers"].update({"model.nowhere": first(q)}), "has no such module"),
     ("group", lambda q: q.update(groups=[["model.norm", "lm_head"]]), "groups must name packed linears"),
+    ("two groups", lambda q: q.update(groups=q["groups"] * 2), "groups must name packed linears, each once"),
+    ("packed and dense", lambda q: q.update(dense_kernels=[next(iter(q["layers"]))]), "or packed, or named twice"),
+    (
+        "overflow",
+        lambda q: first(q)["tensors"].update(values=["float32", [2**61, 8]]),
+        "a shape that a tensor can have",
+    ),
+    ("packs nothing", lambda q: first(q).update(layout="dense"), "dense packs nothing"),
     ("dense", lambda q: q.update(dense_kernels=["model.norm"]), "which is no linear"),
     ("tied", lambda q: q.update(tied={"lm_head.weight": "nothing"}), "is tied to nothing"),
     ("climb", lambda q: q.update(files={"../x.safetensors": {}}), "in the folder itself"),
@@ -199,6 +209,124 @@ def test_a_record_that_is_wrong_is_named(
     with pytest.raises(CheckpointError) as caught:
         sparsec.load(folder)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and the files hold"),
+        ({"hidden_size": -1}, "no LlamaForCausalLM can be made of it|no config of a model"),
+        ({"hidden_size": 2**40}, "can be made of it|in the file, and|holds a matrix"),
+        ({"architectures": ["Path"]}, "transformers has no 'Path'"),
+        ({"model_type": "os"}, "no config of a model that transformers knows"),
+    ],
+)
+def test_sizes_and_classes_of_a_config_are_not_believed(
+    sizes: dict[str, Any], message: str, llama: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    folder = copied(llama[1], tmp_path)
+    content = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**content, **sizes}))
+    with pytest.raises(CheckpointError, match=message):
+        sparsec.load(folder)
+
+
+def test_what_does_not_fit_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    saved = sparsec.compile(model, "magnitude(0.5, targets='*'),freeze,lower(csr)", example_inputs=torch.ones(2, 8))
+    sparsec.save(saved, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        right = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    spoilt: list[dict[str, Tensor | None]] = [
+        {f"{PREFIX}0.weight": torch.zeros(16, 8)},  # which the packed layer has no use for
+        {f"{PREFIX}1.weight": torch.zeros(16, dtype=torch.int32)},
+        {f"{PREFIX}1.weight": torch.zeros(15)},
+        {f"{PREFIX}1.bias": None},
+        {f"{PREFIX}nobody": torch.zeros(1)},
+    ]
+    for change in spoilt:
+        save_file({k: t for k, t in {**right, **change}.items() if t is not None}, path)
+        content = json.loads((tmp_path / "config.json").read_bytes())
+        content["quantization_config"]["files"][path.name]["bytes"] = path.stat().st_size
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        into = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+        before = copy.deepcopy(into)
+        with pytest.raises(CheckpointError):
+            sparsec.load(tmp_path, into=into)
+        assert [type(m) for m in into] == [type(m) for m in before]
+        assert same(into, before)
+
+
+def test_transformers_converts_to_the_dtype_that_is_asked_for(llama: tuple[nn.Module, Path]) -> None:
+    compiled, folder = llama
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert same(loaded, copy.deepcopy(compiled).to(torch.bfloat16))
+
+
+def test_a_packed_matrix_of_two_modules_is_one_again(tmp_path: Path) -> None:
+    model, _ = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.weight = attention.k_proj.weight
+    compiled = sparsec.compile(model, SPEC)
+    compiled.save_pretrained(tmp_path)
+    for loaded in (sparsec.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        inside = loaded.model.layers[0].self_attn
+        assert inside.v_proj.values is inside.k_proj.values
+        assert same(loaded, compiled)
+        assert torch.equal(outputs(loaded), outputs(compiled))
+
+
+class Odd(nn.Module):
+    """Buffers that no state dict has, and one that is a part of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(4, 4)
+        self.register_buffer("part", self.inside.weight.detach()[:2])
+        self.register_buffer("places", torch.arange(5), persistent=False)
+
+
+def test_buffers_of_every_kind_come_back(tmp_path: Path) -> None:
+    model = Odd()
+    model.places += 7
+    sparsec.save(model, tmp_path)
+    loaded = sparsec.load(tmp_path, into=Odd())
+    assert same(loaded, model)
+    assert torch.equal(loaded.places, model.places)
+
+
+def test_no_file_of_somebody_else_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_text("mine")
+    sparsec.save(nn.Linear(2, 3), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_bytes())
+    content["quantization_config"]["files"]["mine.safetensors"] = {"bytes": 4}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    sparsec.save(nn.Linear(2, 4), tmp_path)
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+    assert len(list(tmp_path.glob("model-*"))) == 2
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    sparsec.save(nn.Linear(2, 5), tmp_path)
+    assert sparsec.load(tmp_path, into=nn.Linear(2, 5)).out_features == 5
+
+
+def test_saves_into_one_folder_take_turns(tmp_path: Path) -> None:
+    """Each removes what the one before wrote: side by side one could remove what the other has just named."""
+    models = [nn.Linear(3, 3) for _ in range(4)]
+
+    def often(model: nn.Module) -> None:
+        for _ in range(5):
+            sparsec.save(model, tmp_path)
+
+    threads = [Thread(target=often, args=(m,)) for m in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    loaded = sparsec.load(tmp_path, into=nn.Linear(3, 3))
+    assert any(same(loaded, m) for m in models)
+    assert len(list(tmp_path.glob("model-*"))) == 2
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -238,6 +366,11 @@ def test_what_cannot_be_saved_is_named(llama: tuple[nn.Module, Path], tmp_path: 
         sparsec.save(nn.Linear(2, 2), tmp_path, max_shard_size="much")
     with pytest.raises(CheckpointError, match="could not be written"):
         sparsec.save(nn.Linear(2, 2), "/proc/nowhere")
+    for size in ("9" * 400 + "GB", "²GB", "-1GB", "0GB"):
+        with pytest.raises(CheckpointError, match="max_shard_size must be"):
+            sparsec.save(nn.Linear(2, 2), tmp_path, max_shard_size=size)
+    with pytest.raises(CheckpointError, match=r"wrap it in nn\.Sequential"):
+        sparsec.save(SparseLinear(some(LAYOUTS["csr8"], 8, 8, 0.5, torch.float32)[0]), tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no quantization_config"):
         sparsec.load(tmp_path)

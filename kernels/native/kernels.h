@@ -55,9 +55,11 @@ struct Task {
 };
 
 // Panels [first, last) of W times many rows of x: a panel is decoded once into a cache and multiplied with all of them.
-struct PanelTask {
+// Pairs: the same of a bf16 W, by products of pairs.
+template <class X>
+struct TileTask {
   const Matrix* matrix;
-  const float* x;  // [tiles][in][rows_per_tile], absent rows 0
+  const X* x;  // [tiles][in][rows_per_tile], absent rows 0; pairs: [tiles][ceil(in / 2)][rows_per_tile], two columns side by side
   int64_t tiles;
   int64_t rows_per_tile;
   void* out;
@@ -65,22 +67,10 @@ struct PanelTask {
   int64_t tokens;
   int64_t first;
   int64_t last;
-  float* scratch;  // panel_scratch() floats
+  float* scratch;  // panel_scratch() floats; pairs: pair_scratch()
 };
-
-// Panels [first, last) of a bf16 W times several rows of x, by products of pairs.
-struct PairTask {
-  const Matrix* matrix;
-  const uint32_t* x;  // [tiles][ceil(in / 2)][rows_per_tile], two columns side by side, absent ones 0
-  int64_t tiles;
-  int64_t rows_per_tile;
-  void* out;
-  int64_t out_stride;
-  int64_t tokens;
-  int64_t first;
-  int64_t last;
-  float* scratch;  // pair_scratch() floats
-};
+using PanelTask = TileTask<float>;
+using PairTask = TileTask<uint32_t>;
 
 // Panels [first, last) of W as rows of x's type, [16 * (last - first)][in] (absent rows are left alone).
 struct ExpandTask {

@@ -70,15 +70,13 @@ inline Lanes add(const Lanes& a, const Lanes& b) {
 inline void load_step(const float* at, Lanes (&columns)[1]) { columns[0] = load_lanes(at); }
 
 // A lane's first column stands in the lower half of its 32 bits.
-inline Vec first_column(LaneBits lanes, const BFloat16*) { return (Vec)(lanes << 16); }
-inline Vec second_column(LaneBits lanes, const BFloat16*) { return (Vec)(lanes & 0xffff0000u); }
 inline void load_step(const BFloat16* at, Lanes (&columns)[2]) {
 #pragma GCC unroll 4
   for (int i = 0; i < kRegisters; ++i) {
     LaneBits lanes;
     memcpy(&lanes, at + 2 * kRegister * i, sizeof(lanes));
-    columns[0].v[i] = first_column(lanes, at);
-    columns[1].v[i] = second_column(lanes, at);
+    columns[0].v[i] = (Vec)(lanes << 16);
+    columns[1].v[i] = (Vec)(lanes & 0xffff0000u);
   }
 }
 

@@ -36,8 +36,6 @@ def card(record: Record, model: str, name: str) -> str:
         lines.append(
             "- **What was done**: " + ", ".join(f"`{p.get('spec', p.get('name'))}`" for p in record.passes) + "."
         )
-    if record.calibration:
-        lines.append(f"- **Learned from**: {record.calibration.get('name', 'data that was not named')}.")
     if record.versions:
         lines.append("- **Made with**: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()) + ".")
     return "\n".join(lines) + "\n"

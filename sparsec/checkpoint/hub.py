@@ -5,6 +5,7 @@ Who imports transformers first may be sparsec itself, half imported: so this fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparsec.transformers_hook import METHOD
+
 if TYPE_CHECKING:
     from sparsec.checkpoint.record import Record
-
-METHOD = "sparsec"
 
 
 @register_quantization_config(METHOD)
@@ -59,16 +60,21 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
 
         return [WeightRenaming(rf"^{PREFIX.replace('.', '[.]')}", "")]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """Ours come first: the model's own know names without the prefix."""
         return [*self.get_weight_conversions(), *weight_conversions]
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What was asked for, to which the whole model is converted once it is there."""
+        self.dtype = dtype
+        return dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Nothing is cast: packed values go with their positions."""
         return None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from sparsec.checkpoint.reading import check_packed
+        from sparsec.checkpoint.reading import check_joints, check_packed
         from sparsec.checkpoint.record import BUFFERS
         from sparsec.errors import CheckpointError
         from sparsec.kernels import SparseLinear
@@ -79,6 +85,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"config.json names other files than are loaded: {', '.join(sorted(self.record.files))}"
             )
         self.files = tuple(files)
+        check_joints(model, self.record, "config.json")
         for path, stored in self.record.layers.items():
             try:
                 old = model.get_submodule(path)
@@ -98,19 +105,26 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             *(ignored._keys_to_ignore_on_load_unexpected or ()),
             rf"^{BUFFERS}",
         }
+        ignored._keys_to_ignore_on_load_missing = {
+            *(ignored._keys_to_ignore_on_load_missing or ()),
+            *(rf"^{re.escape(name)}$" for name in self.record.tied),
+        }
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from sparsec.checkpoint.reading import check_packed, computed_buffers, join, put_computed, say_loaded
+        from sparsec.checkpoint.reading import check_packed, computed_buffers, join, put_computed, say_loaded, tie
         from sparsec.kernels import SparseLinear
 
+        tie(model, self.record, "config.json")
         for path, stored in self.record.layers.items():
             layer = model.get_submodule(path)
             assert isinstance(layer, SparseLinear)
             check_packed(path, stored, layer.packed, layer, "the files")
             layer.lay_out(layer.packed.values.device.type)
         put_computed(model, {n: t for f in self.files for n, t in computed_buffers(f)}, "the files")
-        join(model, self.record, "config.json")
+        join(model, self.record)
+        if any(layer.packed.dtype != self.dtype for layer in model.modules() if isinstance(layer, SparseLinear)):
+            model.to(self.dtype)
         say_loaded(model, self.record, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
         return model
 

@@ -44,8 +44,6 @@ class Loaded:
             model,
             folder,
             passes=known.passes,
-            calibration=known.calibration,
-            report=known.report,
             reasons=reasons,
             **options,
         )

@@ -28,8 +28,6 @@ def save_pretrained(
     tokenizer: Any = None,
     max_shard_size: int | str = SHARD,
     passes: tuple[Mapping[str, Any], ...] = (),
-    calibration: Mapping[str, Any] | None = None,
-    report: Mapping[str, Any] | None = None,
     reasons: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Record:
@@ -42,27 +40,21 @@ def save_pretrained(
     content = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
     content.pop("quantization_config", None)
     place = Path(folder)
+    record = store(
+        model, place, max_shard_size=max_shard_size, config=content, passes=passes, reasons=reasons, progress=progress
+    )
+    # After the weights: where those could not be written, a model that was there before keeps what is its own.
+    generation: Any = getattr(model, "generation_config", None)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             files.write(place / "generation_config.json", generation.to_json_string().encode())
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
+        files.write(place / "README.md", card(record, type(model).__name__, place.name).encode())
     except OSError as error:
-        raise CheckpointError(f"{place} could not be written: {error.strerror or error}") from error
-    record = store(
-        model,
-        place,
-        max_shard_size=max_shard_size,
-        config=content,
-        passes=passes,
-        calibration=calibration,
-        report=report,
-        reasons=reasons,
-        progress=progress,
-    )
-    files.write(place / "README.md", card(record, type(model).__name__, place.name).encode())
+        raise CheckpointError(
+            f"the weights in {place} are saved, and what goes with them could not be written: {error}; make room and save again"
+        ) from error
     return record
 
 

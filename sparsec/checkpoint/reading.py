@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn
     place = Path(folder)
     content, record = read_config(place)
     tensors = dict(file_tensors(place, record))
-    model = into if into is not None else _empty(place, content)
+    model = into if into is not None else _empty(place, content, len(tensors))
     fill(model, record, tensors, str(place))
     if into is None:
         model.eval()
@@ -93,7 +93,7 @@ def file_tensors(place: Path, record: Record) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(
                 f"{path} cannot be read: {error.strerror or error}; the model is not whole"
             ) from error
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:  # also a dtype that torch has not
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
@@ -107,7 +107,7 @@ def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where:
     named = {**tensors, **{name: tensors[first] for name, first in record.tied.items()}}
     layers = {path: _sparse_linear(model, path, record, named, where) for path in record.layers}
     rest = _rest(model, record, named, where)
-    _check_joints(model, record, where)
+    check_joints(model, record, where)
     _check_computed(model, computed, where)
     for path, layer in layers.items():
         model.set_submodule(path, layer)
@@ -120,12 +120,11 @@ def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where:
             module._buffers[leaf] = tensor
         else:
             module._parameters[leaf] = shared.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
-    join(model, record, where)
+    join(model, record)
 
 
-def join(model: nn.Module, record: Record, where: str) -> None:
-    """Gives linears sparsec's dense kernel, and makes groups of those whose products are one call."""
-    _check_joints(model, record, where)
+def join(model: nn.Module, record: Record) -> None:
+    """Gives linears sparsec's dense kernel, and makes groups of those whose products are one call; `check_joints` comes before."""
     for path in record.dense_kernels:
         model.set_submodule(path, DenseLinear(model.get_submodule(path)))  # type: ignore[arg-type]
     for paths in record.groups:
@@ -205,7 +204,8 @@ def put_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -
         owner, _, leaf = name.removeprefix(BUFFERS).rpartition(".")
         module = model.get_submodule(owner)
         held = module._buffers[leaf]
-        module._buffers[leaf] = tensor if held is None or held.is_meta else tensor.to(held.device)
+        assert held is not None
+        module._buffers[leaf] = tensor if held.is_meta else tensor.to(held.device)
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -218,24 +218,46 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _check_joints(model: nn.Module, record: Record, where: str) -> None:
+def check_joints(model: nn.Module, record: Record, where: str) -> None:
+    """CheckpointError unless dense kernels and groups are linears, each named once."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    joined = [*record.layers, *record.dense_kernels]
+    grouped = [path for paths in record.groups for path in paths]
     for path in record.dense_kernels:
-        found = dict(model.named_modules(remove_duplicate=False)).get(path)
-        if not isinstance(found, nn.Linear):
+        if not isinstance(modules.get(path), nn.Linear) or joined.count(path) > 1:
             raise CheckpointError(
-                f"{where}: dense_kernels names {path!r}, which is no linear of {type(model).__name__}"
+                f"{where}: dense_kernels names {path!r}, which is no linear of {type(model).__name__}, or packed, or named twice"
             )
-    known = {*record.layers, *record.dense_kernels}
     for paths in record.groups:
-        if len(paths) < 2 or len(set(paths)) < len(paths) or not set(paths) <= known:
+        if len(paths) < 2 or not set(paths) <= set(joined) or any(grouped.count(path) > 1 for path in paths):
             raise CheckpointError(f"{where}: groups must name packed linears, each once, got {', '.join(paths)}")
+
+
+def tie(model: nn.Module, record: Record, where: str) -> None:
+    """Has every further name of a tensor that is stored once hold the very tensor, or Parameter, of the first."""
+    for name, first in record.tied.items():
+        held = [_holder(model, path, where) for path in (name, first)]
+        (places, leaf), (origins, origin) = held
+        if (found := origins.get(origin)) is not None and places.get(leaf) is not found:
+            places[leaf] = found
+
+
+def _holder(model: nn.Module, name: str, where: str) -> tuple[dict[str, Any], str]:
+    """The parameters or buffers of the module that holds a tensor, and its name there."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError as error:
+        raise CheckpointError(f"{where}: tied names {name!r}, and {type(model).__name__} has no such module") from error
+    return (module._buffers if leaf in module._buffers else module._parameters), leaf
 
 
 def _rest(model: nn.Module, record: Record, named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """What is not packed, as the model wants it; CheckpointError for what is lacking, left over or of another shape."""
     inside = tuple(f"{path}." for path in record.layers)
+    own = {f"{path}.{n}" for path, stored in record.layers.items() for n in (*stored.tensors, "bias")}
     wanted = {n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith(inside)}
-    given = {n: t for n, t in named.items() if not n.startswith(inside)}
+    given = {n: t for n, t in named.items() if n not in own}
     missing, more = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or more:
         lists = [
@@ -249,21 +271,30 @@ def _rest(model: nn.Module, record: Record, named: Mapping[str, Tensor], where: 
             raise CheckpointError(
                 f"{where}: {name} is {list(given[name].shape)} in the file, and {list(tensor.shape)} in {type(model).__name__}"
             )
+        if not _same_kind(given[name], tensor):
+            raise CheckpointError(
+                f"{where}: {name} is {given[name].dtype} in the file, and {tensor.dtype} in {type(model).__name__}"
+            )
     return given
+
+
+def _same_kind(found: Tensor, wanted: Tensor) -> bool:
+    """Whether one may stand for the other: numbers may have more or fewer bits, integers must be of one type."""
+    return found.dtype == wanted.dtype or (found.is_floating_point() and wanted.is_floating_point())
 
 
 def _check_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -> None:
     known = dict(model.named_buffers())
     for key, tensor in computed.items():
         name = key.removeprefix(BUFFERS)
-        if name not in known or known[name].shape != tensor.shape or not tensor.is_floating_point():
+        if name not in known or known[name].shape != tensor.shape or not _same_kind(tensor, known[name]):
             raise CheckpointError(
                 f"{where}: the files hold a buffer {name} {list(tensor.shape)}, which {type(model).__name__} has not"
             )
 
 
-def _empty(place: Path, content: Mapping[str, Any]) -> nn.Module:
-    """A model of transformers with parameters on meta and buffers in place. Its class comes from transformers' own tables."""
+def _empty(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Module:
+    """A model of transformers on meta. Its class comes from transformers' own tables. tensors: in the files."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
@@ -274,7 +305,7 @@ def _empty(place: Path, content: Mapping[str, Any]) -> nn.Module:
         )
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # a config's own checks, which differ by model
         raise CheckpointError(f"{place / CONFIG} is no config of a model that transformers knows: {error}") from error
     for name in dir(modeling_auto):
         table = getattr(modeling_auto, name)
@@ -283,31 +314,23 @@ def _empty(place: Path, content: Mapping[str, Any]) -> nn.Module:
             for kind in found if isinstance(found, tuple) else (found,):
                 if kind.__name__ == architectures[0]:
                     del config.quantization_config
-                    with _parameters_on_meta():
-                        made: nn.Module = kind._from_config(config)
-                    return made
+                    return _on_meta(kind, config, str(place / CONFIG), tensors)
     raise CheckpointError(f"{place / CONFIG}: transformers has no {architectures[0]!r} for {type(config).__name__}")
 
 
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within it a Parameter that a module registers is moved to meta, before anybody writes to it, and transformers fills none."""
-    from transformers import PreTrainedModel
-
-    before, fill = nn.Module.register_parameter, PreTrainedModel.init_weights
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        before(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    PreTrainedModel.init_weights = lambda self: None
+def _on_meta(kind: Any, config: Any, where: str, tensors: int) -> nn.Module:
+    """A model of a class of transformers, as that makes it before it loads. tensors: how many there are for it."""
+    layers = getattr(config, "num_hidden_layers", None) or 0
+    if not isinstance(layers, int) or layers > tensors:
+        raise CheckpointError(f"{where}: num_hidden_layers is {layers}, and the files hold {tensors} tensors")
     try:
-        yield
-    finally:
-        nn.Module.register_parameter = before  # type: ignore[method-assign]
-        PreTrainedModel.init_weights = fill
+        with torch.device("meta"):
+            made: nn.Module = kind._from_config(config)
+    except Exception as error:  # whatever a config's sizes make transformers and torch raise
+        raise CheckpointError(
+            f"{where}: no {kind.__name__} can be made of it: {type(error).__name__}: {error}"
+        ) from error
+    return made
 
 
 def _generation(place: Path, model: nn.Module) -> None:

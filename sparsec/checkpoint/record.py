@@ -5,6 +5,7 @@ It stands in `config.json` as `quantization_config`. A file's text chooses among
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -12,12 +13,12 @@ from typing import Any, Self
 
 import torch
 
-from sparsec.errors import CheckpointError, SpecError
+from sparsec.errors import CheckpointError, FormatError, SpecError
 from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
+from sparsec.transformers_hook import METHOD
 
-METHOD = "sparsec"
 SCHEMA = "sparsec.checkpoint/1"
 PREFIX = "sparsec."
 """Of every tensor's name in the files: no dense model has such names, so that nobody loads half of one without noticing."""
@@ -56,7 +57,7 @@ class Stored:
     @property
     def kind(self) -> type[Packed]:
         """The class of the matrix."""
-        return FORMATS[Layout.parse(self.layout).format]
+        return FORMATS[Layout.parse(self.layout, offered=False).format]
 
     def on_meta(self) -> Packed:
         """The matrix without contents."""
@@ -74,9 +75,7 @@ class Record:
     dense_kernels: tuple[str, ...] = ()  # paths of linears on sparsec's dense kernel
     groups: tuple[tuple[str, ...], ...] = ()  # paths of linears whose products are one call
     passes: tuple[Mapping[str, Any], ...] = ()
-    calibration: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    report: Mapping[str, Any] | None = None
 
     def json(self) -> dict[str, Any]:
         """What `read` takes."""
@@ -96,13 +95,11 @@ class Record:
             "schema": SCHEMA,
             "versions": dict(self.versions),
             "passes": [dict(p) for p in self.passes],
-            "calibration": None if self.calibration is None else dict(self.calibration),
             "layers": layers,
             "tied": dict(self.tied),
             "dense_kernels": list(self.dense_kernels),
             "groups": [list(g) for g in self.groups],
             "files": {name: dict(facts) for name, facts in self.files.items()},
-            "report": None if self.report is None else dict(self.report),
         }
 
     @classmethod
@@ -133,9 +130,7 @@ class Record:
                 reader.mapping(p, f"passes[{i}]")
                 for i, p in enumerate(reader.sequence(top.get("passes", []), "passes"))
             ),
-            calibration=None if top.get("calibration") is None else reader.mapping(top["calibration"], "calibration"),
             versions=reader.texts_by_text(top.get("versions", {}), "versions"),
-            report=None if top.get("report") is None else reader.mapping(top["report"], "report"),
         )
 
 
@@ -192,7 +187,7 @@ class _Reader:
         try:
             layout = Layout.parse(spelled, offered=False)
             kind = layout.kind
-        except SpecError as error:
+        except (SpecError, FormatError) as error:  # dense packs nothing
             raise self.error(
                 f"{what}.layout",
                 f"is none that is known: {error}; a format of another package is known once that is imported",
@@ -220,7 +215,10 @@ class _Reader:
         pair = self.sequence(found, what)
         if len(pair) != 2 or type(pair[0]) is not str or pair[0] not in DTYPES:
             raise self.error(what, f"must be a dtype and a shape, got {found!r}")
-        return pair[0], tuple(self.number(n, what) for n in self.sequence(pair[1], what))
+        shape = tuple(self.number(n, what) for n in self.sequence(pair[1], what))
+        if math.prod(max(n, 1) for n in shape) >= 2**59:  # bytes that no 64 bits count
+            raise self.error(what, f"must be a shape that a tensor can have, got {list(shape)}")
+        return pair[0], shape
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ CONFIG = "config.json"
 SHARD = 5_000_000_000
 """Bytes of tensors in one file, at most; a larger tensor has a file of its own."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *(KB|MB|GB)")
+_OWN = re.compile(
+    r"model-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.safetensors|model-[0-9a-f]{16}\.safetensors\.index\.json"
+)
+"""Files that a save writes, and that the next one removes: no other is ever deleted, whatever a config names."""
 
 
 @checked
@@ -53,19 +60,19 @@ def store(
     max_shard_size: int | str = SHARD,
     config: Mapping[str, Any] | None = None,
     passes: tuple[Mapping[str, Any], ...] = (),
-    calibration: Mapping[str, Any] | None = None,
-    report: Mapping[str, Any] | None = None,
     reasons: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """As `save`, with what is to be known of a model. config: what else stands in config.json. reasons: by path, for a layout."""
     place = Path(folder)
+    if isinstance(module, SparseLinear):
+        raise CheckpointError("the module is itself a packed layer, which has no path; wrap it in nn.Sequential")
     stored, tied = _tensors(module)
     shards = _shards(stored, _size(max_shard_size))
     try:
         place.mkdir(parents=True, exist_ok=True)
-        before = _own_files(place)
-        with stage(progress, "writing"):
+        with stage(progress, "writing"), files.alone_in(place):
+            before = _own_files(place)
             named, facts = _write_shards(place, stored, shards, progress)
             record = Record(
                 files=facts,
@@ -74,9 +81,7 @@ def store(
                 dense_kernels=tuple(p for p, m in module.named_modules() if isinstance(m, DenseLinear)),
                 groups=_groups(module),
                 passes=passes,
-                calibration=calibration,
                 versions={"sparsec": version("sparsec"), "torch": torch.__version__},
-                report=report,
             )
             index = _write_index(place, named, facts)
             content = {**(config or {}), "transformers_weights": index, "quantization_config": record.json()}
@@ -85,7 +90,7 @@ def store(
                 (place / stale).unlink(missing_ok=True)
     except CheckpointError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"{place} could not be written: {why}; free some room or name a folder of your own; a model that was there "
@@ -124,7 +129,7 @@ def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             stored[PREFIX + name] = held
     persistent = {*tied, *first.values()}
     for name, buffer in module.named_buffers():
-        if name not in persistent and buffer.is_floating_point() and not buffer.is_meta:
+        if name not in persistent and not buffer.is_meta:
             stored[BUFFERS + name] = buffer.detach()
     return stored, tied
 
@@ -142,11 +147,8 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def _size(given: int | str) -> int:
-    if isinstance(given, str):
-        unit = next((u for u in _UNITS if given.upper().endswith(u)), "")
-        number = given.upper().removesuffix(unit).strip()
-        if unit and number.replace(".", "", 1).isdigit():
-            given = int(float(number) * _UNITS[unit])
+    if isinstance(given, str) and (found := _SIZE.fullmatch(given.strip().upper())) is not None:
+        given = int(float(found[1]) * _UNITS[found[2]])
     if type(given) is not int or given < 1:
         raise CheckpointError(f"max_shard_size must be a number of bytes or a text such as '2GB', got {given!r}")
     return given
@@ -175,9 +177,9 @@ def _write_shards(
             progress("writing", i, len(shards))
         made = place / f".sparsec-{secrets.token_hex(8)}.tmp"
         try:
-            whole = {n: tensors[n].contiguous() for n in names}
+            whole = _apart({n: tensors[n].contiguous() for n in names})
             save_file(whole, made, metadata={"format": "pt"})
-            digest = sha256(made)
+            digest = _sha256(made)
             name = f"model-{i + 1:05d}-of-{len(shards):05d}-{digest[:16]}.safetensors"
             facts[name] = {"sha256": digest, "bytes": made.stat().st_size}
             os.chmod(made, 0o666 & ~_umask())
@@ -187,6 +189,17 @@ def _write_shards(
             raise
         named.update(dict.fromkeys(whole, name))
     return named, facts
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with a copy of each that shares its memory with one before: a view of a weight, say."""
+    seen: set[tuple[Any, int]] = set()
+    for name, tensor in tensors.items():
+        memory = (tensor.device, tensor.untyped_storage().data_ptr())
+        if tensor.numel() and memory in seen:
+            tensors[name] = tensor.clone()
+        seen.add(memory)
+    return tensors
 
 
 def _write_index(place: Path, named: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -202,16 +215,13 @@ def _own_files(place: Path) -> set[str]:
     try:
         content = json.loads((place / CONFIG).read_bytes())
         record = Record.read(content["quantization_config"], str(place / CONFIG))
-        index = content.get("transformers_weights")
-    except (OSError, ValueError, KeyError, TypeError):
+        named = {*record.files, str(content.get("transformers_weights"))}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    own_index = (
-        {index} if isinstance(index, str) and Path(index).name == index and index.endswith(".index.json") else set()
-    )
-    return {*record.files, *own_index}
+    return {name for name in named if _OWN.fullmatch(name)}
 
 
-def sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """Of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,9 +38,8 @@ class Candidate:
     layout: Layout
     kernel: str
     nbytes: int
-    predictions: tuple[
-        tuple[int, Prediction], ...
-    ]  # by the setting's products, how many and one of them; empty: nothing was measured
+    predictions: tuple[tuple[int, Prediction], ...]
+    """By the setting's products: how many, and one of them. Empty where nothing was measured."""
 
     @property
     def prediction(self) -> Prediction | None:

@@ -72,7 +72,8 @@ class Layout:
     @classmethod
     def of(cls, packed: Packed) -> Self:
         """That of a packed matrix."""
-        return replace(cls.parse(packed.describe()), values=packed.codec.name)
+        # Its format is there: what packages offer is imported for a name alone that nobody knows.
+        return replace(cls.parse(packed.describe(), offered=packed.format not in FORMATS), values=packed.codec.name)
 
     @classmethod
     def candidates(cls, mask: Tensor, device: str) -> Iterator[Self]:
