@@ -20,7 +20,8 @@ if find_spec("sparsec.passes") is None:
 
 if TYPE_CHECKING:
     from sparsec.checkpoint import load, save
-    from sparsec.compiler import DEFAULT_PASSES, Compiled, compile, extend
+    from sparsec.compiled import Compiled
+    from sparsec.compiler import DEFAULT_PASSES, compile, extend
     from sparsec.errors import SparsecError
     from sparsec.ir.graph import Graph
     from sparsec.ir.printer import graph_text
@@ -59,7 +60,8 @@ __all__ = [
 
 _HOMES = {
     "sparsec.checkpoint": ("load", "save"),
-    "sparsec.compiler": ("DEFAULT_PASSES", "Compiled", "compile", "extend"),
+    "sparsec.compiled": ("Compiled",),
+    "sparsec.compiler": ("DEFAULT_PASSES", "compile", "extend"),
     "sparsec.errors": ("SparsecError",),
     "sparsec.ir.graph": ("Graph",),
     "sparsec.ir.printer": ("graph_text",),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy as copying
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,8 +16,8 @@ from sparsec.calibrate import SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
-from sparsec.checkpoint.pretrained import save_pretrained as save_packed
-from sparsec.emitter import adopt, emit, follower, put, unpackable, unswappable
+from sparsec.compiled import Compiled
+from sparsec.emitter import adopt, emit, put, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
 from sparsec.holders import elsewhere_text, held_elsewhere
 from sparsec.ir.carry import rebind
@@ -28,103 +26,18 @@ from sparsec.ir.graph import Graph
 from sparsec.ir.parts import usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
-from sparsec.kernels import Problem, SparseLinear, select
-from sparsec.memory import computed, held, shared_copy
+from sparsec.kernels import SparseLinear
+from sparsec.memory import computed, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.progress import stage
-from sparsec.report.collect import Report, collect
-from sparsec.report.predict import known_constants, predict
-from sparsec.wrapped import odd_text, refuse_meta, refuse_wrapper, traced_again
+from sparsec.wrapped import refuse_meta, refuse_wrapper, traced_again
 
 DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
 DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(eq=False)
-class Compiled:
-    """What `compiled.sparsec` holds: how the model came to be what it is. A plain object, no submodule."""
-
-    kept: Graph  # as it was when somebody last asked for `graph`
-    pipeline: Pipeline
-    records: tuple[PassRecord, ...]
-    trace_seconds: float
-    emit_seconds: float
-    notes: tuple[str, ...]  # what tracing and emission had to say
-    model: weakref.ref[nn.Module]  # the compiled model
-    shares: bool = False  # it holds tensors of the model that it was compiled from, and writes to none of them
-
-    @property
-    def graph(self) -> Graph:
-        """The graph, true of the model as it is now: it may have been moved, converted or trained since it was compiled."""
-        self._follow()
-        return self.kept
-
-    def report(self) -> Report:
-        """Per layer, group and pass: sparsity, bytes, FLOPs, kernels, and reasons. `print()` it, or read its fields.
-
-        Of the model as it is now: it may have been moved, converted or trained since it was compiled.
-        """
-        model = self.model()
-        now, changes, odd = self._now()
-        predicted = predict(now, known_constants(now))
-        return collect(
-            now, self.records, (*self.notes, *changes, *odd), None if model is None else held(model).total, predicted
-        )
-
-    def _now(self) -> tuple[Graph, tuple[str, ...], list[str]]:
-        """The graph, with records of its own; what became of its weights since; what it does not show."""
-        odd = self._follow()
-        now = self.kept.view()
-        return now, settle(now), odd_text(odd, "lowered" in now.facts)
-
-    def _follow(self) -> list[str]:
-        """Lets the graph hold what the model holds now; returns the names that no longer mean the same."""
-        model = self.model()
-        odd = [] if model is None else rebind(self.kept, model)
-        _refresh(self.kept)
-        return odd
-
-    def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        """What is lowered, for `sparsec.load` and transformers; takes `tokenizer`, `max_shard_size`. Else the model's own."""
-        model: Any = self.model()
-        assert model is not None
-        for change in self._now()[1]:
-            warnings.warn(f"{type(model).__name__}.save_pretrained: {change}", stacklevel=2)
-        if "lowered" not in self.kept.facts:
-            return type(model).save_pretrained(model, folder, *args, **kwargs)
-        passes = tuple(
-            {"spec": r.spec, "name": r.name, "effect": r.effect.value, "summary": r.summary} for r in self.records
-        )
-        reasons = {
-            op.owner_of(w.name): w.reason or ""
-            for w in self.kept.weights.values()
-            for op in self.kept.products_of(w.name)
-        }
-        return save_packed(model, folder, *args, passes=passes, reasons=reasons, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
-        # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
-        model = self.model()
-        copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "model"}
-        twin = None if model is None else memo.get(id(model), model)
-        for module in () if model is None else model.modules():
-            if isinstance(module, SparseLinear) and module.follow is not None and id(module) in memo:
-                memo[id(module)].follow = follower(copied["kept"], module.follow.args[1])
-        return Compiled(**copied, model=self.model if twin is None else weakref.ref(twin))
-
-    def __reduce__(self) -> NoReturn:
-        raise CompileError(
-            "compiled models cannot be pickled yet (torch.save of the whole model, other processes); save compiled.state_dict(), "
-            "and load it into a model that was compiled from the same weights with the same passes"
-        )
-
-    def __repr__(self) -> str:
-        lowered = sum(w.packed is not None for w in self.kept.weights.values())
-        return f"<sparsec {str(self.pipeline)!r}: {lowered} weights lowered; .report() tells more>"
 
 
 @checked_but("passes", "masks", "verify")
@@ -339,25 +252,6 @@ def _copied(model: Model, share: bool = False) -> Model:
         return shared_copy(model) if share else copying.deepcopy(model, computed(model))
     except (RuntimeError, TypeError) as error:
         raise CompileError(f"the model cannot be copied: {error}; hand it over with copy=False") from error
-
-
-def _refresh(graph: Graph) -> None:
-    """Takes dtypes and kernels anew from the tensors."""
-    for weight in list(graph.weights.values()):
-        held = graph.tensor(weight.name) if weight.packed is None else next(iter(weight.packed.tensors().values()))
-        dtype = held.dtype if weight.packed is None else weight.packed.dtype
-        if dtype != weight.dtype:
-            graph.update(weight.name, dtype=dtype)
-        for op in graph.products_of(weight.name):
-            if op.kernel_of(weight.name) is None:  # torch's own, whatever becomes of the weight
-                continue
-            if weight.packed is None:
-                problem = Problem("dense", *weight.matrix_shape, 1, dtype, held.device.type)
-            else:
-                problem = Problem.of(weight.packed)
-            kernel = select(problem).name
-            if kernel != op.kernel_of(weight.name):
-                graph.ops[op.node] = op.with_kernel(weight.name, kernel)
 
 
 def _refuse(model: nn.Module) -> None:

@@ -57,7 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("console",),
     ("emitter", "evaluate", "inductor", "wrapped"),
     ("report",),
-    ("compiler", "checkpoint"),
+    ("checkpoint", "compiled", "compiler"),
     ("study",),
     ("", "__main__", "overview", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
 )
