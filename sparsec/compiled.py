@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy as copying
+import json
 import warnings
 import weakref
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from torch import nn
 
 from sparsec.checkpoint.pretrained import save_pretrained as save_packed
+from sparsec.checkpoint.record import History
 from sparsec.emitter import follower
 from sparsec.errors import CompileError
 from sparsec.ir.carry import rebind
@@ -21,6 +24,7 @@ from sparsec.memory import held
 from sparsec.pipeline import PassRecord, Pipeline
 from sparsec.report.collect import Report, collect
 from sparsec.report.predict import known_constants, predict
+from sparsec.report.schema import document
 from sparsec.wrapped import odd_text
 
 
@@ -35,6 +39,7 @@ class Compiled:
     emit_seconds: float
     notes: tuple[str, ...]  # what tracing and emission had to say
     model: weakref.ref[nn.Module]  # the compiled model
+    calibration: Mapping[str, str] = field(default_factory=dict)  # what passes learnt from: its source and its hash
     shares: bool = False  # it holds tensors of the model that it was compiled from, and writes to none of them
 
     @property
@@ -68,14 +73,21 @@ class Compiled:
         _refresh(self.kept)
         return odd
 
-    def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        """What is lowered, for `sparsec.load` and transformers; takes `tokenizer`, `max_shard_size`. Else the model's own."""
+    def save_pretrained(self, folder: Any, *args: Any, report: Report | None = None, **kwargs: Any) -> Any:
+        """What is lowered, for `sparsec.load` and transformers; takes `tokenizer`, `max_shard_size`. Else the model's own.
+
+        report: one that was measured, to be kept in place of what `report()` counts.
+        """
         model: Any = self.model()
         assert model is not None
         for change in self._now()[1]:
             warnings.warn(f"{type(model).__name__}.save_pretrained: {change}", stacklevel=2)
         if "lowered" not in self.kept.facts:
             return type(model).save_pretrained(model, folder, *args, **kwargs)
+        return save_packed(model, folder, *args, history=self.history(report), **kwargs)
+
+    def history(self, report: Report | None = None) -> History:
+        """What a saved model tells of how it came to be. report: with what was measured; default: what is counted."""
         passes = tuple(
             {"spec": r.spec, "name": r.name, "effect": r.effect.value, "summary": r.summary} for r in self.records
         )
@@ -84,7 +96,8 @@ class Compiled:
             for w in self.kept.weights.values()
             for op in self.kept.products_of(w.name)
         }
-        return save_packed(model, folder, *args, passes=passes, reasons=reasons, **kwargs)
+        told = document(report or self.report())
+        return History(passes, self.calibration, reasons, json.dumps(told, indent=1, allow_nan=False).encode())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.

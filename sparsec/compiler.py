@@ -113,7 +113,8 @@ def compile(
         model, graph, not shares, elsewhere=elsewhere, masks=masks or {}, calibration=data, progress=progress
     )
     records = pipeline.run(graph, context, verify, instruments)
-    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context)
+    learnt = {"source": data.source, "sha256": data.sha256} if data is not None and pipeline.learning else {}
+    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)
 
 
 @checked_but("passes", "verify")
@@ -161,7 +162,8 @@ def extend(
     records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
     whole = Pipeline((*own.pipeline.passes, *more.passes))
     said_once = tuple(dict.fromkeys(notes))
-    return _emitted(model, graph, whole, (*own.records, *records), own.trace_seconds, said_once, context)
+    done = (*own.records, *records)
+    return _emitted(model, graph, whole, done, own.trace_seconds, said_once, context, own.calibration)
 
 
 def _inside(model: nn.Module) -> tuple[str, Compiled]:
@@ -205,6 +207,7 @@ def _emitted(
     trace_seconds: float,
     notes: tuple[str, ...],
     context: Context,
+    calibration: Mapping[str, str],
 ) -> Model:
     """The model with the graph put back into it, and its `.sparsec`."""
     start = perf_counter()
@@ -213,7 +216,15 @@ def _emitted(
     notes = (*notes, *([elsewhere_text(spared)] if spared else []), *emit(model, graph))
     seconds = perf_counter() - start
     compiled = Compiled(
-        graph, pipeline, records, trace_seconds, seconds, notes, weakref.ref(model), not context.owns_weights
+        graph,
+        pipeline,
+        records,
+        trace_seconds,
+        seconds,
+        notes,
+        weakref.ref(model),
+        calibration=calibration,
+        shares=not context.owns_weights,
     )
     object.__setattr__(model, "sparsec", compiled)
     guard_saving(model, compiled.save_pretrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -39,6 +40,15 @@ class CalibrationData:
     def uniform(self) -> bool:
         """Whether all calls have the same shapes."""
         return len({tuple(tuple(t.shape) for t in call) for call in self.calls}) == 1
+
+    @property
+    def sha256(self) -> str:
+        """Of all calls: the same data give the same."""
+        found = hashlib.sha256()
+        for tensor in (t.detach().cpu().contiguous() for call in self.calls for t in call):
+            found.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+            found.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     @property
     def device(self) -> torch.device:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from sparsec.checkpoint.record import Record
+from sparsec.report.records import ReportData
+from sparsec.report.variant import VARIANTS, metrics
 
 
-def card(record: Record, model: str, name: str) -> str:
-    """Markdown, with what the hub reads at its head."""
+def card(record: Record, model: str, name: str, report: ReportData | None) -> str:
+    """Markdown, with what the hub reads at its head. report: of the model that is saved."""
     packed = Counter(stored.layout for stored in record.layers.values())
     layouts = ", ".join(f"{count} as `{layout}`" for layout, count in packed.most_common()) or "none"
     held = sum(int(facts.get("bytes", 0)) for facts in record.files.values())
@@ -36,6 +38,35 @@ def card(record: Record, model: str, name: str) -> str:
         lines.append(
             "- **What was done**: " + ", ".join(f"`{p.get('spec', p.get('name'))}`" for p in record.passes) + "."
         )
+    if record.calibration:
+        lines.append(f"- **Calibrated on**: {record.calibration.get('source', 'data of the user')}.")
     if record.versions:
         lines.append("- **Made with**: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()) + ".")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_figures(report)]) + "\n"
+
+
+def _figures(report: ReportData | None) -> list[str]:
+    """Dense and lowered side by side: what was measured, or what was counted alone."""
+    if report is None:
+        return []
+    counted = f"{report.sparsity:.1%} of {report.parameters:,} parameters are zero"
+    lines = ["", "## Figures", "", f"{counted}; {report.bytes_held:,} bytes instead of {report.bytes_dense:,} dense."]
+    shown = {name: title for name, title in VARIANTS.items() if name in report.summary}
+    measured = [
+        (n, m) for n, (_, m) in metrics().items() if any(getattr(report.summary[v], n) is not None for v in shown)
+    ]
+    if not report.summary or report.latency is None:
+        return [*lines, "Speed and quality were not measured."]
+    lines += ["", f"| | {' | '.join(shown.values())} |", "|---" * (1 + len(shown)) + "|"]
+    for name, metric in measured:
+        cells = [metric.show(v) if (v := getattr(report.summary[each], name)) is not None else "-" for each in shown]
+        lines.append(f"| {metric.title.strip()} | {' | '.join(cells)} |")
+    on, by = report.evaluation, report.latency
+    if on is not None:
+        lines += ["", f"Quality on {on.windows} windows of {on.window_length} tokens of {on.text}."]
+    if report.machine is not None:
+        busy = "; the machine was busy, so times are doubtful" if by.disturbed else ""
+        lines += [
+            f"Times at batch 1 with {by.threads} threads on {report.machine.cpu}, prompts of {by.prompt_tokens} tokens{busy}."
+        ]
+    return lines

@@ -112,7 +112,15 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from sparsec.checkpoint.reading import check_packed, computed_buffers, join, put_computed, say_loaded, tie
+        from sparsec.checkpoint.reading import (
+            check_packed,
+            computed_buffers,
+            join,
+            put_computed,
+            saved_report,
+            say_loaded,
+            tie,
+        )
         from sparsec.kernels import SparseLinear
 
         tie(model, self.record, "config.json")
@@ -125,7 +133,9 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         join(model, self.record)
         if any(layer.packed.dtype != self.dtype for layer in model.modules() if isinstance(layer, SparseLinear)):
             model.to(self.dtype)
-        say_loaded(model, self.record, str(getattr(getattr(model, "config", None), "_name_or_path", "")))
+        folder = Path(self.files[0]).parent if self.files else Path()
+        name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+        say_loaded(model, self.record, name, saved_report(folder, self.record))
         return model
 
     def is_serializable(self) -> bool:

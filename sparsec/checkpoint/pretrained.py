@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,12 +13,13 @@ from torch import nn
 
 from sparsec import files
 from sparsec.checkpoint.card import card
-from sparsec.checkpoint.record import Record
+from sparsec.checkpoint.record import History, Record
 from sparsec.checkpoint.writing import SHARD, store
 from sparsec.errors import CheckpointError, CompileError
 from sparsec.ir.groups import of_peft
 from sparsec.kernels import SparseLinear
 from sparsec.progress import Progress
+from sparsec.report.reread import reread
 
 
 def save_pretrained(
@@ -27,8 +28,7 @@ def save_pretrained(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = SHARD,
-    passes: tuple[Mapping[str, Any], ...] = (),
-    reasons: Mapping[str, str] | None = None,
+    history: History | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """Saves a model of transformers with its packed weights, its configs, its tokenizer if given, and a model card."""
@@ -40,9 +40,8 @@ def save_pretrained(
     content = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
     content.pop("quantization_config", None)
     place = Path(folder)
-    record = store(
-        model, place, max_shard_size=max_shard_size, config=content, passes=passes, reasons=reasons, progress=progress
-    )
+    record = store(model, place, max_shard_size=max_shard_size, config=content, history=history, progress=progress)
+    told = reread(json.loads(history.report)) if history is not None and history.report else None
     # After the weights: where those could not be written, a model that was there before keeps what is its own.
     generation: Any = getattr(model, "generation_config", None)
     try:
@@ -50,7 +49,7 @@ def save_pretrained(
             files.write(place / "generation_config.json", generation.to_json_string().encode())
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        files.write(place / "README.md", card(record, type(model).__name__, place.name).encode())
+        files.write(place / "README.md", card(record, type(model).__name__, place.name, told).encode())
     except OSError as error:
         raise CheckpointError(
             f"the weights in {place} are saved, and what goes with them could not be written: {error}; make room and save again"

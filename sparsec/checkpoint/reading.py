@@ -43,13 +43,13 @@ def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn
     if into is None:
         model.eval()
         _generation(place, model)
-    say_loaded(model, record, str(place))
+    say_loaded(model, record, str(place), saved_report(place, record))
     return model
 
 
-def say_loaded(model: nn.Module, record: Record, place: str) -> None:
+def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> None:
     """Gives a model its `.sparsec`, and the way of saving that keeps what is packed."""
-    loaded = Loaded(record, place, model)
+    loaded = Loaded(record, place, model, report)
     object.__setattr__(model, "sparsec", loaded)
     guard_saving(model, loaded.save_pretrained)
 
@@ -68,6 +68,23 @@ def read_config(place: Path) -> tuple[dict[str, Any], Record]:
     if not isinstance(content, dict) or "quantization_config" not in content:
         raise CheckpointError(f"{path} has no quantization_config: this is no model that sparsec saved")
     return content, Record.read(content["quantization_config"], str(path))
+
+
+def saved_report(place: Path, record: Record) -> bytes:
+    """The report's document, empty where there is none; CheckpointError for one that is not the one that was saved."""
+    if not record.report:
+        return b""
+    path: Path = place / record.report["file"]
+    try:
+        if path.stat().st_size != record.report["bytes"]:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, and must have {record.report['bytes']}: it is not the file that was saved"
+            )
+        return path.read_bytes()
+    except FileNotFoundError:  # a copy of the weights alone
+        return b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def file_tensors(place: Path, record: Record) -> Iterator[tuple[str, Tensor]]:

@@ -66,6 +66,18 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class History:
+    """How a model came to be what it is."""
+
+    passes: tuple[Mapping[str, Any], ...] = ()  # spec, name, effect, summary of each that ran
+    calibration: Mapping[str, str] = field(
+        default_factory=dict
+    )  # {"source": in words, "sha256": of the data}, or empty
+    reasons: Mapping[str, str] = field(default_factory=dict)  # path of a packed linear -> why this layout
+    report: bytes = b""  # the report's JSON document, or empty
+
+
+@dataclass(frozen=True)
 class Record:
     """All that is said of a saved model."""
 
@@ -75,6 +87,10 @@ class Record:
     dense_kernels: tuple[str, ...] = ()  # paths of linears on sparsec's dense kernel
     groups: tuple[tuple[str, ...], ...] = ()  # paths of linears whose products are one call
     passes: tuple[Mapping[str, Any], ...] = ()
+    calibration: Mapping[str, str] = field(
+        default_factory=dict
+    )  # {"source": in words, "sha256": of the data}, or empty
+    report: Mapping[str, Any] = field(default_factory=dict)  # {"file": ..., "sha256": ..., "bytes": ...}, or empty
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
@@ -95,6 +111,8 @@ class Record:
             "schema": SCHEMA,
             "versions": dict(self.versions),
             "passes": [dict(p) for p in self.passes],
+            "calibration": dict(self.calibration),
+            "report": dict(self.report),
             "layers": layers,
             "tied": dict(self.tied),
             "dense_kernels": list(self.dense_kernels),
@@ -130,6 +148,8 @@ class Record:
                 reader.mapping(p, f"passes[{i}]")
                 for i, p in enumerate(reader.sequence(top.get("passes", []), "passes"))
             ),
+            calibration=reader.texts_by_text(top.get("calibration", {}), "calibration"),
+            report=reader.report(top.get("report", {})),
             versions=reader.texts_by_text(top.get("versions", {}), "versions"),
         )
 
@@ -169,17 +189,22 @@ class _Reader:
             raise self.error(what, f"must be a whole number from 0, got {found!r}")
         return found
 
-    def file(self, name: Any) -> str:
+    def file(self, name: Any, what: str = "files", ending: str = ".safetensors") -> str:
         """The name of a file in this very folder."""
-        text = self.text(name, "a name in files")
-        if (
-            text != PurePosixPath(text).name
-            or "\\" in text
-            or text in ("", ".", "..")
-            or not text.endswith(".safetensors")
-        ):
-            raise self.error("files", f"must name .safetensors files in the folder itself, got {text!r}")
+        text = self.text(name, f"a name in {what}")
+        if text != PurePosixPath(text).name or "\\" in text or text in ("", ".", "..") or not text.endswith(ending):
+            raise self.error(what, f"must name {ending} files in the folder itself, got {text!r}")
         return text
+
+    def report(self, found: Any) -> dict[str, Any]:
+        given = self.mapping(found, "report")
+        if not given:
+            return {}
+        return {
+            "file": self.file(given.get("file"), "report", ".json"),
+            "sha256": self.text(given.get("sha256"), "report.sha256"),
+            "bytes": self.number(given.get("bytes"), "report.bytes"),
+        }
 
     def stored(self, found: Any, what: str) -> Stored:
         given = self.mapping(found, what)

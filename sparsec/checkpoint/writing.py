@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsec import files
 from sparsec.arguments import checked
-from sparsec.checkpoint.record import BUFFERS, PREFIX, Record, Stored
+from sparsec.checkpoint.record import BUFFERS, PREFIX, History, Record, Stored
 from sparsec.errors import CheckpointError
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
@@ -32,7 +32,7 @@ SHARD = 5_000_000_000
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *(KB|MB|GB)")
 _OWN = re.compile(
-    r"model-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.safetensors|model-[0-9a-f]{16}\.safetensors\.index\.json"
+    r"model-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.safetensors|(model-[0-9a-f]{16}\.safetensors\.index|report-[0-9a-f]{16})\.json"
 )
 """Files that a save writes, and that the next one removes: no other is ever deleted, whatever a config names."""
 
@@ -59,11 +59,11 @@ def store(
     *,
     max_shard_size: int | str = SHARD,
     config: Mapping[str, Any] | None = None,
-    passes: tuple[Mapping[str, Any], ...] = (),
-    reasons: Mapping[str, str] | None = None,
+    history: History | None = None,
     progress: Progress | None = None,
 ) -> Record:
-    """As `save`, with what is to be known of a model. config: what else stands in config.json. reasons: by path, for a layout."""
+    """As `save`, with what is to be known of a model. config: what else stands in config.json."""
+    history = history or History()
     place = Path(folder)
     if isinstance(module, SparseLinear):
         raise CheckpointError("the module is itself a packed layer, which has no path; wrap it in nn.Sequential")
@@ -76,17 +76,19 @@ def store(
             named, facts = _write_shards(place, stored, shards, progress)
             record = Record(
                 files=facts,
-                layers={p: Stored.of(m.packed, m.bias, (reasons or {}).get(p, "")) for p, m in _sparse(module)},
+                layers={p: Stored.of(m.packed, m.bias, history.reasons.get(p, "")) for p, m in _sparse(module)},
                 tied=tied,
                 dense_kernels=tuple(p for p, m in module.named_modules() if isinstance(m, DenseLinear)),
                 groups=_groups(module),
-                passes=passes,
+                passes=history.passes,
+                calibration=history.calibration,
+                report=_write_report(place, history.report),
                 versions={"sparsec": version("sparsec"), "torch": torch.__version__},
             )
             index = _write_index(place, named, facts)
             content = {**(config or {}), "transformers_weights": index, "quantization_config": record.json()}
             files.write(place / CONFIG, json.dumps(content, indent=2).encode())
-            for stale in before - {*facts, index}:
+            for stale in before - {*facts, index, record.report.get("file")}:
                 (place / stale).unlink(missing_ok=True)
     except CheckpointError:
         raise
@@ -210,12 +212,21 @@ def _write_index(place: Path, named: Mapping[str, str], facts: Mapping[str, Mapp
     return name
 
 
+def _write_report(place: Path, document: bytes) -> dict[str, Any]:
+    """The file that holds it, named after its contents."""
+    if not document:
+        return {}
+    digest = hashlib.sha256(document).hexdigest()
+    files.write(place / f"report-{digest[:16]}.json", document)
+    return {"file": f"report-{digest[:16]}.json", "sha256": digest, "bytes": len(document)}
+
+
 def _own_files(place: Path) -> set[str]:
     """Files of tensors that an earlier save left there."""
     try:
         content = json.loads((place / CONFIG).read_bytes())
         record = Record.read(content["quantization_config"], str(place / CONFIG))
-        named = {*record.files, str(content.get("transformers_weights"))}
+        named = {*record.files, str(record.report.get("file")), str(content.get("transformers_weights"))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
     return {name for name in named if _OWN.fullmatch(name)}

@@ -25,7 +25,7 @@ class Traced:
 class Figure:
     """What there is to say of a figure beside its value."""
 
-    doc: str  # in the JSON's schema; empty for what is not in it
+    doc: str  # in the JSON's schema
     of: Callable[[Traced], Any] | None  # None: computed from other figures, or measured later
 
 
@@ -43,7 +43,7 @@ def _pruned(doc: str, value: Callable[[Pruned], Any]) -> dict[str, Figure]:
 class LayerRow:
     """One stored weight. A tied weight is one row, with its other names in `aliases`.
 
-    A field whose Figure has a doc is in the JSON and the CSV, in this order.
+    Every field is in the JSON and the CSV, in this order.
     """
 
     name: str = field(metadata=figure("of the stored weight", lambda s: s.weight.name))
@@ -130,10 +130,14 @@ class LayerRow:
         default=None,
         metadata=figure("one row, against the dense layer, in rotation over all layers; fused ones together"),
     )
-    value_bytes: int = field(metadata=figure("", lambda s: s.weight.dtype.itemsize))  # of one value
-    executed: bool = field(metadata=figure("", lambda s: bool(s.ops)))  # in the traced call
-    # By it a linear product multiplies; a table too, where it is tied to a head.
-    multiplied: bool = field(metadata=figure("", lambda s: s.graph.is_linear(s.weight.name)))
+    value_bytes: int = field(metadata=figure("of one value", lambda s: s.weight.dtype.itemsize))
+    executed: bool = field(metadata=figure("whether the traced call read it", lambda s: bool(s.ops)))
+    multiplied: bool = field(
+        metadata=figure(
+            "whether a linear product multiplies by it; a table too, where it is tied to a head",
+            lambda s: s.graph.is_linear(s.weight.name),
+        )
+    )
 
     def __post_init__(self) -> None:
         computed = {

@@ -39,11 +39,11 @@ PASS: Keys = {
 def _types(annotation: Any) -> tuple[type, ...]:
     """As JSON has them; a spread is its median."""
     kind = str(annotation)
-    known = {"int": (int,), "str": (str,), "tuple": (list,)}
+    known = {"int": (int,), "bool": (bool,), "str": (str,), "tuple": (list,)}
     return known.get(kind.partition(" ")[0].partition("[")[0], NUMBER) + ((NONE,) if kind.endswith("None") else ())
 
 
-LAYER: Keys = {name: (_types(own.type), figure.doc) for name, (own, figure) in figures().items() if figure.doc}
+LAYER: Keys = {name: (_types(own.type), figure.doc) for name, (own, figure) in figures().items()}
 GROUP: Keys = {
     "group": ((str,), "as in a layer"),
     "parameters": ((int,), "stored in it"),
@@ -90,6 +90,8 @@ SCHEMA: Keys = {
         (*NUMBER, NONE),
         "per token, of attention scores and values at the context of the pass flops",
     ),
+    "linears_dense_ms": ((*NUMBER, NONE), "of a decoded token in linear layers with F.linear, by the cost model"),
+    "linears_ms": ((*NUMBER, NONE), "the same as they are executed now"),
     "summary": (
         (dict,),
         "of VARIANT under dense, masked, dense_on_sparsec and lowered; empty where nothing was compared",
@@ -125,6 +127,8 @@ def document(report: ReportData) -> dict[str, Any]:
         "groups": [_group(row) for row in report.groups],
         "bytes_buffers": report.bytes_buffers,
         "flops_without_weights": report.flops_without_weights,
+        "linears_dense_ms": report.linears_dense_ms,
+        "linears_ms": report.linears_ms,
         "summary": {name: _variant(v) for name, v in report.summary.items()},
         "evaluation": asdict(report.evaluation) if report.evaluation is not None else None,
         "latency": asdict(report.latency) if report.latency is not None else None,
