@@ -22,6 +22,7 @@ from sparsec.formats.csr import csr_rows
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.panels import lane_columns
 from sparsec.formats.positions import flat_positions, starts, unsigned
+from sparsec.formats.sound import ascending
 from sparsec.patterns import Pattern
 
 DEFAULT_BLOCK = (16, 16)
@@ -173,7 +174,10 @@ class BSR(Packed):
         return faults or self._column_faults() or self._count_faults()
 
     def _column_faults(self) -> list[str]:
-        columns, count = unsigned(self.col_idx), self.in_features // self.block[1]
+        count = self.in_features // self.block[1]
+        if self.col_idx.device.type == "cpu" and ascending(self.col_idx, self.row_ptr, count):
+            return []
+        columns = unsigned(self.col_idx)
         outside = ((columns < 0) | (columns >= count)).nonzero()
         if len(outside):
             at = int(outside[0])
@@ -186,7 +190,7 @@ class BSR(Packed):
         return []
 
     def _count_faults(self) -> list[str]:
-        return count_faults(self.nnz, int(self.values.count_nonzero()), self.values.numel())
+        return count_faults(self.nnz, lambda: int(self.values.count_nonzero()), self.values.numel())
 
 
 def _lane(c: int, dtype: torch.dtype, device: str) -> int:

@@ -21,6 +21,7 @@ from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
 from sparsec.formats.panels import LANES, from_panels, lane_columns, panel_count, step_count, to_panels
 from sparsec.formats.positions import bits_of, flat_positions
+from sparsec.formats.sound import slots_ascend
 from sparsec.patterns import Pattern
 
 INDEX_BITS: dict[int, int] = {4: 2, 8: 3}
@@ -158,19 +159,27 @@ class NM(Packed):
         ]
 
     def content_faults(self) -> list[str]:
-        columns = self.columns()[: self.out_features]
-        bad = (columns.diff(dim=2) <= 0).nonzero()
-        if len(bad):
-            row, group = bad[0, :2].tolist()
-            return [f"index must ascend within a group, but does not in row {row}, group {group}"]
+        if faults := self._index_faults():
+            return faults
+        slots, lane = self.in_features // self.m * self.n, self.values.shape[-1]
+        if slots % lane and self.values[:, -1, :, slots % lane :].count_nonzero():
+            return [f"values must be zero past the last slot, {slots - 1}, but are not in the last step"]
+        if self.out_features % LANES and self.values[-1, :, self.out_features % LANES :].count_nonzero():
+            return [f"values must be zero past the last row, {self.out_features - 1}, but are not in the last panel"]
+        return count_faults(self.nnz, lambda: int(self.values.count_nonzero()), self.out_features * slots)
+
+    def _index_faults(self) -> list[str]:
         if self.index[-PADDING:].any():
             return [f"index must end in {PADDING} zeros, got {self.index[-PADDING:].tolist()}"]
-        rows, slots, lane = self.values.shape[0] * LANES, self.in_features // self.m * self.n, self.values.shape[-1]
-        if from_panels(self.values, rows, self.values.shape[1] * lane)[:, slots:].count_nonzero():
-            return [f"values must be zero past the last slot, {slots - 1}, but are not in the last step"]
-        if self._slots(rows)[self.out_features :].count_nonzero():
-            return [f"values must be zero past the last row, {self.out_features - 1}, but are not in the last panel"]
-        return count_faults(self.nnz, int(self.values.count_nonzero()), columns.numel())
+        b, groups = INDEX_BITS[self.m], self.in_features // self.m
+        words = self.index[:-PADDING].view(panel_count(self.out_features), groups, self.n, 2, b)
+        if self.index.device.type == "cpu" and slots_ascend(words, b, self.out_features):
+            return []
+        bad = (self.columns()[: self.out_features].diff(dim=2) <= 0).nonzero()
+        if not len(bad):
+            return []
+        row, group = bad[0, :2].tolist()
+        return [f"index must ascend within a group, but does not in row {row}, group {group}"]
 
 
 def _pattern(mask: Tensor, value_bytes: int, wanted: tuple[int, int] | None) -> tuple[int, int]:

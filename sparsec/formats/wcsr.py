@@ -166,7 +166,7 @@ class WarpCSR(Packed):
         twice = (places.diff() == 0).nonzero()
         if len(twice):
             return [f"col_idx must not repeat in a row, but does in row {int(places[twice[0]]) // self.in_features}"]
-        return count_faults(self.nnz, len(places), self.values.numel())
+        return count_faults(self.nnz, lambda: len(places), self.values.numel())
 
 
 @dataclass(frozen=True, eq=False)
