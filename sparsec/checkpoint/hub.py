@@ -74,17 +74,17 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         return None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from sparsec.checkpoint.reading import check_joints, check_packed
+        from sparsec.checkpoint.folder import check_files, file_tensors
+        from sparsec.checkpoint.reading import check_joints, check_packed, check_shape, stored_matrix
         from sparsec.checkpoint.record import BUFFERS
         from sparsec.errors import CheckpointError
         from sparsec.kernels import SparseLinear
 
         files: Sequence[str] = kwargs.get("checkpoint_files") or ()
-        if {Path(f).name for f in files} != set(self.record.files):
-            raise CheckpointError(
-                f"config.json names other files than are loaded: {', '.join(sorted(self.record.files))}"
-            )
+        folder = check_files(files, self.record, str(getattr(model.config, "_name_or_path", "")))
         self.files = tuple(files)
+        named = dict(file_tensors(folder, self.record))
+        named.update({name: named[first] for name, first in self.record.tied.items() if first in named})
         check_joints(model, self.record, "config.json")
         for path, stored in self.record.layers.items():
             try:
@@ -95,7 +95,11 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
                     "was saved"
                 ) from error
             packed = stored.on_meta()
-            check_packed(path, stored, packed, old, "config.json")
+            check_packed(path, stored, packed, "config.json")
+            check_shape(path, packed, old, "config.json")
+            stored_matrix(
+                path, stored, named, str(folder), contents=False
+            )  # transformers fills what is lacking with noise
             bias = torch.empty(packed.shape[0], dtype=packed.dtype, device="meta") if stored.bias else None
             layer = SparseLinear(packed, bias)
             layer.path = path
@@ -112,22 +116,15 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from sparsec.checkpoint.reading import (
-            check_packed,
-            computed_buffers,
-            join,
-            put_computed,
-            saved_report,
-            say_loaded,
-            tie,
-        )
+        from sparsec.checkpoint.folder import saved_report
+        from sparsec.checkpoint.reading import check_packed, computed_buffers, join, put_computed, say_loaded, tie
         from sparsec.kernels import SparseLinear
 
         tie(model, self.record, "config.json")
         for path, stored in self.record.layers.items():
             layer = model.get_submodule(path)
             assert isinstance(layer, SparseLinear)
-            check_packed(path, stored, layer.packed, layer, "the files")
+            check_packed(path, stored, layer.packed, "the files")
             layer.lay_out(layer.packed.values.device.type)
         put_computed(model, {n: t for f in self.files for n, t in computed_buffers(f)}, "the files")
         join(model, self.record)

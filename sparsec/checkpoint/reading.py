@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsec.arguments import checked
+from sparsec.checkpoint.folder import CONFIG, read_whole, saved_report
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
-from sparsec.checkpoint.record import BUFFERS, PREFIX, Record, Stored
-from sparsec.checkpoint.writing import CONFIG
+from sparsec.checkpoint.record import BUFFERS, Record, Stored
 from sparsec.emitter import conv1d_type
 from sparsec.errors import CheckpointError
 from sparsec.formats.base import Packed
@@ -36,8 +35,7 @@ def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn
     damaged or does not fit; `into` then is as it was.
     """
     place = Path(folder)
-    content, record = read_config(place)
-    tensors = dict(file_tensors(place, record))
+    content, record, tensors = read_whole(place)
     model = into if into is not None else _empty(place, content, len(tensors))
     fill(model, record, tensors, str(place))
     if into is None:
@@ -52,66 +50,6 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
     loaded = Loaded(record, place, model, report)
     object.__setattr__(model, "sparsec", loaded)
     guard_saving(model, loaded.save_pretrained)
-
-
-def read_config(place: Path) -> tuple[dict[str, Any], Record]:
-    """config.json, and what it says of a saved model."""
-    path = place / CONFIG
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}; a saved model is a folder that holds it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict) or "quantization_config" not in content:
-        raise CheckpointError(f"{path} has no quantization_config: this is no model that sparsec saved")
-    return content, Record.read(content["quantization_config"], str(path))
-
-
-def saved_report(place: Path, record: Record) -> bytes:
-    """The report's document, empty where there is none; CheckpointError for one that is not the one that was saved."""
-    if not record.report:
-        return b""
-    path: Path = place / record.report["file"]
-    try:
-        if path.stat().st_size != record.report["bytes"]:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, and must have {record.report['bytes']}: it is not the file that was saved"
-            )
-        return path.read_bytes()
-    except FileNotFoundError:  # a copy of the weights alone
-        return b""
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def file_tensors(place: Path, record: Record) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, by its name in the module; of a buffer that the module computes with BUFFERS before it."""
-    seen: set[str] = set()
-    for name, facts in record.files.items():
-        path = place / name
-        try:
-            size = path.stat().st_size
-            if size != facts.get("bytes"):
-                raise CheckpointError(
-                    f"{path} has {size} bytes, and must have {facts.get('bytes')}: it is not the file that was saved"
-                )
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - no dictionary
-                    if not key.startswith((PREFIX, BUFFERS)) or key in seen:
-                        raise CheckpointError(
-                            f"{path} holds a tensor {key!r}, which is no name of sparsec's or stands there twice"
-                        )
-                    seen.add(key)
-                    yield (key if key.startswith(BUFFERS) else key.removeprefix(PREFIX)), file.get_tensor(key)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error.strerror or error}; the model is not whole"
-            ) from error
-        except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:  # also a dtype that torch has not
-            raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -163,6 +101,19 @@ def _sparse_linear(
         raise CheckpointError(
             f"{where}: layers names {path!r}, and {type(model).__name__} has no such module"
         ) from error
+    packed, bias = stored_matrix(path, stored, named, where)
+    check_shape(path, packed, old, where)
+    layer = SparseLinear(packed, bias)
+    layer.path = path
+    layer.train(old.training)
+    layer.lay_out("cpu")
+    return layer
+
+
+def stored_matrix(
+    path: str, stored: Stored, named: Mapping[str, Tensor], where: str, *, contents: bool = True
+) -> tuple[Packed, Tensor | None]:
+    """A packed matrix and its bias among the tensors of the files, checked, the contents of its tensors if wanted."""
     held = {}
     for name, (dtype, shape) in stored.tensors.items():
         tensor = named.get(f"{path}.{name}")
@@ -174,7 +125,7 @@ def _sparse_linear(
             )
         held[name] = tensor
     packed = stored.kind.from_parts(held, stored.scalars)
-    check_packed(path, stored, packed, old, where)
+    check_packed(path, stored, packed, where, contents=contents)
     bias = named.get(f"{path}.bias")
     if bool(stored.bias) != (bias is not None):
         raise CheckpointError(
@@ -184,20 +135,22 @@ def _sparse_linear(
         raise CheckpointError(
             f"{where}: {path}.bias must be {packed.dtype} [{packed.shape[0]}], got {bias.dtype} {list(bias.shape)}"
         )
-    layer = SparseLinear(packed, bias)
-    layer.path = path
-    layer.train(old.training)
-    layer.lay_out("cpu")
-    return layer
+    return packed, bias
 
 
-def check_packed(path: str, stored: Stored, packed: Packed, module: nn.Module, where: str) -> None:
-    """CheckpointError unless it is a valid matrix, as the record has it, of a module's size; on meta nobody looks at contents."""
-    faults = packed.layout_faults() or ([] if packed.values.is_meta else packed.content_faults())
+def check_packed(path: str, stored: Stored, packed: Packed, where: str, *, contents: bool = True) -> None:
+    """CheckpointError unless it is a valid matrix, as the record has it; on meta, or unless wanted, nobody looks at contents."""
+    faults = packed.layout_faults()
+    if not faults and contents and not packed.values.is_meta:
+        faults = packed.content_faults()
     if faults:
         raise CheckpointError(f"{where}: {path}: {'; '.join(faults)}")
     if str(Layout.of(packed)) != stored.layout:
         raise CheckpointError(f"{where}: {path} is {Layout.of(packed)}, and {CONFIG} says {stored.layout}")
+
+
+def check_shape(path: str, packed: Packed, module: nn.Module, where: str) -> None:
+    """CheckpointError unless a matrix is of a module's size."""
     shape = _matrix_shape(module)
     if shape != packed.shape:
         raise CheckpointError(

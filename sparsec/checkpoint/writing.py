@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsec import files
 from sparsec.arguments import checked
+from sparsec.checkpoint.folder import CONFIG
 from sparsec.checkpoint.record import BUFFERS, PREFIX, History, Record, Stored
 from sparsec.errors import CheckpointError
 from sparsec.kernels import SparseLinear
@@ -26,7 +27,6 @@ from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.progress import Progress, stage
 
-CONFIG = "config.json"
 SHARD = 5_000_000_000
 """Bytes of tensors in one file, at most; a larger tensor has a file of its own."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
