@@ -22,6 +22,8 @@ BASE = {
     "report": ["tiny", "--no-measure", "--passes", "magnitude(0.5)"],
     "evaluate": ["tiny", "--windows", "1", "--length", "8"],
     "bench": ["--shapes", "8x8", "--formats", "csr", "--sparsity", "50", "--rotate-mb", "1", "--repeats", "2"],
+    "compress": ["tiny", "saved", "--no-sample", "--passes=magnitude(0.5),freeze,lower(csr)"],
+    "generate": ["tiny", "abc", "--new-tokens=1"],
     "cost": ["--show"],
     "kernels.build": ["--status"],
     "kernels.gpu_compile": [],

@@ -59,7 +59,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("checkpoint", "compiled", "compiler"),
     ("study",),
-    ("", "__main__", "overview", "evaluate.__main__", "report.__main__", "cost.__main__", "bench", "testing"),
+    ("opened",),
+    (
+        "",
+        "__main__",
+        "overview",
+        "compress",
+        "generate",
+        "evaluate.__main__",
+        "report.__main__",
+        "cost.__main__",
+        "bench",
+        "testing",
+    ),
 )
 """Imports go to an earlier line or stay in their own. A name stands for all below it, the longest one wins."""
 

@@ -101,7 +101,7 @@ def loaded() -> LoadedModel:
 def report() -> tuple[Any, LoadedModel]:
     model = loaded()
     effort = replace(QUICK, windows=2, length=16, prompt_tokens=4, new_tokens=2, repeats=2, seconds=20.0)
-    return measured_report(model, Pipeline.parse(PASSES), plan(model, load_text(), effort)), model
+    return measured_report(model, Pipeline.parse(PASSES), plan(model, load_text(), effort))[0], model
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_into_the_budget_is_sampled_and_said() -> None:
     model = loaded()
     effort = replace(QUICK, windows=3, length=16, prompt_tokens=4, new_tokens=2, repeats=9, seconds=0.0)
-    found = measured_report(model, Pipeline.parse(PASSES), plan(model, load_text(), effort))
+    found, _ = measured_report(model, Pipeline.parse(PASSES), plan(model, load_text(), effort))
     assert found.evaluation is not None
     assert found.latency is not None
     assert found.evaluation.windows == 1

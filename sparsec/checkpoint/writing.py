@@ -68,7 +68,7 @@ def store(
     if isinstance(module, SparseLinear):
         raise CheckpointError("the module is itself a packed layer, which has no path; wrap it in nn.Sequential")
     stored, tied = _tensors(module)
-    shards = _shards(stored, _size(max_shard_size))
+    shards = _shards(stored, shard_bytes(max_shard_size))
     try:
         place.mkdir(parents=True, exist_ok=True)
         with stage(progress, "writing"), files.alone_in(place):
@@ -148,7 +148,8 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def _size(given: int | str) -> int:
+def shard_bytes(given: int | str) -> int:
+    """Of a size, or a text such as '2GB'. CheckpointError."""
     if isinstance(given, str) and (found := _SIZE.fullmatch(given.strip().upper())) is not None:
         given = int(float(found[1]) * _UNITS[found[2]])
     if type(given) is not int or given < 1:

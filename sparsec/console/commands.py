@@ -39,6 +39,18 @@ COMMANDS: tuple[Command, ...] = (
         'tiny --passes "magnitude(0.5)" --windows 8 --length 64',
     ),
     Command(
+        "compress",
+        "sparsec.compress",
+        "prunes and packs a model and saves it in a folder, with what it writes before and after",
+        "tiny my-folder",
+    ),
+    Command(
+        "generate",
+        "sparsec.generate",
+        "continues a text with a saved model, as it comes, and says how many tokens a second",
+        'tiny "abc" --new-tokens 16',
+    ),
+    Command(
         "bench",
         "sparsec.bench.__main__",
         "times kernels against dense and torch.sparse, and whole models in tokens per second",

@@ -59,8 +59,8 @@ def writable(path: str | Path) -> str:
     return str(path)
 
 
-def writable_folder(path: str) -> None:
-    """Raises DataError for a folder that could neither be written to nor be made."""
+def writable_folder(path: str, refusal: str) -> None:
+    """Raises DataError for a folder that could neither be written to nor be made. refusal: what can then not be done."""
     folder = Path(path).absolute()
     try:
         while not folder.exists() and folder != folder.parent:  # what is missing is made
@@ -69,7 +69,7 @@ def writable_folder(path: str) -> None:
         raise DataError(f"{path[:60]!r}: no folder can have this name ({error}); give another") from error
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         what = "is a file" if folder.is_file() else "cannot be written to"
-        raise DataError(f"{path}: the IR cannot be dumped there, since {folder} {what}; give another folder")
+        raise DataError(f"{path}: {refusal}, since {folder} {what}; give another folder")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -143,7 +143,7 @@ def _from_folder(
     with quiet():
         config = _reading(where, lambda: transformers.AutoConfig.from_pretrained(where, **common))
         _check_kind(where, config)
-        tokenizer = _tokenizer(where, common)
+        tokenizer = tokenizer_of(where, local_files_only, revision)
         with torch.device("meta"):  # imports the architecture, whose code is not the model's memory
             _reading(where, lambda: transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
@@ -198,12 +198,15 @@ def _check_kind(where: str, config: Any) -> None:
         )
 
 
-def _tokenizer(where: str, common: dict[str, Any]) -> Any | None:
+def tokenizer_of(where: str, local_files_only: bool = True, revision: str | None = None) -> Any | None:
+    """Of a folder or a hub id; None where it has none: who needs one says that it is missing."""
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(where, **common)
-    except Exception:  # a model without one can still be compiled; what needs a tokenizer says that it is missing
+        return transformers.AutoTokenizer.from_pretrained(
+            where, trust_remote_code=False, local_files_only=local_files_only, revision=revision or "main"
+        )
+    except Exception:  # each kind of tokenizer has its own errors
         return None
 
 

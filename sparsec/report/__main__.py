@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     check_device(args.device)
     outputs = [writable(path) for path in (args.json, args.csv) if path is not None]
     if args.dump_ir is not None:
-        writable_folder(args.dump_ir)
+        writable_folder(args.dump_ir, "the IR cannot be dumped there")
     text = None if args.no_measure else load_text(args.text)
     learnt = calibration_text(args, [pipeline, *beside])
     if args.threads:
@@ -150,7 +150,8 @@ def _run(args: argparse.Namespace) -> None:
         planned = None if text is None else plan(loaded, text, effort(args), args.bos)
         drawn = calibration(loaded, args, [pipeline, *beside], learnt)
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
-        report = replace(measured_report(loaded, pipeline, planned, instruments, progress, drawn), beside=others)
+        report, _ = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
+        report = replace(report, beside=others)
     print(report.text(args.layers))
     if args.json:
         write_text(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")

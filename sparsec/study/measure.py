@@ -43,8 +43,8 @@ def measured_report(
     instruments: Sequence[Instrument] = (),
     progress: Progress | None = None,
     calibration: tuple[torch.Tensor, str] | None = None,
-) -> Report:
-    """Compiles the model and compares dense, masked, dense on sparsec's kernels and lowered.
+) -> tuple[Report, Any]:
+    """Compiles the model and compares dense, masked, dense on sparsec's kernels and lowered; returns what it made, too.
 
     planned: None leaves out everything that runs a model. calibration: tokens [sequences, length] for passes that need them, and
     where they come from. A model that has most of the memory is consumed. Raises what `compile` raises.
@@ -96,7 +96,8 @@ def measured_report(
         in_turn=in_turn,
         remarks=tuple(remarks),
     )
-    return replace(report if planned is None else run.measured(report, planned), stages=tuple(run.clock.stages))
+    whole = report if planned is None else run.measured(report, planned)
+    return replace(whole, stages=tuple(run.clock.stages)), run.made
 
 
 @dataclass(eq=False)
@@ -111,6 +112,7 @@ class _Run:
     times: Comparison | None = None
     layers: LayerTimes | None = None
     texts: dict[str, str] = field(default_factory=dict)
+    made: Any = None  # by all the passes
 
     def evaluate(self, models: Mapping[str, Any], windows: Windows | None = None) -> None:
         """Of the function; where `windows` are given, of these without a look at the time."""
@@ -209,6 +211,7 @@ def _together(run: _Run, builder: Builder) -> None:
         pruned = builder.prune()
         made = pruned if builder.rest is None else builder.lower(pruned)
         del pruned  # a lowered one took its place
+    run.made = made
     last = "masked" if builder.rest is None else "lowered"
     run.evaluate({"dense": builder.dense, "pruned": made})
     if run.planned is None:
@@ -258,6 +261,7 @@ def _one_after_another(run: _Run, builder: Builder) -> None:
         run.time({"lowered": made}, 0.4)
         run.time_layers(made, None)
     run.say("masked" if builder.rest is None else "lowered", made)
+    run.made = made
 
 
 def _on_layers(found: LayerTimes, effort: Effort, on_gpu: bool) -> str:

@@ -19,12 +19,12 @@ class Prompt:
     tokens: torch.Tensor  # int64 [1, tokens]
 
 
-def read_prompt(tokenizer: Any, text: str, new_tokens: int, limit: int | None = None) -> Prompt:
-    """Tokenises a prompt, through the chat template where the tokenizer has one.
+def read_prompt(tokenizer: Any, text: str, new_tokens: int, limit: int | None = None, chat: bool = True) -> Prompt:
+    """Tokenises a prompt, through the chat template where the tokenizer has one and `chat` is not False.
 
     limit: the model's positions. Raises DataError for a prompt without tokens, and for one that leaves no room for `new_tokens`.
     """
-    chat = bool(getattr(tokenizer, "chat_template", None))
+    chat = chat and bool(getattr(tokenizer, "chat_template", None))
     if chat:
         message = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -40,22 +40,31 @@ def read_prompt(tokenizer: Any, text: str, new_tokens: int, limit: int | None = 
     return Prompt(text, chat, torch.tensor([ids], dtype=torch.int64))
 
 
-@torch.inference_mode()
 def continuation(model: Any, tokenizer: Any, tokens: torch.Tensor, new_tokens: int, seconds: float) -> str:
     """Greedy, of a prompt's tokens [1, tokens]. seconds: no token begins after so many."""
+    found = generated(model, tokenizer, tokens, new_tokens, max_time=seconds)
+    text: str = tokenizer.decode(found, skip_special_tokens=True)
+    return text
+
+
+@torch.inference_mode()
+def generated(
+    model: Any, tokenizer: Any, tokens: torch.Tensor, new_tokens: int, streamer: Any = None, **options: Any
+) -> torch.Tensor:
+    """The tokens after a prompt's [1, tokens]: int64 [at most new_tokens], greedy unless `generate`'s options say otherwise."""
     from transformers import GenerationConfig
 
     ids = tokens.to(model.device)
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     # A configuration of its own: the model's may ask for sampling.
-    greedy = GenerationConfig(
-        do_sample=False,
+    config = GenerationConfig(
         max_new_tokens=new_tokens,
-        max_time=seconds,
         eos_token_id=end,
         pad_token_id=pad[0] if isinstance(pad, list) else pad,
+        **({"do_sample": False} | options),
     )
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+    out: torch.Tensor = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+    )
+    return out[0, ids.shape[1] :]

@@ -1,0 +1,244 @@
+"""`python -m sparsec.compress`: a model compiled and saved in one go, with what it writes before and after."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsec.checkpoint.record import Record
+from sparsec.checkpoint.writing import shard_bytes
+from sparsec.command_line import CommandLine
+from sparsec.compiler import DEFAULT_PASSES, compile
+from sparsec.console.command import (
+    DTYPES,
+    add_bos,
+    add_calibration,
+    calibration,
+    calibration_text,
+    positive,
+    seed,
+    threads,
+)
+from sparsec.console.output import guarded, writable_folder
+from sparsec.console.progress import shown_progress
+from sparsec.console.table import heading, mega, paragraph
+from sparsec.data import LoadedModel, Text, load_model, load_text
+from sparsec.errors import DataError, SpecError
+from sparsec.generate import Told
+from sparsec.opened import saved_folder
+from sparsec.pipeline import Pipeline
+from sparsec.progress import Progress, stage
+from sparsec.report.collect import Report
+from sparsec.report.summary import summary_lines
+from sparsec.study.measure import measured_report
+from sparsec.study.plan import Effort, plan
+from sparsec.study.sample import Prompt, generated, read_prompt
+
+PROG = "python -m sparsec.compress"
+NEW_TOKENS = 40
+EXAMPLES = f"""
+examples:
+  python -m sparsec.compress facebook/opt-125m my-opt                        # {DEFAULT_PASSES}
+  python -m sparsec.compress my-folder out --passes "wanda(0.5),freeze,sparsity,flops,fuse,lower(bitmap)" --calibration my.txt
+  python -m sparsec.compress my-pruned-model out --passes "zeros,freeze,sparsity,flops,fuse,lower(auto)"
+  python -m sparsec.compress my-model.gguf out --dtype bf16 --max-shard-size 2GB
+  python -m sparsec.compress tiny out --measure                              # quality and speed go into the model card
+
+Then: sparsec generate OUT, sparsec check OUT, or in Python sparsec.load("OUT").
+"""
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The command line."""
+    p = CommandLine(
+        prog=prog,
+        description="Compiles a model and saves it: packed weights, tokenizer, report and model card in one folder.",
+        epilog=EXAMPLES.replace(PROG, prog),
+    )
+    p.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder, a .gguf file, a hub id, or `tiny` (small, random); smollm2: the packaged one",
+    )
+    p.add_argument(
+        "folder", metavar="DIR", help="to save in: a new one, an empty one, or one that sparsec saved before"
+    )
+    p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
+    p.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: %(default)s"
+    )
+    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--seed", type=seed, default=0, help="of random weights and of what is drawn; default: %(default)s")
+    add_calibration(p)
+    add_bos(p)
+    how = p.add_argument_group("what is shown")
+    how.add_argument("--prompt", metavar="TEXT", help=f"to be continued before and after; default: {Effort().prompt!r}")
+    how.add_argument(
+        "--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="of that; default: %(default)s"
+    )
+    how.add_argument("--no-sample", action="store_true", help="save, and run no model")
+    how.add_argument(
+        "--measure", action="store_true", help="measure quality and speed as `report` does, minutes, for the model card"
+    )
+    how.add_argument("--text", metavar="FILE", help="to measure the quality on; default: an embedded text")
+    p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
+    return p
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    args = parser(prog).parse_args(argv)
+    return guarded(lambda: _run(args), args.traceback)
+
+
+def _run(args: argparse.Namespace) -> None:
+    # What can be wrong is looked at before anything slow runs.
+    pipeline = Pipeline.parse(args.passes)
+    pipeline.validate()
+    _check_places(args.model, args.folder)
+    _check_lowers(pipeline)
+    shard_bytes(args.max_shard_size)
+    text = load_text(args.text) if args.measure or args.text is not None else None
+    learnt = calibration_text(args, [pipeline])
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    with shown_progress(sys.stderr) as progress:
+        with stage(progress, "loading the model"):
+            spec = None if args.model == "smollm2" else args.model
+            loaded = load_model(spec, DTYPES[args.dtype], progress, args.seed)
+        drawn = calibration(loaded, args, [pipeline], learnt)
+        make = _measured if args.measure else _compiled
+        model, report, lines = make(loaded, pipeline, args, text, drawn, progress)
+        record = model.sparsec.save_pretrained(
+            args.folder,
+            tokenizer=loaded.tokenizer,
+            max_shard_size=args.max_shard_size,
+            report=report,
+            progress=progress,
+        )
+    print("\n".join([*lines, *_saved(args.folder, record, report)]).lstrip("\n"))
+
+
+def _saved(folder: str, record: Record, report: Report) -> list[str]:
+    packed = Counter(stored.layout for stored in record.layers.values())
+    layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
+    if not packed:
+        why = Counter(row.reason for row in report.layers if row.kind in ("linear", "conv1d") and row.reason)
+        layouts = f"no matrix is packed: {why.most_common(1)[0][0] if why else 'none was pruned'}"
+    on_disk = sum(int(facts["bytes"]) for facts in record.files.values())
+    bytes_text = f"{mega(on_disk)} MB of tensors, dense {mega(report.bytes_dense)} MB"
+    zeros = f"{report.sparsity:.1%} of all parameters are zero"
+    return [
+        *heading("Saved"),
+        *paragraph(f"{folder}: {bytes_text}; {zeros}; {layouts}"),
+        f"next: sparsec generate {folder}",
+    ]
+
+
+def _check_places(model: str, folder: str) -> None:
+    """DataError for a model that cannot be compiled, or a folder that holds somebody else's model."""
+    if saved_folder(model) is not None:
+        raise DataError(
+            f"{model}: this model was saved by sparsec, and its dense weights are gone; compress the one that it was made from"
+        )
+    place = Path(folder).expanduser()
+    writable_folder(str(place), "no model can be saved there")
+    same = place.exists() and Path(model).exists() and place.samefile(model)
+    if same or ((place / "config.json").exists() and saved_folder(place) is None):
+        what = "is the model itself" if same else "holds another model"
+        raise DataError(f"{folder}: this folder {what}, which saving would break; give a new one")
+
+
+def _check_lowers(pipeline: Pipeline) -> None:
+    if pipeline.before("lower") == pipeline:
+        raise SpecError(
+            f"{pipeline}: no pass lowers, so nothing would be packed; add lower(auto), as in {DEFAULT_PASSES!r}"
+        )
+
+
+def _compiled(
+    loaded: LoadedModel,
+    pipeline: Pipeline,
+    args: argparse.Namespace,
+    text: Text | None,
+    drawn: tuple[torch.Tensor, str] | None,
+    progress: Progress,
+) -> tuple[Any, Report, list[str]]:
+    """The model, what is counted of it, and lines that show what it writes."""
+    prompt, lines = None, []
+    if not args.no_sample:
+        prompt, why = _prompt(loaded, args)
+        lines += why
+    before = _sample(loaded, loaded.model, prompt, args.new_tokens, progress, "what it writes before")
+    model = compile(loaded.model, pipeline, calibration=drawn, copy=False, progress=progress)
+    after = _sample(loaded, model, prompt, args.new_tokens, progress, "what it writes after")
+    if prompt is not None:
+        lines += heading(f"Before and after, of {args.prompt or Effort().prompt!r}")
+        lines += [line for name, each in (("before", before), ("after", after)) for line in _told(name, each)]
+    return model, model.sparsec.report(), lines
+
+
+def _prompt(loaded: LoadedModel, args: argparse.Namespace) -> tuple[Prompt | None, list[str]]:
+    """None, with the reason, where the model writes no text."""
+    if not loaded.model.can_generate():
+        return None, [f"no sample: {type(loaded.model).__name__} writes no text; --measure compares its embeddings"]
+    if loaded.tokenizer is None:
+        return None, [f"no sample: {loaded.name} has no tokenizer"]
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    return read_prompt(loaded.tokenizer, args.prompt or Effort().prompt, args.new_tokens, limit), []
+
+
+def _sample(
+    loaded: LoadedModel, model: Any, prompt: Prompt | None, new_tokens: int, progress: Progress, what: str
+) -> Told | None:
+    if prompt is None:
+        return None
+    with stage(progress, what):
+        told = Told(loaded.tokenizer, shown=False)
+        generated(model, loaded.tokenizer, prompt.tokens, new_tokens, told)
+    return told
+
+
+def _told(name: str, told: Told | None) -> list[str]:
+    if told is None:
+        return []
+    speed = "" if told.tokens_per_second is None else f" ({told.tokens_per_second:.1f} tokens/s, one run)"
+    return paragraph(f"{told.text.strip()}{speed}", f"{name:<8}")
+
+
+def _measured(
+    loaded: LoadedModel,
+    pipeline: Pipeline,
+    args: argparse.Namespace,
+    text: Text | None,
+    drawn: tuple[torch.Tensor, str] | None,
+    progress: Progress,
+) -> tuple[Any, Report, list[str]]:
+    """The same with a report that was measured."""
+    assert text is not None
+    effort = (
+        Effort(new_tokens=args.new_tokens)
+        if args.prompt is None
+        else Effort(prompt=args.prompt, new_tokens=args.new_tokens)
+    )
+    report, model = measured_report(loaded, pipeline, plan(loaded, text, effort, args.bos), (), progress, drawn)
+    lines = summary_lines(report)
+    if report.sample is not None:
+        lines += heading(f"Before and after, of {report.sample.prompt!r}")
+        names = {"dense": "before", "lowered": "after"}
+        lines += [
+            line for key, name in names.items() for line in paragraph(report.sample.texts[key].strip(), f"{name:<8}")
+        ]
+    return model, report, lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""`python -m sparsec.generate`: a model continues a text, which is written as it comes, and says how many tokens a second."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sparsec.command_line import CommandLine
+from sparsec.console.command import DTYPES, add_device, check_device, on_device, positive, seed, threads
+from sparsec.console.output import guarded, writable, write_text
+from sparsec.console.progress import shown_progress
+from sparsec.data import LoadedModel
+from sparsec.errors import DataError
+from sparsec.opened import open_model
+from sparsec.progress import stage
+from sparsec.study.plan import Effort
+from sparsec.study.sample import generated, read_prompt
+
+PROG = "python -m sparsec.generate"
+NEW_TOKENS = 128
+EXAMPLES = """
+examples:
+  python -m sparsec.generate my-sparse-folder "Why is the sky blue?"
+  python -m sparsec.generate my-sparse-folder --temperature 0.8 --top-p 0.95 --seed 1 --new-tokens 200
+  echo "Once upon a time" | python -m sparsec.generate my-sparse-folder - --no-chat
+  python -m sparsec.generate tiny "abc" --new-tokens 16 --json out.json
+
+The text goes to the standard output, everything else to the standard error. The first token comes after the prompt was read.
+"""
+
+
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The command line."""
+    p = CommandLine(
+        prog=prog,
+        description="Continues a text with a model that sparsec saved, or any other, and says how fast.",
+        epilog=EXAMPLES.replace(PROG, prog),
+    )
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder that sparsec saved, or what `report` takes; default: the packaged SmolLM2-135M, dense",
+    )
+    p.add_argument("prompt", nargs="?", metavar="TEXT", help=f"- reads it from the input; default: {Effort().prompt!r}")
+    p.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="at most; default: %(default)s")
+    p.add_argument("--no-chat", dest="chat", action="store_false", help="continue the text, past the chat template")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="draw tokens; default: the most likely one, as with 0",
+    )
+    p.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likely ones that make up so much"
+    )
+    p.add_argument("--seed", type=seed, default=0, help="of what is drawn, and of `tiny`; default: %(default)s")
+    p.add_argument("--dtype", choices=DTYPES, help="to compute in; default: as it was saved, else fp32")
+    add_device(p)
+    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument(
+        "--json", metavar="FILE", help="the text and the figures; - is the standard output, then without the text"
+    )
+    p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
+    return p
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Returns the exit code: 0, 2 for bad input, or 130 when interrupted."""
+    args = parser(prog).parse_args(argv)
+    return guarded(lambda: _run(args), args.traceback, args.json)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check(args)
+    check_device(args.device)
+    if args.json is not None:
+        writable(args.json)
+    text = _prompt(args.prompt)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with shown_progress(sys.stderr) as progress, stage(progress, "loading the model"):
+        dtype = None if args.dtype is None else DTYPES[args.dtype]
+        loaded = on_device(open_model(args.model, dtype, progress, args.seed), args.device)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    prompt = read_prompt(check_generates(loaded), text, args.new_tokens, limit, args.chat)
+    torch.manual_seed(args.seed)
+    drawn = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
+    told = Told(loaded.tokenizer)
+    try:
+        generated(loaded.model, loaded.tokenizer, prompt.tokens, args.new_tokens, told, **drawn)
+    finally:
+        print(f"\n{told}", file=sys.stderr)
+    if args.json:
+        found = {"model": loaded.name, "source": loaded.source, "prompt": text, "chat": prompt.chat, **told.document()}
+        write_text(args.json, json.dumps(found, indent=1) + "\n")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 <= args.temperature < float("inf"):
+        raise DataError(f"--temperature must be at least 0, got {args.temperature}; 0 takes the most likely token")
+    if not 0 < args.top_p <= 1:
+        raise DataError(f"--top-p must be above 0 and at most 1, got {args.top_p}; 1 draws from all tokens")
+    if args.top_p < 1 and not args.temperature:
+        raise DataError("--top-p chooses what is drawn from, and nothing is drawn; add --temperature 1")
+
+
+def _prompt(given: str | None) -> str:
+    if given != "-":
+        return Effort().prompt if given is None else given
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt on the standard input must be UTF-8: {error}") from error
+
+
+def check_generates(loaded: LoadedModel) -> Any:
+    """The tokenizer of a model that writes text. DataError for any other model."""
+    kind = type(loaded.model).__name__
+    if not loaded.model.can_generate():
+        raise DataError(f"{loaded.name}: {kind} writes no text; sparsec evaluate compares the embeddings of encoders")
+    if loaded.tokenizer is None:
+        raise DataError(
+            f"{loaded.name}: there is no tokenizer, so no text can be read or written; add one to its folder, "
+            "tokenizer.save_pretrained(folder)"
+        )
+    return loaded.tokenizer
+
+
+class Told:
+    """What a model has written so far, and when: transformers calls it with the prompt and then with every token.
+
+    shown: whether to write the text to the standard output as it comes.
+    """
+
+    def __init__(self, tokenizer: Any, shown: bool = True) -> None:
+        from transformers import TextStreamer
+
+        self._streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if shown else None
+        self._tokenizer = tokenizer
+        self.prompt_tokens = 0
+        self.tokens: list[int] = []
+        self.times = [perf_counter()]  # of the start, then of every token
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then a token."""
+        if not self.prompt_tokens:
+            self.prompt_tokens = value.numel()
+        else:
+            self.tokens += value.flatten().tolist()
+            self.times.append(perf_counter())
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        """No token comes any more."""
+        if self._streamer is not None:
+            self._streamer.end()
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    @property
+    def first_seconds(self) -> float | None:
+        """From the start to the first token."""
+        return self.times[1] - self.times[0] if len(self.times) > 1 else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of those after the first."""
+        return (len(self.times) - 2) / (self.times[-1] - self.times[1]) if len(self.times) > 2 else None
+
+    def document(self) -> dict[str, Any]:
+        """The figures, for JSON."""
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.tokens),
+            "first_token_seconds": self.first_seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+    def __str__(self) -> str:
+        if self.first_seconds is None:
+            return "no token was written"
+        speed = "" if self.tokens_per_second is None else f", then {self.tokens_per_second:.1f} tokens/s"
+        first = f"the first of {len(self.tokens)} new ones after {self.first_seconds:.2f} s"
+        return f"{self.prompt_tokens} tokens of prompt; {first}{speed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""`sparsec compress` and `sparsec generate`: from a model to a folder, and from the folder to text."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import sparsec
+from sparsec import compress, generate
+from sparsec.data import load_model
+from sparsec.report.schema import document
+from sparsec.study.sample import generated, read_prompt
+
+PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(bitmap)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("compressed") / "model"
+    assert compress.main(["tiny", str(place), "--passes", PASSES, "--new-tokens", "4"]) == 0
+    return place
+
+
+def test_what_is_saved_is_what_compile_makes(folder: Path) -> None:
+    made = sparsec.compile(load_model("tiny").model, PASSES)
+    loaded: Any = sparsec.load(folder)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(made(ids).logits, loaded(ids).logits)
+    here, there = (document(model.sparsec.report()) for model in (made, loaded))  # type: ignore[union-attr]
+    assert here["layers"] == there["layers"]
+
+
+def test_it_shows_what_is_written_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tiny", str(tmp_path / "m"), "--passes", PASSES, "--prompt", "abc", "--new-tokens", "4"]
+    assert compress.main(words) == 0
+    out, err = capsys.readouterr()
+    assert "before" in out
+    assert "after" in out
+    assert "14 as bitmap" in out
+    assert f"sparsec generate {tmp_path / 'm'}" in out
+    assert "writing ..." in err
+
+
+def test_a_saved_model_writes_what_generate_of_the_library_writes(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert generate.main([str(folder), "abc", "--new-tokens", "6", "--json", str(tmp_path / "out.json")]) == 0
+    out, err = capsys.readouterr()
+    loaded: Any = sparsec.load(folder)
+    tokenizer = load_model("tiny").tokenizer
+    tokens = generated(loaded, tokenizer, read_prompt(tokenizer, "abc", 6).tokens, 6)
+    assert tokenizer is not None
+    assert out.strip() == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["prompt_tokens"], found["new_tokens"], found["model"]) == (3, 6, "model")
+    assert "tokens/s" in err
+
+
+def test_what_is_drawn_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(seed: str) -> str:
+        assert generate.main([str(folder), "abc", "--new-tokens", "8", "--temperature", "1", "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    assert told("1") == told("1")
+    assert len({told(str(seed)) for seed in range(3)}) > 1
+
+
+def test_the_prompt_may_come_from_the_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    assert generate.main([str(folder), "-", "--new-tokens", "6", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "abc"
+
+
+def test_a_measured_model_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsec.study import plan
+
+    short = {"windows": 1, "length": 32, "prompt_tokens": 8, "repeats": 2, "seconds": 1.0}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compress, "Effort", lambda **given: plan.Effort(**(short | given)))
+        words = ["tiny", str(tmp_path / "m"), "--passes", PASSES, "--new-tokens", "4", "--measure"]
+        assert compress.main(words) == 0
+    found = sparsec.load(tmp_path / "m").sparsec.report()  # type: ignore[union-attr]
+    assert found.summary["lowered"].perplexity > 1
+    assert "| perplexity |" in (tmp_path / "m" / "README.md").read_text()
+    assert "before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny", "{new}", "--passes", "magnitude(0.5)"], "no pass lowers"),
+        (["tiny", "{file}"], "is a file"),
+        (["tiny", "{other}"], "holds another model"),
+        (["{other}", "{other}"], "is the model itself"),
+        (["{saved}", "{new}"], "was saved by sparsec"),
+        (["tiny", "{new}", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["tiny", "{new}", "--max-shard-size", "lots"], "max_shard_size"),
+        (["nowhere", "{new}"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(
+    words: list[str], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    places = {name: tmp_path / name for name in ("new", "file", "other")} | {"saved": folder}
+    before = sorted(tmp_path.rglob("*"))
+    assert compress.main([word.format(**places) for word in words]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny", "--temperature", "-1"], "--temperature"),
+        (["tiny", "--temperature", "nan"], "--temperature"),
+        (["tiny", "--top-p", "0.5"], "add --temperature"),
+        (["tiny", "--top-p", "2", "--temperature", "1"], "--top-p"),
+        (["tiny", ""], "no tokens"),
+        (["tiny", "abc", "--new-tokens", "99999"], "positions"),
+        (["{saved}", "abc", "--dtype", "bf16"], "saved to compute in float32"),
+        (["{bert}", "abc"], "BertModel writes no text"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(
+    words: list[str], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "{bert}" in words:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        bert = sparsec.compile(BertModel(BertConfig(vocab_size=64, **sizes)), "magnitude(0.5),freeze,lower(csr)")
+        bert.save_pretrained(tmp_path / "bert")
+    places = {"saved": folder, "bert": tmp_path / "bert"}
+    assert generate.main([word.format(**places) for word in words]) == 2
+    assert said in capsys.readouterr().err
