@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy as copying
-import json
 import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
-from sparsec.checkpoint.pretrained import save_pretrained as save_packed
+from sparsec.checkpoint.loaded import pickled
 from sparsec.checkpoint.record import History
+from sparsec.checkpoint.saving import Saveable, encoded
 from sparsec.emitter import follower
-from sparsec.errors import CompileError
+from sparsec.errors import CheckpointError
 from sparsec.ir.carry import rebind
 from sparsec.ir.graph import Graph
 from sparsec.ir.settle import settle
@@ -24,12 +24,11 @@ from sparsec.memory import held
 from sparsec.pipeline import PassRecord, Pipeline
 from sparsec.report.collect import Report, collect
 from sparsec.report.predict import known_constants, predict
-from sparsec.report.schema import document
 from sparsec.wrapped import odd_text
 
 
-@dataclass(eq=False)
-class Compiled:
+@dataclass(eq=False, repr=False)
+class Compiled(Saveable):
     """What `compiled.sparsec` holds: how the model came to be what it is. A plain object, no submodule."""
 
     kept: Graph  # as it was when somebody last asked for `graph`
@@ -73,18 +72,23 @@ class Compiled:
         _refresh(self.kept)
         return odd
 
-    def save_pretrained(self, folder: Any, *args: Any, report: Report | None = None, **kwargs: Any) -> Any:
-        """What is lowered, for `sparsec.load` and transformers; takes `tokenizer`, `max_shard_size`. Else the model's own.
-
-        report: one that was measured, to be kept in place of what `report()` counts.
-        """
-        model: Any = self.model()
-        assert model is not None
+    def save_pretrained(self, folder: Any, **options: Any) -> None:
+        """As `Saveable` has it, and says what became of the masks since the model was compiled."""
         for change in self._now()[1]:
-            warnings.warn(f"{type(model).__name__}.save_pretrained: {change}", stacklevel=2)
-        if "lowered" not in self.kept.facts:
-            return type(model).save_pretrained(model, folder, *args, **kwargs)
-        return save_packed(model, folder, *args, history=self.history(report), **kwargs)
+            warnings.warn(f"{type(self.whole()).__name__}.save_pretrained: {change}", stacklevel=2)
+        super().save_pretrained(folder, **options)
+
+    def whole(self) -> nn.Module:
+        """The model. CheckpointError where it is gone."""
+        model = self.model()
+        if model is None:
+            raise CheckpointError("the compiled model is gone; keep it for as long as its .sparsec is used")
+        return model
+
+    @property
+    def lowered(self) -> bool:
+        """Whether the pass lower ran."""
+        return "lowered" in self.kept.facts
 
     def history(self, report: Report | None = None) -> History:
         """What a saved model tells of how it came to be. report: with what was measured; default: what is counted."""
@@ -96,8 +100,7 @@ class Compiled:
             for w in self.kept.weights.values()
             for op in self.kept.products_of(w.name)
         }
-        told = document(report or self.report())
-        return History(passes, self.calibration, reasons, json.dumps(told, indent=1, allow_nan=False).encode())
+        return History(passes, self.calibration, reasons, encoded(report or self.report()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
@@ -109,11 +112,8 @@ class Compiled:
                 memo[id(module)].follow = follower(copied["kept"], module.follow.args[1])
         return Compiled(**copied, model=self.model if twin is None else weakref.ref(twin))
 
-    def __reduce__(self) -> NoReturn:
-        raise CompileError(
-            "compiled models cannot be pickled yet (torch.save of the whole model, other processes); save compiled.state_dict(), "
-            "and load it into a model that was compiled from the same weights with the same passes"
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickled(self)
 
     def __repr__(self) -> str:
         lowered = sum(w.packed is not None for w in self.kept.weights.values())

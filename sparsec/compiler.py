@@ -150,7 +150,8 @@ def extend(
     model = _copied(compiled, shares) if copy else compiled
     inside = model.get_submodule(path)
     own: Compiled = vars(inside).pop("sparsec")
-    vars(inside).pop("save_pretrained", None)
+    for name in ("save_pretrained", "push_to_hub"):
+        vars(inside).pop(name, None)
     graph, notes = own.graph, list(own.notes)
     if rebind(graph, inside) or path:
         graph, said = traced_again(model, graph)
@@ -174,7 +175,13 @@ def _inside(model: nn.Module) -> tuple[str, Compiled]:
         raise CompileError(foreign)
     refuse_meta(model)
     found = [(path, m.sparsec) for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)]
-    if any(isinstance(vars(m).get("sparsec"), Loaded) for m in model.modules()):
+    loaded = [vars(m)["sparsec"] for m in model.modules() if isinstance(vars(m).get("sparsec"), Loaded)]
+    if loaded and not any(each.lowered for each in loaded):
+        raise CompileError(
+            "this model comes from a pickle, which holds its zeros and not its masks; sparsec.compile(model, "
+            "'zeros,freeze,lower(auto)') goes on from the zeros"
+        )
+    if loaded:
         raise CompileError(
             "this model was loaded, and is lowered already: its dense weights are gone; extend the one that was saved before "
             "the pass lower runs"
@@ -227,7 +234,7 @@ def _emitted(
         shares=not context.owns_weights,
     )
     object.__setattr__(model, "sparsec", compiled)
-    guard_saving(model, compiled.save_pretrained)
+    guard_saving(model, compiled)
     return model
 
 

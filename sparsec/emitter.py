@@ -24,7 +24,7 @@ from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.kernels.modules.loading import guard_loading
 from sparsec.lowering import repack
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -33,6 +33,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+"""What goes over to the module that takes another's place."""
 
 
 def unswappable(model: nn.Module, graph: Graph) -> dict[str, str]:
@@ -173,7 +174,7 @@ def _swap_packed(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> 
     bias = old.bias
     assert bias is None or isinstance(bias, Tensor)
     new = SparseLinear(weight.packed, bias)
-    new.path, new.follow = owner, follower(graph, weight.name)
+    new.path, new.follow, new.takes_place_of = owner, follower(graph, weight.name), type(old)
     _swap(model, old, new)
 
 
@@ -208,7 +209,7 @@ def _owner(model: nn.Module, owner: str, weight: str) -> nn.Module:
 def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts `new` wherever `old` is, with its mode and its hooks."""
     new.train(old.training)
-    for name in _HOOKS:
+    for name in HOOKS:
         setattr(
             new, name, getattr(old, name)
         )  # the same dictionaries: the user's handles go on removing what they added

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsec import private
+from sparsec.errors import FormatError
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import NAME, fused_linear
@@ -56,6 +57,10 @@ class Grouped:
         super().__setstate__(state)  # type: ignore[misc]
         # A new group where the module is copied or loaded; this very one in copy.copy(module), which then is left out.
         if self._group is not None:
+            if not 0 <= self._index < self._group.size:
+                raise FormatError(
+                    f"a group of {self._group.size} products has no member {self._index}: the pickle is damaged"
+                )
             self.join(self._group, self._index)
 
 

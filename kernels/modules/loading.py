@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsec.errors import FormatError
-from sparsec.formats.base import Packed
+from sparsec.formats import FORMATS
+from sparsec.formats.base import Packed, check_order
 
 
 def loadable(
@@ -61,6 +62,40 @@ def loadable(
     if faults:
         raise _refused(layer, held, "; ".join(faults))
     return {prefix + name: new for name, new in plain.items()}
+
+
+def unpickled(state: dict[str, Any]) -> Packed:
+    """The packed matrix of a layer that is copied, or comes from a pickle.
+
+    FormatError unless it is valid, and the layer's bias fits. Takes the order of the values out of the state.
+    """
+    layer = state.get("path") or "SparseLinear"
+    kind, order = state.get("_packed_type"), state.pop("order", 1)
+    if not (isinstance(kind, type) and issubclass(kind, Packed) and FORMATS.get(kind.format) is kind):
+        raise FormatError(f"{layer}: its pickle names {kind!r}, which is no packed format that is known")
+    check_order(kind, order)
+    buffers, scalars, bias = (
+        state.get("_buffers", {}),
+        state.get("_scalars", {}),
+        state.get("_parameters", {}).get("bias"),
+    )
+    tensors = {name: t for name in kind.tensor_names if isinstance(t := buffers.get(name), Tensor)}
+    if tuple(tensors) != kind.tensor_names or {*scalars} != {*kind.scalar_names}:
+        whole = ", ".join((*kind.tensor_names, *kind.scalar_names))
+        raise FormatError(f"{layer}: its pickle is not whole: {kind.format} has {whole}")
+    packed = kind.from_parts(tensors, scalars)
+    faults = packed.layout_faults()
+    if not faults:
+        packed = packed.ordered()
+    if not faults and all(type(t) is Tensor and not t.is_meta for t in packed.tensors().values()):
+        faults = packed.content_faults()
+    if not faults and packed.shape != (state.get("out_features"), state.get("in_features")):
+        faults = [f"the matrix is {list(packed.shape)}, and the layer another"]
+    if not faults and isinstance(bias, Tensor) and (bias.shape != packed.shape[:1] or bias.dtype != packed.dtype):
+        faults = [f"bias must be {packed.dtype} [{packed.shape[0]}], got {bias.dtype} {list(bias.shape)}"]
+    if faults:
+        raise FormatError(f"{layer}: its pickle is damaged: {'; '.join(faults)}")
+    return packed
 
 
 def _in_order(given: dict[str, Any], held: Packed, assign: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -127,6 +162,14 @@ def guard_loading(root: nn.Module, kind: type[nn.Module]) -> None:
         hooks = module._load_state_dict_pre_hooks.values()
         if not any(getattr(hook, "hook", None) is look for hook in hooks):
             module.register_load_state_dict_pre_hook(look)  # type: ignore[no-untyped-call]
+
+
+def unguard_loading(root: nn.Module) -> None:
+    """Takes away what `guard_loading` gave."""
+    for module in root.modules():
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", None) is look:
+                del module._load_state_dict_pre_hooks[key]
 
 
 def look(module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from sparsec import private
 from sparsec.errors import FormatError, KernelError
-from sparsec.formats.base import Packed, check_order
+from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.modules.group import Grouped
-from sparsec.kernels.modules.loading import loadable
+from sparsec.kernels.modules.loading import loadable, unpickled
 from sparsec.kernels.modules.weight_view import WeightView, write_error
-from sparsec.kernels.ops import explain, operator, operator_of
+from sparsec.kernels.ops import explain, operator
 from sparsec.kernels.registry import Problem, foreign, select
 
 
@@ -46,6 +46,9 @@ class SparseLinear(Grouped, nn.Module):
     follow: partial[Packed] | None = None
     """Told of a new packed matrix, for a type of device; gives the one to hold. A copy of the module alone tells nobody, a copy of
     a compiled model its own graph."""
+
+    takes_place_of: type[nn.Module] = nn.Linear
+    """The class of the dense layer that stood here: nn.Linear, one derived from it, or transformers' Conv1D."""
 
     _before: str = ""
     """The parameters of the layout that it had on another device."""
@@ -229,9 +232,13 @@ class SparseLinear(Grouped, nn.Module):
         return {**kept, "order": self._packed_type.order}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_order(state["_packed_type"], state.pop("order", 1))
+        """FormatError, before a kernel reads any of it, for a state that is no valid matrix of a known format."""
+        packed = unpickled(state)
         super().__setstate__(state)
-        self._op = operator_of(self.format)
+        self._names = packed.tensor_names
+        self._take(packed)
+        if type(packed.values) is Tensor:  # not one that only pretends to have contents
+            self.lay_out(packed.values.device.type)
 
     def extra_repr(self) -> str:
         packed = self.packed

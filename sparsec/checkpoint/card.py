@@ -8,6 +8,14 @@ from sparsec.checkpoint.record import Record
 from sparsec.report.records import ReportData
 from sparsec.report.variant import VARIANTS, metrics
 
+FIRST = "**This model loads with sparsec only"
+"""The first words of a card."""
+
+
+def is_card(text: str) -> bool:
+    """Whether `card` wrote it."""
+    return f"\n{FIRST}" in text
+
 
 def card(record: Record, model: str, name: str, report: ReportData | None) -> str:
     """Markdown, with what the hub reads at its head. report: of the model that is saved."""
@@ -21,7 +29,7 @@ def card(record: Record, model: str, name: str, report: ReportData | None) -> st
         "tags: [sparsec, sparse]",
         "---",
         "",
-        "**This model loads with sparsec only (`pip install sparsec`): `import sparsec` before transformers reads it.** "
+        f"{FIRST} (`pip install sparsec`): `import sparsec` before transformers reads it.** "
         "Without it transformers warns that every weight is missing, and the model says nothing that makes sense.",
         "",
         "```python",

@@ -75,7 +75,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from sparsec.checkpoint.folder import check_files, file_tensors
-        from sparsec.checkpoint.reading import check_joints, check_packed, check_shape, stored_matrix
+        from sparsec.checkpoint.reading import check_joints, check_packed, check_shape, dense_kind, stored_matrix
         from sparsec.checkpoint.record import BUFFERS
         from sparsec.errors import CheckpointError
         from sparsec.kernels import SparseLinear
@@ -102,7 +102,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             )  # transformers fills what is lacking with noise
             bias = torch.empty(packed.shape[0], dtype=packed.dtype, device="meta") if stored.bias else None
             layer = SparseLinear(packed, bias)
-            layer.path = path
+            layer.path, layer.takes_place_of = path, dense_kind(old)
             model.set_submodule(path, layer)
         ignored: Any = model
         ignored._keys_to_ignore_on_load_unexpected = {

@@ -1,4 +1,4 @@
-"""What `.sparsec` of a loaded model holds."""
+"""What `.sparsec` of a model holds that comes from a file or from a pickle."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from sparsec.checkpoint.pretrained import save_pretrained
 from sparsec.checkpoint.record import History, Record
+from sparsec.checkpoint.saving import Saveable, encoded
+from sparsec.checkpoint.writing import describe
 from sparsec.errors import CheckpointError, DataError
 from sparsec.report.collect import Report
 from sparsec.report.reread import reread
 
 
-class Loaded:
+class Loaded(Saveable):
     """How the model came to be what it is, as its file tells. A plain object, no submodule; knows the model weakly."""
 
-    def __init__(self, record: Record, place: str, model: nn.Module | None, report: bytes = b"") -> None:
-        self.record, self.place = record, place
+    def __init__(
+        self, record: Record, place: str, model: nn.Module | None, report: bytes = b"", lowered: bool = True
+    ) -> None:
+        self.record, self.place, self._lowered = record, place, lowered
         self._model = None if model is None else weakref.ref(model)
         self._report = report
 
@@ -38,28 +41,37 @@ class Loaded:
         except (DataError, ValueError, RecursionError) as error:
             raise CheckpointError(f"the report in {self.place} cannot be read: {error}") from error
 
-    @property
-    def history(self) -> History:
-        """For the next save."""
+    def history(self, report: Report | None = None) -> History:
+        """For the next save. report: with what was measured since; default: the one that was saved."""
         known = self.record
         reasons = {path: stored.reason for path, stored in known.layers.items()}
-        return History(known.passes, known.calibration, reasons, self._report)
+        told = self._report if report is None else encoded(report)
+        return History(known.passes, known.calibration, reasons, told)
 
-    def save_pretrained(self, folder: Any, **options: Any) -> Record:
-        """Saves the model again, as it is packed now."""
+    def whole(self) -> nn.Module:
+        """The model. CheckpointError where it is gone."""
         model = None if self._model is None else self._model()
         if model is None:
             raise CheckpointError(
                 f"the model is not the one that was loaded; load it again from {self.place}, and save that"
             )
-        return save_pretrained(model, folder, history=self.history, **options)
+        return model
+
+    @property
+    def lowered(self) -> bool:
+        """Whether the pass lower ran."""
+        return self._lowered
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
         model = None if self._model is None else self._model()
-        return Loaded(self.record, self.place, None if model is None else memo.get(id(model), model), self._report)
+        twin = None if model is None else memo.get(id(model), model)
+        return Loaded(self.record, self.place, twin, self._report, self._lowered)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Loaded, (self.record, self.place, None, self._report)
+        return pickled(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"<sparsec, loaded from {self.place}: {len(self.record.layers)} packed layers>"
@@ -69,3 +81,10 @@ def _no_report(record: Record) -> str:
     if record.report:
         return f"{record.report['file']} was not beside its weights; sparsec.load of the whole folder has it"
     return "sparsec.save writes none, save_pretrained of a compiled model does"
+
+
+def pickled(saveable: Saveable) -> tuple[Any, ...]:
+    """What `__reduce__` gives: a Loaded that tells of the model as it is now. The graph stays behind."""
+    model, history = saveable.whole(), saveable.history()
+    state = {"record": describe(model, history), "place": "a pickle", "model": model}
+    return Loaded.__new__, (Loaded,), {**state, "report": history.report, "lowered": saveable.lowered}

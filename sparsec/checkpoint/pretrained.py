@@ -1,10 +1,10 @@
-"""`save_pretrained` of compiled and of loaded models: the folder that `sparsec.load` and transformers read."""
+"""A model of transformers, saved packed: the folder that `sparsec.load` and transformers read."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,17 +21,26 @@ from sparsec.kernels import SparseLinear
 from sparsec.progress import Progress
 from sparsec.report.reread import reread
 
+_DENSE = frozenset(
+    {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}
+)
+"""Weights in the names that transformers gives them."""
 
-def save_pretrained(
+
+def save_packed(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
+    name: str | None = None,
     tokenizer: Any = None,
     max_shard_size: int | str = SHARD,
     history: History | None = None,
     progress: Progress | None = None,
 ) -> Record:
-    """Saves a model of transformers with its packed weights, its configs, its tokenizer if given, and a model card."""
+    """Saves a model of transformers with its packed weights, its configs, its tokenizer if given, and a model card.
+
+    name: by which the card loads it; that of the folder.
+    """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         raise CheckpointError(
@@ -49,26 +58,31 @@ def save_pretrained(
             files.write(place / "generation_config.json", generation.to_json_string().encode())
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        files.write(place / "README.md", card(record, type(model).__name__, place.name, told).encode())
+        files.write(place / "README.md", card(record, type(model).__name__, name or place.name, told).encode())
     except OSError as error:
         raise CheckpointError(
             f"the weights in {place} are saved, and what goes with them could not be written: {error}; make room and save again"
         ) from error
+    if others := sorted({path.name for path in place.iterdir()} & _DENSE):
+        warnings.warn(
+            f"{place} also holds {', '.join(others)}, which sparsec and transformers leave aside from now on, and which other "
+            "programs may take for this model; remove them, or save into a folder of its own",
+            stacklevel=2,
+        )
     return record
 
 
-def guard_saving(model: nn.Module, save_whole: Callable[..., Any]) -> None:
-    """Has `model` save by `save_whole`, and its parts that hold packed layers refuse to save themselves by halves."""
+def guard_saving(model: nn.Module, saveable: Any) -> None:
+    """Has `model` save as its `.sparsec` does, and its parts that hold packed layers refuse to save themselves by halves."""
     for part in model.modules():
         if not hasattr(type(part), "save_pretrained") or of_peft(part):  # which saves the adapter alone
             continue
-        if part is model:
-            object.__setattr__(part, "save_pretrained", save_whole)
-        elif any(isinstance(m, SparseLinear) for m in part.modules()):
-            object.__setattr__(part, "save_pretrained", partial(_refuse_part, type(part).__name__))
+        for name in ("save_pretrained", "push_to_hub"):
+            if part is model:
+                object.__setattr__(part, name, getattr(saveable, name))
+            elif any(isinstance(m, SparseLinear) for m in part.modules()):
+                object.__setattr__(part, name, partial(_refuse_part, f"{type(part).__name__}.{name}"))
 
 
 def _refuse_part(kind: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise CompileError(
-        f"{kind}.save_pretrained: this is a part of a compiled model; save the whole, or sparsec.save(part, folder)"
-    )
+    raise CompileError(f"{kind}: this is a part of a compiled model; save the whole, or sparsec.save(part, folder)")

@@ -49,7 +49,7 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
     """Gives a model its `.sparsec`, and the way of saving that keeps what is packed."""
     loaded = Loaded(record, place, model, report)
     object.__setattr__(model, "sparsec", loaded)
-    guard_saving(model, loaded.save_pretrained)
+    guard_saving(model, loaded)
 
 
 def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -104,7 +104,7 @@ def _sparse_linear(
     packed, bias = stored_matrix(path, stored, named, where)
     check_shape(path, packed, old, where)
     layer = SparseLinear(packed, bias)
-    layer.path = path
+    layer.path, layer.takes_place_of = path, dense_kind(old)
     layer.train(old.training)
     layer.lay_out("cpu")
     return layer
@@ -176,6 +176,11 @@ def put_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -
         held = module._buffers[leaf]
         assert held is not None
         module._buffers[leaf] = tensor if held.is_meta else tensor.to(held.device)
+
+
+def dense_kind(module: nn.Module) -> type[nn.Module]:
+    """The class of dense layer that a linear is, or stands for."""
+    return module.takes_place_of if isinstance(module, SparseLinear) else type(module)
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,10 @@ def store(
     try:
         place.mkdir(parents=True, exist_ok=True)
         with stage(progress, "writing"), files.alone_in(place):
-            before = _own_files(place)
+            before = own_files(place)
             named, facts = _write_shards(place, stored, shards, progress)
-            record = Record(
-                files=facts,
-                layers={p: Stored.of(m.packed, m.bias, history.reasons.get(p, "")) for p, m in _sparse(module)},
-                tied=tied,
-                dense_kernels=tuple(p for p, m in module.named_modules() if isinstance(m, DenseLinear)),
-                groups=_groups(module),
-                passes=history.passes,
-                calibration=history.calibration,
-                report=_write_report(place, history.report),
-                versions={"sparsec": version("sparsec"), "torch": torch.__version__},
+            record = replace(
+                describe(module, history), files=facts, tied=tied, report=_write_report(place, history.report)
             )
             index = _write_index(place, named, facts)
             content = {**(config or {}), "transformers_weights": index, "quantization_config": record.json()}
@@ -99,6 +92,19 @@ def store(
             "before is as it was"
         ) from error
     return record
+
+
+def describe(module: nn.Module, history: History) -> Record:
+    """What is to be known of a module, without its files."""
+    return Record(
+        files={},
+        layers={p: Stored.of(m.packed, m.bias, history.reasons.get(p, "")) for p, m in _sparse(module)},
+        dense_kernels=tuple(p for p, m in module.named_modules() if isinstance(m, DenseLinear)),
+        groups=_groups(module),
+        passes=history.passes,
+        calibration=history.calibration,
+        versions={"sparsec": version("sparsec"), "torch": torch.__version__},
+    )
 
 
 def _sparse(module: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
@@ -222,7 +228,7 @@ def _write_report(place: Path, document: bytes) -> dict[str, Any]:
     return {"file": f"report-{digest[:16]}.json", "sha256": digest, "bytes": len(document)}
 
 
-def _own_files(place: Path) -> set[str]:
+def own_files(place: Path) -> set[str]:
     """Files of tensors that an earlier save left there."""
     try:
         content = json.loads((place / CONFIG).read_bytes())

@@ -1,0 +1,66 @@
+"""What others pass to `save_pretrained` (transformers' Trainer, accelerate, peft): honoured, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsec.errors import CheckpointError
+from sparsec.kernels import SparseLinear
+
+_WRITERS = ("accelerate", "torch", "safetensors")
+"""Whose functions write tensors as they are, as is done here without them."""
+
+
+def usable(model: nn.Module, options: Mapping[str, Any], dense: bool) -> dict[str, Any]:
+    """Those that writing takes. dense: whether it writes a dense model. CheckpointError for one that cannot be honoured."""
+    unknown = [name for name in options if name not in _RULES and name not in _TAKEN[dense]]
+    if unknown:
+        raise CheckpointError(f"save_pretrained takes no {', '.join(unknown)}")
+    for name, rule in _RULES.items():
+        if name in options and (why := rule(model, options[name], dense)):
+            raise CheckpointError(f"save_pretrained: {name}: {why}")
+    return {name: value for name, value in options.items() if name in _TAKEN[dense] and value is not None}
+
+
+def _state(model: nn.Module, given: Any, dense: bool) -> str:
+    """Trainer and accelerate pass the model's own, which says nothing new; for a model without packed layers any will do."""
+    if given is None or not any(isinstance(m, SparseLinear) for m in model.modules()):
+        return ""
+    held = model.state_dict()
+    same = isinstance(given, Mapping) and given.keys() == held.keys() and all(_is(given[n], t) for n, t in held.items())
+    return "" if same else "it holds other tensors than the model; load it with load_state_dict, then save"
+
+
+def _is(given: Any, held: Tensor) -> bool:
+    if not isinstance(given, Tensor) or given.shape != held.shape or given.dtype != held.dtype:
+        return False
+    return given.data_ptr() == held.data_ptr() or given.detach().to(held.device).equal(held)
+
+
+def _function(model: nn.Module, given: Any, dense: bool) -> str:
+    module = str(getattr(given, "__module__", "")).partition(".")[0]
+    return "" if given is None or module in _WRITERS else "files are written by safetensors; leave it out"
+
+
+def _variant(model: nn.Module, given: Any, dense: bool) -> str:
+    return "" if given is None or dense else "the files of a packed model are named after their contents; leave it out"
+
+
+_RULES: Mapping[str, Callable[[nn.Module, Any, bool], str]] = {
+    "state_dict": _state,
+    "safe_serialization": lambda model, given, dense: "" if given else "weights are written as safetensors alone",
+    "save_function": _function,
+    "variant": _variant,
+    "distributed_checkpoint": lambda model, given, dense: "compiled models are not sharded" if given else "",
+    # A packed folder holds no adapter, and names of its own.
+    "save_peft_format": lambda model, given, dense: "",
+    "save_original_format": lambda model, given, dense: "",
+}
+_TAKEN = {
+    False: ("tokenizer", "max_shard_size", "progress", "report"),
+    True: ("tokenizer", "max_shard_size", "variant", "state_dict", "save_original_format"),
+}
+"""By whether a dense model is written."""
