@@ -16,7 +16,8 @@ from sparsec.cost import trials
 from sparsec.cost.constants import load_file
 from sparsec.cost.measure import measure_kernels
 from sparsec.cost.model import Work
-from sparsec.cost.trials import dense_trial, time_cold, time_walk
+from sparsec.cost.trials import dense_trial, packed_trial, time_cold, time_walk
+from sparsec.formats.layout import Layout
 from sparsec.kernels import status
 from sparsec.report.predict import predict
 from sparsec.timing.arena import Arena, last_level_cache
@@ -132,3 +133,15 @@ def test_real_kernels_are_measured_and_bytes_cost_time(monkeypatch: pytest.Monke
         small, large = (cost.predict(Work.dense(n, n, torch.float32)).seconds for n in (64, 8192))
         assert 0 < small < large
     assert said[-1][1] == said[-1][2]
+
+
+@pytest.mark.parametrize("layout", list(Layout.calibrated("cpu", 0.5)), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_matrix_tried_in_16_bits_lies_as_one_that_was_packed_in_16_bits(layout: Layout, dtype: torch.dtype) -> None:
+    """Its values alone were converted, and no kernel took them with the bits of another lane."""
+    mask = layout.sample_mask((48, 64), 0.5, torch.Generator().manual_seed(0))
+    trial = packed_trial("k", layout.pack(mask.float(), mask), dtype)
+    module = trial.make(Arena())
+    assert not module.packed.layout_faults()
+    assert trial.work.nbytes == Work.of(layout.pack(mask.to(dtype), mask)).nbytes
+    module(torch.ones(1, 64, dtype=dtype))

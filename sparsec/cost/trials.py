@@ -44,18 +44,16 @@ class Trial:
 
 
 def packed_trial(kernel: str, packed: Packed, dtype: torch.dtype) -> Trial:
-    """A packed matrix with values of another dtype in place of its own: what they are does not matter to the time."""
-    tensors = packed.tensors()
-    values = tensors["values"].to(dtype)
-
-    def with_values(new: Tensor) -> Packed:
-        return type(packed).from_parts({**tensors, "values": new}, packed.scalars())
+    """A packed matrix converted to another dtype, with whatever values: what they are does not matter to the time."""
+    parts = packed.tensors()
+    held = type(packed).from_parts({**parts, "values": parts["values"].to(dtype)}, packed.scalars()).ordered()
+    tensors = held.tensors()
 
     def make(arena: Arena) -> nn.Module:
-        parts = {name: t.clone() for name, t in tensors.items() if name != "values"}
-        return SparseLinear(type(packed).from_parts({"values": arena.take(values), **parts}, packed.scalars()))
+        own = {name: arena.take(t) if name == "values" else t.clone() for name, t in tensors.items()}
+        return SparseLinear(type(held).from_parts(own, held.scalars()))
 
-    return Trial(kernel, Layout.of(packed).cost_family, Work.of(with_values(values)), make)
+    return Trial(kernel, Layout.of(held).cost_family, Work.of(held), make)
 
 
 def dense_trial(
