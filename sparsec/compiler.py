@@ -23,7 +23,7 @@ from sparsec.holders import elsewhere_text, held_elsewhere
 from sparsec.ir.carry import rebind
 from sparsec.ir.foreign import refusal
 from sparsec.ir.graph import Graph
-from sparsec.ir.parts import usual_rows
+from sparsec.ir.parts import positions, usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
 from sparsec.kernels import SparseLinear
@@ -239,8 +239,7 @@ def _emitted(
 
 
 def _positions_and_pad(model: nn.Module) -> tuple[int | None, int | None]:
-    config = getattr(model, "config", None)
-    return getattr(config, "max_position_embeddings", None), getattr(config, "pad_token_id", None)
+    return positions(model), getattr(getattr(model, "config", None), "pad_token_id", None)
 
 
 def _require_calibration(pipeline: Pipeline, drawn: object) -> None:

