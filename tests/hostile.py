@@ -24,7 +24,7 @@ RECORDS = {
     sparsec.SparsecError,
     calibrate.Profile, calibrate.Site, calibrate.Standing, calibrate.Statistics, calibrate.CalibrationData, calibrate.Sequences,
     cost.Constants, cost.Found, cost.KernelCost, cost.Prediction, cost.Work,
-    data.LoadedModel, data.Text, evaluate.Evaluation, evaluate.Windows,
+    data.LoadedModel, data.Text, evaluate.Encoding, evaluate.Evaluation, evaluate.Windows,
     kernels.NativeStatus, kernels.Kernel, kernels.Problem,
 }  # fmt: skip
 """Classes that hold what they are given: whoever uses them looks at it."""
@@ -310,6 +310,16 @@ def targets() -> dict[str, Target]:
         ),
         "evaluate.compare": Target(
             evaluate.compare,
+            lambda: {
+                "models": {"a": tiny.tiny_model()},
+                "windows": evaluate.cut(TEXT, tokenizer(), 8, 1),
+                "progress": None,
+                "what": "x",
+                "saved": None,
+            },
+        ),
+        "evaluate.compare_embeddings": Target(
+            evaluate.compare_embeddings,
             lambda: {
                 "models": {"a": tiny.tiny_model()},
                 "windows": evaluate.cut(TEXT, tokenizer(), 8, 1),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,8 +88,7 @@ def test_the_command_names_the_protocol(
 ) -> None:
     from sparsec.data import load_model
 
-    tiny = load_model("tiny")
-    loaded = SimpleNamespace(**{**vars(tiny), "tokenizer": WITH})
+    loaded = replace(load_model("tiny"), tokenizer=WITH)
     monkeypatch.setattr("sparsec.evaluate.__main__.load_model", lambda *args: loaded)
     file = tmp_path / "out.json"
     for option, token, said in (

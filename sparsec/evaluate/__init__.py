@@ -1,6 +1,8 @@
-"""Evaluation on a text: perplexity, agreement with a reference, divergence from it, by window and by position."""
+"""Evaluation on a text: perplexity, agreement with a reference, divergence from it, by window and by position; of encoders, how
+near their embeddings are to a reference's."""
 
 from sparsec.evaluate.compare import Evaluation, compare, evaluate
+from sparsec.evaluate.embeddings import Encoding, compare_embeddings
 from sparsec.evaluate.windows import Windows, cut
 
-__all__ = ["Evaluation", "Windows", "compare", "cut", "evaluate"]
+__all__ = ["Encoding", "Evaluation", "Windows", "compare", "compare_embeddings", "cut", "evaluate"]

@@ -1,11 +1,12 @@
-"""`python -m sparsec.evaluate`: models, and what passes make of them, on a text: perplexity, agreement, divergence."""
+"""`python -m sparsec.evaluate`: models, and what passes make of them, on a text: perplexity, agreement, divergence; of encoders,
+how near their embeddings are to the first one's."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.errors import DataError
-from sparsec.evaluate.compare import compare
+from sparsec.evaluate.compare import Evaluation, compare
+from sparsec.evaluate.embeddings import Encoding, compare_embeddings
 from sparsec.evaluate.output import document, text
 from sparsec.evaluate.saved import Saved, fingerprint
 from sparsec.evaluate.windows import Windows, cut
@@ -54,7 +56,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     p = CommandLine(
         prog=prog,
-        description="Perplexity of models on a text, and their agreement with the first and divergence from it.",
+        description="Perplexity of models on a text, and their agreement with the first and divergence from it; of encoders, the "
+        "cosine of their embeddings to the first one's.",
         epilog=EXAMPLES.replace(PROG, prog),
     )
     p.add_argument("models", nargs="*", metavar="MODEL", help="default: the packaged SmolLM2-135M")
@@ -109,9 +112,11 @@ def _run(args: argparse.Namespace) -> None:
             loaded = [
                 on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
             ]
+        _check_kinds(loaded)
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded), bos=args.bos)
         drawn = calibration(loaded[0], args, pipelines, learnt)
-        notes = [f"calibrated on {drawn[1]}"] if drawn is not None else []
+        notes = [f"{each.name}: {note}" for each in loaded for note in each.notes]
+        notes += [f"calibrated on {drawn[1]}"] if drawn is not None else []
         saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None
         if saved is not None and saved.done:
             notes.append(f"{saved.done} windows were taken over from {saved.path}")
@@ -124,11 +129,23 @@ def _run(args: argparse.Namespace) -> None:
             notes += _told(built)
         else:
             models = dict.fromkeys(names)  # nothing is left to run
-        found = compare(models, windows, progress, "evaluating windows", saved)
+        measure: Callable[..., Mapping[str, Evaluation | Encoding]]
+        measure = compare_embeddings if loaded[0].is_encoder else compare
+        found = measure(models, windows, progress, "evaluating windows", saved)
     print(text(found, windows, notes))
     if args.json:
         write_text(args.json, json.dumps(document(found, windows, notes), indent=1, allow_nan=False) + "\n")
         print(f"\nwritten: {args.json}")
+
+
+def _check_kinds(loaded: Sequence[LoadedModel]) -> None:
+    """DataError where encoders and causal language models stand side by side."""
+    encoders, others = ([each.name for each in loaded if each.is_encoder is wanted] for wanted in (True, False))
+    if encoders and others:
+        raise DataError(
+            f"{encoders[0]} is an encoder and {others[0]} a causal language model, whose outputs cannot be compared; evaluate each "
+            "kind by itself"
+        )
 
 
 def _first_half(text: Text) -> Text:
@@ -153,8 +170,7 @@ def _tokenizer(loaded: Sequence[LoadedModel]) -> Any:
 
 def _sizes(args: argparse.Namespace, loaded: Sequence[LoadedModel]) -> tuple[int, int | None, int | None]:
     """(length, windows, limit)."""
-    limits = [getattr(each.model.config, "max_position_embeddings", None) for each in loaded]
-    limit = min((n for n in limits if n is not None), default=None)
+    limit = min((each.positions for each in loaded if each.positions is not None), default=None)
     return args.length or min(LENGTH, limit or LENGTH), args.windows, limit
 
 

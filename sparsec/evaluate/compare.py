@@ -24,6 +24,7 @@ from sparsec.errors import DataError
 from sparsec.evaluate.logits import Partwise, logits_in_parts, part_rows
 from sparsec.evaluate.saved import Saved
 from sparsec.evaluate.windows import Windows
+from sparsec.ir.parts import is_encoder
 from sparsec.metrics import in_parts, kl_rows
 from sparsec.progress import Progress
 
@@ -87,7 +88,12 @@ def compare(
     done = 0 if saved is None else saved.restore(tallies, windows.count)
     begin = perf_counter()
     for name, model in models.items() if done < windows.count else ():
-        _check_model(name, model)
+        check_model(name, model)
+        if is_encoder(model):
+            raise DataError(
+                f"{name}: {type(model).__name__} is an encoder and sees the tokens that it would predict, so perplexity has no "
+                "meaning for it; compare_embeddings tells how near its embeddings are to those of another"
+            )
     for index in range(done, windows.count):
         if seconds is not None and index > 0 and perf_counter() - begin > seconds:
             break
@@ -129,17 +135,16 @@ def evaluate(model: Any, windows: Windows, progress: Progress | None = None, wha
     return compare({"model": model}, windows, progress, what)["model"]
 
 
-def _check_model(name: str, model: Any) -> None:
+def check_model(name: str, model: Any) -> None:
+    """DataError for what has no weights or cannot be called, and for an encoder-decoder."""
     weights = getattr(model, "parameters", None)
     called = callable(model) and not isinstance(model, type | torch.jit.ScriptModule)
     if not (called or isinstance(model, Partwise)) or not callable(weights) or next(model.parameters(), None) is None:
-        raise DataError(
-            f"{name}: a causal language model (a torch.nn.Module with weights) is evaluated, got {shown(model)}"
-        )
+        raise DataError(f"{name}: a language model (a torch.nn.Module with weights) is evaluated, got {shown(model)}")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise DataError(
             f"{name}: {type(model).__name__} is an encoder-decoder model, whose predictions need two texts; only causal language "
-            "models are evaluated here. Compile its parts (model.get_encoder()), and measure the whole by its own task"
+            "models and encoders are evaluated here. Compile its parts (model.get_encoder()), and measure the whole by its own task"
         )
 
 
