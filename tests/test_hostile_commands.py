@@ -25,6 +25,7 @@ BASE = {
     "compress": ["tiny", "saved", "--no-sample", "--passes=magnitude(0.5),freeze,lower(csr)"],
     "generate": ["tiny", "abc", "--new-tokens=1"],
     "cost": ["--show"],
+    "check": ["nowhere"],
     "kernels.build": ["--status"],
     "kernels.gpu_compile": [],
 }
@@ -121,7 +122,7 @@ def test_an_option_that_is_not_there_names_a_near_one(
     options = [a.option_strings[-1] for a in options_of(command, monkeypatch) if a.option_strings]
     near = max(options, key=len)
     with pytest.raises(SystemExit) as end:
-        command.run([f"{near[:-3]}{near[-2:]}=1"], command.name)
+        command.run([*BASE[command.name], f"{near[:-3]}{near[-2:]}=1"], command.name)
     assert end.value.code == 2
     assert f"did you mean {near}?" in capsys.readouterr().err.splitlines()[-1]
 

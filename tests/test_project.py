@@ -63,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "",
         "__main__",
+        "check",
         "overview",
         "compress",
         "generate",

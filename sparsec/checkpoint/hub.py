@@ -75,7 +75,15 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from sparsec.checkpoint.folder import check_files, file_tensors
-        from sparsec.checkpoint.reading import check_joints, check_packed, check_shape, dense_kind, stored_matrix
+        from sparsec.checkpoint.reading import (
+            by_name,
+            check_packed,
+            check_shape,
+            dense_kind,
+            joint_faults,
+            refuse,
+            stored_matrix,
+        )
         from sparsec.checkpoint.record import BUFFERS
         from sparsec.errors import CheckpointError
         from sparsec.kernels import SparseLinear
@@ -83,9 +91,8 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         files: Sequence[str] = kwargs.get("checkpoint_files") or ()
         folder = check_files(files, self.record, str(getattr(model.config, "_name_or_path", "")))
         self.files = tuple(files)
-        named = dict(file_tensors(folder, self.record))
-        named.update({name: named[first] for name, first in self.record.tied.items() if first in named})
-        check_joints(model, self.record, "config.json")
+        named, _ = by_name(self.record, dict(file_tensors(folder, self.record)))
+        refuse("config.json", joint_faults(model, self.record))
         for path, stored in self.record.layers.items():
             try:
                 old = model.get_submodule(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsec.arguments import checked
-from sparsec.checkpoint.folder import CONFIG, read_whole, saved_report
+from sparsec.checkpoint.folder import CONFIG, read_json, read_whole, saved_report
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
 from sparsec.checkpoint.record import BUFFERS, Record, Stored
 from sparsec.data.kinds import named_class
 from sparsec.emitter import conv1d_type
-from sparsec.errors import CheckpointError
+from sparsec.errors import CheckpointError, some
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear
@@ -37,11 +38,12 @@ def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn
     """
     place = Path(folder)
     content, record, tensors = read_whole(place)
-    model = into if into is not None else _empty(place, content, len(tensors))
+    model = into if into is not None else empty_model(place, content, len(tensors))
     fill(model, record, tensors, str(place))
     if into is None:
         model.eval()
-        _generation(place, model)
+        if hasattr(model, "generation_config"):
+            model.generation_config = generation_of(place) or model.generation_config
     say_loaded(model, record, str(place), saved_report(place, record))
     return model
 
@@ -55,16 +57,11 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
 
 def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
     """Puts tensors into a model made for them: packed layers in place of linears, groups, dense kernels. All is checked before."""
-    for name, first in record.tied.items():
-        if first not in tensors:
-            raise CheckpointError(f"{where}: {name} is tied to {first}, which is not in the files")
-    computed = {n: t for n, t in tensors.items() if n.startswith(BUFFERS)}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith(BUFFERS)}
-    named = {**tensors, **{name: tensors[first] for name, first in record.tied.items()}}
+    refuse(where, tied_faults(record, tensors))
+    named, computed = by_name(record, tensors)
     layers = {path: _sparse_linear(model, path, record, named, where) for path in record.layers}
-    rest = _rest(model, record, named, where)
-    check_joints(model, record, where)
-    _check_computed(model, computed, where)
+    rest = unpacked(record, named)
+    refuse(where, rest_faults(model, record, rest) + joint_faults(model, record) + computed_faults(model, computed))
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     put_computed(model, computed, where)
@@ -79,8 +76,24 @@ def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where:
     join(model, record)
 
 
+def by_name(record: Record, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the files by every name in the module, and apart from them the buffers that it would compute."""
+    named = {n: t for n, t in tensors.items() if not n.startswith(BUFFERS)}
+    named.update({name: named[first] for name, first in record.tied.items() if first in named})
+    return named, {n: t for n, t in tensors.items() if n.startswith(BUFFERS)}
+
+
+def tied_faults(record: Record, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the further names of tensors."""
+    return [
+        f"{name} is tied to {first}, which is not in the files"
+        for name, first in record.tied.items()
+        if first not in tensors
+    ]
+
+
 def join(model: nn.Module, record: Record) -> None:
-    """Gives linears sparsec's dense kernel, and makes groups of those whose products are one call; `check_joints` comes before."""
+    """Gives linears sparsec's dense kernel, and makes groups of those whose products are one call; `joint_faults` comes before."""
     for path in record.dense_kernels:
         model.set_submodule(path, DenseLinear(model.get_submodule(path)))  # type: ignore[arg-type]
     for paths in record.groups:
@@ -170,7 +183,7 @@ def computed_buffers(path: str) -> Iterator[tuple[str, Tensor]]:
 
 def put_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -> None:
     """Gives a model the buffers that it would compute, by their names in the files."""
-    _check_computed(model, computed, where)
+    refuse(where, computed_faults(model, computed))
     for name, tensor in computed.items():
         owner, _, leaf = name.removeprefix(BUFFERS).rpartition(".")
         module = model.get_submodule(owner)
@@ -194,19 +207,29 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def check_joints(model: nn.Module, record: Record, where: str) -> None:
-    """CheckpointError unless dense kernels and groups are linears, each named once."""
+def joint_faults(model: nn.Module, record: Record) -> list[str]:
+    """What is wrong with dense kernels and groups, which must be linears, each named once."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    joined = [*record.layers, *record.dense_kernels]
-    grouped = [path for paths in record.groups for path in paths]
-    for path in record.dense_kernels:
-        if not isinstance(modules.get(path), nn.Linear) or joined.count(path) > 1:
-            raise CheckpointError(
-                f"{where}: dense_kernels names {path!r}, which is no linear of {type(model).__name__}, or packed, or named twice"
-            )
-    for paths in record.groups:
-        if len(paths) < 2 or not set(paths) <= set(joined) or any(grouped.count(path) > 1 for path in paths):
-            raise CheckpointError(f"{where}: groups must name packed linears, each once, got {', '.join(paths)}")
+    joined = Counter([*record.layers, *record.dense_kernels])
+    grouped = Counter(path for paths in record.groups for path in paths)
+    kind = type(model).__name__
+    faults = [
+        f"dense_kernels names {path!r}, which is no linear of {kind}, or packed, or named twice"
+        for path in record.dense_kernels
+        if not isinstance(modules.get(path), nn.Linear) or joined[path] > 1
+    ]
+    faults += [
+        f"groups must name packed linears, each once, got {', '.join(paths)}"
+        for paths in record.groups
+        if len(paths) < 2 or not joined.keys() >= set(paths) or any(grouped[path] > 1 for path in paths)
+    ]
+    return faults
+
+
+def refuse(where: str, faults: list[str]) -> None:
+    """CheckpointError where there are any."""
+    if faults:
+        raise CheckpointError(f"{where}: {some(faults)}")
 
 
 def tie(model: nn.Module, record: Record, where: str) -> None:
@@ -228,30 +251,27 @@ def _holder(model: nn.Module, name: str, where: str) -> tuple[dict[str, Any], st
     return (module._buffers if leaf in module._buffers else module._parameters), leaf
 
 
-def _rest(model: nn.Module, record: Record, named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """What is not packed, as the model wants it; CheckpointError for what is lacking, left over or of another shape."""
+def rest_faults(model: nn.Module, record: Record, given: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the tensors that are not packed: lacking, left over, or of another shape or dtype than the model's."""
     inside = tuple(f"{path}." for path in record.layers)
-    own = {f"{path}.{n}" for path, stored in record.layers.items() for n in (*stored.tensors, "bias")}
     wanted = {n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith(inside)}
-    given = {n: t for n, t in named.items() if n not in own}
     missing, more = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    if missing or more:
-        lists = [
-            f"{what} {', '.join(names[:3])}{' ...' * (len(names) > 3)}"
-            for what, names in (("lack", missing), ("hold besides", more))
-            if names
-        ]
-        raise CheckpointError(f"{where}: the files {' and '.join(lists)}, for {type(model).__name__}")
-    for name, tensor in wanted.items():
-        if tuple(tensor.shape) != tuple(given[name].shape):
-            raise CheckpointError(
-                f"{where}: {name} is {list(given[name].shape)} in the file, and {list(tensor.shape)} in {type(model).__name__}"
-            )
-        if not _same_kind(given[name], tensor):
-            raise CheckpointError(
-                f"{where}: {name} is {given[name].dtype} in the file, and {tensor.dtype} in {type(model).__name__}"
-            )
-    return given
+    kind = type(model).__name__
+    lists = [f"{what} {some(names)}" for what, names in (("lack", missing), ("hold besides", more)) if names]
+    faults = [f"the files {' and '.join(lists)}, for {kind}"] if lists else []
+    for name in sorted(wanted.keys() & given.keys()):
+        found, tensor = given[name], wanted[name]
+        if tuple(tensor.shape) != tuple(found.shape):
+            faults.append(f"{name} is {list(found.shape)} in the file, and {list(tensor.shape)} in {kind}")
+        elif not _same_kind(found, tensor):
+            faults.append(f"{name} is {found.dtype} in the file, and {tensor.dtype} in {kind}")
+    return faults
+
+
+def unpacked(record: Record, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of no packed layer."""
+    own = {f"{path}.{n}" for path, stored in record.layers.items() for n in (*stored.tensors, "bias")}
+    return {n: t for n, t in named.items() if n not in own}
 
 
 def _same_kind(found: Tensor, wanted: Tensor) -> bool:
@@ -259,19 +279,20 @@ def _same_kind(found: Tensor, wanted: Tensor) -> bool:
     return found.dtype == wanted.dtype or (found.is_floating_point() and wanted.is_floating_point())
 
 
-def _check_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -> None:
+def computed_faults(model: nn.Module, computed: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the buffers that the model would compute."""
     known = dict(model.named_buffers())
+    faults = []
     for key, tensor in computed.items():
         name = key.removeprefix(BUFFERS)
         if name not in known or known[name].shape != tensor.shape or not _same_kind(tensor, known[name]):
-            raise CheckpointError(
-                f"{where}: the files hold a buffer {name} {list(tensor.shape)}, which {type(model).__name__} has not"
-            )
+            faults.append(f"the files hold a buffer {name} {list(tensor.shape)}, which {type(model).__name__} has not")
+    return faults
 
 
-def _empty(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Module:
+def empty_model(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Module:
     """A model of transformers on meta. Its class comes from transformers' own tables. tensors: in the files."""
-    from transformers import AutoConfig
+    from transformers.models.auto import CONFIG_MAPPING
 
     architectures = content.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
@@ -279,13 +300,16 @@ def _empty(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Module:
             f"{place / CONFIG} names no class of transformers: load(folder, into=module) fills a module that you made"
         )
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+        # Not AutoConfig.from_pretrained, which would read the file again, after another save perhaps, and knows of remote code.
+        plain = {key: value for key, value in content.items() if key not in ("quantization_config", "auto_map")}
+        config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+        config._name_or_path = str(place)
     except Exception as error:  # a config's own checks, which differ by model
-        raise CheckpointError(f"{place / CONFIG} is no config of a model that transformers knows: {error}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{place / CONFIG} is no config of a model that transformers knows: {why}") from error
     kind = named_class(config, architectures[0])
     if kind is None:
         raise CheckpointError(f"{place / CONFIG}: transformers has no {architectures[0]!r} for {type(config).__name__}")
-    del config.quantization_config
     return _on_meta(kind, config, str(place / CONFIG), tensors)
 
 
@@ -304,11 +328,15 @@ def _on_meta(kind: Any, config: Any, where: str, tensors: int) -> nn.Module:
     return made
 
 
-def _generation(place: Path, model: nn.Module) -> None:
+def generation_of(place: Path) -> Any:
+    """The generation config beside the model; None where there is none."""
     from transformers import GenerationConfig
 
-    if (place / "generation_config.json").exists() and hasattr(model, "generation_config"):
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
-        except (ValueError, OSError, TypeError) as error:
-            raise CheckpointError(f"{place / 'generation_config.json'} cannot be read: {error}") from error
+    path = place / "generation_config.json"
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        return GenerationConfig.from_dict(content)
+    except Exception as error:  # transformers' own checks
+        raise CheckpointError(f"{path} is no generation config: {type(error).__name__}: {error}") from error

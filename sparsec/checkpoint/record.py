@@ -6,10 +6,10 @@ It stands in `config.json` as `quantization_config`. A file's text chooses among
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.transformers_hook import METHOD
 
+T = TypeVar("T")
 SCHEMA = "sparsec.checkpoint/1"
 PREFIX = "sparsec."
 """Of every tensor's name in the files: no dense model has such names, so that nobody loads half of one without noticing."""
@@ -121,9 +122,12 @@ class Record:
         }
 
     @classmethod
-    def read(cls, found: Any, where: str) -> Self:
-        """From `json()`. CheckpointError, naming the place and the rule, for anything else."""
-        reader = _Reader(where)
+    def read(cls, found: Any, where: str, faults: list[str] | None = None) -> Self:
+        """From `json()`. CheckpointError, naming the place and the rule, for anything else.
+
+        faults: takes what is wrong with an entry, which is left out then.
+        """
+        reader = _Reader(where, faults)
         top = reader.mapping(found, "quantization_config")
         if top.get("quant_method") != METHOD:
             raise reader.error("quant_method", f"must be {METHOD!r}, got {top.get('quant_method')!r}")
@@ -131,34 +135,50 @@ class Record:
             raise reader.error(
                 "schema", f"must be {SCHEMA!r}, got {top.get('schema')!r}; load it with the version that saved it"
             )
-        files = {
-            reader.file(n): reader.mapping(f, f"files[{n!r}]")
-            for n, f in reader.mapping(top.get("files"), "files").items()
-        }
-        layers = reader.mapping(top.get("layers"), "layers")
         return cls(
-            files=files,
-            layers={reader.text(p, "a path in layers"): reader.stored(s, f"layers[{p!r}]") for p, s in layers.items()},
-            tied=reader.texts_by_text(top.get("tied", {}), "tied"),
-            dense_kernels=reader.texts(top.get("dense_kernels", []), "dense_kernels"),
-            groups=tuple(
-                reader.texts(g, f"groups[{i}]") for i, g in enumerate(reader.sequence(top.get("groups", []), "groups"))
+            files=dict(reader.entries(top, "files", lambda n, f: (reader.file(n), reader.mapping(f, f"files[{n!r}]")))),
+            layers=dict(
+                reader.entries(
+                    top,
+                    "layers",
+                    lambda p, s: (reader.text(p, "a path in layers"), reader.stored(s, f"layers[{p!r}]")),
+                )
             ),
-            passes=tuple(
-                reader.mapping(p, f"passes[{i}]")
-                for i, p in enumerate(reader.sequence(top.get("passes", []), "passes"))
-            ),
-            calibration=reader.texts_by_text(top.get("calibration", {}), "calibration"),
-            report=reader.report(top.get("report", {})),
-            versions=reader.texts_by_text(top.get("versions", {}), "versions"),
+            tied=reader.part(lambda: reader.texts_by_text(top.get("tied", {}), "tied"), {}),
+            dense_kernels=reader.part(lambda: reader.texts(top.get("dense_kernels", []), "dense_kernels"), ()),
+            groups=reader.part(lambda: reader.listed(top, "groups", reader.texts), ()),
+            passes=reader.part(lambda: reader.listed(top, "passes", reader.mapping), ()),
+            calibration=reader.part(lambda: reader.texts_by_text(top.get("calibration", {}), "calibration"), {}),
+            report=reader.part(lambda: reader.report(top.get("report", {})), {}),
+            versions=reader.part(lambda: reader.texts_by_text(top.get("versions", {}), "versions"), {}),
         )
 
 
 class _Reader:
     """Values of a JSON file, each of the kind that it must be."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, faults: list[str] | None = None) -> None:
+        self.where, self.faults = where, faults
+
+    def part(self, read: Callable[[], T], otherwise: T) -> T:
+        """What is read; where faults are collected, another value for what cannot be."""
+        try:
+            return read()
+        except CheckpointError as error:
+            if self.faults is None:
+                raise
+            self.faults.append(str(error))
+            return otherwise
+
+    def entries(self, top: Mapping[str, Any], what: str, read: Callable[[str, Any], T]) -> Iterator[T]:
+        """Of an object, each of its entries that can be read."""
+        for name, found in self.part(lambda: self.mapping(top.get(what), what), {}).items():
+            yield from self.part(lambda: [read(name, found)], [])  # noqa: B023 - called at once
+
+    def listed(self, top: Mapping[str, Any], what: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
+        """Of a list, which may be left out."""
+        found = self.sequence(top.get(what, []), what)
+        return tuple(read(entry, f"{what}[{i}]") for i, entry in enumerate(found))
 
     def error(self, what: str, why: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {what} {why}")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,7 +33,7 @@ SHARD = 5_000_000_000
 """Bytes of tensors in one file, at most; a larger tensor has a file of its own."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *(KB|MB|GB)")
-_OWN = re.compile(
+OWN = re.compile(
     r"model-[0-9]{5,}-of-[0-9]{5,}-[0-9a-f]{16}\.safetensors|(model-[0-9a-f]{16}\.safetensors\.index|report-[0-9a-f]{16})\.json"
 )
 """Files that a save writes, and that the next one removes: no other is ever deleted, whatever a config names."""
@@ -81,7 +82,7 @@ def store(
             index = _write_index(place, named, facts)
             content = {**(config or {}), "transformers_weights": index, "quantization_config": record.json()}
             files.write(place / CONFIG, json.dumps(content, indent=2).encode())
-            for stale in before - {*facts, index, record.report.get("file")}:
+            for stale in (before | _orphans(place)) - {*facts, index, record.report.get("file")}:
                 (place / stale).unlink(missing_ok=True)
     except CheckpointError:
         raise
@@ -236,7 +237,14 @@ def own_files(place: Path) -> set[str]:
         named = {*record.files, str(record.report.get("file")), str(content.get("transformers_weights"))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    return {name for name in named if _OWN.fullmatch(name)}
+    return {name for name in named if OWN.fullmatch(name)}
+
+
+def _orphans(place: Path) -> set[str]:
+    """Finished files of saves that were killed before any config.json named them. Not those of a save that runs, where a disk knows
+    no locks."""
+    old = time.time() - files.STALE
+    return {path.name for path in place.iterdir() if OWN.fullmatch(path.name) and path.lstat().st_mtime < old}
 
 
 def _sha256(path: Path) -> str:

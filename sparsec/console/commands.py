@@ -63,6 +63,12 @@ COMMANDS: tuple[Command, ...] = (
         "--show",
     ),
     Command(
+        "check",
+        "sparsec.check",
+        "looks at every file and tensor of a saved model, and says what is wrong where",
+        "my-folder",
+    ),
+    Command(
         "kernels.build",
         "sparsec.kernels.build",
         "builds the native kernels ahead of time, or says which of them run here",

@@ -17,8 +17,8 @@ STDOUT = "-"
 _document: ContextVar[TextIO | None] = ContextVar("_document", default=None)
 
 
-def guarded(run: Callable[[], None], traceback: bool = False, json: str | Path | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 130 when interrupted.
+def guarded(run: Callable[[], int | None], traceback: bool = False, json: str | Path | None = None) -> int:
+    """Runs a command; returns the exit code: its own or 0, 2 for bad input, 130 when interrupted.
 
     json: the file that it writes. Where that is the standard output, everything else goes to the standard error.
     """
@@ -27,9 +27,8 @@ def guarded(run: Callable[[], None], traceback: bool = False, json: str | Path |
             context = copy_context()
             context.run(_document.set, sys.stdout)
             with redirect_stdout(sys.stderr):
-                context.run(run)
-        else:
-            run()
+                return context.run(run) or 0
+        return run() or 0
     except SparsecError as error:
         if traceback:
             raise

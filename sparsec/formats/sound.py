@@ -46,19 +46,23 @@ def slots_ascend(words: Tensor, bits: int, rows: int) -> bool:
     if not words.numel():
         return True
     held = _numbers(words)
-    numbers = held[..., 0].astype(np.uint32)
-    for byte in range(1, bits):
-        numbers |= held[..., byte].astype(np.uint32) << np.uint32(8 * byte)
-    first = np.uint32(sum(1 << bits * row for row in range(8)))  # the lowest bit of each row
+    if bits == 2:  # 16 rows lie in a word as they are
+        numbers = held.reshape(*held.shape[:3], 4).view(np.uint32)
+    else:
+        numbers = held[..., 0].astype(np.uint32)
+        for byte in range(1, bits):
+            numbers |= held[..., byte].astype(np.uint32) << np.uint32(8 * byte)
+    fields = 16 // numbers.shape[-1]
+    first = np.uint32(sum(1 << bits * row for row in range(fields)))  # the lowest bit of each row
     low, high = numbers[:, :, :-1], numbers[:, :, 1:]
     less = np.zeros(low.shape, np.uint32)
     for bit in range(bits):  # the higher bit of two numbers decides, and where it is the same the lower ones have
         one, other = low >> np.uint32(bit), high >> np.uint32(bit)
         less = (~one & other) | (~(one ^ other) & less)
     less = ~less & first
-    for half in range(2):
-        there = min(max(rows - (len(words) - 1) * 16 - 8 * half, 0), 8)
-        less[-1, :, :, half] &= np.uint32((1 << bits * there) - 1)
+    for word in range(numbers.shape[-1]):
+        there = min(max(rows - (len(words) - 1) * 16 - fields * word, 0), fields)
+        less[-1, :, :, word] &= np.uint32((1 << bits * there) - 1)
     return not less.any()
 
 
