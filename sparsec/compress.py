@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsec.checkpoint.record import Record
+from sparsec.checkpoint.folder import read_config
 from sparsec.checkpoint.writing import shard_bytes
 from sparsec.command_line import CommandLine
 from sparsec.compiler import DEFAULT_PASSES, compile
@@ -42,6 +42,7 @@ from sparsec.study.sample import Prompt, generated, read_prompt
 
 PROG = "python -m sparsec.compress"
 NEW_TOKENS = 40
+WARM_UP = 3
 EXAMPLES = f"""
 examples:
   python -m sparsec.compress facebook/opt-125m my-opt                        # {DEFAULT_PASSES}
@@ -117,17 +118,18 @@ def _run(args: argparse.Namespace) -> None:
         drawn = calibration(loaded, args, [pipeline], learnt)
         make = _measured if args.measure else _compiled
         model, report, lines = make(loaded, pipeline, args, text, drawn, progress)
-        record = model.sparsec.save_pretrained(
-            args.folder,
+        model.sparsec.save_pretrained(
+            Path(args.folder).expanduser(),
             tokenizer=loaded.tokenizer,
             max_shard_size=args.max_shard_size,
             report=report,
             progress=progress,
         )
-    print("\n".join([*lines, *_saved(args.folder, record, report)]).lstrip("\n"))
+    print("\n".join([*lines, *_saved(args.folder, report)]).lstrip("\n"))
 
 
-def _saved(folder: str, record: Record, report: Report) -> list[str]:
+def _saved(folder: str, report: Report) -> list[str]:
+    _, record = read_config(Path(folder).expanduser())
     packed = Counter(stored.layout for stored in record.layers.values())
     layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
     if not packed:
@@ -192,8 +194,7 @@ def _prompt(loaded: LoadedModel, args: argparse.Namespace) -> tuple[Prompt | Non
         return None, [f"no sample: {type(loaded.model).__name__} writes no text; --measure compares its embeddings"]
     if loaded.tokenizer is None:
         return None, [f"no sample: {loaded.name} has no tokenizer"]
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    return read_prompt(loaded.tokenizer, args.prompt or Effort().prompt, args.new_tokens, limit), []
+    return read_prompt(loaded.tokenizer, args.prompt or Effort().prompt, args.new_tokens, loaded.positions), []
 
 
 def _sample(
@@ -202,6 +203,7 @@ def _sample(
     if prompt is None:
         return None
     with stage(progress, what):
+        generated(model, loaded.tokenizer, prompt.tokens, WARM_UP)  # the first tokens pay for what is made once
         told = Told(loaded.tokenizer, shown=False)
         generated(model, loaded.tokenizer, prompt.tokens, new_tokens, told)
     return told
@@ -210,7 +212,8 @@ def _sample(
 def _told(name: str, told: Told | None) -> list[str]:
     if told is None:
         return []
-    speed = "" if told.tokens_per_second is None else f" ({told.tokens_per_second:.1f} tokens/s, one run)"
+    doubt = "? tokens/s: the machine was busy" if told.disturbed else " tokens/s, one run"
+    speed = "" if told.tokens_per_second is None else f" ({told.tokens_per_second:.1f}{doubt})"
     return paragraph(f"{told.text.strip()}{speed}", f"{name:<8}")
 
 

@@ -17,10 +17,12 @@ from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel
 from sparsec.errors import DataError
+from sparsec.machine import cores
 from sparsec.opened import open_model
 from sparsec.progress import stage
 from sparsec.study.plan import Effort
 from sparsec.study.sample import generated, read_prompt
+from sparsec.timing.others import Others, in_the_way
 
 PROG = "python -m sparsec.generate"
 NEW_TOKENS = 128
@@ -89,8 +91,7 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress, stage(progress, "loading the model"):
         dtype = None if args.dtype is None else DTYPES[args.dtype]
         loaded = on_device(open_model(args.model, dtype, progress, args.seed), args.device)
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    prompt = read_prompt(check_generates(loaded), text, args.new_tokens, limit, args.chat)
+    prompt = read_prompt(check_generates(loaded), text, args.new_tokens, loaded.positions, args.chat)
     torch.manual_seed(args.seed)
     drawn = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
     told = Told(loaded.tokenizer)
@@ -148,6 +149,7 @@ class Told:
         self.prompt_tokens = 0
         self.tokens: list[int] = []
         self.times = [perf_counter()]  # of the start, then of every token
+        self._others = Others()
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt, then a token."""
@@ -179,6 +181,11 @@ class Told:
         """Of those after the first."""
         return (len(self.times) - 2) / (self.times[-1] - self.times[1]) if len(self.times) > 2 else None
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes left too few cores meanwhile, so that times say little."""
+        return in_the_way(self._others.cores(), torch.get_num_threads(), cores())
+
     def document(self) -> dict[str, Any]:
         """The figures, for JSON."""
         return {
@@ -187,6 +194,7 @@ class Told:
             "new_tokens": len(self.tokens),
             "first_token_seconds": self.first_seconds,
             "tokens_per_second": self.tokens_per_second,
+            "disturbed": self.disturbed,
         }
 
     def __str__(self) -> str:
@@ -194,7 +202,8 @@ class Told:
             return "no token was written"
         speed = "" if self.tokens_per_second is None else f", then {self.tokens_per_second:.1f} tokens/s"
         first = f"the first of {len(self.tokens)} new ones after {self.first_seconds:.2f} s"
-        return f"{self.prompt_tokens} tokens of prompt; {first}{speed}"
+        busy = "; the machine was busy, so these times say little" if self.disturbed else ""
+        return f"{self.prompt_tokens} tokens of prompt; {first}{speed}{busy}"
 
 
 if __name__ == "__main__":
