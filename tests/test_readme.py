@@ -34,12 +34,18 @@ def test_python_of_the_readme_runs(source: str, tmp_path: Path, monkeypatch: pyt
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all commands, as a reader has: what one saves, the next one loads."""
+    return tmp_path_factory.mktemp("reader")
+
+
 @pytest.mark.parametrize("words", MODULES, ids=" ".join)
 def test_commands_of_the_readme_run(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process, which has paid for the imports: `sparsec X`, `python -m sparsec X` and `python -m sparsec.X` are one."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(place)
     package, *arguments = words if words[0] == "sparsec" else words[2:]
     arguments = [*package.split(".")[1:], *arguments]
     if arguments[:1] == ["report"] and (len(arguments) == 1 or arguments[1].startswith("-")):
