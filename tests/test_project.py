@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "private",
         "progress",
         "serial",
+        "imports",
         "transformers_hook",
     ),
     ("formats",),
