@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from format_cases import LAYOUTS
+from format_cases import Sized
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +28,7 @@ SIZES = {
 
 def packed(name: str, weight: torch.Tensor, seed: int = 0) -> Packed:
     """A weight with half of it kept."""
-    case = LAYOUTS[name]
+    case = Sized.parse(name)
     mask = case.mask(*weight.shape, 0.5, torch.Generator().manual_seed(seed))
     return case.pack(weight.detach(), mask)
 
