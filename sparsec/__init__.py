@@ -19,7 +19,7 @@ if find_spec("sparsec.passes") is None:
     )
 
 if TYPE_CHECKING:
-    from sparsec.checkpoint import load, save
+    from sparsec.checkpoint import save
     from sparsec.compiled import Compiled
     from sparsec.compiler import DEFAULT_PASSES, compile, extend
     from sparsec.errors import SparsecError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparsec.ir.printer import graph_text
     from sparsec.ir.tracer import trace
     from sparsec.kernels import SparseLinear
+    from sparsec.loading import load
     from sparsec.pipeline import Context, DumpIR, Effect, Pass, PassRecord, PassResult, Pipeline, PrintIR, Timing
 
 try:
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "sparsec.checkpoint": ("load", "save"),
+    "sparsec.checkpoint": ("save",),
     "sparsec.compiled": ("Compiled",),
     "sparsec.compiler": ("DEFAULT_PASSES", "compile", "extend"),
     "sparsec.errors": ("SparsecError",),
@@ -67,6 +68,7 @@ _HOMES = {
     "sparsec.ir.printer": ("graph_text",),
     "sparsec.ir.tracer": ("trace",),
     "sparsec.kernels": ("SparseLinear",),
+    "sparsec.loading": ("load",),
     "sparsec.pipeline": (
         *("Context", "DumpIR", "Effect", "Pass", "PassRecord", "PassResult", "Pipeline", "PrintIR", "Timing"),
     ),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparsec.checkpoint.folder import read_config
+from sparsec.checkpoint.places import saved_folder
 from sparsec.checkpoint.writing import shard_bytes
 from sparsec.command_line import CommandLine
 from sparsec.compiler import DEFAULT_PASSES, compile
@@ -31,7 +32,6 @@ from sparsec.console.table import heading, mega, paragraph
 from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.errors import DataError, SpecError
 from sparsec.generate import Told
-from sparsec.opened import saved_folder
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress, stage
 from sparsec.report.collect import Report

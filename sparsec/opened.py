@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import torch
 
-from sparsec.checkpoint import load
+from sparsec.checkpoint import load_saved
+from sparsec.checkpoint.places import saved_place
 from sparsec.data import LoadedModel, load_model
 from sparsec.data.models import tokenizer_of
+from sparsec.data.unowned import unowned
 from sparsec.errors import DataError
 from sparsec.progress import Progress
-from sparsec.transformers_hook import METHOD
 
 
 def open_model(
@@ -26,28 +25,16 @@ def open_model(
 
     Raises DataError, CheckpointError.
     """
-    folder = None if spec is None else saved_folder(spec)
+    folder = None if spec is None else saved_place(spec)
     if folder is None:
         return load_model(spec, dtype or torch.float32, progress, seed)
-    model = load(folder)
+    model = load_saved(folder)
     held = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype not in (None, held):
         raise DataError(
             f"{folder}: this model was saved to compute in {str(held).removeprefix('torch.')}; leave --dtype out, or compress the "
             "dense model again in the other"
         )
-    name = folder.resolve().name
-    return LoadedModel(
-        model, tokenizer_of(str(folder)), name, f"folder {folder}, saved by sparsec", "packed by sparsec", None
-    )
-
-
-def saved_folder(spec: str | os.PathLike[str]) -> Path | None:
-    """The folder, where sparsec saved a model in it; None for anything else."""
-    path = Path(spec).expanduser()
-    try:
-        content = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    held = content.get("quantization_config") if isinstance(content, dict) else None
-    return path if isinstance(held, dict) and held.get("quant_method") == METHOD else None
+    source = f"{'folder' if os.path.exists(spec) else 'hub'} {spec}, saved by sparsec"
+    name = folder.resolve().name if os.path.exists(spec) else str(spec)
+    return LoadedModel(model, tokenizer_of(str(folder)), name, source, "packed by sparsec", None, unowned(model))

@@ -58,7 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("console",),
     ("emitter", "evaluate", "inductor", "wrapped"),
     ("report",),
-    ("checkpoint", "compiled", "compiler"),
+    ("checkpoint", "compiled", "compiler", "loading"),
     ("study",),
     ("opened",),
     (

@@ -48,6 +48,10 @@ def card(record: Record, model: str, name: str, report: ReportData | None) -> st
         )
     if record.calibration:
         lines.append(f"- **Calibrated on**: {record.calibration.get('source', 'data of the user')}.")
+    if record.unowned:
+        names = ", ".join(f"`{name}`" for name in record.unowned[:20])
+        more = f" and {len(record.unowned) - 20} more" if len(record.unowned) > 20 else ""
+        lines.append(f"- **Not carried over**: {names}{more}, which the source holds and no module of this class owns.")
     if record.versions:
         lines.append("- **Made with**: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()) + ".")
     return "\n".join([*lines, *_figures(report)]) + "\n"

@@ -18,6 +18,7 @@ from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
 from sparsec.checkpoint.record import BUFFERS, Record, Stored
 from sparsec.data.kinds import named_class
+from sparsec.data.unowned import remember_unowned
 from sparsec.emitter import conv1d_type
 from sparsec.errors import CheckpointError, some
 from sparsec.formats.base import Packed
@@ -29,7 +30,7 @@ from sparsec.kernels.modules.loading import guard_loading
 
 
 @checked
-def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
+def load_saved(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
     """The model that `save` or `save_pretrained` wrote into a folder, on the CPU, ready to run.
 
     into: for a module that is not from transformers: one of the same structure as was compiled, on meta or not, which is filled.
@@ -52,6 +53,7 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
     """Gives a model its `.sparsec`, and the way of saving that keeps what is packed."""
     loaded = Loaded(record, place, model, report)
     object.__setattr__(model, "sparsec", loaded)
+    remember_unowned(model, record.unowned)
     guard_saving(model, loaded)
 
 

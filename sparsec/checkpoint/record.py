@@ -92,6 +92,7 @@ class Record:
         default_factory=dict
     )  # {"source": in words, "sha256": of the data}, or empty
     report: Mapping[str, Any] = field(default_factory=dict)  # {"file": ..., "sha256": ..., "bytes": ...}, or empty
+    unowned: tuple[str, ...] = ()  # tensors of the source that no module owns, and that are therefore not in the files
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ class Record:
             "passes": [dict(p) for p in self.passes],
             "calibration": dict(self.calibration),
             "report": dict(self.report),
+            "unowned": list(self.unowned),
             "layers": layers,
             "tied": dict(self.tied),
             "dense_kernels": list(self.dense_kernels),
@@ -150,6 +152,7 @@ class Record:
             passes=reader.part(lambda: reader.listed(top, "passes", reader.mapping), ()),
             calibration=reader.part(lambda: reader.texts_by_text(top.get("calibration", {}), "calibration"), {}),
             report=reader.part(lambda: reader.report(top.get("report", {})), {}),
+            unowned=reader.part(lambda: reader.texts(top.get("unowned", []), "unowned"), ()),
             versions=reader.part(lambda: reader.texts_by_text(top.get("versions", {}), "versions"), {}),
         )
 

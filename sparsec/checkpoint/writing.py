@@ -23,6 +23,7 @@ from sparsec import files
 from sparsec.arguments import checked
 from sparsec.checkpoint.folder import CONFIG
 from sparsec.checkpoint.record import BUFFERS, PREFIX, History, Record, Stored
+from sparsec.data.unowned import unowned
 from sparsec.errors import CheckpointError
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
@@ -104,6 +105,7 @@ def describe(module: nn.Module, history: History) -> Record:
         groups=_groups(module),
         passes=history.passes,
         calibration=history.calibration,
+        unowned=unowned(module),
         versions={"sparsec": version("sparsec"), "torch": torch.__version__},
     )
 

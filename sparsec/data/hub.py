@@ -7,11 +7,16 @@ demand, and differs from release to release.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from sparsec.errors import DataError
 
 _NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _PROBE_SECONDS = 5
+WEIGHTS = ("*.safetensors", "*.json")
+"""Files of a model, without its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,21 @@ def hub_name(spec: str) -> HubName | None:
     """What a specification names, None for what cannot be a name on the hub."""
     found = _NAME.fullmatch(spec)
     return None if found is None else HubName(found["id"], found["revision"])
+
+
+def fetched(name: HubName, files: Sequence[str]) -> Path:
+    """The folder of the hub's cache that holds what a model has of these files, named by patterns. Raises DataError."""
+    from huggingface_hub import _snapshot_download
+
+    reason = unreachable()
+    try:
+        found = _snapshot_download.snapshot_download(
+            name.id, revision=name.revision, allow_patterns=list(files), local_files_only=bool(reason)
+        )
+    except Exception as error:  # of the hub's library, and of whichever HTTP client it uses
+        said = reason or fault(name, error) or str(error)
+        raise DataError(f"{name}: it cannot be had from the hub: {said}") from error
+    return Path(found)
 
 
 def unreachable() -> str:

