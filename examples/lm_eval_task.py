@@ -4,6 +4,11 @@ pip install "sparsec[eval]"
 python examples/lm_eval_task.py                       # a small random model, which can only guess
 python examples/lm_eval_task.py MODEL "wanda(0.5),freeze,lower(auto)"
 
+A saved model is named as any other, by its folder. lm-eval's own command knows it once sparsec is imported:
+
+python -c "import sparsec, lm_eval.__main__ as m; m.cli_evaluate()" --model hf --model_args pretrained=FOLDER \
+    --tasks arc_easy
+
 The task is made of local data here; `tasks=["arc_easy"]` and the like take theirs from the hub.
 """
 
@@ -68,7 +73,12 @@ def main(name: str = "tiny", passes: str = "wanda(0.5),freeze,lower(auto)") -> d
             harness = HFLM(pretrained=model, tokenizer=loaded.tokenizer, batch_size=4)
             results = lm_eval.simple_evaluate(harness, tasks=[task(Path(folder))], bootstrap_iters=0)
             found[label] = results["results"]["everyday"]["acc,none"]
-            print(f"{label:<36} right answers {found[label]:.3f} of {len(QUESTIONS)} questions")
+        sparse.save_pretrained(folder, tokenizer=loaded.tokenizer)
+        named = {"pretrained": folder, "device": str(sparse.device)}
+        results = lm_eval.simple_evaluate("hf", named, tasks=[task(Path(folder))], batch_size=4, bootstrap_iters=0)
+        found["saved"] = results["results"]["everyday"]["acc,none"]
+    for label, right in found.items():
+        print(f"{label:<36} right answers {right:.3f} of {len(QUESTIONS)} questions")
     return found
 
 

@@ -94,7 +94,8 @@ def test_inspect_ir(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_lm_eval_task(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = run("lm_eval_task")
-    assert list(found) == ["dense", "wanda(0.5),freeze,lower(auto)"]
+    assert list(found) == ["dense", "wanda(0.5),freeze,lower(auto)", "saved"]
+    assert found["saved"] == found["wanda(0.5),freeze,lower(auto)"]
     assert all(value in {i / 8 for i in range(9)} for value in found.values())
 
 
