@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy as copying
 import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,9 +12,9 @@ from torch import nn
 
 from sparsec.checkpoint.loaded import pickled
 from sparsec.checkpoint.record import History
+from sparsec.checkpoint.reference import ModelReference
 from sparsec.checkpoint.saving import Saveable, encoded
 from sparsec.emitter import follower
-from sparsec.errors import CheckpointError
 from sparsec.ir.carry import rebind
 from sparsec.ir.graph import Graph
 from sparsec.ir.settle import settle
@@ -37,7 +36,7 @@ class Compiled(Saveable):
     trace_seconds: float
     emit_seconds: float
     notes: tuple[str, ...]  # what tracing and emission had to say
-    model: weakref.ref[nn.Module]  # the compiled model
+    model: ModelReference  # the compiled model
     calibration: Mapping[str, str] = field(default_factory=dict)  # what passes learnt from: its source and its hash
     shares: bool = False  # it holds tensors of the model that it was compiled from, and writes to none of them
 
@@ -52,12 +51,9 @@ class Compiled(Saveable):
 
         Of the model as it is now: it may have been moved, converted or trained since it was compiled.
         """
-        model = self.model()
         now, changes, odd = self._now()
         predicted = predict(now, known_constants(now))
-        return collect(
-            now, self.records, (*self.notes, *changes, *odd), None if model is None else held(model).total, predicted
-        )
+        return collect(now, self.records, (*self.notes, *changes, *odd), held(self.model()).total, predicted)
 
     def _now(self) -> tuple[Graph, tuple[str, ...], list[str]]:
         """The graph, with records of its own; what became of its weights since; what it does not show."""
@@ -67,8 +63,7 @@ class Compiled(Saveable):
 
     def _follow(self) -> list[str]:
         """Lets the graph hold what the model holds now; returns the names that no longer mean the same."""
-        model = self.model()
-        odd = [] if model is None else rebind(self.kept, model)
+        odd = rebind(self.kept, self.model())
         _refresh(self.kept)
         return odd
 
@@ -79,11 +74,8 @@ class Compiled(Saveable):
         super().save_pretrained(folder, **options)
 
     def whole(self) -> nn.Module:
-        """The model. CheckpointError where it is gone."""
-        model = self.model()
-        if model is None:
-            raise CheckpointError("the compiled model is gone; keep it for as long as its .sparsec is used")
-        return model
+        """The model."""
+        return self.model()
 
     @property
     def lowered(self) -> bool:
@@ -106,11 +98,10 @@ class Compiled(Saveable):
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
         model = self.model()
         copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "model"}
-        twin = None if model is None else memo.get(id(model), model)
-        for module in () if model is None else model.modules():
+        for module in model.modules():
             if isinstance(module, SparseLinear) and module.follow is not None and id(module) in memo:
                 memo[id(module)].follow = follower(copied["kept"], module.follow.args[1])
-        return Compiled(**copied, model=self.model if twin is None else weakref.ref(twin))
+        return Compiled(**copied, model=ModelReference(memo.get(id(model), model)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pickled(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
@@ -16,6 +15,7 @@ from sparsec.calibrate import SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
+from sparsec.checkpoint.reference import ModelReference
 from sparsec.compiled import Compiled
 from sparsec.emitter import adopt, emit, put, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
@@ -229,7 +229,7 @@ def _emitted(
         trace_seconds,
         seconds,
         notes,
-        weakref.ref(model),
+        ModelReference(model),
         calibration=calibration,
         shares=not context.owns_weights,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,26 @@ def test_a_report_that_is_not_there_or_damaged_is_named(compiled: Any, tmp_path:
     file.unlink()
     with pytest.raises(CheckpointError, match="was not beside its weights"):
         sparsec.load(tmp_path).sparsec.report()  # type: ignore[union-attr]
+
+
+def test_a_model_that_nobody_holds_any_more_is_saved(tmp_path: Path) -> None:
+    """Python lets go of the model before its method runs."""
+    sparsec.compile(model(), "magnitude(0.5),freeze,lower(csr)").save_pretrained(tmp_path)
+    sparsec.load(tmp_path).save_pretrained(tmp_path / "again")  # type: ignore[operator]
+    there: Any = sparsec.load(tmp_path / "again")
+    ids = torch.arange(8)[None]
+    here: Any = sparsec.compile(model(), "magnitude(0.5),freeze,lower(csr)")
+    assert torch.equal(there(ids).logits, here(ids).logits)
+    assert sparsec.compile(model(), "magnitude(0.5),freeze,lower(csr)").sparsec.report().bytes_held  # type: ignore[union-attr]
+
+
+def test_a_loaded_model_is_freed_with_its_last_name(folder: Path) -> None:
+    loaded = sparsec.load(folder)
+    known = weakref.ref(next(t for n, t in loaded.named_buffers() if n.endswith("values")))
+    gc.collect()
+    gc.disable()
+    try:
+        del loaded
+        assert known() is None
+    finally:
+        gc.enable()

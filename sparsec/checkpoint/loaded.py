@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from sparsec.checkpoint.record import History, Record
+from sparsec.checkpoint.reference import ModelReference
 from sparsec.checkpoint.saving import Saveable, encoded
 from sparsec.checkpoint.writing import describe
 from sparsec.errors import CheckpointError, DataError
@@ -18,13 +18,13 @@ from sparsec.report.reread import reread
 
 
 class Loaded(Saveable):
-    """How the model came to be what it is, as its file tells. A plain object, no submodule; knows the model weakly."""
+    """How the model came to be what it is, as its file tells. A plain object, no submodule."""
 
     def __init__(
         self, record: Record, place: str, model: nn.Module | None, report: bytes = b"", lowered: bool = True
     ) -> None:
         self.record, self.place, self._lowered = record, place, lowered
-        self._model = None if model is None else weakref.ref(model)
+        self._model = None if model is None else ModelReference(model)
         self._report = report
 
     @property
@@ -49,13 +49,10 @@ class Loaded(Saveable):
         return History(known.passes, known.calibration, reasons, told)
 
     def whole(self) -> nn.Module:
-        """The model. CheckpointError where it is gone."""
-        model = None if self._model is None else self._model()
-        if model is None:
-            raise CheckpointError(
-                f"the model is not the one that was loaded; load it again from {self.place}, and save that"
-            )
-        return model
+        """The model. CheckpointError where this came without one."""
+        if self._model is None:
+            raise CheckpointError(f"this tells of a model that is not here; load it again from {self.place}")
+        return self._model()
 
     @property
     def lowered(self) -> bool:

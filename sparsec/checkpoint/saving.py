@@ -27,7 +27,7 @@ class Saveable(ABC):
 
     @abstractmethod
     def whole(self) -> nn.Module:
-        """The model. CheckpointError where it is gone."""
+        """The model. CheckpointError where there is none."""
 
     @abstractmethod
     def history(self, report: Report | None = None) -> History:
