@@ -27,11 +27,11 @@ def reread(document: Any) -> Report:
         raise DataError(
             f"a report must be of the schema {VERSION!r}, got {found!r}; read it with the version that wrote it"
         )
-    return _made(Report, document, "report")
+    return restored(Report, document, "report")
 
 
-def _made(cls: type[T], found: Any, where: str) -> T:
-    """A dataclass from an object of JSON. Keys that it does not know are skipped: a later version may have more."""
+def restored(cls: type[T], found: Any, where: str) -> T:
+    """A dataclass from an object of JSON. Keys that it does not know are skipped: a later version may have more. DataError."""
     if not isinstance(found, Mapping):
         raise _wrong(where, "an object", found)
     hints = get_type_hints(cls)
@@ -63,7 +63,7 @@ def _value(hint: Any, found: Any, where: str) -> Any:
     if kind in (Union, UnionType):
         return None if found is None else _value(next(t for t in of if t is not NoneType), found, where)
     if is_dataclass(kind):
-        return _made(kind, found, where)  # type: ignore[arg-type]
+        return restored(kind, found, where)  # type: ignore[arg-type]
     if kind is tuple:
         if not isinstance(found, list):
             raise _wrong(where, "a list", found)

@@ -129,7 +129,7 @@ def document(report: ReportData) -> dict[str, Any]:
         "flops_without_weights": report.flops_without_weights,
         "linears_dense_ms": report.linears_dense_ms,
         "linears_ms": report.linears_ms,
-        "summary": {name: _variant(v) for name, v in report.summary.items()},
+        "summary": {name: variant_document(v) for name, v in report.summary.items()},
         "evaluation": asdict(report.evaluation) if report.evaluation is not None else None,
         "latency": asdict(report.latency) if report.latency is not None else None,
         "sample": asdict(report.sample) if report.sample is not None else None,
@@ -191,7 +191,8 @@ def _group(row: GroupRow) -> dict[str, Any]:
     return {key: getattr(row, key) for key in GROUP}
 
 
-def _variant(v: Variant) -> dict[str, Any]:
+def variant_document(v: Variant) -> dict[str, Any]:
+    """One of the compared models, as `VARIANT` has it."""
     cells: dict[str, Any] = {}
     for key in metrics():
         value = getattr(v, key)
