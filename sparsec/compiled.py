@@ -17,6 +17,7 @@ from sparsec.checkpoint.saving import Saveable, encoded
 from sparsec.emitter import follower
 from sparsec.ir.carry import rebind
 from sparsec.ir.graph import Graph
+from sparsec.ir.parts import usual_rows
 from sparsec.ir.settle import settle
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.memory import held
@@ -52,7 +53,7 @@ class Compiled(Saveable):
         Of the model as it is now: it may have been moved, converted or trained since it was compiled.
         """
         now, changes, odd = self._now()
-        predicted = predict(now, known_constants(now))
+        predicted = predict(now, known_constants(now), usual_rows(self.model()))
         return collect(now, self.records, (*self.notes, *changes, *odd), held(self.model()).total, predicted)
 
     def _now(self) -> tuple[Graph, tuple[str, ...], list[str]]:

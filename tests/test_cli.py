@@ -122,7 +122,7 @@ def test_every_option_of_measuring_is_obeyed(measured: Done) -> None:
     text = str(measured.folder / "text.txt")
     assert found["model"] | {"architecture": ""} == {
         "name": "tiny", "architecture": "", "source": "random weights, seed 3",
-        "source_precision": "random float32, never trained", "dtype": "bfloat16",
+        "source_precision": "random float32, never trained", "dtype": "bfloat16", "encoder": False,
     }  # fmt: skip
     assert found["machine"]["threads"] == 1
     assert found["evaluation"] == {

@@ -343,7 +343,10 @@ def test_busy_cores_are_told_to_the_hundredth_that_the_system_counts_in(monkeypa
 @pytest.mark.parametrize("name", metrics())
 def test_a_metric_is_one_record(name: str, full: Any) -> None:
     """A field of Variant with what it is and how it is shown; the table, the JSON and its schema follow."""
-    _, metric = metrics()[name]
+    own, metric = metrics()[name]
+    if all(getattr(v, name) is None for v in full.summary.values()):  # of encoders alone
+        value = Spread(0.5, 0.25, 0.75, 3) if "Spread" in str(own.type) else 0.5
+        full = replace(full, summary={key: replace(v, **{name: value}) for key, v in full.summary.items()})
     found = {key: getattr(v, name) for key, v in full.summary.items()}
     compared = full.text().partition("== Compared")[2]
     (line,) = (line for line in compared.splitlines() if line.startswith(f"{metric.title}  "))

@@ -51,6 +51,11 @@ class Evaluation:
         return math.exp(mean) if mean < 700 or math.isnan(mean) else math.inf
 
     @property
+    def windows(self) -> int:
+        """That were run."""
+        return len(self.losses)
+
+    @property
     def kl(self) -> float:
         """Mean over all positions of all windows."""
         return _mean(self.kls)

@@ -35,6 +35,11 @@ class Encoding:
     dtype: str  # of the states
 
     @property
+    def windows(self) -> int:
+        """That were run."""
+        return len(self.cosines)
+
+    @property
     def cosine(self) -> float:
         """Mean over windows."""
         return sum(self.cosines) / len(self.cosines)

@@ -28,7 +28,7 @@ from sparsec.console.command import (
 from sparsec.console.output import guarded, writable, writable_folder, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, load_model, load_text
-from sparsec.evaluate import evaluate
+from sparsec.evaluate import compare_embeddings, evaluate
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
 from sparsec.report.schema import document, layers_csv
@@ -55,7 +55,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     p = CommandLine(
         prog=prog,
-        description="Compiles a language model and reports it: per pass, layer and group, and dense / masked / lowered compared.",
+        description="Compiles a language model or an encoder and reports it: per pass, layer and group, and dense / masked / "
+        "lowered compared.",
         epilog=EXAMPLES.replace(PROG, prog),
     )
     usual = Effort()
@@ -168,9 +169,12 @@ def _quality(
     drawn: tuple[torch.Tensor, str] | None,
     progress: Progress,
 ) -> float:
-    """The perplexity that other passes give on the same windows; how they lower makes no difference to it."""
+    """The perplexity, of an encoder the cosine, that other passes give on the same windows; it does not matter how they lower."""
     with stage(progress, f"beside it: {pipeline}"):
         pruned = compile(loaded.model, pipeline.before("lower"), calibration=drawn, progress=progress)
+        if loaded.is_encoder:
+            both = {"dense": loaded.model, "pruned": pruned}
+            return compare_embeddings(both, planned.windows, progress, "its embeddings")["pruned"].cosine
         return evaluate(pruned, planned.windows, progress, "its perplexity").perplexity
 
 

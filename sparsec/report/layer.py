@@ -116,7 +116,7 @@ class LayerRow:
     speedup_theoretical_bytes: float | None = field(init=False, metadata=figure("bytes_dense / bytes_held"))
     speedup_predicted: float | None = field(
         metadata=figure(
-            "by the cost model, one row; of a fused product, of all its weights together",
+            "by the cost model, one row, of encoders as many as lower(auto) takes; of a fused product, of all its weights together",
             lambda s: None if s.expected is None else s.expected[0],
         )
     )
@@ -128,7 +128,9 @@ class LayerRow:
     )
     speedup_measured: float | None = field(
         default=None,
-        metadata=figure("one row, against the dense layer, in rotation over all layers; fused ones together"),
+        metadata=figure(
+            "one row, of encoders the prompt, against the dense layer, in rotation over all layers; fused ones together"
+        ),
     )
     value_bytes: int = field(metadata=figure("of one value", lambda s: s.weight.dtype.itemsize))
     executed: bool = field(metadata=figure("whether the traced call read it", lambda s: bool(s.ops)))

@@ -16,6 +16,10 @@ LOST = 1.01
 """Times the dense perplexity from which something was lost at all."""
 WORSE = 1.5
 """Times the dense perplexity from which quality is called lost."""
+LESS = 0.999
+"""Cosine of an encoder's embeddings to dense below which something was lost at all."""
+FAR = 0.9
+"""The same, below which quality is called lost."""
 
 
 def all_notes(report: ReportData) -> list[str]:
@@ -66,9 +70,12 @@ def verdicts(report: ReportData) -> list[str]:
             f"the lowered model is LARGER than the dense one, {mega(lowered.bytes)} MB against {mega(dense.bytes)}: at this "
             "sparsity the column numbers cost more than the zeros save; prune further, or leave it dense"
         )
-    if lowered.speedup_decode is not None and lowered.speedup_decode.median < 1:
-        speed = times(lowered.speedup_decode.median) + report.doubt
-        found.append(f"the lowered model decodes SLOWER than the dense one, {speed}{_why_slow(report, lowered)}")
+    speedup, what = lowered.speedup_decode, "decodes"
+    if report.encoder:
+        speedup, what = lowered.speedup_prefill, "encodes"
+    if speedup is not None and speedup.median < 1:
+        speed = times(speedup.median) + report.doubt
+        found.append(f"the lowered model {what} SLOWER than the dense one, {speed}{_why_slow(report, lowered)}")
     return found
 
 
@@ -88,6 +95,10 @@ def tied_table(report: ReportData) -> str | None:
 
 def _quality(report: ReportData) -> list[str]:
     pruned, dense = report.summary.get("masked"), report.summary.get("dense")
+    if pruned is not None and pruned.cosine is not None and not pruned.cosine >= FAR:
+        return [
+            f"the pruned model encodes otherwise: its embeddings have a cosine of {pruned.cosine:.3f} to the dense ones"
+        ]
     if pruned is None or dense is None or pruned.perplexity is None or not dense.perplexity:
         return []
     if pruned.perplexity <= WORSE * dense.perplexity:
@@ -102,7 +113,7 @@ def _why_slow(report: ReportData, lowered: Variant) -> str:
     reference = sorted(k for k in kernels if k.endswith("_reference"))
     if reference:
         return f": it ran on {', '.join(reference)}, which is right but not fast; the native kernels did not serve it"
-    if lowered.speedup_theoretical_bytes is not None and lowered.speedup_theoretical_bytes < 1:
+    if not report.encoder and lowered.speedup_theoretical_bytes is not None and lowered.speedup_theoretical_bytes < 1:
         return ": decoding reads every stored byte once a token, and there are more of them than before"
     return ""
 
@@ -110,9 +121,11 @@ def _why_slow(report: ReportData, lowered: Variant) -> str:
 def for_quality(report: ReportData) -> str | None:
     """What to add, where quality was lost and nothing but magnitude pruned."""
     pruned, dense = report.summary.get("masked"), report.summary.get("dense")
-    if pruned is None or dense is None or pruned.perplexity is None or dense.perplexity is None:
+    if pruned is None or dense is None:
         return None
-    if pruned.perplexity <= LOST * dense.perplexity:
+    encodes = pruned.cosine is not None and not pruned.cosine >= LESS
+    predicts = None not in (pruned.perplexity, dense.perplexity) and pruned.perplexity > LOST * dense.perplexity
+    if not encodes and not predicts:
         return None
     if any(p.name == "magnitude" for p in report.passes) and not any(
         p.name in ("wanda", "sparsegpt") for p in report.passes

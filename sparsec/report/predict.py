@@ -1,4 +1,5 @@
-"""What the cost model expects of a graph's products, for one decoded token: in seconds, dense as they came and as they are now."""
+"""What the cost model expects of a graph's products, for one decoded token, or for as many as an encoder reads at once: in
+seconds, dense as they came and as they are now."""
 
 from __future__ import annotations
 
@@ -39,13 +40,13 @@ def known_constants(graph: Graph) -> Constants | None:
     return None if found is None else found.constants
 
 
-def predict(graph: Graph, known: Constants | None) -> tuple[Predicted, ...]:
-    """Every product whose constants are known, in order of execution."""
+def predict(graph: Graph, known: Constants | None, rows: int = 1) -> tuple[Predicted, ...]:
+    """Every product whose constants are known, in order of execution. rows: tokens of a call."""
     if known is None:
         return ()
     products = [op for op in graph.ops.values() if op.kind in MATRIX_KINDS and op.matrices]
     working_set = sum(graph.weights[name].nbytes for name in dict.fromkeys(n for op in products for n in op.matrices))
-    found = (_product(graph, op, known, working_set) for op in products)
+    found = (_product(graph, op, known, working_set, rows) for op in products)
     return tuple(p for p in found if p is not None)
 
 
@@ -54,7 +55,7 @@ def by_weight(predicted: Iterable[Predicted]) -> dict[str, tuple[float, Roof]]:
     return {name: (p.speedup, roof) for p in predicted for name, roof in zip(p.weights, p.binds, strict=True)}
 
 
-def _product(graph: Graph, op: Op, known: Constants, working_set: int) -> Predicted | None:
+def _product(graph: Graph, op: Op, known: Constants, working_set: int, rows: int) -> Predicted | None:
     dense = seconds = 0.0
     calls: list[float] = []
     binds: list[Roof] = []
@@ -62,8 +63,8 @@ def _product(graph: Graph, op: Op, known: Constants, working_set: int) -> Predic
         weight = graph.weights[name]
         work, kernel = _work(weight), op.kernel_of(name) or TORCH
         cost = known.cost(kernel, weight.format, weight.dtype)
-        before = known.predict(TORCH, "dense", weight.dtype, Work.dense(*weight.matrix_shape, weight.dtype))
-        now = known.predict(kernel, weight.format, weight.dtype, work, working_set=working_set)
+        before = known.predict(TORCH, "dense", weight.dtype, Work.dense(*weight.matrix_shape, weight.dtype), rows)
+        now = known.predict(kernel, weight.format, weight.dtype, work, rows, working_set)
         if cost is None or before is None or now is None or _device(graph, weight) != known.key.device:
             return None
         dense, seconds = dense + before.seconds, seconds + now.seconds

@@ -43,11 +43,12 @@ class ModelFacts:
     source: str
     source_precision: str
     dtype: str
+    encoder: bool = False  # encodes text, and generates none: there is no decoding, perplexity or sample
 
 
 @dataclass(frozen=True)
 class EvaluationFacts:
-    """What a perplexity was computed on."""
+    """What a perplexity, or the cosine of embeddings, was computed on."""
 
     text: str
     text_sha256: str
@@ -66,9 +67,11 @@ class LatencyFacts:
     prompt_tokens: int
     threads: int
     prefill_repeats: int  # rounds that were run: fewer than asked for where the time budget ended
-    decode_repeats: int
+    decode_repeats: int | None  # None of encoders
     busy_cores: float | None = None  # by others meanwhile; None where the system does not tell
     disturbed: bool = False  # they left too few for the threads: the times are marked with `?`
+    window_tokens: int | None = None  # of encoders, and the rounds of it
+    window_repeats: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,14 @@ class ReportData:
     latency: LatencyFacts | None = None
     sample: Sample | None = None
     remarks: tuple[str, ...] = ()  # on how it was measured
-    beside: dict[str, float] = field(default_factory=dict)  # perplexity on the same windows by other passes
+    beside: dict[str, float] = field(
+        default_factory=dict
+    )  # perplexity on the same windows by other passes; of encoders the cosine
+
+    @property
+    def encoder(self) -> bool:
+        """Of what kind the model is."""
+        return self.model is not None and self.model.encoder
 
     @property
     def doubt(self) -> str:

@@ -81,7 +81,7 @@ SCHEMA: Keys = {
         (dict, NONE),
         "cpu, isa, cores, memory_bytes, gpu, system, python, versions, commit, threads, kernels, native, load",
     ),
-    "model": ((dict, NONE), "name, architecture, source, source_precision, dtype"),
+    "model": ((dict, NONE), "name, architecture, source, source_precision, dtype, encoder"),
     "passes": ((list,), "of PASS, in order"),
     "layers": ((list,), "of LAYER, one per stored weight"),
     "groups": ((list,), "of GROUP"),
@@ -99,7 +99,7 @@ SCHEMA: Keys = {
     "evaluation": ((dict, NONE), "text, text_sha256, text_tokens, windows, window_length, dtype, bos, protocol"),
     "latency": (
         (dict, NONE),
-        "prompt_tokens, threads, prefill_repeats, decode_repeats, busy_cores (of others), disturbed",
+        "prompt_tokens, threads, prefill_repeats, decode_repeats, busy_cores (of others), disturbed, window_tokens, window_repeats",
     ),
     "in_turn": (
         (bool,),
@@ -111,7 +111,7 @@ SCHEMA: Keys = {
     "remarks": ((list,), "strings on how it was measured"),
     "beside": (
         (dict,),
-        "perplexity on the same windows by other passes, by their specification; null beyond floating point",
+        "perplexity (of encoders: cosine) on the same windows by other passes, by their specification; null beyond floating point",
     ),
 }
 

@@ -53,7 +53,14 @@ def _table(report: ReportData) -> list[str]:
     row("  speed against dense", [_times(v.speedup_decode, report.doubt) for v in variants])
     row(f"ms to read {prompt}", [_milliseconds(v.prefill_ms, report.doubt) for v in variants])
     row("  speed against dense", [_times(v.speedup_prefill, report.doubt) for v in variants])
+    if report.latency is not None and report.latency.window_tokens is not None:
+        row(
+            f"ms to read {report.latency.window_tokens} tokens",
+            [_milliseconds(v.window_ms, report.doubt) for v in variants],
+        )
+        row("  speed against dense", [_times(v.speedup_window, report.doubt) for v in variants])
     row("perplexity", [_perplexity(v.perplexity) for v in variants])
+    row("cosine of embeddings", ["-" if v.cosine is None else f"{v.cosine:.4f}" for v in variants])
     return table(("", *(name.replace("_", " ") for name in report.summary)), rows)
 
 
@@ -67,13 +74,15 @@ def _bytes(report: ReportData) -> list[str]:
 
 
 def _speed(report: ReportData) -> list[str]:
-    lowered = report.summary.get("lowered")
-    if lowered is None or lowered.speedup_decode is None:
+    lowered, latency = report.summary.get("lowered"), report.latency
+    of = "speedup_prefill" if report.encoder else "speedup_decode"
+    if lowered is None or latency is None or (speedup := getattr(lowered, of)) is None:
         return []
-    text = f"a token {_times(lowered.speedup_decode, report.doubt)} as fast as the stock dense model"
-    zeros, own = lowered.zeros_speedup_decode, report.summary.get("dense_on_sparsec")
-    if zeros is not None and own is not None and own.speedup_decode is not None:
-        kernels, part = _times(own.speedup_decode, report.doubt), _times(zeros, report.doubt)
+    what = f"{latency.prompt_tokens} tokens" if report.encoder else "a token"
+    text = f"{what} {_times(speedup, report.doubt)} as fast as the stock dense model"
+    zeros, own = getattr(lowered, f"zeros_{of}"), report.summary.get("dense_on_sparsec")
+    if zeros is not None and own is not None and getattr(own, of) is not None:
+        kernels, part = _times(getattr(own, of), report.doubt), _times(zeros, report.doubt)
         text += f": {kernels} by sparsec's dense kernels, {part} over these by the zeros"
     said = [f"{report.doubt}{' ' * 8}the machine was busy; measure again idle"] if report.doubt else []
     return _wrapped(text, f"{'speed':<9}", lines=2) + said
@@ -82,6 +91,10 @@ def _speed(report: ReportData) -> list[str]:
 def _quality(report: ReportData) -> list[str]:
     pruned, dense, on = report.summary.get("masked"), report.summary.get("dense"), report.evaluation
     lines = []
+    if pruned is not None and pruned.cosine is not None and on is not None:
+        text = f"cosine of the embeddings to dense {pruned.cosine:.4f}, the least {pruned.cosine_min or 0:.4f}"
+        text += "".join(f"; {other:.4f} by {spec}" for spec, other in report.beside.items())
+        lines += _wrapped(f"{text} ({on.windows} x {on.window_length} tokens of {on.text})", f"{'quality':<9}", lines=2)
     if pruned is not None and dense is not None and pruned.perplexity is not None and on is not None:
         text = f"perplexity {_perplexity(dense.perplexity)} before, {_perplexity(pruned.perplexity)} after"
         text += "".join(f"; {_perplexity(other)} by {spec}" for spec, other in report.beside.items())

@@ -203,14 +203,20 @@ def _compared(report: ReportData) -> list[str]:
 def _footnotes(report: ReportData) -> list[str]:
     notes = []
     if (e := report.evaluation) is not None:
+        what = "cosine and error of embeddings" if report.encoder else "perplexity, agreement and KL"
         notes.append(
-            f"perplexity, agreement and KL on {e.text} (sha256 {e.text_sha256[:16]}, {e.text_tokens:,} tokens): "
+            f"{what} on {e.text} (sha256 {e.text_sha256[:16]}, {e.text_tokens:,} tokens): "
             f"{e.windows} windows of {e.window_length} tokens, {e.dtype}{'; ' * bool(e.protocol)}{e.protocol}"
         )
     if (t := report.latency) is not None:
+        rest = f"{t.prefill_repeats} prefills of {t.prompt_tokens} tokens and of {t.decode_repeats} tokens decoded after them"
+        if report.encoder:
+            rest = f"{t.prefill_repeats} forwards of {t.prompt_tokens} tokens and {t.window_repeats} of a window, {t.window_tokens}"
+        notes.append(f"latency at batch 1 with {t.threads} threads, models in turn: median (quartiles) of {rest}")
+    if report.encoder:
         notes.append(
-            f"latency at batch 1 with {t.threads} threads, models in turn: median (quartiles) of {t.prefill_repeats} prefills of "
-            f"{t.prompt_tokens} tokens and of {t.decode_repeats} tokens decoded after them"
+            "an encoder decodes nothing and sees the tokens that it would predict: decoding, perplexity and a sample have no "
+            "meaning; an embedding is the mean of the last hidden state over a window's tokens"
         )
     if t is not None and t.disturbed:
         notes.append(

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from sparsec.console.table import mega, percent, times
-from sparsec.evaluate import Evaluation
 from sparsec.timing.spread import Spread
 
 VARIANTS = {
@@ -28,8 +27,8 @@ class Metric:
     doc: str  # in the JSON's schema
     title: str  # of its row in the report
     show: Callable[[Any], str]  # of a value that is known
-    measured: Callable[[Evaluation], Any] | None = None
-    """Of quality: from the evaluation of dense, or of what was pruned."""
+    quality: bool = False
+    """Whether it is of an Evaluation or an Encoding, which have it under the same name: of dense, or of what was pruned."""
 
 
 def short_perplexity(value: float) -> str:
@@ -42,11 +41,9 @@ def _spread(unit: str, spread: Spread) -> str:
     return f"{spread.median:.{digits}f}{unit} ({spread.lower:.{digits}f}-{spread.upper:.{digits}f})"
 
 
-def metric(
-    doc: str, title: str, show: Callable[[Any], str], measured: Callable[[Evaluation], Any] | None = None
-) -> dict[str, Metric]:
+def metric(doc: str, title: str, show: Callable[[Any], str], quality: bool = False) -> dict[str, Metric]:
     """The metadata of a field of Variant."""
-    return {"metric": Metric(doc, title, show, measured)}
+    return {"metric": Metric(doc, title, show, quality)}
 
 
 _count, _mb, _speed, _ms = "{:,}".format, mega, partial(_spread, "x"), partial(_spread, "")
@@ -85,7 +82,7 @@ class Variant:
             "number beyond floating point is null",
             "perplexity",
             short_perplexity,
-            lambda e: e.perplexity,
+            quality=True,
         ),
     )
     top1: float | None = field(
@@ -94,7 +91,7 @@ class Variant:
             "share of positions at which the most likely next token is that of dense",
             "top-1 agreement with dense",
             "{:.4f}".format,
-            lambda e: e.top1,
+            quality=True,
         ),
     )
     top5: float | None = field(
@@ -103,7 +100,7 @@ class Variant:
             "share of positions at which that of dense is among the five most likely",
             "top-5 agreement with dense",
             "{:.4f}".format,
-            lambda e: e.top5,
+            quality=True,
         ),
     )
     kl: float | None = field(
@@ -112,13 +109,41 @@ class Variant:
             "KL(dense || this) of the next token, in nats, mean over positions; null where not finite",
             "KL(dense || this), nats",
             "{:.4g}".format,
-            lambda e: e.kl,
+            quality=True,
+        ),
+    )
+    cosine: float | None = field(
+        default=None,
+        metadata=metric(
+            "of encoders, which have no perplexity: the cosine of a window's embedding (mean of the last hidden state over tokens) "
+            "and that of dense, mean over windows",
+            "cosine of embeddings to dense",
+            "{:.4f}".format,
+            quality=True,
+        ),
+    )
+    cosine_min: float | None = field(
+        default=None,
+        metadata=metric("of the window that is furthest off", "  least of a window", "{:.4f}".format, quality=True),
+    )
+    embedding_error: float | None = field(
+        default=None,
+        metadata=metric(
+            "|embedding - that of dense| / |that of dense|, mean over windows",
+            "relative error of embeddings",
+            "{:.4g}".format,
+            quality=True,
         ),
     )
     flops_per_token: float | None = field(
         default=None, metadata=metric("as executed", "MFLOP per token", partial(mega, digits=1))
     )
-    prefill_ms: Spread | None = field(default=None, metadata=metric("median", "prefill, ms (quartiles)", _ms))
+    prefill_ms: Spread | None = field(
+        default=None, metadata=metric("median, of one forward", "prefill, ms (quartiles)", _ms)
+    )
+    window_ms: Spread | None = field(
+        default=None, metadata=metric("of encoders: median of one forward of a window", "window, ms (quartiles)", _ms)
+    )
     decode_ms: Spread | None = field(
         default=None, metadata=metric("median, per token", "decode, ms per token (quartiles)", _ms)
     )
@@ -147,6 +172,12 @@ class Variant:
     speedup_prefill: Spread | None = field(
         default=None,
         metadata=metric("measured: median over rounds of dense / this", "measured speedup, prefill", _speed),
+    )
+    speedup_window: Spread | None = field(
+        default=None,
+        metadata=metric(
+            "of encoders, measured: median over rounds of dense / this", "measured speedup, window", _speed
+        ),
     )
     speedup_decode: Spread | None = field(
         default=None,

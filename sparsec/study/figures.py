@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sparsec.evaluate import Evaluation
+from sparsec.evaluate import Encoding, Evaluation
+from sparsec.report.collect import Report
 from sparsec.report.layer import known_ratio
 from sparsec.report.variant import VARIANTS, Variant, metrics
 from sparsec.study.variants import Built
@@ -13,7 +14,7 @@ from sparsec.timing.latency import Comparison
 from sparsec.timing.spread import Spread
 
 
-def counted(built: Built, measuring: bool) -> dict[str, Variant]:
+def counted(built: Built, measuring: bool, decodes: bool = True) -> dict[str, Variant]:
     final = built.report
     found = {}
     for name in VARIANTS:
@@ -35,35 +36,42 @@ def counted(built: Built, measuring: bool) -> dict[str, Variant]:
             speedup_theoretical=known_ratio(final.flops_dense, flops),
             speedup_theoretical_bytes=known_ratio(final.bytes_dense, built.held[name]),
             resident_bytes=built.resident.get(name) if measuring else None,
-            linears_ms=own.linears_ms
-            if own is not None and name in ("lowered", "dense_on_sparsec")
-            else final.linears_dense_ms,
+            linears_ms=_linears(final, own if name in ("lowered", "dense_on_sparsec") else None) if decodes else None,
         )
     return found
+
+
+def _linears(final: Report, own: Report | None) -> float | None:
+    return final.linears_dense_ms if own is None else own.linears_ms
 
 
 def with_measurements(
     variant: Variant,
     name: str,
-    evaluations: Mapping[str, Evaluation],
+    evaluations: Mapping[str, Evaluation | Encoding],
     times: Comparison,
+    longer: Comparison | None,
     dense_linears_ms: float | None,
 ) -> Variant:
     if name not in times.latencies:
         return variant
-    dense_ms = times.latencies["dense"].decode_ms.median
+    decode_ms = times.latencies["dense"].decode_ms
     quality = evaluations["dense" if name in ("dense", "dense_on_sparsec") else "pruned"]
     zeros: tuple[Spread | None, Spread | None] = (None, None)
     if name == "lowered" and "dense_on_sparsec" in times.latencies:
         zeros = times.over("dense_on_sparsec", name)
     return replace(
         variant,
-        speedup_predicted=_predicted(dense_ms, dense_linears_ms, variant.linears_ms),
-        **{key: metric.measured(quality) for key, (_, metric) in metrics().items() if metric.measured is not None},
+        speedup_predicted=None
+        if decode_ms is None
+        else _predicted(decode_ms.median, dense_linears_ms, variant.linears_ms),
+        **{key: getattr(quality, key, None) for key, (_, metric) in metrics().items() if metric.quality},
         prefill_ms=times.latencies[name].prefill_ms,
         decode_ms=times.latencies[name].decode_ms,
         speedup_prefill=times.prefill_speedup[name],
-        speedup_decode=times.decode_speedup[name],
+        speedup_decode=times.decode_speedup.get(name),
+        window_ms=None if longer is None else longer.latencies[name].prefill_ms,
+        speedup_window=None if longer is None else longer.prefill_speedup[name],
         zeros_speedup_prefill=zeros[0],
         zeros_speedup_decode=zeros[1],
     )

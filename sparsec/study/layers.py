@@ -32,12 +32,17 @@ class LayerTimes:
 
 
 def time_layers(
-    lowered: Any, dense: nn.Module | None, rounds: int, progress: Progress | None = None, seconds: float | None = None
+    lowered: Any,
+    dense: nn.Module | None,
+    rounds: int,
+    progress: Progress | None = None,
+    seconds: float | None = None,
+    rows: int = 1,
 ) -> LayerTimes:
     """Times products of a lowered model against the dense modules of the same names.
 
     dense: None where it is gone; then the packed matrices are unpacked, one dense layer for each that is timed: zeros do not
-    make a dense product faster.
+    make a dense product faster. rows: tokens of a call.
     """
     graph: Graph = lowered.sparsec.graph
     owners = _products(graph)
@@ -51,7 +56,7 @@ def time_layers(
             )
             for i, product in enumerate(chosen)
         }
-    found = layer_speedups(pairs, rounds, progress, seconds)
+    found = layer_speedups(pairs, rounds, progress, seconds, rows)
     by_kind: dict[tuple[Any, ...], list[float]] = {}
     for i, product in enumerate(chosen):
         by_kind.setdefault(kinds[product], []).append(found[str(i)])

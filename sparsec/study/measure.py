@@ -16,9 +16,10 @@ from torch import nn
 from sparsec import memory
 from sparsec.cost import machine_constants
 from sparsec.data import LoadedModel
-from sparsec.evaluate import Evaluation, Windows
+from sparsec.evaluate import Encoding, Evaluation, Windows, compare_embeddings
 from sparsec.evaluate import compare as compare_outputs
 from sparsec.formats.csr import VALUE_DTYPES
+from sparsec.ir.parts import ENCODED
 from sparsec.lowering.setting import unpredicted
 from sparsec.machine import cores, gpu_clock, machine
 from sparsec.pipeline import Instrument, Pipeline
@@ -27,6 +28,7 @@ from sparsec.report.collect import Report
 from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample
 from sparsec.study.clock import Clock
 from sparsec.study.figures import counted, with_measurements
+from sparsec.study.kept_embeddings import KeptEmbeddings
 from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.layers import LayerTimes, time_layers
 from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan
@@ -64,6 +66,7 @@ def measured_report(
         loaded.source,
         loaded.source_precision,
         str(next(dense.parameters()).dtype).removeprefix("torch."),
+        loaded.is_encoder,
     )
     device = next(dense.parameters()).device.type
     watched: dict[str, Any] = {"instruments": instruments, "progress": progress}
@@ -75,7 +78,7 @@ def measured_report(
     else:
         _one_after_another(run, builder)
     remarks = _on_resident_memory(device) if measuring else ["no model was run: nothing is measured"]
-    remarks += doubts
+    remarks += [*doubts, *loaded.notes]
     built = builder.built
     remarks.append(f"tracing took {built.trace_seconds:.1f} s, emission {built.emit_seconds:.2f} s")
     if rest is None:
@@ -92,7 +95,7 @@ def measured_report(
         built.report,
         machine=here,
         model=facts,
-        summary=counted(built, measuring),
+        summary=counted(built, measuring, decodes=not loaded.is_encoder),
         in_turn=in_turn,
         remarks=tuple(remarks),
     )
@@ -108,8 +111,9 @@ class _Run:
     planned: StudyPlan | None
     progress: Progress | None
     clock: Clock
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)  # dense, pruned
+    evaluations: dict[str, Evaluation | Encoding] = field(default_factory=dict)  # dense, pruned
     times: Comparison | None = None
+    longer: Comparison | None = None  # of encoders, on a whole window
     layers: LayerTimes | None = None
     texts: dict[str, str] = field(default_factory=dict)
     made: Any = None  # by all the passes
@@ -121,10 +125,13 @@ class _Run:
         wanted = windows or self.planned.windows
         with self.clock.stage("evaluating", budgeted=True):
             seconds = self.clock.share(0.5) if windows is None else None
-            self.evaluations |= compare_outputs(models, wanted, self.progress, "perplexity", seconds=seconds)
+            if self.loaded.is_encoder:
+                self.evaluations |= compare_embeddings(models, wanted, self.progress, "embeddings", seconds=seconds)
+            else:
+                self.evaluations |= compare_outputs(models, wanted, self.progress, "perplexity", seconds=seconds)
         memory.trim()  # of a large vocabulary's logits, before more variants are built
         if windows is None:
-            done = len(self.evaluations["dense"].losses)
+            done = self.evaluations["dense"].windows
             self.clock.counted("evaluating", done, wanted.count, "windows")
 
     def time(self, models: Mapping[str, Any], part: float = 0.7) -> None:
@@ -132,10 +139,15 @@ class _Run:
         if self.planned is None or not models:
             return
         effort = self.planned.effort
-        decode_repeats = max(effort.repeats, effort.new_tokens)
+        decode_repeats = None if self.loaded.is_encoder else max(effort.repeats, effort.new_tokens)
         with self.clock.stage("timing the models", budgeted=True):
             seconds = self.clock.share(part)
             prompt = self.planned.timed
+            if self.loaded.is_encoder:
+                seconds /= 2
+                window = self.planned.windows.tokens[:1]
+                long = compare_latency(models, window, effort.repeats, None, self.progress, seconds)
+                self.longer = long if self.longer is None else self.longer.beside(long)
             found = compare_latency(models, prompt, effort.repeats, decode_repeats, self.progress, seconds)
         self.times = found if self.times is None else self.times.beside(found)
         few = min(latency.prefill_ms.repeats for latency in self.times.latencies.values())
@@ -147,12 +159,13 @@ class _Run:
             return
         with self.clock.stage("timing layers", budgeted=True):
             seconds = self.clock.share(0.4)
-            self.layers = time_layers(lowered, dense, self.planned.effort.repeats, self.progress, seconds)
+            rows = self.planned.timed.shape[1] if self.loaded.is_encoder else 1
+            self.layers = time_layers(lowered, dense, self.planned.effort.repeats, self.progress, seconds, rows)
         self.clock.counted("timing layers", self.layers.timed, self.layers.products, "products")
 
     def say(self, name: str, model: Any) -> None:
         """A sample."""
-        if self.planned is None:
+        if self.planned is None or self.planned.prompt is None:
             return
         prompt, new_tokens = self.planned.prompt.tokens, self.planned.effort.new_tokens
         with self.clock.stage("sample", budgeted=True):
@@ -164,13 +177,16 @@ class _Run:
         assert self.times is not None
         windows, effort, times = planned.windows, planned.effort, self.times
         expected = report.linears_dense_ms
-        summary = {n: with_measurements(v, n, self.evaluations, times, expected) for n, v in report.summary.items()}
+        summary = {
+            n: with_measurements(v, n, self.evaluations, times, self.longer, expected)
+            for n, v in report.summary.items()
+        }
         remarks = [*report.remarks, *times.notes]
         layers = report.layers
         if self.layers is not None:
             speed = self.layers.speedups
             layers = tuple(replace(row, speedup_measured=speed.get(row.name)) for row in layers)
-            remarks.append(_on_layers(self.layers, effort, planned.timed.device.type == "cuda"))
+            remarks.append(_on_layers(self.layers, effort, planned, self.loaded.is_encoder))
         if effort.repeats < MIN_REPEATS:
             remarks.append(
                 f"quick: {effort.repeats} repeats and {windows.count} windows of {windows.length} are too few to compare by"
@@ -186,7 +202,7 @@ class _Run:
                 text=windows.text_name,
                 text_sha256=windows.text_sha256,
                 text_tokens=windows.tokens_in_text,
-                windows=len(self.evaluations["dense"].losses),
+                windows=self.evaluations["dense"].windows,
                 window_length=windows.length,
                 bos=windows.beginning.token,
                 protocol=windows.beginning.protocol,
@@ -196,11 +212,15 @@ class _Run:
                 planned.timed.shape[1],
                 torch.get_num_threads(),
                 dense.prefill_ms.repeats,
-                dense.decode_ms.repeats,
+                None if dense.decode_ms is None else dense.decode_ms.repeats,
                 times.others,
                 in_the_way(times.others, torch.get_num_threads(), cores()),
+                None if self.longer is None else windows.length,
+                None if self.longer is None else self.longer.latencies["dense"].prefill_ms.repeats,
             ),
-            sample=Sample(planned.prompt.text, planned.prompt.chat, effort.new_tokens, self.texts),
+            sample=None
+            if planned.prompt is None
+            else Sample(planned.prompt.text, planned.prompt.chat, effort.new_tokens, self.texts),
             remarks=tuple(remarks),
         )
 
@@ -234,7 +254,8 @@ def _together(run: _Run, builder: Builder) -> None:
 def _one_after_another(run: _Run, builder: Builder) -> None:
     """The dense model is measured, pruned in place and measured, lowered in place and measured."""
     dense = builder.dense
-    kept = None if run.planned is None else KeptLogits(dense)
+    keep: Any = KeptEmbeddings if run.loaded.is_encoder else KeptLogits
+    kept = None if run.planned is None else keep(dense)
     windows = None
     if run.planned is not None and kept is not None:
         run.evaluate({"dense": kept})
@@ -244,7 +265,7 @@ def _one_after_another(run: _Run, builder: Builder) -> None:
         del own
         memory.page_out(dense.parameters())
         run.say("dense", dense)
-        count = len(run.evaluations["dense"].losses)
+        count = run.evaluations["dense"].windows
         windows = replace(run.planned.windows, tokens=run.planned.windows.tokens[:count])
     stock = without_values(dense)  # its modules, which run on torch's kernels
     with run.clock.stage("compiling"):
@@ -264,12 +285,19 @@ def _one_after_another(run: _Run, builder: Builder) -> None:
     run.made = made
 
 
-def _on_layers(found: LayerTimes, effort: Effort, on_gpu: bool) -> str:
+def _on_layers(found: LayerTimes, effort: Effort, planned: StudyPlan, encoder: bool) -> str:
+    on_gpu = planned.timed.device.type == "cuda"
+    rows = f"{planned.timed.shape[1]} rows" if encoder else "one row"
     how = "replayed CUDA graphs of many cold copies" if on_gpu else "each through all of them as decoding does"
     return (
-        f"measured speedup of a layer: one row through its module against the dense module, median of up to {effort.repeats} "
+        f"measured speedup of a layer: {rows} through its module against the dense module, median of up to {effort.repeats} "
         f"rounds, {how}; {found.timed} of {found.products} lowered products were timed, equal ones have the median of their kind; "
         "layers of one fused product go together"
+        + (
+            f"; predicted for {ENCODED} rows, as lower(auto) weighs an encoder unless it is told `tokens`"
+            if encoder
+            else ""
+        )
     )
 
 

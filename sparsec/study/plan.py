@@ -38,12 +38,12 @@ class StudyPlan:
 
     windows: Windows
     timed: torch.Tensor  # the prompt of the timing: token ids [1, prompt tokens]
-    prompt: Prompt  # of the sample
+    prompt: Prompt | None  # of the sample; None where the model writes no text
     effort: Effort
 
 
 def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> StudyPlan:
-    """bos: as in `cut`.
+    """bos: as in `cut`. An encoder has no prompt to continue.
 
     Raises DataError when the model has no tokenizer, or the text, the prompt or the model's positions do not suffice.
     """
@@ -51,7 +51,7 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> S
         raise DataError(
             f"{loaded.name}: there is no tokenizer, so no text can be evaluated; add one, or use --no-measure"
         )
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    limit = loaded.positions
     length = effort.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     windows = cut(text, loaded.tokenizer, length, effort.windows, limit, bos)
     tokens = windows.tokens.flatten()
@@ -60,6 +60,12 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> S
             f"a prompt of {effort.prompt_tokens} tokens is cut from the {len(tokens)} evaluated ones; "
             f"take a shorter prompt, or more or longer windows"
         )
+    if limit is not None and effort.prompt_tokens > limit:
+        raise DataError(
+            f"a prompt of {effort.prompt_tokens} tokens needs as many positions, the model has {limit}; take fewer"
+        )
+    if loaded.is_encoder:
+        return StudyPlan(windows, tokens[: effort.prompt_tokens][None], None, effort)
     needed = effort.prompt_tokens + WARM_UP + max(effort.repeats, effort.new_tokens) + 1
     if limit is not None and needed > limit:
         raise DataError(

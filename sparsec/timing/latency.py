@@ -1,8 +1,9 @@
 """Latency, always as a comparison: the models take turns, so that a slow moment of a shared machine meets all of them.
 
-Prefill is one forward over a prompt; decode is one token with the key-value cache of that prompt, batch 1. Under no_grad, as
-`generate()` runs, and not under inference_mode, where fused products are not shared (kernels/modules/group.py). On a GPU time is
-told by events; there a token is one replay of a CUDA graph (recorded.py), and a layer one of several by cold copies of it.
+Prefill is one forward over a prompt, which is all that an encoder does; decode is one token with the key-value cache of that
+prompt, batch 1. Under no_grad, as `generate()` runs, and not under inference_mode, where fused products are not shared
+(kernels/modules/group.py). On a GPU time is told by events; there a token is one replay of a CUDA graph (recorded.py), and a layer
+one of several by cold copies of it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Latency:
     """Of one model."""
 
     prefill_ms: Spread
-    decode_ms: Spread  # per token
+    decode_ms: Spread | None  # per token; None of what decodes nothing
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,23 @@ class Comparison:
         return Comparison(
             latencies,
             self.prefill_speedup | {n: _apart(base.prefill_ms, own.prefill_ms) for n, own in other.latencies.items()},
-            self.decode_speedup | {n: _apart(base.decode_ms, own.decode_ms) for n, own in other.latencies.items()},
+            self.decode_speedup
+            | {
+                n: _apart(base.decode_ms, own.decode_ms)
+                for n, own in other.latencies.items()
+                if base.decode_ms is not None and own.decode_ms is not None
+            },
             tuple(dict.fromkeys((*self.notes, *other.notes))),
             others=max((o for o in (self.others, other.others) if o is not None), default=None),
         )
 
-    def over(self, base: str, name: str) -> tuple[Spread, Spread]:
+    def over(self, base: str, name: str) -> tuple[Spread, Spread | None]:
         """How many times as fast as `base` one is in prefill and decode: by round where both took turns."""
-        if base in self.decode_rounds and name in self.decode_rounds:
-            pairs = ((rounds[base], rounds[name]) for rounds in (self.prefill_rounds, self.decode_rounds))
-            prefill, decode = (ratio(*pair) for pair in pairs)
-            return prefill, decode
         one, two = self.latencies[base], self.latencies[name]
-        return _apart(one.prefill_ms, two.prefill_ms), _apart(one.decode_ms, two.decode_ms)
+        prefill = _faster(self.prefill_rounds, base, name) or _apart(one.prefill_ms, two.prefill_ms)
+        if one.decode_ms is None or two.decode_ms is None:
+            return prefill, None
+        return prefill, _faster(self.decode_rounds, base, name) or _apart(one.decode_ms, two.decode_ms)
 
 
 @torch.no_grad()
@@ -73,18 +78,28 @@ def compare_latency(
     models: Mapping[str, Any],
     prompt: Tensor,
     repeats: int,
-    decode_repeats: int,
+    decode_repeats: int | None,
     progress: Progress | None = None,
     seconds: float | None = None,
 ) -> Comparison:
-    """Times causal language models on a prompt of token ids [1, tokens]; the first one is the baseline of the speedups.
+    """Times language models on a prompt of token ids [1, tokens]; the first one is the baseline of the speedups.
 
-    seconds: a time budget, of prefill and of decoding half each; fewer rounds are run where it ends.
+    decode_repeats: None for encoders. seconds: a time budget, of prefill and of decoding half each; fewer rounds are run where it
+    ends.
     """
-    half = None if seconds is None else seconds / 2
+    half = None if seconds is None else seconds / (1 if decode_repeats is None else 2)
     others = Others()
     on_gpu = any(next(model.parameters()).is_cuda for model in models.values())
-    prefill = _by_name({n: _prefill(m, prompt) for n, m in models.items()}, repeats, progress, "timing prefill", half)
+    forwards = {n: _prefill(m, prompt, decode_repeats is not None) for n, m in models.items()}
+    prefill = _by_name(forwards, repeats, progress, "timing prefill", half)
+    if decode_repeats is None:
+        return Comparison(
+            {name: Latency(Spread.of(times), None) for name, times in prefill.items()},
+            _ratios(prefill),
+            {},
+            prefill_rounds={name: tuple(values) for name, values in prefill.items()},
+            others=others.cores(),
+        )
     notes: list[str] = []
     if on_gpu:
         decoders = {name: Decoder(model, prompt, WARM_UP + decode_repeats) for name, model in models.items()}
@@ -122,16 +137,22 @@ def _apart(base: Spread, own: Spread) -> Spread:
     return Spread(base.median / own.median, base.median / own.upper, base.median / own.lower, own.repeats)
 
 
+def _faster(rounds: Mapping[str, tuple[float, ...]], base: str, name: str) -> Spread | None:
+    """By round; None where both were not measured in the same ones."""
+    return ratio(rounds[base], rounds[name]) if base in rounds and name in rounds else None
+
+
 def _ratios(times: Mapping[str, list[float]]) -> dict[str, Spread]:
     base = next(iter(times.values()))
     return {name: ratio(base, own) for name, own in times.items()}
 
 
-def _prefill(model: Any, prompt: Tensor) -> Callable[[], float]:
+def _prefill(model: Any, prompt: Tensor, cached: bool) -> Callable[[], float]:
     prompt = prompt.to(next(model.parameters()).device)
+    options = {"use_cache": True} if cached else {}
 
     def forward() -> None:
-        model(input_ids=prompt, use_cache=True)
+        model(input_ids=prompt, **options)
 
     return partial(Replay.several, forward, 1, prompt.device)
 
@@ -157,8 +178,9 @@ def layer_speedups(
     rounds: int,
     progress: Progress | None = None,
     seconds: float | None = None,
+    rows: int = 1,
 ) -> dict[str, float]:
-    """Median over rounds of (time of the first) / (time of the second) for pairs of linear layers, at one row.
+    """Median over rounds of (time of the first) / (time of the second) for pairs of linear layers, at so many rows.
 
     A pair holds one module each, or those of a fused product in their order, which are given the very same row. Every round
     goes through all the first ones, then through all the second ones, as decoding with one or the other goes through all layers:
@@ -167,22 +189,22 @@ def layer_speedups(
     itself, see `replayed_speedup`. seconds: a time budget for the rounds.
     """
     if any(dense[0].weight.is_cuda for dense, _ in pairs.values()):
-        return _replayed_speedups(pairs, rounds, progress)
-    rows = {name: _row(dense[0]) for name, (dense, _) in pairs.items()}
+        return _replayed_speedups(pairs, rounds, rows, progress)
+    given = {name: _rows(dense[0], rows) for name, (dense, _) in pairs.items()}
 
     def walk(side: int) -> dict[str, float]:
-        return {name: clocked(partial(_through, pair[side], rows[name]))() for name, pair in pairs.items()}
+        return {name: clocked(partial(_through, pair[side], given[name]))() for name, pair in pairs.items()}
 
     dense, other = take_turns([partial(walk, 0), partial(walk, 1)], rounds, WARM_UP, progress, "timing layers", seconds)
     times = list(zip(dense, other, strict=True))
     return {name: statistics.median(ours[name] / theirs[name] for ours, theirs in times) for name in pairs}
 
 
-def _row(dense: nn.Module) -> Tensor:
+def _rows(dense: nn.Module, rows: int) -> Tensor:
     weight = dense.weight
     assert isinstance(weight, Tensor)
     in_features = dense.in_features if isinstance(dense, nn.Linear) else weight.shape[0]
-    return torch.randn(1, in_features, dtype=weight.dtype, device=weight.device)
+    return torch.randn(rows, in_features, dtype=weight.dtype, device=weight.device)
 
 
 def _through(modules: Sequence[nn.Module], x: Tensor) -> None:
@@ -191,19 +213,22 @@ def _through(modules: Sequence[nn.Module], x: Tensor) -> None:
 
 
 def _replayed_speedups(
-    pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]], rounds: int, progress: Progress | None
+    pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]],
+    rounds: int,
+    rows: int,
+    progress: Progress | None,
 ) -> dict[str, float]:
     found = {}
     for name, (dense, other) in each_of(progress, "timing layers", pairs.items()):
-        found[name] = replayed_speedup(dense, other, rounds)
+        found[name] = replayed_speedup(dense, other, rounds, rows=rows)
     return found
 
 
 def replayed_speedup(
-    dense: Sequence[nn.Module], other: Sequence[nn.Module], rounds: int, rotate_bytes: int = ROTATE_BYTES
+    dense: Sequence[nn.Module], other: Sequence[nn.Module], rounds: int, rotate_bytes: int = ROTATE_BYTES, rows: int = 1
 ) -> float:
     """Median of (time of the first) / (time of the second), each by copies of `rotate_bytes` in all, so that they are cold."""
-    x = _row(dense[0])
+    x = _rows(dense[0], rows)
     replays = []
     for modules in (dense, other):
         nbytes = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
