@@ -125,10 +125,11 @@ def _run(args: argparse.Namespace) -> None:
             report=report,
             progress=progress,
         )
-    print("\n".join([*lines, *_saved(args.folder, report)]).lstrip("\n"))
+    then = "generate" if model.can_generate() else "check"
+    print("\n".join([*lines, *_saved(args.folder, report, then)]).lstrip("\n"))
 
 
-def _saved(folder: str, report: Report) -> list[str]:
+def _saved(folder: str, report: Report, then: str) -> list[str]:
     _, record = read_config(Path(folder).expanduser())
     packed = Counter(stored.layout for stored in record.layers.values())
     layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
@@ -141,7 +142,7 @@ def _saved(folder: str, report: Report) -> list[str]:
     return [
         *heading("Saved"),
         *paragraph(f"{folder}: {bytes_text}; {zeros}; {layouts}"),
-        f"next: sparsec generate {folder}",
+        f"next: sparsec {then} {folder}",
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from test_encoders_evaluated import encoder, tokenizer
 
+from sparsec.bench import __main__ as bench
 from sparsec.data import load_model, load_text
 from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
@@ -96,3 +97,8 @@ def test_calibration_takes_the_positions_that_there_are(tmp_path: Path, capsys: 
     few = ["--passes", "wanda(0.5),freeze,sparsity,lower(csr)", "--calibration-sequences", "2", "--no-measure"]
     assert main([str(tmp_path / "roberta"), *few]) == 0
     assert "2 sequences of 64 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_benchmark_of_decoding_refuses_an_encoder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--end-to-end", str(folder)]) == 2
+    assert "BertModel is an encoder and decodes nothing" in capsys.readouterr().err

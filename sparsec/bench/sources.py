@@ -37,6 +37,11 @@ def source(
             f"--layers with --end-to-end is for models with random weights ({', '.join(CONFIGS)}), not {spec}"
         )
     loaded = load_model(None if spec == PACKAGED else spec, dtype, progress)
+    if loaded.is_encoder:
+        raise DataError(
+            f"{spec}: {type(loaded.model).__name__} is an encoder and decodes nothing, and --end-to-end times decoding; "
+            "`sparsec report` times its forwards, and --shapes the products of its layers"
+        )
     return Source(loaded.model, loaded.name, loaded.source)
 
 
