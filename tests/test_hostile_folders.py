@@ -86,9 +86,6 @@ def test_what_is_no_plain_file_is_not_read(what: str, pattern: str, folder: Path
     with pytest.raises(CheckpointError, match="is no plain file"):
         sparsec.load(folder)
     assert any("is no plain file" in fault for fault in examine(folder).faults)
-    if pattern == "*.safetensors":
-        with pytest.raises((CheckpointError, OSError)):  # transformers sees itself that a folder or a device is none
-            AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_links_are_followed(folder: Path, tmp_path: Path) -> None:
