@@ -174,7 +174,8 @@ def _from_folder(
             check_kind(where, _reading(where, lambda: kind.empty(config)))
         load = partial(_weights, where, config, sparse, dtype, common)
         model, info, added = load(kind)
-        first, named, notes = info["missing_keys"], type(model).__name__, ()
+        first, named = info["missing_keys"], type(model).__name__
+        notes: tuple[str, ...] = ()
         for simpler in simpler_kinds(kind, config) if first else ():
             model, info, added = load(simpler)
             if not info["missing_keys"]:

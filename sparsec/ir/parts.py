@@ -40,8 +40,9 @@ def positions(model: nn.Module) -> int | None:
     if not isinstance(limit, int) or limit < 1:
         return None
     for path, module in model.named_modules():
-        table = path.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-        if table and module.num_embeddings == limit and module.padding_idx is not None:
+        if not path.endswith("position_embeddings") or not isinstance(module, nn.Embedding):
+            continue
+        if module.num_embeddings == limit and module.padding_idx is not None:
             return limit - module.padding_idx - 1
     return limit
 

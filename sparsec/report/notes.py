@@ -124,7 +124,8 @@ def for_quality(report: ReportData) -> str | None:
     if pruned is None or dense is None:
         return None
     encodes = pruned.cosine is not None and not pruned.cosine >= LESS
-    predicts = None not in (pruned.perplexity, dense.perplexity) and pruned.perplexity > LOST * dense.perplexity
+    known = pruned.perplexity is not None and dense.perplexity is not None
+    predicts = known and not (pruned.perplexity or 0.0) <= LOST * (dense.perplexity or 0.0)
     if not encodes and not predicts:
         return None
     if any(p.name == "magnitude" for p in report.passes) and not any(

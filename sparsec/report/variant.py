@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from sparsec.console.table import mega, percent, times
+from sparsec.evaluate import Encoding, Evaluation
 from sparsec.timing.spread import Spread
 
 VARIANTS = {
@@ -27,8 +28,16 @@ class Metric:
     doc: str  # in the JSON's schema
     title: str  # of its row in the report
     show: Callable[[Any], str]  # of a value that is known
-    quality: bool = False
-    """Whether it is of an Evaluation or an Encoding, which have it under the same name: of dense, or of what was pruned."""
+    measured: Callable[[Evaluation], Any] | None = None
+    """Of quality: from the evaluation of dense, or of what was pruned."""
+    encoded: Callable[[Encoding], Any] | None = None
+    """The same of an encoder."""
+
+    def quality(self, found: Evaluation | Encoding) -> Any:
+        """Of one model; None where this has no meaning for it."""
+        if isinstance(found, Encoding):
+            return None if self.encoded is None else self.encoded(found)
+        return None if self.measured is None else self.measured(found)
 
 
 def short_perplexity(value: float) -> str:
@@ -41,9 +50,15 @@ def _spread(unit: str, spread: Spread) -> str:
     return f"{spread.median:.{digits}f}{unit} ({spread.lower:.{digits}f}-{spread.upper:.{digits}f})"
 
 
-def metric(doc: str, title: str, show: Callable[[Any], str], quality: bool = False) -> dict[str, Metric]:
+def metric(
+    doc: str,
+    title: str,
+    show: Callable[[Any], str],
+    measured: Callable[[Evaluation], Any] | None = None,
+    encoded: Callable[[Encoding], Any] | None = None,
+) -> dict[str, Metric]:
     """The metadata of a field of Variant."""
-    return {"metric": Metric(doc, title, show, quality)}
+    return {"metric": Metric(doc, title, show, measured, encoded)}
 
 
 _count, _mb, _speed, _ms = "{:,}".format, mega, partial(_spread, "x"), partial(_spread, "")
@@ -82,7 +97,7 @@ class Variant:
             "number beyond floating point is null",
             "perplexity",
             short_perplexity,
-            quality=True,
+            lambda e: e.perplexity,
         ),
     )
     top1: float | None = field(
@@ -91,7 +106,7 @@ class Variant:
             "share of positions at which the most likely next token is that of dense",
             "top-1 agreement with dense",
             "{:.4f}".format,
-            quality=True,
+            lambda e: e.top1,
         ),
     )
     top5: float | None = field(
@@ -100,7 +115,7 @@ class Variant:
             "share of positions at which that of dense is among the five most likely",
             "top-5 agreement with dense",
             "{:.4f}".format,
-            quality=True,
+            lambda e: e.top5,
         ),
     )
     kl: float | None = field(
@@ -109,7 +124,7 @@ class Variant:
             "KL(dense || this) of the next token, in nats, mean over positions; null where not finite",
             "KL(dense || this), nats",
             "{:.4g}".format,
-            quality=True,
+            lambda e: e.kl,
         ),
     )
     cosine: float | None = field(
@@ -119,12 +134,17 @@ class Variant:
             "and that of dense, mean over windows",
             "cosine of embeddings to dense",
             "{:.4f}".format,
-            quality=True,
+            encoded=lambda e: e.cosine,
         ),
     )
     cosine_min: float | None = field(
         default=None,
-        metadata=metric("of the window that is furthest off", "  least of a window", "{:.4f}".format, quality=True),
+        metadata=metric(
+            "of the window that is furthest off",
+            "  least of a window",
+            "{:.4f}".format,
+            encoded=lambda e: e.cosine_min,
+        ),
     )
     embedding_error: float | None = field(
         default=None,
@@ -132,7 +152,7 @@ class Variant:
             "|embedding - that of dense| / |that of dense|, mean over windows",
             "relative error of embeddings",
             "{:.4g}".format,
-            quality=True,
+            encoded=lambda e: e.embedding_error,
         ),
     )
     flops_per_token: float | None = field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from sparsec.evaluate import Encoding, Evaluation
 from sparsec.report.collect import Report
@@ -60,12 +61,17 @@ def with_measurements(
     zeros: tuple[Spread | None, Spread | None] = (None, None)
     if name == "lowered" and "dense_on_sparsec" in times.latencies:
         zeros = times.over("dense_on_sparsec", name)
+    known: dict[str, Any] = {
+        key: metric.quality(quality)
+        for key, (_, metric) in metrics().items()
+        if metric.measured is not None or metric.encoded is not None
+    }
     return replace(
         variant,
         speedup_predicted=None
         if decode_ms is None
         else _predicted(decode_ms.median, dense_linears_ms, variant.linears_ms),
-        **{key: getattr(quality, key, None) for key, (_, metric) in metrics().items() if metric.quality},
+        **known,
         prefill_ms=times.latencies[name].prefill_ms,
         decode_ms=times.latencies[name].decode_ms,
         speedup_prefill=times.prefill_speedup[name],
