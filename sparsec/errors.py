@@ -100,6 +100,10 @@ class MissingExtraError(SparsecError, ImportError):
     """An optional package is needed; names the extra that installs it."""
 
 
+class SparsecWarning(UserWarning):
+    """What the caller of a function should know of its result; the commands show it as a notice."""
+
+
 def some(names: Iterable[str]) -> str:
     """The first three of a list, and how many more there are."""
     listed = list(names)

@@ -15,7 +15,7 @@ from sparsec.checkpoint.places import saved_place
 from sparsec.checkpoint.reading import load_saved
 from sparsec.compiler import compile
 from sparsec.data import load_model
-from sparsec.errors import CheckpointError
+from sparsec.errors import CheckpointError, SparsecWarning
 from sparsec.pipeline import Pass, Pipeline
 from sparsec.progress import Progress
 
@@ -56,17 +56,18 @@ def load(
         return load_saved(saved or place, into=into)
     loaded = load_model(place, dtype, progress)
     if passes is None:
-        _check_pruned(loaded.name, loaded.model)
+        _check_pruned(os.fspath(place), loaded.model)
     model: nn.Module = compile(loaded.model, passes or ADOPT_PASSES, copy=False, progress=progress)
     if passes is None and not any(weight.packed for weight in vars(model)["sparsec"].graph.weights.values()):
         warnings.warn(
             f"{loaded.name}: its zeros gain nothing in any layout here, so every matrix stays dense; .sparsec.report() tells why",
+            SparsecWarning,
             stacklevel=3,
         )
     return model
 
 
-def _check_pruned(name: str, model: nn.Module) -> None:
+def _check_pruned(place: str, model: nn.Module) -> None:
     """CheckpointError for a model none of whose matrices holds zeros to speak of."""
     most = 0.0
     for weight in (p.detach() for p in model.parameters() if p.ndim > 1 and p.numel()):
@@ -74,6 +75,6 @@ def _check_pruned(name: str, model: nn.Module) -> None:
         if most >= PRUNED:
             return
     raise CheckpointError(
-        f"{name}: nobody pruned this model, at most {most:.1%} of a matrix is zero, so there is nothing to pack; prune it with "
-        f"sparsec.load({name!r}, passes=...), or sparsec.compile(sparsec.data.load_model({name!r}).model, passes)"
+        f"{place}: nobody pruned this model, at most {most:.1%} of a matrix is zero, so there is nothing to pack; prune it with "
+        f"sparsec.load({place!r}, passes=...), or sparsec.compile(sparsec.data.load_model({place!r}).model, passes)"
     )

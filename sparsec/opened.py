@@ -26,7 +26,7 @@ def open_model(
     Raises DataError, CheckpointError.
     """
     folder = None if spec is None else saved_place(spec)
-    if folder is None:
+    if spec is None or folder is None:
         return load_model(spec, dtype or torch.float32, progress, seed)
     model = load_saved(folder)
     held = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparsec
+from sparsec.console.output import guarded
 from sparsec.data import load_model
 from sparsec.data.compressed_tensors import dense_weights, sparse_format
 from sparsec.data.tiny import byte_tokenizer, tiny_model
-from sparsec.errors import DataError
+from sparsec.errors import CheckpointError, DataError, SparsecWarning
+from sparsec.evaluate.__main__ import main as evaluate
 
 PACK = "zeros,freeze,lower(bitmap)"
 SPARSE, TWO_OF_FOUR = "sparse-bitmask", "sparse-24-bitmask"
@@ -210,8 +212,87 @@ def test_what_compressed_tensors_stores_besides_is_refused_by_name(tmp_path: Pat
 
 def test_shards_of_other_folders_are_not_read(tmp_path: Path) -> None:
     folder = written(tmp_path / "m", SPARSE)
-    (folder / "model.safetensors").rename(tmp_path / "out.safetensors")
     for name in ("../out.safetensors", "/out.safetensors", 3):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(DataError, match="in its own folder"):
             load_model(folder)
+
+
+def with_more(folder: Path, more: dict[str, Tensor]) -> Path:
+    """The pruned model, and tensors that it has no place for."""
+    pruned().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    held = load_file(folder / "model.safetensors") | more
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_tensors_that_no_module_owns_are_named_where_they_are_loaded_and_saved(tmp_path: Path) -> None:
+    frequencies = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)
+    }  # which transformers leaves out by design
+    folder = with_more(tmp_path / "m", {"extra.weight": torch.ones(3), **frequencies})
+    with pytest.warns(SparsecWarning, match="owns extra.weight, so it is not loaded"):
+        loaded = load_model(folder)
+    assert loaded.unowned == ("extra.weight",)
+    for model in (sparsec.compile(loaded.model, PACK), None):
+        kept: Any = model or sparsec.load(tmp_path / "0")
+        kept.save_pretrained(tmp_path / ("0" if model else "1"))
+    card = (tmp_path / "1" / "README.md").read_text("utf-8")
+    assert "**Not carried over**: `extra.weight`, which" in card
+
+
+def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_is_kept(tmp_path: Path) -> None:
+    folder = with_more(tmp_path / "m", {"lm_head.weight": torch.randn(257, 64)})
+    model = sparsec.compile(load_model(folder).model, PACK)
+    model.save_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(logits(sparsec.load(tmp_path / "out")), logits(model))
+
+
+def test_a_checkpoint_that_nobody_pruned_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    tiny_model(0).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nobody pruned this model.*sparsec\.load\(.*passes="):
+        sparsec.load(tmp_path)
+    model = sparsec.load(tmp_path, passes="magnitude(0.5),freeze,lower(csr)", dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="packed already, and takes no passes"):
+        sparsec.load(tmp_path / "out", passes="zeros")
+    with pytest.raises(DataError, match=r"sparsec saved this model.*evaluate"):
+        load_model(tmp_path / "out")
+    for place in (tmp_path / "nowhere", "tiny-one"):
+        with pytest.raises(DataError):
+            sparsec.load(place)
+
+
+def test_a_config_that_names_more_than_the_files_hold_costs_no_memory(tmp_path: Path) -> None:
+    folder = with_more(tmp_path, {})
+    config = json.loads((folder / "config.json").read_bytes())
+    for changes in ({"vocab_size": 10**9}, {"num_hidden_layers": 10**7}):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(DataError, match=r"the files hold .* bytes; is it whole"):
+            sparsec.load(folder)
+
+
+def test_commands_say_what_no_module_owns_in_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_more(tmp_path / "m", {"extra.weight": torch.ones(3)})
+    assert guarded(lambda: load_model(folder) and None) == 0
+    assert "notice: " in (said := capsys.readouterr().err)
+    assert "extra.weight" in said
+    assert ".py:" not in said
+
+
+@pytest.mark.slow
+def test_a_saved_model_is_evaluated_beside_the_dense_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_more(tmp_path / "m", {})
+    packed = sparsec.compile(load_model(folder).model, PACK)
+    packed.save_pretrained(tmp_path / "packed", tokenizer=byte_tokenizer())
+    assert (
+        evaluate(
+            [str(folder), str(tmp_path / "packed"), "--windows", "2", "--length", "32", "--json", str(tmp_path / "j")]
+        )
+        == 0
+    )
+    dense, sparse = json.loads((tmp_path / "j").read_bytes())["models"].values()
+    assert sparse["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)

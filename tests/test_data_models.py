@@ -324,7 +324,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(
             (folder / "config.json").write_text("{}")
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_cache, "_read", lambda *_: (Interrupted(), None))
+    monkeypatch.setattr(gguf_cache, "_read", lambda *_: (Interrupted(), None, []))
     with pytest.raises(DataError, match=r"cannot be kept there \(No space left on device\); make room"):
         load_model(str(gguf_file))
     assert list((tmp_path / "sparsec" / "models").iterdir()) == []

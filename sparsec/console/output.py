@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar, copy_context
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from sparsec.errors import DataError, SparsecError
+from sparsec.errors import DataError, SparsecError, SparsecWarning
 
 STDOUT = "-"
 """As a file's name: the standard output."""
@@ -23,12 +24,8 @@ def guarded(run: Callable[[], int | None], traceback: bool = False, json: str | 
     json: the file that it writes. Where that is the standard output, everything else goes to the standard error.
     """
     try:
-        if str(json) == STDOUT:
-            context = copy_context()
-            context.run(_document.set, sys.stdout)
-            with redirect_stdout(sys.stderr):
-                return context.run(run) or 0
-        return run() or 0
+        with _notices():
+            return _run(run, json)
     except SparsecError as error:
         if traceback:
             raise
@@ -39,6 +36,31 @@ def guarded(run: Callable[[], int | None], traceback: bool = False, json: str | 
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _run(run: Callable[[], int | None], json: str | Path | None) -> int:
+    if str(json) != STDOUT:
+        return run() or 0
+    context = copy_context()
+    context.run(_document.set, sys.stdout)
+    with redirect_stdout(sys.stderr):
+        return context.run(run) or 0
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Within it sparsec's warnings are notices on the standard error, without a line of code."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, SparsecWarning):
+                print(f"notice: {message}", file=sys.stderr)
+            else:
+                shown(message, category, *where)
+
+        warnings.showwarning = show
+        yield
 
 
 def writable(path: str | Path) -> str:

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ from sparsec.errors import DataError, MissingExtraError
 from sparsec.progress import Progress
 
 _FACTS = "sparsec_source.json"
-_LAYOUT = "1"  # of the cached folder; a change of what is written there takes the next number
+_LAYOUT = "2"  # of the cached folder; a change of what is written there takes the next number
 _MAGIC = b"GGUF"
 _SCRATCH = ".converting-"
 
 
-def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) -> tuple[Path, str]:
-    """The folder with the de-quantised model, and in words what it was quantised as. Converts on the first call.
+def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) -> tuple[Path, str, tuple[str, ...]]:
+    """The folder with the de-quantised model, in words what it was quantised as, and its tensors that no module owns.
+
+    Converts on the first call.
 
     Raises DataError for a file that is no whole GGUF or a disk that is full, CacheError for a cache folder that cannot be used,
     MissingExtraError without gguf and accelerate.
@@ -43,18 +46,21 @@ def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) 
         stream.seek(0)
         key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     folder = cache.folder("models") / f"{key}-{str(dtype).removeprefix('torch.')}-{_LAYOUT}"
-    precision = _kept(folder)
-    if precision is None:
+    facts = _kept(folder)
+    if facts is None:
         _convert(file, dtype, folder, progress)
-    return folder, precision or _kept(folder) or "unknown"
+        facts = _kept(folder) or ("unknown", ())
+    return folder, *facts
 
 
-def _kept(folder: Path) -> str | None:
-    """What a converted model was quantised as; None where there is none, or one that is damaged, which is deleted."""
+def _kept(folder: Path) -> tuple[str, tuple[str, ...]] | None:
+    """What a converted model was quantised as, and what of it no module owns; None where there is none, or one that is damaged,
+    which is deleted."""
     if not folder.exists():
         return None
     try:
-        return str(json.loads((folder / _FACTS).read_text("utf-8"))["precision"])
+        facts = json.loads((folder / _FACTS).read_text("utf-8"))
+        return str(facts["precision"]), tuple(map(str, facts["unowned"]))
     except (OSError, ValueError, KeyError, TypeError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
@@ -64,16 +70,17 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path, progress: Progress | 
     say = progress or (lambda what, done, total: None)
     what = f"converting {file.name} (once)"
     say(what, 0, 3)
-    precision = _precision(file)
+    precision, names = _tensors(file)
     say(what, 1, 3)
     with quiet():
-        model, tokenizer = _read(file, dtype)
+        model, tokenizer, left = _read(file, dtype, names)
         say(what, 2, 3)
-        _keep(model, tokenizer, folder, {"file": file.name, "precision": precision})
+        facts = {"file": file.name, "precision": precision, "unowned": left}
+        _keep(model, tokenizer, folder, facts)
     say(what, 3, 3)
 
 
-def _keep(model: Any, tokenizer: Any, folder: Path, facts: dict[str, str]) -> None:
+def _keep(model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any]) -> None:
     try:
         files.sweep(folder.parent, f"{_SCRATCH}*")
         # Written beside its place and then renamed: an interrupted conversion leaves nothing that looks whole.
@@ -102,7 +109,8 @@ def _move(scratch: Path, folder: Path) -> None:
             raise
 
 
-def _precision(file: Path) -> str:
+def _tensors(file: Path) -> tuple[str, list[str]]:
+    """In words what a file is quantised as, and the names of its tensors."""
     try:
         import gguf
     except ImportError as error:
@@ -112,10 +120,25 @@ def _precision(file: Path) -> str:
     except Exception as error:  # the reader trusts the file: a damaged one ends in whatever its bytes lead to
         raise _damaged(file, error) from error
     types = Counter(t.tensor_type.name for t in tensors)
-    return "de-quantised from " + ", ".join(f"{name} ({n} tensors)" for name, n in types.most_common())
+    precision = "de-quantised from " + ", ".join(f"{name} ({n} tensors)" for name, n in types.most_common())
+    return precision, [str(t.name) for t in tensors]
 
 
-def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _unowned(model: Any, names: Iterable[str]) -> list[str]:
+    """The tensors that transformers found no place for in the model."""
+    from transformers import modeling_gguf_pytorch_utils as of_gguf
+
+    kind = model.config.model_type
+    processor = of_gguf.TENSOR_PROCESSORS.get(kind, of_gguf.TensorProcessor)(config=model.config.to_dict())
+    known = of_gguf.get_gguf_hf_weights_map(model, processor)
+    head = (
+        () if model.get_output_embeddings() is None else ("output.weight",)
+    )  # which GPT-2's way knows without the table
+    return sorted(set(names) - {*known, *head})
+
+
+def _read(file: Path, dtype: torch.dtype, names: Iterable[str]) -> tuple[Any, Any, list[str]]:
+    """The model, its tokenizer, and those of the file's tensors that no module owns."""
     import transformers
 
     folder, name = str(file.parent), file.name
@@ -135,7 +158,7 @@ def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    return model, tokenizer
+    return model, tokenizer, _unowned(model, names)
 
 
 def _damaged(file: Path, error: Exception) -> DataError:

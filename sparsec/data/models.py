@@ -26,6 +26,7 @@ from sparsec.data import compressed_tensors, gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import Kind, check_kind, kind_of, loaded_as, simpler_kinds
 from sparsec.data.quiet import quiet
+from sparsec.data.sizes import check_layers, check_room
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
 from sparsec.data.unowned import name_unowned
 from sparsec.errors import DataError, some
@@ -125,14 +126,15 @@ def _tiny(dtype: torch.dtype, seed: int) -> LoadedModel:
 
 
 def _from_gguf(file: Path, name: str, source: str, dtype: torch.dtype, progress: Progress | None) -> LoadedModel:
-    folder, precision = gguf_cache.converted(file, dtype, progress)
+    folder, precision, left = gguf_cache.converted(file, dtype, progress)
     try:
         loaded = _from_folder(str(folder), name, source, dtype)
     except DataError as error:
         raise DataError(
             f"{folder}: the converted copy of {file} does not load; delete that folder ({error})"
         ) from error
-    return LoadedModel(loaded.model, loaded.tokenizer, name, source, precision, loaded.resident_bytes)
+    left = name_unowned(name, loaded.model, left)
+    return LoadedModel(loaded.model, loaded.tokenizer, name, source, precision, loaded.resident_bytes, left)
 
 
 def _from_hub(name: hub.HubName, dtype: torch.dtype | None) -> LoadedModel:
@@ -170,8 +172,11 @@ def _from_folder(
         sparse = _sparse_format(where, config)
         dtype = dtype or _named_dtype(config)
         tokenizer = tokenizer_of(where, local_files_only, revision)
+        check_layers(where, config)
         with torch.device("meta"):  # imports the architecture, whose code is not the model's memory
-            check_kind(where, _reading(where, lambda: kind.empty(config)))
+            empty = _reading(where, lambda: kind.empty(config))
+        check_kind(where, empty)
+        check_room(where, empty)
         load = partial(_weights, where, config, sparse, dtype, common)
         model, info, added = load(kind)
         first, named = info["missing_keys"], type(model).__name__
@@ -259,7 +264,8 @@ def _sparse_format(where: str, config: Any) -> str | None:
     named = known.get("quant_method", "by an unnamed method")
     if named == METHOD:
         raise DataError(
-            f"{where}: sparsec saved this model, and its weights are packed; sparsec.load({where!r}) reads it"
+            f"{where}: sparsec saved this model, and its weights are packed; the commands generate, evaluate and check take it, "
+            f"and sparsec.load({where!r}), whose .sparsec.report() tells what was measured"
         )
     if named == compressed_tensors.METHOD:
         return compressed_tensors.sparse_format(where, known)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from sparsec.errors import some
+from sparsec.errors import SparsecWarning, some
 
 _KEPT = "_sparsec_unowned"
 
@@ -16,10 +16,11 @@ def name_unowned(where: str, model: nn.Module, names: Iterable[str], told: bool 
     """Has the model and its copies remember them, and warns of them unless that was told already."""
     found = remember_unowned(model, names)
     if found and not told:
+        they = "they are" if len(found) > 1 else "it is"
         warnings.warn(
-            f"{where}: no module of {type(model).__name__} owns {some(found)}, so {'they are' if len(found) > 1 else 'it is'} not "
-            "loaded; what is saved of the model will not hold "
-            f"{'them' if len(found) > 1 else 'it'}",
+            f"{where}: no module of {type(model).__name__} owns {some(found)}, so {they} not loaded, nor in what is "
+            "saved of the model",
+            SparsecWarning,
             stacklevel=2,
         )
     return found

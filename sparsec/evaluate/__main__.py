@@ -27,13 +27,14 @@ from sparsec.console.command import (
 )
 from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
-from sparsec.data import LoadedModel, Text, load_model, load_text
+from sparsec.data import LoadedModel, Text, load_text
 from sparsec.errors import DataError
 from sparsec.evaluate.compare import Evaluation, compare
 from sparsec.evaluate.embeddings import Encoding, compare_embeddings
 from sparsec.evaluate.output import document, text
 from sparsec.evaluate.saved import Saved, fingerprint
 from sparsec.evaluate.windows import Windows, cut
+from sparsec.opened import open_model
 from sparsec.pipeline import Pipeline
 from sparsec.progress import stage
 from sparsec.study.variants import compiled_by
@@ -78,7 +79,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p.add_argument(
         "--length", type=positive, metavar="L", help=f"tokens of a window; default: {LENGTH}, or what the models take"
     )
-    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
+    p.add_argument(
+        "--dtype", choices=DTYPES, help="to compute in; default: fp32, and as it was saved for what sparsec saved"
+    )
     add_device(p)
     p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
     p.add_argument("--seed", type=seed, default=0, help="of what is drawn to calibrate on; default: %(default)s")
@@ -109,9 +112,8 @@ def _run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading"):
-            loaded = [
-                on_device(load_model(spec, DTYPES[args.dtype], progress), args.device) for spec in args.models or [None]
-            ]
+            dtype = None if args.dtype is None else DTYPES[args.dtype]
+            loaded = [on_device(open_model(spec, dtype, progress), args.device) for spec in args.models or [None]]
         _check_kinds(loaded)
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded), bos=args.bos)
         drawn = calibration(loaded[0], args, pipelines, learnt)
@@ -193,7 +195,7 @@ def _identity(
         "text_tokens": windows.tokens_in_text,
         "window_length": windows.length,
         "bos": windows.beginning.token,
-        "dtype": args.dtype,
+        "dtype": args.dtype or "fp32",
         "device": args.device,
         "models": [f"{each.name} {fingerprint(each.model)}" for each in loaded],
         "passes": [str(pipeline) for pipeline in pipelines],
