@@ -120,6 +120,7 @@ def test_options_of_others_are_honoured_or_refused(compiled: Any, tmp_path: Path
         {"distributed_checkpoint": True},
         {"repo_id": "me/there"},
         {"max_shards": 3},
+        {"max_shard_size": "much", "dense": True},
     ]
     for options in refused:
         with pytest.raises(CheckpointError, match=next(iter(options))):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsec import files
 from sparsec.checkpoint.card import is_card
 from sparsec.checkpoint.folder import CONFIG
-from sparsec.checkpoint.writing import own_files
+from sparsec.checkpoint.writing import own_files, shard_bytes
 from sparsec.emitter import HOOKS
 from sparsec.errors import CheckpointError
 from sparsec.kernels import SparseLinear
@@ -128,7 +128,14 @@ def _forget_loading(module: Any) -> None:
         del config.transformers_weights
 
 
-def save_dense(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, **options: Any) -> None:
+def save_dense(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "50GB",
+    **options: Any,
+) -> None:
     """Saves a model as transformers saves a dense one, with its zeros. options: of transformers' own save_pretrained.
 
     Files are written aside and put in place, `config.json` last. What a packed model left in the folder is removed then.
@@ -145,6 +152,7 @@ def save_dense(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: A
         )
     if any(isinstance(m, SparseLinear) for m in model.modules()):
         options.pop("state_dict", None)  # the model's own, in which no weight is dense
+    size = shard_bytes(max_shard_size)
     twin: Any = dense_copy(model, share=True)
     place = Path(folder)
     try:
@@ -153,7 +161,7 @@ def save_dense(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: A
             files.sweep(place, ".sparsec-*.tmp")
             made = place / f".sparsec-{secrets.token_hex(8)}.tmp"
             try:
-                twin.save_pretrained(made, **options)
+                twin.save_pretrained(made, max_shard_size=size, **options)
                 if tokenizer is not None and made.exists():
                     tokenizer.save_pretrained(made)
                 if made.exists():
