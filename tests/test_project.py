@@ -60,6 +60,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("checkpoint", "compiled", "compiler", "loading"),
     ("study",),
+    ("sweep",),
     ("opened",),
     (
         "",
@@ -70,6 +71,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "generate",
         "evaluate.__main__",
         "report.__main__",
+        "study.__main__",
         "cost.__main__",
         "bench",
         "testing",

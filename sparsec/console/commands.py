@@ -51,6 +51,12 @@ COMMANDS: tuple[Command, ...] = (
         'tiny "abc" --new-tokens 16',
     ),
     Command(
+        "study",
+        "sparsec.study.__main__",
+        "sweeps passes over a model: quality, bytes and time of each against dense, in one table",
+        'tiny --passes "magnitude({zeros}),freeze,lower(csr)" --grid zeros=0.5,0.9',
+    ),
+    Command(
         "bench",
         "sparsec.bench.__main__",
         "times kernels against dense and torch.sparse, and whole models in tokens per second",

@@ -1,0 +1,301 @@
+"""`python -m sparsec.study`: many passes on one model, cell by cell: quality, bytes and time against one dense reference."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sparsec.command_line import CommandLine
+from sparsec.console.command import (
+    DTYPES,
+    add_bos,
+    add_calibration,
+    add_device,
+    calibration,
+    calibration_text,
+    check_device,
+    on_device,
+    positive,
+    seed,
+    threads,
+)
+from sparsec.console.output import STDOUT, guarded, writable, write_text
+from sparsec.console.progress import shown_progress
+from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.errors import DataError, SpecError
+from sparsec.evaluate.saved import fingerprint
+from sparsec.machine import Machine, machine
+from sparsec.progress import stage
+from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan, plan
+from sparsec.sweep import tables
+from sparsec.sweep.energy import EnergyMeter
+from sparsec.sweep.grid import Cell, axis, grid_cells
+from sparsec.sweep.run import measure_cells
+from sparsec.sweep.seminar import beside_expected, seminar_cells
+from sparsec.sweep.store import Store
+
+PROG = "python -m sparsec.study"
+EXAMPLES = """
+examples:
+  python -m sparsec.study tiny --passes "magnitude({zeros}),freeze,lower({layout})" --grid zeros=0.5,0.9 --grid layout=csr,bitmap
+  python -m sparsec.study --preset seminar --json seminar.json             # SmolLM2-135M; stopped? say it again
+  python -m sparsec.study my-model --passes "{method}(0.5),freeze,fuse,lower(auto)" --grid method=magnitude,wanda,sparsegpt
+  python -m sparsec.study --plan study.yaml --csv cells.csv --markdown cells.md
+
+A plan is a YAML file of the same options, each without its dashes:
+
+  passes: "wanda({zeros}),freeze,lower({layout})"
+  grid:
+    zeros: [0.3, 0.5]
+    layout: [csr, bitmap, "nm2:4"]
+  windows: 8
+"""
+PRESETS = {"seminar": "dense, masked, CSR and the best layout at 30, 50, 70 and 90 % zeros, beside the seminar's table"}
+
+
+def parser(prog: str = PROG) -> CommandLine:
+    """The command line."""
+    p = CommandLine(
+        prog=prog,
+        description="Sweeps passes over one model: parameters, bytes, FLOPs, quality and time of every cell against dense.",
+        epilog=EXAMPLES.replace(PROG, prog),
+    )
+    usual = Effort()
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder, a .gguf file, a hub id, or `tiny` (small, random); default: the packaged SmolLM2-135M",
+    )
+    p.add_argument(
+        "--passes",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="with placeholders such as {zeros}; again for more",
+    )
+    p.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=V,V", help="the values of a placeholder; again for more"
+    )
+    p.add_argument("--plan", metavar="FILE", help="these options from a YAML file; what is given here goes before")
+    p.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="; ".join(f"{name}: {text}" for name, text in PRESETS.items()).replace("%", "%%"),
+    )
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
+    add_device(p)
+    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--seed", type=seed, default=0, help="of random weights and of what is drawn; default: %(default)s")
+    add_calibration(p)
+    how = p.add_argument_group("measuring")
+    how.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 file, or dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]]; default: an embedded text",
+    )
+    add_bos(how)
+    how.add_argument("--windows", type=positive, default=usual.windows, metavar="N", help="default: %(default)s")
+    how.add_argument("--length", type=positive, metavar="L", help="tokens of a window; default: 512")
+    how.add_argument(
+        "--prompt-tokens", type=positive, default=usual.prompt_tokens, metavar="N", help="default: %(default)s"
+    )
+    how.add_argument(
+        "--new-tokens", type=positive, default=usual.new_tokens, metavar="N", help="decoded; default: %(default)s"
+    )
+    how.add_argument(
+        "--repeats", type=positive, default=MIN_REPEATS, metavar="N", help="of a prefill; default: %(default)s"
+    )
+    how.add_argument(
+        "--cell-seconds", type=positive, default=20, metavar="S", help="to time one cell in; default: %(default)s"
+    )
+    out = p.add_argument_group("output")
+    out.add_argument(
+        "--json",
+        metavar="FILE",
+        help="all of it, kept up to date cell by cell; goes on from there if it exists; - is the standard output",
+    )
+    out.add_argument("--csv", metavar="FILE", help="one line for every cell")
+    out.add_argument("--markdown", metavar="FILE", help="the table")
+    p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
+    return p
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser(prog).parse_args(words)
+    if args.plan is None:
+        return guarded(lambda: _run(args), args.traceback, args.json)
+    planned: list[str] = []
+    code = guarded(lambda: planned.extend(plan_words(args.plan, parser(prog))), args.traceback)
+    if code:
+        return code
+    both = parser(prog).parse_args([*planned, *words])
+    return guarded(lambda: _run(both), args.traceback, both.json)
+
+
+def plan_words(path: str, known: argparse.ArgumentParser) -> list[str]:
+    """A plan's options as words of the command line. DataError for a file that is none, or a key that is no option."""
+    try:
+        found = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: this plan cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: a plan must be a mapping of options, got {type(found).__name__}")
+    options = {o.removeprefix("--"): a for a in known._actions for o in a.option_strings if o.startswith("--")}
+    words = []
+    for key, value in found.items():
+        if key == "model":
+            words.append(str(value))
+            continue
+        if key not in options or key in ("plan", "help"):
+            near = difflib.get_close_matches(str(key), [*options, "model"], n=1, cutoff=0.5)
+            raise DataError(f"{path}: {key!r} is no option of a study{f'; did you mean {near[0]!r}?' if near else ''}")
+        words += _words(path, key, value, options[key])
+    return words
+
+
+def _words(path: str, key: str, value: Any, action: argparse.Action) -> list[str]:
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise DataError(f"{path}: {key} is true or false, got {value!r}")
+        return [f"--{key}"] if value else []
+    if key == "grid":
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: grid must be a mapping of placeholders to lists of values, got {value!r}")
+        rows = {name: each if isinstance(each, list) else [each] for name, each in value.items()}
+        return [f"--grid={name}={','.join(map(str, each))}" for name, each in rows.items()]
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(each, dict | list) or each is None for each in values) or (len(values) != 1 and key != "passes"):
+        raise DataError(f"{path}: {key} must have one value, got {value!r}")
+    return [f"--{key}={each}" for each in values]
+
+
+def _run(args: argparse.Namespace) -> None:
+    wanted = _cells(args)
+    check_device(args.device)
+    for path in (args.json, args.csv, args.markdown):
+        if path is not None:
+            writable(path)
+    text = load_text(args.text)
+    learnt = calibration_text(args, [cell.pipeline for cell in wanted])
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    with shown_progress(sys.stderr) as progress:
+        with stage(progress, "loading the model"):
+            loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
+        if not loaded.model.can_generate():
+            raise DataError(
+                f"{loaded.name}: {type(loaded.model).__name__} is an encoder, and a study measures perplexity and decoding; "
+                "sparsec report and sparsec evaluate take encoders"
+            )
+        planned = plan(loaded, text, _effort(args), args.bos)
+        drawn = calibration(loaded, args, [cell.pipeline for cell in wanted], learnt)
+        here = machine()
+        store = Store(
+            _identity(args, loaded, planned, drawn, here), here, _notes(loaded, planned, args), _path(args.json)
+        )
+        measure_cells(loaded, wanted, planned, drawn, store.results, store.keep, progress)
+    _write(args, wanted, store)
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    if args.preset:
+        if args.passes or args.grid:
+            raise SpecError(f"--preset {args.preset} has its own passes and values; leave out --passes and --grid")
+        return seminar_cells()
+    if not args.passes:
+        raise SpecError(
+            'nothing to measure: give --passes, such as --passes "magnitude({zeros}),freeze" --grid zeros=0.3,0.5'
+        )
+    axes: dict[str, list[str]] = {}
+    for name, values in map(axis, args.grid):
+        if name in axes:
+            raise SpecError(f"--grid {name} is given twice; give all its values at once")
+        axes[name] = values
+    return grid_cells(args.passes, axes)
+
+
+def _effort(args: argparse.Namespace) -> Effort:
+    return Effort(
+        windows=args.windows,
+        length=args.length,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        seconds=float(args.cell_seconds),
+    )
+
+
+def _identity(
+    args: argparse.Namespace,
+    loaded: LoadedModel,
+    planned: StudyPlan,
+    drawn: tuple[torch.Tensor, str] | None,
+    here: Machine,
+) -> dict[str, Any]:
+    """What the results depend on, beside the passes."""
+    return {
+        "model": f"{loaded.name} {fingerprint(loaded.model)}",
+        "source_precision": loaded.source_precision,
+        "dtype": args.dtype,
+        "device": args.device,
+        "text": planned.windows.text_name,
+        "text_sha256": planned.windows.text_sha256,
+        "windows": planned.windows.count,
+        "window_length": planned.windows.length,
+        "bos": planned.windows.beginning.token,
+        "prompt_tokens": args.prompt_tokens,
+        "calibration": None if drawn is None else drawn[1],
+        "cpu": here.cpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _notes(loaded: LoadedModel, planned: StudyPlan, args: argparse.Namespace) -> tuple[str, ...]:
+    windows = planned.windows
+    notes = [
+        f"{loaded.name}, from {loaded.source}; its weights are stored as: {loaded.source_precision}",
+        f"quality on {windows.count} windows of {windows.length} tokens of {windows.text_name}, against dense on the same ones",
+        f"times at batch 1, every cell by turns with dense: prefill of {args.prompt_tokens} tokens, then decoding; speedups are "
+        "medians over rounds",
+    ]
+    if absent := EnergyMeter(args.device).absent:
+        notes.append(f"energy: {absent}")
+    return tuple(notes)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name in (None, STDOUT) else Path(str(name))
+
+
+def _write(args: argparse.Namespace, wanted: Sequence[Cell], store: Store) -> None:
+    specs = ["dense", *(cell.spec for cell in wanted)]
+    results = [store.results[spec] for spec in specs if spec in store.results]
+    print(tables.text(results, store.notes))
+    if args.preset == "seminar":
+        print("\n".join(beside_expected(results)))
+    if store.taken_over:
+        print(f"{store.taken_over} cells were taken over from {store.path}")
+    if args.csv:
+        write_text(args.csv, tables.as_csv(results))
+    if args.markdown:
+        write_text(args.markdown, tables.markdown(results, store.notes))
+    if args.json:
+        write_text(args.json, json.dumps(store.document(), indent=1, allow_nan=False) + "\n")
+    if written := [path for path in (args.json, args.csv, args.markdown) if path]:
+        print(f"\nwritten: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

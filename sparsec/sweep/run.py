@@ -1,0 +1,213 @@
+"""Measures the cells of a study: one dense reference for all of them, one pruning for those that prune alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sparsec import memory
+from sparsec.compiler import compile, extend
+from sparsec.data import LoadedModel
+from sparsec.errors import SparsecError
+from sparsec.evaluate import Evaluation
+from sparsec.evaluate import compare as compare_outputs
+from sparsec.machine import cores
+from sparsec.pipeline import Pass, Pipeline
+from sparsec.pipeline.table import known_passes
+from sparsec.progress import Progress, stage
+from sparsec.report.collect import Report
+from sparsec.report.layer import known_ratio
+from sparsec.report.variant import Variant
+from sparsec.study.figures import with_measurements
+from sparsec.study.kept_logits import KeptLogits
+from sparsec.study.plan import StudyPlan
+from sparsec.study.variants import masked_stock, split, warm_up
+from sparsec.sweep.energy import EnergyMeter
+from sparsec.sweep.grid import Cell
+from sparsec.timing.latency import Comparison, compare_latency
+from sparsec.timing.others import in_the_way
+
+DENSE = "dense"
+"""The specification of the reference, as a row."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one cell gave; where it failed, `error` says why and nothing is known."""
+
+    spec: str
+    values: tuple[tuple[str, str], ...]
+    figures: Variant | None
+    error: str = ""
+    layouts: str = ""  # of its packed matrices, with their numbers
+    energy_mj: float | None = None  # per generated token; None where the machine does not tell
+    disturbed: bool = False  # other processes left too few cores while it was timed
+    seconds: float = 0.0  # of compiling and measuring
+
+
+def measure_cells(
+    loaded: LoadedModel,
+    cells: Sequence[Cell],
+    planned: StudyPlan,
+    calibration: tuple[torch.Tensor, str] | None,
+    done: Mapping[str, CellResult],
+    keep: Callable[[CellResult], None],
+    progress: Progress | None = None,
+) -> None:
+    """Measures what is not done, the dense reference among it, and gives each result to `keep` as soon as it is there."""
+    wanted = [cell for cell in cells if cell.spec not in done or done[cell.spec].error]
+    if not wanted and DENSE in done:
+        return
+    warm_up()
+    run = _Run(loaded, planned, calibration, progress)
+    run.begin()
+    if DENSE not in done:
+        keep(run.dense())
+    count = 0
+    for pruning, group in groupby(wanted, key=lambda cell: cell.pruning):
+        members = list(group)
+        pruned: Any = None
+        for cell in members:
+            if progress is not None:
+                progress("cells", count, len(wanted))
+            start = perf_counter()
+            try:
+                pruned = run.pruned(pruning) if pruned is None else pruned
+                keep(run.cell(cell, pruned, start))
+            except (
+                SparsecError,
+                RuntimeError,
+                MemoryError,
+                ValueError,
+                TypeError,
+            ) as error:  # one cell's, whatever it is
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                keep(CellResult(cell.spec, cell.values, None, first, seconds=perf_counter() - start))
+            count += 1
+            memory.trim()
+    if progress is not None and wanted:
+        progress("cells", count, len(wanted))
+
+
+@dataclass(eq=False)
+class _Pruned:
+    model: Any
+    quality: Evaluation
+
+
+class _Run:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        planned: StudyPlan,
+        calibration: tuple[torch.Tensor, str] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.planned, self.calibration, self.progress = loaded.model, planned, calibration, progress
+        self.meter = EnergyMeter(next(self.model.parameters()).device.type)
+
+    def begin(self) -> None:
+        """Runs the dense model over the windows once, and keeps its logits."""
+        self.kept = KeptLogits(self.model)
+        windows = self.planned.windows
+        self.reference = compare_outputs({DENSE: self.kept}, windows, self.progress, "dense reference")[DENSE]
+
+    def dense(self) -> CellResult:
+        start = perf_counter()
+        counted = compile(self.model, "sparsity,flops", copy="changed").sparsec.report()
+        alone = self._timed({DENSE: self.model})
+        figures = _counted(
+            counted, counted.parameters, memory.held(self.model).total, 0, counted.flops_dense, counted.linears_dense_ms
+        )
+        measured = self._measured(figures, DENSE, self.reference, alone, counted)
+        return CellResult(
+            DENSE,
+            (),
+            measured,
+            energy_mj=self._energy(self.model),
+            disturbed=_disturbed(alone),
+            seconds=perf_counter() - start,
+        )
+
+    def pruned(self, pruning: Pipeline) -> _Pruned:
+        """The masked model, and its quality, which how it is lowered makes no difference to."""
+        made = compile(
+            self.model, _with_flops(pruning), calibration=self.calibration, copy="changed", progress=self.progress
+        )
+        models = {DENSE: self.kept.forget(), "pruned": made}
+        found = compare_outputs(models, self.planned.windows, self.progress, "quality")["pruned"]
+        memory.trim()
+        return _Pruned(made, found)
+
+    def cell(self, cell: Cell, pruned: _Pruned, start: float) -> CellResult:
+        rest = split(cell.pipeline)[1]
+        if rest is None:
+            report, model = pruned.model.sparsec.report(), masked_stock(self.model, pruned.model)
+            name, linears, flops, masks = "masked", report.linears_dense_ms, report.flops_dense, report.bytes_masks
+        else:
+            model = extend(pruned.model, rest, progress=self.progress)
+            report = model.sparsec.report()
+            name, linears, flops, masks = "lowered", report.linears_ms, report.flops_per_token, report.bytes_masks
+        figures = _counted(report, report.nnz, memory.held(model).total, masks, flops, linears)
+        times = self._timed({DENSE: self.model, name: model})
+        measured = self._measured(figures, name, pruned.quality, times, report)
+        energy = self._energy(model)
+        return CellResult(
+            cell.spec,
+            cell.values,
+            measured,
+            layouts=_layouts(report),
+            energy_mj=energy,
+            disturbed=_disturbed(times),
+            seconds=perf_counter() - start,
+        )
+
+    def _timed(self, models: Mapping[str, Any]) -> Comparison:
+        effort = self.planned.effort
+        with stage(self.progress, "timing"):
+            decodes = max(effort.repeats, effort.new_tokens)
+            return compare_latency(models, self.planned.timed, effort.repeats, decodes, self.progress, effort.seconds)
+
+    def _measured(self, figures: Variant, name: str, quality: Evaluation, times: Comparison, report: Report) -> Variant:
+        evaluations = {DENSE: self.reference, "pruned": quality}
+        return with_measurements(figures, name, evaluations, times, None, report.linears_dense_ms)
+
+    def _energy(self, model: Any) -> float | None:
+        return self.meter.per_token(model, self.planned.timed, self.planned.effort.new_tokens)
+
+
+def _disturbed(times: Comparison) -> bool:
+    return in_the_way(times.others, torch.get_num_threads(), cores())
+
+
+def _counted(report: Report, nnz: int, held: int, masks: int, flops: float | None, linears: float | None) -> Variant:
+    return Variant(
+        parameters=report.parameters,
+        nnz=nnz,
+        bytes=held,
+        bytes_masks=masks,
+        flops_per_token=flops,
+        speedup_theoretical=known_ratio(report.flops_dense, flops),
+        speedup_theoretical_bytes=known_ratio(report.bytes_dense, held),
+        linears_ms=linears,
+    )
+
+
+def _layouts(report: Report) -> str:
+    counts: dict[str, int] = {}
+    for row in report.layers:
+        if row.packed:
+            counts[row.format] = counts.get(row.format, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _with_flops(pipeline: Pipeline) -> Pipeline:
+    """With the analyses that a study tells of; they change no weight."""
+    held = {p.name for p in pipeline.passes}
+    missing: list[Pass] = [known_passes()[name]() for name in ("sparsity", "flops") if name not in held]
+    return Pipeline((*pipeline.passes, *missing))
