@@ -175,8 +175,10 @@ class _Reader:
 
     def entries(self, top: Mapping[str, Any], what: str, read: Callable[[str, Any], T]) -> Iterator[T]:
         """Of an object, each of its entries that can be read."""
-        for name, found in self.part(lambda: self.mapping(top.get(what), what), {}).items():
-            yield from self.part(lambda: [read(name, found)], [])  # noqa: B023 - called at once
+        none: dict[str, Any] = {}
+        unread: list[T] = []
+        for name, found in self.part(lambda: self.mapping(top.get(what), what), none).items():
+            yield from self.part(lambda: [read(name, found)], unread)  # noqa: B023 - called at once
 
     def listed(self, top: Mapping[str, Any], what: str, read: Callable[[Any, str], T]) -> tuple[T, ...]:
         """Of a list, which may be left out."""

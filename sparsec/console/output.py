@@ -53,11 +53,11 @@ def _notices() -> Iterator[None]:
     with warnings.catch_warnings():
         shown = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, SparsecWarning):
                 print(f"notice: {message}", file=sys.stderr)
             else:
-                shown(message, category, *where)
+                shown(message, category, *where, **more)
 
         warnings.showwarning = show
         yield
