@@ -154,10 +154,14 @@ def _check_places(model: str, folder: str) -> None:
         )
     place = Path(folder).expanduser()
     writable_folder(str(place), "no model can be saved there")
-    same = place.exists() and Path(model).exists() and place.samefile(model)
-    if same or ((place / "config.json").exists() and saved_folder(place) is None):
-        what = "is the model itself" if same else "holds another model"
-        raise DataError(f"{folder}: this folder {what}, which saving would break; give a new one")
+    if place.exists() and Path(model).exists() and place.samefile(model):
+        raise DataError(f"{folder}: this folder is the model itself, which saving would break; give a new one")
+    held = sorted(p.name for p in place.iterdir() if not p.name.startswith(".")) if place.is_dir() else []
+    if held and saved_folder(place) is None:
+        what = "another model" if "config.json" in held else held[0]
+        raise DataError(
+            f"{folder}: this folder holds {what}, and a model is saved in a new folder, an empty one, or over an earlier save"
+        )
 
 
 def _check_lowers(pipeline: Pipeline) -> None:
@@ -184,7 +188,7 @@ def _compiled(
     model = compile(loaded.model, pipeline, calibration=drawn, copy=False, progress=progress)
     after = _sample(loaded, model, prompt, args.new_tokens, progress, "what it writes after")
     if prompt is not None:
-        lines += heading(f"Before and after, of {args.prompt or Effort().prompt!r}")
+        lines += heading(f"Before and after, of {prompt.text!r}")
         lines += [line for name, each in (("before", before), ("after", after)) for line in _told(name, each)]
     return model, model.sparsec.report(), lines
 
@@ -195,7 +199,8 @@ def _prompt(loaded: LoadedModel, args: argparse.Namespace) -> tuple[Prompt | Non
         return None, [f"no sample: {type(loaded.model).__name__} writes no text; --measure compares its embeddings"]
     if loaded.tokenizer is None:
         return None, [f"no sample: {loaded.name} has no tokenizer"]
-    return read_prompt(loaded.tokenizer, args.prompt or Effort().prompt, args.new_tokens, loaded.positions), []
+    text = Effort().prompt if args.prompt is None else args.prompt
+    return read_prompt(loaded.tokenizer, text, args.new_tokens, loaded.positions), []
 
 
 def _sample(

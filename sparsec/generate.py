@@ -114,12 +114,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prompt(given: str | None) -> str:
-    if given != "-":
-        return Effort().prompt if given is None else given
     try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"the prompt on the standard input must be UTF-8: {error}") from error
+        text = Effort().prompt if given is None else sys.stdin.read().removesuffix("\n") if given == "-" else given
+        text.encode()
+    except UnicodeError as error:  # bytes that are no UTF-8 arrive as surrogates, on the command line too
+        raise DataError("the prompt must be UTF-8 text; convert it, with iconv say") from error
+    return text
 
 
 def check_generates(loaded: LoadedModel) -> Any:

@@ -100,6 +100,8 @@ def test_a_measured_model_keeps_what_was_measured(tmp_path: Path, capsys: pytest
         (["tiny", "{new}", "--passes", "magnitude(0.5)"], "no pass lowers"),
         (["tiny", "{file}"], "is a file"),
         (["tiny", "{other}"], "holds another model"),
+        (["tiny", "{mine}"], "holds README.md"),
+        (["tiny", "{new}", "--prompt", ""], "no tokens"),
         (["{other}", "{other}"], "is the model itself"),
         (["{saved}", "{new}"], "was saved by sparsec"),
         (["tiny", "{new}", "--calibration", "nowhere.txt"], "nowhere.txt"),
@@ -114,7 +116,9 @@ def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    places = {name: tmp_path / name for name in ("new", "file", "other")} | {"saved": folder}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    places = {name: tmp_path / name for name in ("new", "file", "other", "mine")} | {"saved": folder}
     before = sorted(tmp_path.rglob("*"))
     assert compress.main([word.format(**places) for word in words]) == 2
     assert said in capsys.readouterr().err
@@ -129,6 +133,7 @@ def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(
         (["tiny", "--top-p", "0.5"], "add --temperature"),
         (["tiny", "--top-p", "2", "--temperature", "1"], "--top-p"),
         (["tiny", ""], "no tokens"),
+        (["tiny", "bad \udcff"], "must be UTF-8"),
         (["tiny", "abc", "--new-tokens", "99999"], "positions"),
         (["{saved}", "abc", "--dtype", "bf16"], "saved to compute in float32"),
         (["{bert}", "abc"], "BertModel writes no text"),

@@ -21,13 +21,13 @@ from sparsec.checkpoint.reading import (
     by_name,
     check_shape,
     computed_faults,
+    dense_faults,
     empty_model,
     generation_of,
     joint_faults,
     rest_faults,
     stored_matrix,
     tied_faults,
-    unpacked,
 )
 from sparsec.checkpoint.record import BUFFERS, PREFIX, Record
 from sparsec.checkpoint.writing import OWN
@@ -81,7 +81,7 @@ def examine(folder: str | os.PathLike[str], *, progress: Progress | None = None)
     index = content.get("transformers_weights")
     found.faults += _index_faults(place, index, homes)
     named, computed = by_name(record, tensors)
-    found.faults += [f"{CONFIG}: {fault}" for fault in tied_faults(record, tensors)]
+    found.faults += [f"{CONFIG}: {fault}" for fault in tied_faults(record, tensors) + dense_faults(record, tensors)]
     packed = _matrices(record, named, found, progress)
     _fit(place, content, record, packed, named, computed, found)
     found.notices += _strangers(place, {*record.files, str(index), str(record.report.get("file"))})
@@ -239,7 +239,7 @@ def _fit(
                 check_shape(path, packed[path], modules[path], "layers")
             except CheckpointError as error:
                 found.faults.append(str(error))
-    found.faults += rest_faults(model, record, unpacked(record, named))
+    found.faults += rest_faults(model, record, record.unpacked(named))
     found.faults += [f"{CONFIG}: {fault}" for fault in joint_faults(model, record)]
     found.faults += computed_faults(model, computed)
 

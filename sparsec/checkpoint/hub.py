@@ -79,6 +79,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             by_name,
             check_packed,
             check_shape,
+            dense_faults,
             dense_kind,
             joint_faults,
             refuse,
@@ -91,8 +92,9 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         files: Sequence[str] = kwargs.get("checkpoint_files") or ()
         folder = check_files(files, self.record, str(getattr(model.config, "_name_or_path", "")))
         self.files = tuple(files)
-        named, _ = by_name(self.record, dict(file_tensors(folder, self.record)))
-        refuse("config.json", joint_faults(model, self.record))
+        tensors = dict(file_tensors(folder, self.record))
+        named, _ = by_name(self.record, tensors)
+        refuse("config.json", joint_faults(model, self.record) + dense_faults(self.record, tensors))
         for path, stored in self.record.layers.items():
             try:
                 old = model.get_submodule(path)

@@ -16,7 +16,7 @@ from sparsec.arguments import checked
 from sparsec.checkpoint.folder import CONFIG, read_json, read_whole, saved_report
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
-from sparsec.checkpoint.record import BUFFERS, Record, Stored
+from sparsec.checkpoint.record import BUFFERS, Record, Stored, dtype_name
 from sparsec.data.kinds import named_class
 from sparsec.data.unowned import remember_unowned
 from sparsec.emitter import conv1d_type
@@ -59,10 +59,10 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
 
 def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
     """Puts tensors into a model made for them: packed layers in place of linears, groups, dense kernels. All is checked before."""
-    refuse(where, tied_faults(record, tensors))
+    refuse(where, tied_faults(record, tensors) + dense_faults(record, tensors))
     named, computed = by_name(record, tensors)
     layers = {path: _sparse_linear(model, path, record, named, where) for path in record.layers}
-    rest = unpacked(record, named)
+    rest = record.unpacked(named)
     refuse(where, rest_faults(model, record, rest) + joint_faults(model, record) + computed_faults(model, computed))
     for path, layer in layers.items():
         model.set_submodule(path, layer)
@@ -92,6 +92,18 @@ def tied_faults(record: Record, tensors: Mapping[str, Tensor]) -> list[str]:
         for name, first in record.tied.items()
         if first not in tensors
     ]
+
+
+def dense_faults(record: Record, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the tensors that are not packed: one of another dtype than was saved does not go with those around it."""
+    found = record.unpacked(tensors)
+    missing, more = sorted(record.dense.keys() - found.keys()), sorted(found.keys() - record.dense.keys())
+    faults = [f"{CONFIG} names {some(missing)}, not in the files"] if missing else []
+    faults += [f"the files hold {some(more)}, which {CONFIG} does not name"] if more else []
+    for name in found.keys() & record.dense.keys():
+        if (dtype := dtype_name(found[name])) != record.dense[name]:
+            faults.append(f"{name} is {dtype} in the file, and {record.dense[name]} in {CONFIG}")
+    return sorted(faults)
 
 
 def join(model: nn.Module, record: Record) -> None:
@@ -268,12 +280,6 @@ def rest_faults(model: nn.Module, record: Record, given: Mapping[str, Tensor]) -
         elif not _same_kind(found, tensor):
             faults.append(f"{name} is {found.dtype} in the file, and {tensor.dtype} in {kind}")
     return faults
-
-
-def unpacked(record: Record, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of no packed layer."""
-    own = {f"{path}.{n}" for path, stored in record.layers.items() for n in (*stored.tensors, "bias")}
-    return {n: t for n, t in named.items() if n not in own}
 
 
 def _same_kind(found: Tensor, wanted: Tensor) -> bool:

@@ -45,13 +45,13 @@ class Stored:
     @classmethod
     def of(cls, packed: Packed, bias: torch.Tensor | None, reason: str = "") -> Self:
         """Of a matrix that is held."""
-        tensors = {n: (_name(t.dtype), tuple(t.shape)) for n, t in packed.tensors().items()}
+        tensors = {n: (dtype_name(t), tuple(t.shape)) for n, t in packed.tensors().items()}
         return cls(
             str(Layout.of(packed)),
             packed.order,
             packed.scalars(),
             tensors,
-            "" if bias is None else _name(bias.dtype),
+            "" if bias is None else dtype_name(bias),
             reason,
         )
 
@@ -84,6 +84,7 @@ class Record:
 
     files: Mapping[str, Mapping[str, Any]]  # name -> {"sha256": ..., "bytes": ...}
     layers: Mapping[str, Stored]  # by the path of the module that holds it
+    dense: Mapping[str, str] = field(default_factory=dict)  # every other tensor in the files -> its dtype
     tied: Mapping[str, str] = field(default_factory=dict)  # name -> the name under which the tensor is stored
     dense_kernels: tuple[str, ...] = ()  # paths of linears on sparsec's dense kernel
     groups: tuple[tuple[str, ...], ...] = ()  # paths of linears whose products are one call
@@ -94,6 +95,11 @@ class Record:
     report: Mapping[str, Any] = field(default_factory=dict)  # {"file": ..., "sha256": ..., "bytes": ...}, or empty
     unowned: tuple[str, ...] = ()  # tensors of the source that no module owns, and that are therefore not in the files
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def unpacked(self, named: Mapping[str, T]) -> dict[str, T]:
+        """Of what stands by the names of tensors, that of no packed layer."""
+        own = {f"{path}.{n}" for path, stored in self.layers.items() for n in (*stored.tensors, "bias")}
+        return {n: t for n, t in named.items() if n not in own}
 
     def json(self) -> dict[str, Any]:
         """What `read` takes."""
@@ -117,6 +123,7 @@ class Record:
             "report": dict(self.report),
             "unowned": list(self.unowned),
             "layers": layers,
+            "dense": dict(self.dense),
             "tied": dict(self.tied),
             "dense_kernels": list(self.dense_kernels),
             "groups": [list(g) for g in self.groups],
@@ -146,6 +153,7 @@ class Record:
                     lambda p, s: (reader.text(p, "a path in layers"), reader.stored(s, f"layers[{p!r}]")),
                 )
             ),
+            dense=reader.part(lambda: reader.texts_by_text(top.get("dense"), "dense"), {}),
             tied=reader.part(lambda: reader.texts_by_text(top.get("tied", {}), "tied"), {}),
             dense_kernels=reader.part(lambda: reader.texts(top.get("dense_kernels", []), "dense_kernels"), ()),
             groups=reader.part(lambda: reader.listed(top, "groups", reader.texts), ()),
@@ -271,5 +279,6 @@ class _Reader:
         return pair[0], shape
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def dtype_name(tensor: torch.Tensor) -> str:
+    """A tensor's dtype as it stands in a record."""
+    return str(tensor.dtype).removeprefix("torch.")

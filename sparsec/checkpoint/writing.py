@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsec import files
 from sparsec.arguments import checked
 from sparsec.checkpoint.folder import CONFIG
-from sparsec.checkpoint.record import BUFFERS, PREFIX, History, Record, Stored
+from sparsec.checkpoint.record import BUFFERS, PREFIX, History, Record, Stored, dtype_name
 from sparsec.data.unowned import unowned
 from sparsec.errors import CheckpointError
 from sparsec.kernels import SparseLinear
@@ -77,9 +77,9 @@ def store(
         with stage(progress, "writing"), files.alone_in(place):
             before = own_files(place)
             named, facts = _write_shards(place, stored, shards, progress)
-            record = replace(
-                describe(module, history), files=facts, tied=tied, report=_write_report(place, history.report)
-            )
+            record = describe(module, history)
+            dense = record.unpacked({n.removeprefix(PREFIX): dtype_name(t) for n, t in stored.items()})
+            record = replace(record, files=facts, dense=dense, tied=tied, report=_write_report(place, history.report))
             index = _write_index(place, named, facts)
             content = {**(config or {}), "transformers_weights": index, "quantization_config": record.json()}
             files.write(place / CONFIG, json.dumps(content, indent=2).encode())
@@ -159,7 +159,9 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 def shard_bytes(given: int | str) -> int:
     """Of a size, or a text such as '2GB'. CheckpointError."""
-    if isinstance(given, str) and (found := _SIZE.fullmatch(given.strip().upper())) is not None:
+    if isinstance(given, str) and given.strip().isdecimal():
+        given = int(given)
+    elif isinstance(given, str) and (found := _SIZE.fullmatch(given.strip().upper())) is not None:
         given = int(float(found[1]) * _UNITS[found[2]])
     if type(given) is not int or given < 1:
         raise CheckpointError(f"max_shard_size must be a number of bytes or a text such as '2GB', got {given!r}")

@@ -1,0 +1,65 @@
+"""Tensors of a saved model that are not packed are those that were saved, in the types that they had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from saved_models import packed_model, saved_model
+from test_hostile_folders import changed, files_of
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import sparsec
+from sparsec.checkpoint.checking import examine
+from sparsec.checkpoint.pretrained import save_packed
+from sparsec.errors import CheckpointError
+
+NORM = "sparsec.model.norm.weight"
+ROTARY = "sparsec-buffer.model.rotary_emb.inv_freq"
+WAYS: tuple[Callable[[Path], Any], ...] = (sparsec.load, AutoModelForCausalLM.from_pretrained)
+
+
+def edited(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """The one file's tensors are others, and config.json believes its size."""
+    (path,) = folder.glob("*.safetensors")
+    held = load_file(path)
+    change(held)
+    save_file(held, path, metadata={"format": "pt"})
+    changed(folder, lambda c: files_of(c)[path.name].update(bytes=path.stat().st_size))
+
+
+@pytest.mark.parametrize("load", WAYS, ids=["sparsec", "transformers"])
+@pytest.mark.parametrize("name", [NORM, ROTARY])
+def test_a_dense_tensor_of_another_width_is_refused_before_it_fails_in_forward(
+    load: Callable[[Path], Any], name: str, tmp_path: Path
+) -> None:
+    folder = saved_model("csr16", tmp_path, torch.bfloat16, "1GB")
+    edited(folder, lambda held: held.update({name: held[name].to(torch.float16)}))
+    with pytest.raises(CheckpointError, match=rf"{name.removeprefix('sparsec.')} is float16 in the file, and"):
+        load(folder)
+    assert any("is float16 in the file" in fault for fault in examine(folder).faults)
+
+
+@pytest.mark.parametrize("load", WAYS, ids=["sparsec", "transformers"])
+def test_a_dense_tensor_that_is_not_there_is_not_made_up(load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """transformers fills it with noise, and only warns."""
+    folder = saved_model("csr16", tmp_path, size="1GB")
+    edited(folder, lambda held: held.update(x=held.pop(NORM)))
+    edited(folder, lambda held: held.pop("x"))
+    with pytest.raises(CheckpointError, match=r"names model\.norm\.weight, not in the files"):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", WAYS, ids=["sparsec", "transformers"])
+def test_a_norm_that_was_kept_wider_comes_back_so(load: Callable[[Path], Any], tmp_path: Path) -> None:
+    model: Any = packed_model("csr16", torch.bfloat16)
+    model.model.norm.weight = nn.Parameter(model.model.norm.weight.float())
+    save_packed(model, tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.model.norm.weight.dtype == torch.float32
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
