@@ -90,7 +90,13 @@ def test_any_word_is_served_or_refused_in_words(
 ) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("sparsec.report.__main__.measured_report", no_report)
+    for work in (
+        "report.__main__.measured_report",
+        "study.__main__.measure_cells",
+        "compress.compile",
+        "generate.generated",
+    ):
+        monkeypatch.setattr(f"sparsec.{work}", no_report)
     paths = (str(tmp_path), str(tmp_path / "missing" / "file"), str(tmp_path / "binary"))
     found = []
     for action in options_of(command, monkeypatch):

@@ -164,7 +164,7 @@ def test_a_tensor_that_is_lacking_is_not_filled_with_noise(folder: Path) -> None
     name = next(f"{p}.values" for p in layers if f"{p}.values".encode() in data)
     path.write_bytes(data.replace(f"{name}".encode(), f"{name[:-1]}z".encode()))
     index.write_text(index.read_text().replace(f'"sparsec.{name}"', f'"sparsec.{name[:-1]}z"'))
-    with pytest.raises(CheckpointError, match="valuez, which config.json does not name"):
+    with pytest.raises(CheckpointError, match=r"valuez, which config\.json does not name"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
