@@ -46,6 +46,8 @@ def load(
     Raises CheckpointError for what is damaged or does not fit, `into` then is as it was, and for a checkpoint that nobody pruned;
     DataError for a model that cannot be found or read.
     """
+    if not isinstance(place, str | os.PathLike):
+        raise CheckpointError(f"a model is named by a string or a path, got {type(place).__name__}")
     saved = saved_place(place)
     if saved is not None or into is not None:
         if passes is not None or dtype is not None:

@@ -229,7 +229,7 @@ def targets() -> dict[str, Target]:
         "sparsec.save": Target(
             sparsec.save, lambda: {"module": pruned(), "folder": Path("saved"), "max_shard_size": "1GB"}
         ),
-        "sparsec.load": Target(sparsec.load, lambda: {"folder": saved(), "into": Plain()}),
+        "sparsec.load": Target(sparsec.load, lambda: {"place": saved(), "into": Plain()}),
         "sparsec.trace": Target(sparsec.trace, lambda: {"model": Plain(), "example_inputs": ones}),
         "sparsec.graph_text": Target(sparsec.graph_text, lambda: {"graph": graph()}),
         "sparsec.Pipeline": Target(sparsec.Pipeline, lambda: {"passes": ()}),

@@ -89,7 +89,7 @@ def test_the_command_names_the_protocol(
     from sparsec.data import load_model
 
     loaded = replace(load_model("tiny"), tokenizer=WITH)
-    monkeypatch.setattr("sparsec.evaluate.__main__.load_model", lambda *args: loaded)
+    monkeypatch.setattr("sparsec.evaluate.__main__.open_model", lambda *args: loaded)
     file = tmp_path / "out.json"
     for option, token, said in (
         ([], END, "every window begins with <|end|>"),

@@ -141,7 +141,7 @@ def test_a_text_that_is_missing_is_refused_before_any_work(
     name: str, option: str, passes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Regression: where no pass learns, --calibration was not looked at, and an empty name was none."""
-    monkeypatch.setattr(f"sparsec.{name}.__main__.load_model", no_report)
+    monkeypatch.setattr(f"sparsec.{name}.__main__.{'open_model' if name == 'evaluate' else 'load_model'}", no_report)
     for word, why in (
         ("missing.txt", "missing.txt: the text must be a file, this does not exist"),
         ("", "is a folder"),
