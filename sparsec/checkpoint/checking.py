@@ -60,7 +60,7 @@ def examine(folder: str | os.PathLike[str], *, progress: Progress | None = None)
     """Looks at every file and tensor of a saved model. CheckpointError where there is none that sparsec saved."""
     place = Path(folder)
     found = Examined(str(place))
-    if not (place / CONFIG).exists():
+    if not os.path.exists(place / CONFIG):
         config_of(place)  # says so
     try:
         read_json(place / CONFIG)

@@ -73,7 +73,7 @@ def read_config(place: Path) -> tuple[dict[str, Any], Record]:
 def config_of(place: Path) -> dict[str, Any]:
     """config.json of a saved model."""
     path = place / CONFIG
-    if not path.exists():
+    if not os.path.exists(path):  # False too for a name that is too long
         raise CheckpointError(f"{path} cannot be read: there is none; a saved model is a folder that holds it")
     content = read_json(path)
     if not isinstance(content, dict) or "quantization_config" not in content:
