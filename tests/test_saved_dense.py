@@ -63,3 +63,14 @@ def test_a_norm_that_was_kept_wider_comes_back_so(load: Callable[[Path], Any], t
     loaded = load(tmp_path)
     assert loaded.model.norm.weight.dtype == torch.float32
     assert loaded.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("load", WAYS, ids=["sparsec", "transformers"])
+def test_a_folder_that_was_saved_before_dtypes_were_told_still_loads(
+    load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    folder = saved_model("csr16", tmp_path)
+    changed(folder, lambda c: c["quantization_config"].pop("dense"))
+    ids = torch.arange(6)[None]
+    assert torch.isfinite(load(folder)(ids).logits).all()
+    assert examine(folder).faults == []

@@ -96,6 +96,8 @@ def tied_faults(record: Record, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def dense_faults(record: Record, tensors: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with the tensors that are not packed: one of another dtype than was saved does not go with those around it."""
+    if record.dense is None:
+        return []
     found = record.unpacked(tensors)
     missing, more = sorted(record.dense.keys() - found.keys()), sorted(found.keys() - record.dense.keys())
     faults = [f"{CONFIG} names {some(missing)}, not in the files"] if missing else []

@@ -84,7 +84,9 @@ class Record:
 
     files: Mapping[str, Mapping[str, Any]]  # name -> {"sha256": ..., "bytes": ...}
     layers: Mapping[str, Stored]  # by the path of the module that holds it
-    dense: Mapping[str, str] = field(default_factory=dict)  # every other tensor in the files -> its dtype
+    dense: Mapping[str, str] | None = (
+        None  # every other tensor in the files -> its dtype; None: saved before that was told
+    )
     tied: Mapping[str, str] = field(default_factory=dict)  # name -> the name under which the tensor is stored
     dense_kernels: tuple[str, ...] = ()  # paths of linears on sparsec's dense kernel
     groups: tuple[tuple[str, ...], ...] = ()  # paths of linears whose products are one call
@@ -123,7 +125,7 @@ class Record:
             "report": dict(self.report),
             "unowned": list(self.unowned),
             "layers": layers,
-            "dense": dict(self.dense),
+            **({} if self.dense is None else {"dense": dict(self.dense)}),
             "tied": dict(self.tied),
             "dense_kernels": list(self.dense_kernels),
             "groups": [list(g) for g in self.groups],
@@ -153,7 +155,7 @@ class Record:
                     lambda p, s: (reader.text(p, "a path in layers"), reader.stored(s, f"layers[{p!r}]")),
                 )
             ),
-            dense=reader.part(lambda: reader.texts_by_text(top.get("dense"), "dense"), {}),
+            dense=reader.part(lambda: reader.texts_by_text(top["dense"], "dense") if "dense" in top else None, None),
             tied=reader.part(lambda: reader.texts_by_text(top.get("tied", {}), "tied"), {}),
             dense_kernels=reader.part(lambda: reader.texts(top.get("dense_kernels", []), "dense_kernels"), ()),
             groups=reader.part(lambda: reader.listed(top, "groups", reader.texts), ()),
