@@ -84,8 +84,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     how.add_argument(
         "--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="of that; default: %(default)s"
     )
-    how.add_argument("--no-sample", action="store_true", help="save, and run no model")
-    how.add_argument(
+    either = how.add_mutually_exclusive_group()
+    either.add_argument("--no-sample", action="store_true", help="save, and run no model")
+    either.add_argument(
         "--measure", action="store_true", help="measure quality and speed as `report` does, minutes, for the model card"
     )
     how.add_argument("--text", metavar="FILE", help="to measure the quality on; default: an embedded text")
@@ -106,7 +107,11 @@ def _run(args: argparse.Namespace) -> None:
     _check_places(args.model, args.folder)
     _check_lowers(pipeline)
     shard_bytes(args.max_shard_size)
-    text = load_text(args.text) if args.measure or args.text is not None else None
+    if args.text is not None and not args.measure:
+        raise DataError(
+            "--text is what quality is measured on, and nothing is measured; add --measure, or leave it out"
+        )
+    text = load_text(args.text) if args.measure else None
     learnt = calibration_text(args, [pipeline])
     if args.threads:
         torch.set_num_threads(args.threads)

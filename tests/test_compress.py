@@ -105,6 +105,7 @@ def test_a_measured_model_keeps_what_was_measured(tmp_path: Path, capsys: pytest
         (["{other}", "{other}"], "is the model itself"),
         (["{saved}", "{new}"], "was saved by sparsec"),
         (["tiny", "{new}", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["tiny", "{new}", "--text", "some.txt"], "add --measure"),
         (["tiny", "{new}", "--max-shard-size", "lots"], "max_shard_size"),
         (["nowhere", "{new}"], "nowhere"),
     ],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from saved_models import packed_model, saved_model
 from test_hostile_folders import changed, files_of
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
 import sparsec
 from sparsec.checkpoint.checking import examine
@@ -74,3 +74,19 @@ def test_a_folder_that_was_saved_before_dtypes_were_told_still_loads(
     ids = torch.arange(6)[None]
     assert torch.isfinite(load(folder)(ids).logits).all()
     assert examine(folder).faults == []
+
+
+def test_what_was_saved_without_a_part_is_not_given_one_of_noise(tmp_path: Path) -> None:
+    """Regression: AutoModel gave it a random pooler, and only transformers' own report of loading said so."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertModel(BertConfig(vocab_size=64, **sizes), add_pooling_layer=False).eval()
+    compiled: Any = sparsec.compile(bert, "magnitude(0.5),freeze,lower(csr)")
+    compiled.save_pretrained(tmp_path)
+    for load in (sparsec.load, AutoModel.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"lack pooler.*make it as the saved one was made"):
+            load(tmp_path)
+    ids = torch.arange(6)[None]
+    empty = BertModel(BertConfig(vocab_size=64, **sizes), add_pooling_layer=False).eval()
+    for loaded in (sparsec.load(tmp_path, into=empty), AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)):
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).last_hidden_state, compiled(ids).last_hidden_state)

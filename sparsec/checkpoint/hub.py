@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +82,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             dense_kind,
             joint_faults,
             refuse,
+            rest_faults,
             stored_matrix,
         )
         from sparsec.checkpoint.record import BUFFERS
@@ -91,10 +91,12 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
 
         files: Sequence[str] = kwargs.get("checkpoint_files") or ()
         folder = check_files(files, self.record, str(getattr(model.config, "_name_or_path", "")))
-        self.files = tuple(files)
+        self.folder = folder
         tensors = dict(file_tensors(folder, self.record))
-        named, _ = by_name(self.record, tensors)
+        named, self.computed = by_name(self.record, tensors)
         refuse("config.json", joint_faults(model, self.record) + dense_faults(self.record, tensors))
+        # What the files lack transformers would fill with noise.
+        refuse(str(folder), rest_faults(model, self.record, self.record.unpacked(named)))
         for path, stored in self.record.layers.items():
             try:
                 old = model.get_submodule(path)
@@ -106,9 +108,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             packed = stored.on_meta()
             check_packed(path, stored, packed, "config.json")
             check_shape(path, packed, old, "config.json")
-            stored_matrix(
-                path, stored, named, str(folder), contents=False
-            )  # transformers fills what is lacking with noise
+            stored_matrix(path, stored, named, str(folder), contents=False)
             bias = torch.empty(packed.shape[0], dtype=packed.dtype, device="meta") if stored.bias else None
             layer = SparseLinear(packed, bias)
             layer.path, layer.takes_place_of = path, dense_kind(old)
@@ -126,7 +126,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from sparsec.checkpoint.folder import saved_report
-        from sparsec.checkpoint.reading import check_packed, computed_buffers, join, put_computed, say_loaded, tie
+        from sparsec.checkpoint.reading import check_packed, join, put_computed, say_loaded, tie
         from sparsec.kernels import SparseLinear
 
         tie(model, self.record, "config.json")
@@ -135,13 +135,12 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             assert isinstance(layer, SparseLinear)
             check_packed(path, stored, layer.packed, "the files")
             layer.lay_out(layer.packed.values.device.type)
-        put_computed(model, {n: t for f in self.files for n, t in computed_buffers(f)}, "the files")
+        put_computed(model, self.computed, "the files")
         join(model, self.record)
         if any(layer.packed.dtype != self.dtype for layer in model.modules() if isinstance(layer, SparseLinear)):
             model.to(self.dtype)
-        folder = Path(self.files[0]).parent if self.files else Path()
         name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-        say_loaded(model, self.record, name, saved_report(folder, self.record))
+        say_loaded(model, self.record, name, saved_report(self.folder, self.record))
         return model
 
     def is_serializable(self) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsec.arguments import checked
@@ -189,14 +188,6 @@ def check_shape(path: str, packed: Packed, module: nn.Module, where: str) -> Non
         )
 
 
-def computed_buffers(path: str) -> Iterator[tuple[str, Tensor]]:
-    """Those of one file that a module computes when it is made, by their names there."""
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - no dictionary
-            if key.startswith(BUFFERS):
-                yield key, file.get_tensor(key)
-
-
 def put_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -> None:
     """Gives a model the buffers that it would compute, by their names in the files."""
     refuse(where, computed_faults(model, computed))
@@ -274,7 +265,8 @@ def rest_faults(model: nn.Module, record: Record, given: Mapping[str, Tensor]) -
     missing, more = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     kind = type(model).__name__
     lists = [f"{what} {some(names)}" for what, names in (("lack", missing), ("hold besides", more)) if names]
-    faults = [f"the files {' and '.join(lists)}, for {kind}"] if lists else []
+    way = "make it as the saved one was made, and give it as into= of sparsec.load, or give from_pretrained those arguments"
+    faults = [f"the files {' and '.join(lists)}, for {kind}; {way}"] if lists else []
     for name in sorted(wanted.keys() & given.keys()):
         found, tensor = given[name], wanted[name]
         if tuple(tensor.shape) != tuple(found.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -199,11 +200,8 @@ def _counted(report: Report, nnz: int, held: int, masks: int, flops: float | Non
 
 
 def _layouts(report: Report) -> str:
-    counts: dict[str, int] = {}
-    for row in report.layers:
-        if row.packed:
-            counts[row.format] = counts.get(row.format, 0) + 1
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    counts = Counter(row.format for row in report.layers if row.packed)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def _with_flops(pipeline: Pipeline) -> Pipeline:
