@@ -196,7 +196,7 @@ struct Nm {
   }
   static Bytes bytes(const Matrix& w) { return {0, (stored_bytes(w, kPanel) + w.c) * w.r * (w.in_features / w.c), nullptr}; }
   static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
-    return tokens <= kFewRows && !fits_tiles(w, isa) && !fits_pairs(w, isa) ? Way::rows : decoded(w, tokens, isa);
+    return tokens <= kFewRows && !fits_tiles(w, isa) ? Way::rows : decoded(w, tokens, isa);
   }
 };
 

@@ -238,16 +238,23 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 
 namespace sparsec {
 namespace {
-constexpr InstructionSet with_words(const char* name) {
+constexpr InstructionSet with_lines(const char* name) {
   InstructionSet found = instruction_set(name);
+  found.panels = panels_of_lines;
+  return found;
+}
+constexpr InstructionSet with_words(const char* name) {
+  InstructionSet found = with_lines(name);
   found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_words<BFloat16>;
   found.formats[kBitmap].one[kPlain][kFloat16] = bitmap_one_words<Float16>;
+  found.panels = panels_of_words;
   return found;
 }
 constexpr InstructionSet with_pairs(const char* name, void (*amx)(const AmxTask&)) {
   InstructionSet found = with_words(name);
 #if defined(SPARSEC_DOTS)
-  found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_dots;
+  // CPUs with matrix tiles are Intel's, where products of pairs are no faster than multiply-adds (choice.h): 1.2 times as slow here.
+  if (!amx) found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_dots;
   found.formats[kNm].one[kPlain][kBFloat16] = nm_one_pairs;
   found.pairs = pair_product;
   found.expand = expand_lines;
@@ -256,7 +263,7 @@ constexpr InstructionSet with_pairs(const char* name, void (*amx)(const AmxTask&
   return found;
 }
 }  // namespace
-extern const InstructionSet kAvx512 = instruction_set("avx512");
+extern const InstructionSet kAvx512 = with_lines("avx512");
 extern const InstructionSet kVbmi2 = with_words("vbmi2");
 extern const InstructionSet kAvx512Bf16 = with_pairs("avx512_bf16", nullptr);
 extern const InstructionSet kAmx = with_pairs("amx", kAmxProduct);

@@ -90,33 +90,65 @@ struct NmDecoder {
   NmDecoder(const sparsec::Matrix&, int64_t p) : panel(p) {}
 
   int64_t decode(const sparsec::Matrix& w, int64_t begin, int64_t end, float* to, int32_t*, const float**) {
-    const int64_t n = w.r, m = w.c, groups = w.in_features / m;
-    const int bits = m == 4 ? 2 : 3;
-    memset(to, 0, sizeof(float) * 16 * (end - begin));  // begin and end are multiples of m
-    const uint8_t* positions = static_cast<const uint8_t*>(w.columns) + (panel * groups + begin / m) * n * 2 * bits;
-    const Cursor<V> values = cursor<V>(w.values, panel * panel_values<V>(w));
-    Lanes columns[L];
-    int64_t slot = begin / m * n;
-    load_step(values + slot / L * L * 16, columns);
-    for (int64_t g = begin / m; g < end / m; ++g, to += 16 * m)
-      for (int64_t s = 0; s < n; ++s, ++slot, positions += 2 * bits) {
-        if (slot % L == 0) load_step(values + slot * 16, columns);
-        float numbers[16];
-        store_lanes(numbers, columns[slot % L]);
-        put(numbers, positions, bits, to);
-      }
+    const bool whole = w.r % L == 0;  // a step has slots of one group alone
+    if (w.c == 4)
+      whole ? groups<4, L>(w, begin, end, to) : groups<4, 1>(w, begin, end, to);
+    else
+      whole ? groups<8, L>(w, begin, end, to) : groups<8, 1>(w, begin, end, to);
     return 1;
   }
 
  private:
-  static void put(const float* numbers, const uint8_t* positions, int bits, float* to) {
-    for (int half = 0; half < 2; ++half) {
-      uint32_t word = 0;
-      memcpy(&word, positions + half * bits, 2);
-      if (bits == 3) word |= static_cast<uint32_t>(positions[half * bits + 2]) << 16;
+  // Begin and end are multiples of M; T slots are taken together.
+  template <int M, int64_t T>
+  void groups(const sparsec::Matrix& w, int64_t begin, int64_t end, float* to) const {
+    constexpr int B = M == 4 ? 2 : 3;  // bits of a position
+    const int64_t n = w.r, first = begin / M;
+    const uint8_t* positions = static_cast<const uint8_t*>(w.columns) + (panel * (w.in_features / M) + first) * n * 2 * B;
+    const Cursor<V> values = cursor<V>(w.values, panel * panel_values<V>(w));
+    int64_t slot = first * n;
+    for (int64_t g = first; g < end / M; ++g) {
+      LaneBits columns[M][kRegisters] = {};
+      for (int64_t s = 0; s < n; s += T, slot += T) {
+        Lanes stored[L];
+        load_step(values + slot / L * L * 16, stored);
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < T; ++j, positions += 2 * B) {
+          const Lanes& numbers = stored[T == L ? j : slot % L];
+#pragma GCC unroll 4
+          for (int i = 0; i < kRegisters; ++i) {
+            const LaneBits at = positions_of<B>(positions, i), number = (LaneBits)numbers.v[i];
 #pragma GCC unroll 8
-      for (int l = 8 * half; l < 8 * half + 8; ++l, word >>= bits) to[16 * (word & ((1u << bits) - 1)) + l] = numbers[l];
+            for (uint32_t c = 0; c < M; ++c) columns[c][i] |= number & (LaneBits)(at == c);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < M; ++c, to += 16)
+#pragma GCC unroll 4
+        for (int i = 0; i < kRegisters; ++i) store_vec(to + i * kRegister, (Vec)columns[c][i]);
     }
+  }
+
+  // Of the lanes in register i: eight lanes have B bytes.
+  template <int B>
+  static LaneBits positions_of(const uint8_t* from, int i) {
+    uint32_t low, high = 0;
+    memcpy(&low, from, 4);
+    if (B == 3) {
+      uint16_t rest;
+      memcpy(&rest, from + 4, 2);
+      high = rest;
+    }
+    const uint32_t halves[2] = {low & ((1u << (8 * B)) - 1), low >> (8 * B) | high << (32 - 8 * B)};
+    LaneBits shift, upper;
+#pragma GCC unroll 16
+    for (int l = 0; l < kRegister; ++l) {
+      const int lane = i * kRegister + l;
+      shift[l] = static_cast<uint32_t>(lane % 8 * B);
+      upper[l] = lane < 8 ? 0 : ~0u;
+    }
+    return (((halves[0] - LaneBits{}) & ~upper) | ((halves[1] - LaneBits{}) & upper)) >> shift & ((1u << B) - 1);
   }
 };
 

@@ -1,7 +1,7 @@
-// Products of bitmaps and N:M whose values have 16 bits, on CPUs that expand such values (AVX-512 VBMI2) and, of bf16, that add up products
-// of pairs (AVX-512 BF16), where a lane is multiplied as it is. The latter read subnormal numbers as 0.
+// Products of bf16 whose lanes are multiplied as they are, both columns at once, on CPUs that have an instruction for it (AVX-512 BF16).
+// It reads subnormal numbers as 0.
 #pragma once
-#include "lines.h"
+#include "words.h"
 
 #if defined(SPARSEC_SIMDE)
 #define SPARSEC_DOTS
@@ -14,51 +14,6 @@
 #endif
 
 namespace {
-
-// Sixteen sums of bf16: both columns of a lane to one; of fp16: those of lanes 0 to 7 side by side, then of lanes 8 to 15.
-template <class V>
-struct WideSums {
-  __m512 sums[2];
-};
-SPARSEC_VBMI2 inline void add_words(WideSums<BFloat16>& to, __m512i lanes, const float* x) {
-  to.sums[0] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16)), _mm512_set1_ps(x[0]), to.sums[0]);
-  const __m512i second = _mm512_and_si512(lanes, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  to.sums[1] = _mm512_fmadd_ps(_mm512_castsi512_ps(second), _mm512_set1_ps(x[1]), to.sums[1]);
-}
-SPARSEC_VBMI2 inline Lanes total(const WideSums<BFloat16>& of) { return Lanes{{as_vec(_mm512_add_ps(of.sums[0], of.sums[1]))}}; }
-SPARSEC_VBMI2 inline void add_words(WideSums<Float16>& to, __m512i lanes, const float* x) {
-  Float16 words[32];  // stays in a register
-  memcpy(words, &lanes, sizeof(words));
-  const __m512 pair = _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const Unaligned*>(x)));
-  for (int i = 0; i < 2; ++i) to.sums[i] = _mm512_fmadd_ps(values16(words + 16 * i), pair, to.sums[i]);
-}
-SPARSEC_VBMI2 inline Lanes total(const WideSums<Float16>& of) {
-  Lanes columns[2];
-  const Vec eights[2] = {as_vec(of.sums[0]), as_vec(of.sums[1])};
-  apart(eights, columns);
-  return add(columns[0], columns[1]);
-}
-
-template <class V>
-SPARSEC_VBMI2 void bitmap_one_words(const sparsec::Task& t) {
-  const sparsec::Matrix& w = *t.matrix;
-  const float* x = static_cast<const float*>(t.x);
-  const int64_t steps = steps_of<V>(w), whole = w.in_features / 2;
-  const uint32_t* bits = static_cast<const uint32_t*>(w.columns) + t.first * steps;
-  StepReader reader(w, static_cast<const V*>(w.values) + w.start[t.first]);
-  const float last[2] = {w.in_features ? x[w.in_features - 1] : 0.0f, 0.0f};  // of a lane that is not full
-  for (int64_t p = t.first; p < t.last; ++p, bits += steps) {
-    WideSums<V> a = {}, b = {};
-    int64_t k = 0;
-    for (; k + 2 <= whole; k += 2) {
-      __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kBitmapAhead);
-      add_words(a, reader.take(bits[k]), x + 2 * k);
-      add_words(b, reader.take(bits[k + 1]), x + 2 * k + 2);
-    }
-    for (; k < steps; ++k) add_words(a, reader.take(bits[k]), k < whole ? x + 2 * k : last);
-    finish(add(total(a), total(b)), static_cast<const V*>(w.bias), 16 * p, least(16, w.out_features - 16 * p), static_cast<V*>(t.out));
-  }
-}
 
 #if defined(SPARSEC_DOTS)
 
@@ -88,7 +43,7 @@ SPARSEC_BF16 void bitmap_one_dots(const sparsec::Task& t) {
     __m512 a = _mm512_setzero_ps(), b = a;
     int64_t k = 0;
     for (; k + 2 <= steps; k += 2) {
-      __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kBitmapAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kWordsAhead);
       a = add_dots(a, reader.take(bits[k]), pair(k));
       b = add_dots(b, reader.take(bits[k + 1]), pair(k + 1));
     }
@@ -160,7 +115,7 @@ SPARSEC_BF16 void bitmap_dots(const sparsec::Matrix& w, int64_t panel, const uin
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
   for (int64_t k = 0; k < steps; ++k, x += M) {
-    if (k % 2 == 0) __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kBitmapAhead);
+    if (k % 2 == 0) __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kWordsAhead);
     const __m512i lanes = reader.take(bits[k]);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) sums[m] = add_dots(sums[m], lanes, _mm512_set1_epi32(static_cast<int>(x[m])));
@@ -241,33 +196,6 @@ void pair_product(const PairTask& t) {
   }
 }
 
-// Sixteen lines become sixteen rows of 32 columns.
-inline void turn_lines(const uint32_t* lines, __m512i (&rows)[16]) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    const __m512i line = load_bits(lines + 16 * i), next = load_bits(lines + 16 * (i + 1));
-    a[i] = _mm512_unpacklo_epi32(line, next);
-    a[i + 1] = _mm512_unpackhi_epi32(line, next);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), odd = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88), odd2 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    rows[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
-    rows[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-    rows[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-    rows[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-  }
-}
-
 // bf16: row by row again, without a way through fp32.
 void expand_lines(const sparsec::ExpandTask& t) {
   const sparsec::Matrix& w = *t.matrix;
@@ -285,7 +213,7 @@ void expand_lines(const sparsec::ExpandTask& t) {
       lines_of(kind, decoder, w, begin, end, t.scratch, lines);
       for (int64_t k = begin; k < end; k += 32) {
         __m512i rows[16];
-        turn_lines(lines + 8 * (k - begin), rows);
+        turn(reinterpret_cast<const uint16_t*>(lines + 8 * (k - begin)), 32, rows);
         const size_t bytes = 2 * static_cast<size_t>(least(32, end - k));
         for (int64_t l = 0; l < count; ++l)
           if (bytes == 64)

@@ -169,9 +169,10 @@ void finish_panels(const Task& t, const float* sums, int64_t per_panel, int64_t 
 
 constexpr int64_t kCachedFloats = 1 << 16;  // 256 KB
 
-void panels(const sparsec::PanelTask& t) {
+template <const DecoderKind& (*Kind)(const sparsec::Matrix&)>
+void panels_by(const sparsec::PanelTask& t) {
   const sparsec::Matrix& w = *t.matrix;
-  const DecoderKind& kind = decoder_of(w);
+  const DecoderKind& kind = Kind(w);
   const int64_t in = w.in_features, blocks = block_columns(w), rows = t.rows_per_tile;
   const Tile times = kTiles[rows - 1];
   float* const decoded = t.scratch;
@@ -226,6 +227,8 @@ void panels(const sparsec::PanelTask& t) {
     }
   }
 }
+
+void panels(const sparsec::PanelTask& t) { panels_by<decoder_of>(t); }
 
 // Registers: M * 16 / kRegister sums, one column, one broadcast.
 #if defined(__AVX512F__) || defined(SPARSEC_SIMDE)
