@@ -82,22 +82,26 @@ struct WordDecoder : BitmapDecoder<V> {
   SPARSEC_VBMI2 void multiply(int64_t begin, int64_t end, const float* x, float* acc, int64_t, int64_t) {
     constexpr int kSums = M <= 6 ? 2 : 1;
     StepReader from = reader();
-    Lanes sums[kSums][M] = {};
+    Lanes sums[kSums][M] = {}, columns[2];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) sums[0][m] = load_lanes(acc + 16 * m);
     x += begin * M;
-    for (int64_t k = begin; k < end; k += 2, x += 2 * M) {
-      if (k % 4 == 0) __builtin_prefetch(reinterpret_cast<const char*>(bits + k / 2) + kWordsAhead);
-      Lanes columns[2];
-      columns_of(from.take(bits[k / 2]), values, columns);
+    int64_t k = begin / 2;
+    for (; k < end / 2; ++k, x += 2 * M) {
+      __builtin_prefetch(reinterpret_cast<const char*>(bits + k) + kWordsAhead);
+      columns_of(from.take(bits[k]), values, columns);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) add_product(sums[0][m], columns[0], x[m]);
-      if (k + 1 == end) break;
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) add_product(sums[kSums - 1][m], columns[1], x[M + m]);
     }
+    if (end % 2) {  // a lane that is not full
+      columns_of(from.take(bits[k]), values, columns);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) store_lanes(acc + 16 * m, kSums == 2 ? add(sums[0][m], sums[1][m]) : sums[0][m]);
+      for (int m = 0; m < M; ++m) add_product(sums[0][m], columns[0], x[m]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) store_lanes(acc + 16 * m, kSums == 2 ? add(sums[0][m], sums[kSums - 1][m]) : sums[0][m]);
     values = reinterpret_cast<const V*>(from.next);
   }
 
