@@ -26,7 +26,9 @@ class CommandLine(argparse.ArgumentParser):
         """Ends the process with a message and exit code 2 where a word is none of the command's."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}")
+            words = [word for word in unknown if not word.startswith("-")]
+            quotes = "; a text of several words goes in quotes" if words == unknown else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}{quotes}")
         return found
 
     def _nearest(self, words: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from time import perf_counter
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsec.command_line import CommandLine
-from sparsec.console.command import DTYPES, add_device, check_device, on_device, positive, seed, threads
+from sparsec.console.command import DTYPES, add_device, check_device, number, on_device, positive, seed, threads
 from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel
@@ -48,20 +49,27 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a folder that sparsec saved, or what `report` takes; default: the packaged SmolLM2-135M, dense",
+        help="a folder that sparsec saved, or what `report` takes; default: smollm2, the packaged SmolLM2-135M, dense",
     )
-    p.add_argument("prompt", nargs="?", metavar="TEXT", help=f"- reads it from the input; default: {Effort().prompt!r}")
+    p.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="TEXT",
+        help=f"after MODEL, in quotes; - reads it from the input; default: {Effort().prompt!r}",
+    )
     p.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="at most; default: %(default)s")
-    p.add_argument("--no-chat", dest="chat", action="store_false", help="continue the text, past the chat template")
+    p.add_argument(
+        "--no-chat", dest="chat", action="store_false", help="continue the text as it is, without the chat template"
+    )
     p.add_argument(
         "--temperature",
-        type=float,
+        type=number,
         default=0.0,
         metavar="T",
         help="draw tokens; default: the most likely one, as with 0",
     )
     p.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likely ones that make up so much"
+        "--top-p", type=number, default=1.0, metavar="P", help="draw from the likely ones that make up so much"
     )
     p.add_argument("--seed", type=seed, default=0, help="of what is drawn, and of `tiny`; default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, help="to compute in; default: as it was saved, else fp32")
@@ -82,6 +90,10 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     _check(args)
+    if args.prompt is None and args.model is not None and " " in args.model and not os.path.exists(args.model):
+        raise DataError(
+            f"{args.model!r} is read as MODEL, which comes before TEXT: sparsec generate smollm2 {args.model!r}"
+        )
     check_device(args.device)
     if args.json is not None:
         writable(args.json)

@@ -44,6 +44,7 @@ def test_it_shows_what_is_written_before_and_after(tmp_path: Path, capsys: pytes
     assert "before" in out
     assert "after" in out
     assert "14 as bitmap" in out
+    assert "sparsegpt(...) in its place" in out
     assert f"sparsec generate {tmp_path / 'm'}" in out
     assert "writing ..." in err
 
@@ -138,6 +139,8 @@ def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(
         (["tiny", "abc", "--new-tokens", "99999"], "positions"),
         (["{saved}", "abc", "--dtype", "bf16"], "saved to compute in float32"),
         (["{bert}", "abc"], "BertModel writes no text"),
+        (["Why is the sky blue?"], "sparsec generate smollm2 'Why is the sky blue?'"),
+        (["tinny", "abc"], "did you mean `tiny`?"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(
@@ -149,4 +152,20 @@ def test_what_cannot_be_generated_is_refused(
         bert.save_pretrained(tmp_path / "bert")
     places = {"saved": folder, "bert": tmp_path / "bert"}
     assert generate.main([word.format(**places) for word in words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny", "abc", "--temperature", "hot"], "must be a number, got 'hot'"),
+        (["tiny", "Why", "is", "the", "sky"], "a text of several words goes in quotes"),
+        (["tiny", "abc", "--temprature", "1"], "did you mean --temperature?"),
+    ],
+)
+def test_words_that_cannot_be_read_end_with_the_way_out(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(words)
     assert said in capsys.readouterr().err

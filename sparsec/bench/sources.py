@@ -13,7 +13,6 @@ from sparsec.data import load_model
 from sparsec.errors import DataError, SpecError
 from sparsec.progress import Progress
 
-PACKAGED = "smollm2"
 ROOM_SHARE = 0.8  # of the free memory; the rest is for activations and for what others do meanwhile
 
 
@@ -36,7 +35,7 @@ def source(
         raise SpecError(
             f"--layers with --end-to-end is for models with random weights ({', '.join(CONFIGS)}), not {spec}"
         )
-    loaded = load_model(None if spec == PACKAGED else spec, dtype, progress)
+    loaded = load_model(spec, dtype, progress)
     if loaded.is_encoder:
         raise DataError(
             f"{spec}: {type(loaded.model).__name__} is an encoder and decodes nothing, and --end-to-end times decoding; "

@@ -29,7 +29,7 @@ def card(record: Record, model: str, name: str, report: ReportData | None) -> st
         "tags: [sparsec, sparse]",
         "---",
         "",
-        f"{FIRST} (`pip install sparsec`): `import sparsec` before transformers reads it.** "
+        f"{FIRST}: install it, and `import sparsec` before transformers reads it.** "
         "Without it transformers warns that every weight is missing, and the model says nothing that makes sense.",
         "",
         "```python",

@@ -56,6 +56,14 @@ def seed(text: str) -> int:
     return _whole(text, 0, 2**63 - 1)
 
 
+def number(text: str) -> float:
+    """Type of an argument: a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text[:40]!r}") from None
+
+
 def _whole(text: str, least: int, most: int) -> int:
     try:
         value = int(text)

