@@ -54,14 +54,14 @@ bool cpu_has(const InstructionSet& isa) {
   return &isa == &sparsec::kPortable;
 }
 
-// Whether products of pairs are what this CPU does fastest in bf16. On Intel's (measured on Emerald Rapids) vdpbf16ps takes two cycles and
-// is half as fast as the multiply-adds of fp32 that it stands for, at any number of rows: their matrix tiles are for that. AMD's Zen 4 does
-// one a cycle, twice as much as by multiply-adds.
-bool dots_are_fast() {
+// Whether an instruction set that the CPU has is worth taking. On Intel's CPUs (measured on Emerald Rapids) vdpbf16ps takes two cycles and is
+// half as fast as the multiply-adds of fp32 that it stands for, at any number of rows: their matrix tiles are for that. AMD's Zen 4 does one
+// a cycle, twice as much as by multiply-adds.
+bool is_fast([[maybe_unused]] const InstructionSet& isa) {
 #if defined(SPARSEC_X86)
-  return !__builtin_cpu_is("intel");
+  return &isa != &sparsec::kAvx512Bf16 || !__builtin_cpu_is("intel");
 #else
-  return false;
+  return true;
 #endif
 }
 
@@ -74,7 +74,7 @@ const InstructionSet* const kAll[] = {
 
 const InstructionSet* best() {
   for (const InstructionSet* isa : kAll)
-    if (cpu_has(*isa) && (isa != &sparsec::kAvx512Bf16 || dots_are_fast())) return isa;
+    if (cpu_has(*isa) && is_fast(*isa)) return isa;
   return &sparsec::kPortable;
 }
 
