@@ -169,7 +169,11 @@ def test_a_forced_instruction_set_is_used_or_refused() -> None:
             with pytest.raises(KernelError, match=f"'{name}' cannot be used here: .* have {', '.join(usable)}"):
                 loader.force_isa(name)
     loader.force_isa(None)
-    assert loader.status().isa == usable[0]
+    first = python("import sparsec.kernels as k; print(k.status().isa)", SPARSEC_ISA="").stdout.strip()
+    assert loader.status().isa == first
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+    best = [name for name in usable if not (intel and name == "avx512_bf16")]  # whose products of pairs are slow there
+    assert first == best[0]
 
 
 @needs_compiler

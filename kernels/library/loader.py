@@ -99,14 +99,14 @@ class Library:
         """What the library and Python number alike: lines such as "format csr 1 3 2". For tests."""
         return str(self._c.sparsec_numbers().decode()).splitlines()
 
-    def choose(self, name: str) -> None:
-        """Uses another one from now on, in all threads."""
-        if name not in self.usable:
+    def choose(self, name: str | None) -> None:
+        """Uses another one from now on, in all threads; None: the one that was taken at first."""
+        if name is not None and name not in self.usable:
             raise KernelError(
                 f"instruction set {name!r} cannot be used here: this CPU and library have {', '.join(self.usable)}; "
                 f"set SPARSEC_ISA to one of these, or to {REFERENCE}, before the first use"
             )
-        self._c.sparsec_choose(self.isas.index(name))
+        self._c.sparsec_choose(-1 if name is None else self.isas.index(name))
 
     def force_half_product(self, on: bool | None) -> None:
         """Whether many rows of a half type go through the dense product of that type; None: as the CPU has it. For tests."""
@@ -147,7 +147,7 @@ def force_isa(name: str | None) -> None:
     loaded = _loaded()
     if isinstance(loaded, NativeStatus):
         raise KernelError(f"instruction set {name!r} cannot be forced: {loaded.reason}")
-    loaded.choose(loaded.usable[0] if name is None else name)
+    loaded.choose(name)
 
 
 def library() -> Library:

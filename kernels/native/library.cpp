@@ -112,7 +112,7 @@ SPARSEC_EXPORT const char* sparsec_isa(int64_t i) {
 }
 SPARSEC_EXPORT int sparsec_cpu_has(int64_t i) { return cpu_has(*kAll[i]); }
 SPARSEC_EXPORT const char* sparsec_chosen() { return chosen.load()->name; }
-SPARSEC_EXPORT void sparsec_choose(int64_t i) { chosen.store(kAll[i]); }
+SPARSEC_EXPORT void sparsec_choose(int64_t i) { chosen.store(i < 0 ? best() : kAll[i]); }  // negative: as it was at first
 SPARSEC_EXPORT const char* sparsec_numbers() {
   static const std::string text = numbers();
   return text.c_str();
