@@ -27,7 +27,7 @@ class CommandLine(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             words = [word for word in unknown if not word.startswith("-")]
-            quotes = "; a text of several words goes in quotes" if words == unknown else ""
+            quotes = "; what has several words goes in quotes" if words == unknown else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}{quotes}")
         return found
 

@@ -90,10 +90,6 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     _check(args)
-    if args.prompt is None and args.model is not None and " " in args.model and not os.path.exists(args.model):
-        raise DataError(
-            f"{args.model!r} is read as MODEL, which comes before TEXT: sparsec generate smollm2 {args.model!r}"
-        )
     check_device(args.device)
     if args.json is not None:
         writable(args.json)
@@ -117,6 +113,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.prompt is None and args.model is not None and " " in args.model and not os.path.exists(args.model):
+        raise DataError(
+            f"{args.model!r} is read as MODEL, which comes before TEXT: sparsec generate smollm2 {args.model!r}"
+        )
     if not 0 <= args.temperature < float("inf"):
         raise DataError(f"--temperature must be at least 0, got {args.temperature}; 0 takes the most likely token")
     if not 0 < args.top_p <= 1:

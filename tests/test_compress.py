@@ -159,7 +159,7 @@ def test_what_cannot_be_generated_is_refused(
     ("words", "said"),
     [
         (["tiny", "abc", "--temperature", "hot"], "must be a number, got 'hot'"),
-        (["tiny", "Why", "is", "the", "sky"], "a text of several words goes in quotes"),
+        (["tiny", "Why", "is", "the", "sky"], "what has several words goes in quotes"),
         (["tiny", "abc", "--temprature", "1"], "did you mean --temperature?"),
     ],
 )

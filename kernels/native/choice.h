@@ -55,8 +55,8 @@ bool cpu_has(const InstructionSet& isa) {
 }
 
 // Whether an instruction set that the CPU has is worth taking. On Intel's CPUs (measured on Emerald Rapids) vdpbf16ps takes two cycles and is
-// half as fast as the multiply-adds of fp32 that it stands for, at any number of rows: their matrix tiles are for that. AMD's Zen 4 does one
-// a cycle, twice as much as by multiply-adds.
+// half as fast as the multiply-adds of fp32 that it stands for, at any number of rows: their matrix tiles are for that. On AMD's Zen 4 a
+// prototype with it took 1.24 ms where one with multiply-adds took 1.77 (one row, 90 % zeros).
 bool is_fast([[maybe_unused]] const InstructionSet& isa) {
 #if defined(SPARSEC_X86)
   return &isa != &sparsec::kAvx512Bf16 || !__builtin_cpu_is("intel");

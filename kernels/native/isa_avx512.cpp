@@ -253,7 +253,7 @@ constexpr InstructionSet with_words(const char* name) {
 constexpr InstructionSet with_pairs(const char* name, void (*amx)(const AmxTask&)) {
   InstructionSet found = with_words(name);
 #if defined(SPARSEC_DOTS)
-  // CPUs with matrix tiles are Intel's, where products of pairs are no faster than multiply-adds (choice.h): 1.2 times as slow here.
+  // CPUs with matrix tiles are Intel's, where products of pairs are slower than multiply-adds (choice.h): 1.2 times in a loop like this.
   if (!amx) found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_dots;
   found.formats[kNm].one[kPlain][kBFloat16] = nm_one_pairs;
   found.pairs = pair_product;

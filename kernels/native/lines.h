@@ -37,12 +37,9 @@ SPARSEC_VBMI2 inline __m512i expand_words(uint32_t bits, __m512i v) {
 #endif
 
 // Both columns of a line.
-inline void columns_of(__m512i line, const BFloat16*, Lanes (&columns)[2]) {
-  columns[0].v[0] = as_vec(_mm512_castsi512_ps(_mm512_slli_epi32(line, 16)));
-  columns[1].v[0] = as_vec(_mm512_castsi512_ps(_mm512_and_si512(line, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))));
-}
-inline void columns_of(__m512i line, const Float16*, Lanes (&columns)[2]) {
-  Float16 numbers[32];  // stays in registers
+template <class V>
+inline void columns_of(__m512i line, const V*, Lanes (&columns)[2]) {
+  V numbers[32];  // stays in registers
   memcpy(static_cast<void*>(numbers), &line, sizeof(numbers));
   load_step(numbers, columns);
 }
