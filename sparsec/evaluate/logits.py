@@ -50,18 +50,13 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
         yield from torch.split(_logits(name, model, window), rows)
         return
     places = torch.split(torch.arange(len(window), device=window.device), rows)
-    found: list[Any] = []
-    mine = threading.get_ident()
-
-    def remember(module: nn.Module, args: Any, out: Any) -> None:
-        if threading.get_ident() == mine:
-            found.append(_copied(out))
-
-    hook = body.register_forward_hook(remember)
+    remembered = _Remembered()
+    hook = body.register_forward_hook(remembered)
     try:
         first = _logits(name, model, window, logits_to_keep=places[0])
     finally:
         hook.remove()
+    found = remembered.found
     if len(found) != 1 or len(first) != len(places[0]):  # not the forward that is known here
         yield from torch.split(_logits(name, model, window), rows)
         return
@@ -72,6 +67,18 @@ def logits_in_parts(name: str, model: Any, window: Tensor, rows: int) -> Iterato
             part = _logits(name, model, window, logits_to_keep=place)
         yield part
         del part
+
+
+class _Remembered:
+    """A hook that keeps what a module gave in the thread that made it."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.found: list[Any] = []
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() == self.thread:
+            self.found.append(_copied(out))
 
 
 def _copied(out: Any) -> Any:
@@ -102,8 +109,9 @@ def _body(model: Any) -> nn.Module | None:
     takes = callable(forward) and "logits_to_keep" in inspect.signature(forward).parameters
     if not takes or not isinstance(body, nn.Module) or body is model:
         return None
-    # A hook would run once more on what the body gave, and one on the model may mix rows.
-    return None if body._forward_hooks or model._forward_hooks else body
+    # A hook would run once more on what the body gave, and one on the model may mix rows. Another thread's does neither.
+    hooks = [h for h in (*body._forward_hooks.values(), *model._forward_hooks.values()) if not isinstance(h, _Remembered)]
+    return None if hooks else body
 
 
 def _logits(name: str, model: Any, window: Tensor, **kept: Tensor) -> Tensor:
