@@ -110,7 +110,9 @@ def _body(model: Any) -> nn.Module | None:
     if not takes or not isinstance(body, nn.Module) or body is model:
         return None
     # A hook would run once more on what the body gave, and one on the model may mix rows. Another thread's does neither.
-    hooks = [h for h in (*body._forward_hooks.values(), *model._forward_hooks.values()) if not isinstance(h, _Remembered)]
+    hooks = [
+        h for h in (*body._forward_hooks.values(), *model._forward_hooks.values()) if not isinstance(h, _Remembered)
+    ]
     return None if hooks else body
 
 

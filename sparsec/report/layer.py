@@ -132,6 +132,15 @@ class LayerRow:
             "one row, of encoders the prompt, against the dense layer, in rotation over all layers; fused ones together"
         ),
     )
+    ms_dense: float | None = field(
+        default=None,
+        metadata=figure("milliseconds measured for the dense layer; of a fused product, its share by FLOPs"),
+    )
+    ms: float | None = field(default=None, metadata=figure("the same as it is executed now"))
+    sensitivity: float | None = field(
+        default=None,
+        metadata=figure("KL divergence of the model's predictions where this weight alone is pruned, in nats a token"),
+    )
     value_bytes: int = field(metadata=figure("of one value", lambda s: s.weight.dtype.itemsize))
     executed: bool = field(metadata=figure("whether the traced call read it", lambda s: bool(s.ops)))
     multiplied: bool = field(

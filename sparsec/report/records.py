@@ -12,6 +12,7 @@ from sparsec.machine import Machine
 from sparsec.pipeline.base import PassRecord
 from sparsec.report.layer import LayerRow, total
 from sparsec.report.variant import Variant
+from sparsec.report.views import LayerView
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class ReportData:
     beside: dict[str, float] = field(
         default_factory=dict
     )  # perplexity on the same windows by other passes; of encoders the cosine
+    views: tuple[LayerView, ...] = ()  # of what was pruned, where they were asked for
 
     @property
     def encoder(self) -> bool:
