@@ -28,7 +28,7 @@ from sparsec.lowering.setting import unpredicted
 from sparsec.machine import gpu_clock
 from sparsec.report.__main__ import main as report
 from sparsec.timing import latency
-from sparsec.timing.latency import layer_speedups, replayed_speedup
+from sparsec.timing.latency import PairTime, layer_times, replayed_time
 
 FIXTURE = Path(__file__).parent / "calibration.json"
 SMALL = measure_gpu.Sizes(
@@ -249,11 +249,11 @@ def test_commands_name_the_device_that_is_missing(capsys: pytest.CaptureFixture[
 
 def test_layers_on_a_gpu_are_timed_by_replays_of_cold_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = nn.Linear(512, 2048), nn.Linear(512, 64)
-    assert replayed_speedup([slow], [fast], rounds=5, rotate_bytes=1 << 22) > 1
-    assert layer_speedups({}, 2) == {}
+    assert replayed_time([slow], [fast], rounds=5, rotate_bytes=1 << 22).speedup > 1
+    assert layer_times({}, 2) == {}
     monkeypatch.setattr(latency, "take_turns", lambda cases, rounds, warm_up: [[3.0] * rounds, [1.5] * rounds])
-    both = replayed_speedup([slow, slow], [fast], rounds=5, rotate_bytes=1 << 22)
-    assert both == 4, "seconds a call, of two layers against one"
+    both = replayed_time([slow, slow], [fast], rounds=5, rotate_bytes=1 << 22)
+    assert both == PairTime(4.0, 6000.0, 1500.0), "seconds a call, of two layers against one"
 
 
 def test_a_problem_of_a_gpu_is_served_by_its_kernels(served: tuple[Kernel, ...]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsec.timing.latency import compare_latency, layer_speedups
+from sparsec.timing.latency import compare_latency, layer_times
 from sparsec.timing.spread import Spread
 from sparsec.timing.turns import WARM_UP, take_turns
 
@@ -78,8 +78,10 @@ def test_layers_are_timed_one_model_after_the_other_at_one_row() -> None:
         "p": (Layer("p dense", 3, 8e-3), Layer("p sparse", 3, 1e-3)),
         "q": (Layer("q dense", 5, 1e-3), Layer("q sparse", 5, 8e-3)),
     }
-    found = layer_speedups({n: ([d], [s]) for n, (d, s) in pairs.items()}, rounds=2)
-    assert found["p"] > 1 > found["q"]
+    found = layer_times({n: ([d], [s]) for n, (d, s) in pairs.items()}, rounds=2)
+    assert found["p"].speedup > 1 > found["q"].speedup
+    assert found["p"].dense_ms >= 8 > found["q"].dense_ms
+    assert found["q"].ms >= 8 > found["p"].ms
     assert seen[:8] == [
         ("p dense", (1, 3)), ("q dense", (1, 5)), ("p sparse", (1, 3)), ("q sparse", (1, 5)),
         ("p sparse", (1, 3)), ("q sparse", (1, 5)), ("p dense", (1, 3)), ("q dense", (1, 5)),

@@ -23,6 +23,7 @@ from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.layers import time_layers
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import QUICK, plan
+from sparsec.timing.latency import PairTime
 
 PASSES = "magnitude(0.6),freeze,sparsity,flops,fuse,lower(bitmap)"
 
@@ -161,6 +162,27 @@ def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(found.speedups) == {row.name for row in lowered.sparsec.report().layers if row.packed}
         one, two = (found.speedups[f"model.layers.{i}.mlp.up_proj.weight"] for i in (0, 1))
         assert one == two > 0
+        for ms in (found.ms_dense, found.ms):
+            assert set(ms) == set(found.speedups)
+            assert ms["model.layers.0.mlp.up_proj.weight"] == ms["model.layers.1.mlp.up_proj.weight"] > 0
+
+
+def test_a_fused_products_time_is_shared_out_by_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny_model("llama")
+    passes = (
+        "magnitude(0.75, targets=('*.gate_proj',)),magnitude(0.5, targets=('*.up_proj',)),freeze,fuse,lower(bitmap)"
+    )
+    lowered = sparsec.compile(model, passes)
+    monkeypatch.setattr(
+        "sparsec.study.layers.layer_times", lambda pairs, *_: {n: PairTime(2.0, 9.0, 6.0) for n in pairs}
+    )
+    found, graph = time_layers(lowered, model, rounds=1), lowered.sparsec.graph
+    names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
+    assert any(set(names) == set(op.members) for op in graph.ops.values()), "they are one product"
+    assert [found.ms_dense[name] for name in names] == [4.5, 4.5]
+    kept = [graph.kept(name) for name in names]
+    assert [found.ms[name] for name in names] == pytest.approx([6.0 * own / sum(kept) for own in kept])
+    assert found.speedups[names[0]] == found.speedups[names[1]] == 2.0
 
 
 def test_what_does_not_fit_into_the_budget_is_sampled_and_said() -> None:

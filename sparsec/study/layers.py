@@ -1,4 +1,4 @@
-"""Measured speedups of lowered layers: equal products are timed once, and enough of them that none is found in a cache."""
+"""Measured times of lowered layers: equal products are timed once, and enough of them that none is found in a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsec.ir.facts import MATRIX_KINDS
 from sparsec.ir.graph import Graph
 from sparsec.progress import Progress
-from sparsec.timing.latency import layer_speedups
+from sparsec.timing.latency import PairTime, layer_times
 
 COLD = (
     128 << 20
@@ -27,6 +27,8 @@ class LayerTimes:
     """By weight. `timed` of `products` were; the others have the median of those that equal them."""
 
     speedups: dict[str, float]
+    ms_dense: dict[str, float]  # of a fused product, the share that a weight has of its FLOPs
+    ms: dict[str, float]
     timed: int
     products: int
 
@@ -56,12 +58,32 @@ def time_layers(
             )
             for i, product in enumerate(chosen)
         }
-    found = layer_speedups(pairs, rounds, progress, seconds, rows)
-    by_kind: dict[tuple[Any, ...], list[float]] = {}
+    found = layer_times(pairs, rounds, progress, seconds, rows)
+    by_kind: dict[tuple[Any, ...], list[PairTime]] = {}
     for i, product in enumerate(chosen):
         by_kind.setdefault(kinds[product], []).append(found[str(i)])
-    speedups = {name: median(by_kind[kinds[product]]) for product in owners for name in product}
-    return LayerTimes(speedups, len(chosen), len(owners))
+    speedups: dict[str, float] = {}
+    ms_dense: dict[str, float] = {}
+    ms: dict[str, float] = {}
+    for product in owners:
+        same = by_kind[kinds[product]]
+        before, now = median(t.dense_ms for t in same), median(t.ms for t in same)
+        speedups |= dict.fromkeys(product, median(t.speedup for t in same))
+        ms_dense |= _shared(before, {name: graph.weights[name].numel for name in product})
+        ms |= _shared(now, {name: _multiplied(graph, name) for name in product})
+    return LayerTimes(speedups, ms_dense, ms, len(chosen), len(owners))
+
+
+def _multiplied(graph: Graph, name: str) -> int:
+    """Values that a product multiplies by."""
+    weight = graph.weights[name]
+    return weight.numel if weight.packed is None else weight.packed.nnz
+
+
+def _shared(ms: float, work: Mapping[str, int]) -> dict[str, float]:
+    """By name, in proportion to its work; in equal parts where there is none."""
+    whole = sum(work.values())
+    return {name: ms * own / whole if whole else ms / len(work) for name, own in work.items()}
 
 
 def _products(graph: Graph) -> dict[WeightNames, tuple[str, ...]]:

@@ -184,8 +184,16 @@ class _Run:
         remarks = [*report.remarks, *times.notes]
         layers = report.layers
         if self.layers is not None:
-            speed = self.layers.speedups
-            layers = tuple(replace(row, speedup_measured=speed.get(row.name)) for row in layers)
+            t = self.layers
+            layers = tuple(
+                replace(
+                    row,
+                    speedup_measured=t.speedups.get(row.name),
+                    ms_dense=t.ms_dense.get(row.name),
+                    ms=t.ms.get(row.name),
+                )
+                for row in layers
+            )
             remarks.append(_on_layers(self.layers, effort, planned, self.loaded.is_encoder))
         if effort.repeats < MIN_REPEATS:
             remarks.append(

@@ -172,24 +172,40 @@ def _decode(model: Any, prompt: Tensor) -> Callable[[], float]:
     return clocked(run)
 
 
+@dataclass(frozen=True)
+class PairTime:
+    """Of the two sides of a pair of layers, medians over rounds; the speedup is that of the ratios of a round."""
+
+    speedup: float
+    dense_ms: float  # of all modules of the first side
+    ms: float  # of the second
+
+    @classmethod
+    def of(cls, rounds: Sequence[tuple[float, float]]) -> PairTime:
+        """From the seconds of both sides, by round."""
+        first, second = zip(*rounds, strict=True)
+        ratios = [ours / theirs for ours, theirs in rounds]
+        return cls(statistics.median(ratios), 1e3 * statistics.median(first), 1e3 * statistics.median(second))
+
+
 @torch.no_grad()
-def layer_speedups(
+def layer_times(
     pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]],
     rounds: int,
     progress: Progress | None = None,
     seconds: float | None = None,
     rows: int = 1,
-) -> dict[str, float]:
-    """Median over rounds of (time of the first) / (time of the second) for pairs of linear layers, at so many rows.
+) -> dict[str, PairTime]:
+    """Times of the first and of the second for pairs of linear layers, at so many rows, and their ratio.
 
     A pair holds one module each, or those of a fused product in their order, which are given the very same row. Every round
     goes through all the first ones, then through all the second ones, as decoding with one or the other goes through all layers:
     a small layer looped by itself would be timed in a cache that it never finds warm, and one between layers of another kind
     in company that it never has. The first ones have `in_features` or a Conv1D's `weight` [in, out]. On a GPU each pair goes by
-    itself, see `replayed_speedup`. seconds: a time budget for the rounds.
+    itself, see `replayed_time`. seconds: a time budget for the rounds.
     """
     if any(dense[0].weight.is_cuda for dense, _ in pairs.values()):
-        return _replayed_speedups(pairs, rounds, rows, progress)
+        return _replayed_times(pairs, rounds, rows, progress)
     given = {name: _rows(dense[0], rows) for name, (dense, _) in pairs.items()}
 
     def walk(side: int) -> dict[str, float]:
@@ -197,7 +213,7 @@ def layer_speedups(
 
     dense, other = take_turns([partial(walk, 0), partial(walk, 1)], rounds, WARM_UP, progress, "timing layers", seconds)
     times = list(zip(dense, other, strict=True))
-    return {name: statistics.median(ours[name] / theirs[name] for ours, theirs in times) for name in pairs}
+    return {name: PairTime.of([(ours[name], theirs[name]) for ours, theirs in times]) for name in pairs}
 
 
 def _rows(dense: nn.Module, rows: int) -> Tensor:
@@ -212,22 +228,22 @@ def _through(modules: Sequence[nn.Module], x: Tensor) -> None:
         module(x)
 
 
-def _replayed_speedups(
+def _replayed_times(
     pairs: Mapping[str, tuple[Sequence[nn.Module], Sequence[nn.Module]]],
     rounds: int,
     rows: int,
     progress: Progress | None,
-) -> dict[str, float]:
+) -> dict[str, PairTime]:
     found = {}
     for name, (dense, other) in each_of(progress, "timing layers", pairs.items()):
-        found[name] = replayed_speedup(dense, other, rounds, rows=rows)
+        found[name] = replayed_time(dense, other, rounds, rows=rows)
     return found
 
 
-def replayed_speedup(
+def replayed_time(
     dense: Sequence[nn.Module], other: Sequence[nn.Module], rounds: int, rotate_bytes: int = ROTATE_BYTES, rows: int = 1
-) -> float:
-    """Median of (time of the first) / (time of the second), each by copies of `rotate_bytes` in all, so that they are cold."""
+) -> PairTime:
+    """Of one pair, each side by copies of `rotate_bytes` in all, so that they are cold."""
     x = _rows(dense[0], rows)
     replays = []
     for modules in (dense, other):
@@ -235,4 +251,4 @@ def replayed_speedup(
         twins = [copy.deepcopy(m) for _ in range(copies(nbytes, rotate_bytes)) for m in modules]
         replays.append(Replay([partial(twin, x) for twin in twins], x.device))
     ours, theirs = take_turns([r.seconds for r in replays], rounds, warm_up=1)
-    return statistics.median(a * len(dense) / (b * len(other)) for a, b in zip(ours, theirs, strict=True))
+    return PairTime.of([(a * len(dense), b * len(other)) for a, b in zip(ours, theirs, strict=True)])
