@@ -14,16 +14,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from study_cells import figures_of, without_work
 
 import sparsec.study.__main__ as study
 from sparsec.errors import DataError, SpecError
 from sparsec.pipeline import Pipeline
-from sparsec.report.variant import Variant
 from sparsec.sweep import run, seminar, tables
 from sparsec.sweep.energy import EnergyMeter
 from sparsec.sweep.grid import axis, grid_cells, places
 from sparsec.sweep.run import DENSE, CellResult
-from sparsec.timing.spread import Spread
 
 TEMPLATE = "magnitude({zeros}),freeze,lower({layout})"
 LITTLE = ["--windows", "1", "--length", "32", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "2"]
@@ -81,17 +80,6 @@ def test_values_that_are_none_are_refused(text: str) -> None:
 # --- measuring
 
 
-def _figures(size: float, slow: float, perplexity: float) -> Variant:
-    return Variant(
-        parameters=1000,
-        nnz=500,
-        bytes=int(1000 * size),
-        bytes_masks=0,
-        perplexity=perplexity,
-        speedup_decode=Spread(1 / slow, 1 / slow, 1 / slow, 3),
-    )
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("study")
@@ -110,7 +98,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_every_cell_has_its_figures(done: Path) -> None:
+def test_every_cell_has_itsfigures_of(done: Path) -> None:
     found = {cell["spec"]: cell for cell in json.loads((done / "json").read_text())["cells"]}
     assert len(found) == 1 + 3
     dense = found[DENSE]["figures"]
@@ -140,21 +128,7 @@ def test_tables_hold_every_cell(done: Path) -> None:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Cells that cost nothing, and how often each step of the work was taken."""
-    counted: Counter[str] = Counter()
-
-    def taken(name: str, *result: Any) -> None:
-        def step(self: Any, *given: Any) -> Any:
-            counted[name] += 1
-            return result[0](*given) if result else None
-
-        monkeypatch.setattr(run._Run, name, step)
-
-    taken("begin")
-    taken("dense", lambda: CellResult(DENSE, (), _figures(1, 1, 20.0)))
-    taken("pruned", lambda pruning: pruning)
-    taken("cell", lambda cell, pruned, start: CellResult(cell.spec, cell.values, _figures(0.5, 0.5, 30.0)))
-    monkeypatch.setattr(run, "warm_up", lambda: None)
-    return counted
+    return without_work(monkeypatch)
 
 
 def test_a_study_that_was_stopped_goes_on_and_prunes_once_for_all_layouts(
@@ -257,8 +231,8 @@ def test_words_that_make_no_study_are_refused(words: list[str], said: str, capsy
 def test_the_seminar_is_told_what_was_met_and_why_not() -> None:
     chosen = seminar.seminar_cells()
     assert len(chosen) == 12
-    results = [CellResult(DENSE, (), _figures(1, 1, 20.0))]
-    results += [CellResult(cell.spec, cell.values, _figures(0.65, 0.95, 21.0)) for cell in chosen]
+    results = [CellResult(DENSE, (), figures_of(1, 1, 20.0))]
+    results += [CellResult(cell.spec, cell.values, figures_of(0.65, 0.95, 21.0)) for cell in chosen]
     lines = seminar.beside_expected(results)
     row = next(line for line in lines if line.startswith("CSR 50%"))
     assert row.split()[-1] == "yes"
@@ -266,12 +240,12 @@ def test_the_seminar_is_told_what_was_met_and_why_not() -> None:
     assert next(line for line in lines if line.startswith("CSR 70%")).endswith("not bytes, time")
     assert "not in it" in next(line for line in lines if line.startswith("Best 90%"))
     assert any("bytes of CSR 70%" in line for line in lines)
-    worse = [replace(r, figures=_figures(0.65, 0.95, 400.0)) if r.spec != DENSE else r for r in results]
+    worse = [replace(r, figures=figures_of(0.65, 0.95, 400.0)) if r.spec != DENSE else r for r in results]
     assert any("20.0 times that of dense" in line for line in seminar.beside_expected(worse))
 
 
 def test_busy_times_are_marked() -> None:
-    quiet = CellResult("a", (), _figures(1, 1, 20.0))
+    quiet = CellResult("a", (), figures_of(1, 1, 20.0))
     assert "1.00x?" in tables.text([replace(quiet, disturbed=True)], ())
     assert "?" not in tables.text([quiet], ())
 

@@ -38,6 +38,7 @@ from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan, plan
 from sparsec.sweep import tables
 from sparsec.sweep.energy import EnergyMeter
 from sparsec.sweep.grid import Cell, axis, grid_cells
+from sparsec.sweep.planners import FixedCells
 from sparsec.sweep.run import measure_cells
 from sparsec.sweep.seminar import beside_expected, seminar_cells
 from sparsec.sweep.store import Store
@@ -205,7 +206,7 @@ def _run(args: argparse.Namespace) -> None:
         store = Store(
             _identity(args, loaded, planned, drawn, here), here, _notes(loaded, planned, args), _path(args.json)
         )
-        measure_cells(loaded, wanted, planned, drawn, store.results, store.keep, progress)
+        measure_cells(loaded, FixedCells(wanted), planned, drawn, store.results, store.keep, progress)
     _write(args, wanted, store)
 
 

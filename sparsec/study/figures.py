@@ -50,22 +50,25 @@ def with_measurements(
     variant: Variant,
     name: str,
     evaluations: Mapping[str, Evaluation | Encoding],
-    times: Comparison,
+    times: Comparison | None,
     longer: Comparison | None,
     dense_linears_ms: float | None,
 ) -> Variant:
-    if name not in times.latencies:
+    """times: None leaves all that the clock tells unknown."""
+    if times is not None and name not in times.latencies:
         return variant
-    decode_ms = times.latencies["dense"].decode_ms
     quality = evaluations["dense" if name in ("dense", "dense_on_sparsec") else "pruned"]
-    zeros: tuple[Spread | None, Spread | None] = (None, None)
-    if name == "lowered" and "dense_on_sparsec" in times.latencies:
-        zeros = times.over("dense_on_sparsec", name)
     known: dict[str, Any] = {
         key: metric.quality(quality)
         for key, (_, metric) in metrics().items()
         if metric.measured is not None or metric.encoded is not None
     }
+    if times is None:
+        return replace(variant, **known)
+    decode_ms = times.latencies["dense"].decode_ms
+    zeros: tuple[Spread | None, Spread | None] = (None, None)
+    if name == "lowered" and "dense_on_sparsec" in times.latencies:
+        zeros = times.over("dense_on_sparsec", name)
     return replace(
         variant,
         speedup_predicted=None

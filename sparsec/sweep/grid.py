@@ -23,6 +23,7 @@ class Cell:
 
     pipeline: Pipeline
     values: tuple[tuple[str, str], ...] = ()  # (placeholder, what stands for it)
+    timed: bool = True  # False: its quality and bytes alone are wanted
 
     @property
     def spec(self) -> str:

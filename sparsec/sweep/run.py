@@ -1,13 +1,12 @@
-"""Measures the cells of a study: one dense reference for all of them, one pruning for those that prune alike."""
+"""Measures the cells that a planner asks for: one dense reference for all, one pruning for those in a row that prune alike."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -50,49 +49,74 @@ class CellResult:
     disturbed: bool = False  # other processes left too few cores while it was timed
     seconds: float = 0.0  # of compiling and measuring
 
+    @property
+    def timed(self) -> bool:
+        """Whether it was timed, and not looked at for its quality alone."""
+        return self.figures is not None and self.figures.prefill_ms is not None
+
+
+class Planner(Protocol):
+    """Says which cells a study measures, in view of what those before them gave."""
+
+    @property
+    def candidates(self) -> Sequence[Cell]:
+        """Every cell that may be asked for."""
+        ...
+
+    def next(self, results: Mapping[str, CellResult]) -> Sequence[Cell]:
+        """Cells to measure now; empty when the study is done. results: by specification, those that failed too."""
+        ...
+
+    def left(self, results: Mapping[str, CellResult]) -> int:
+        """How many cells are expected from here on."""
+        ...
+
+
+def settled(cell: Cell, results: Mapping[str, CellResult]) -> CellResult | None:
+    """What a cell gave; None where it was not measured, or without the times that it needs."""
+    found = results.get(cell.spec)
+    return found if found is None or found.error or found.timed or not cell.timed else None
+
 
 def measure_cells(
     loaded: LoadedModel,
-    cells: Sequence[Cell],
+    planner: Planner,
     planned: StudyPlan,
     calibration: tuple[torch.Tensor, str] | None,
     done: Mapping[str, CellResult],
     keep: Callable[[CellResult], None],
     progress: Progress | None = None,
 ) -> None:
-    """Measures what is not done, the dense reference among it, and gives each result to `keep` as soon as it is there."""
-    wanted = [cell for cell in cells if cell.spec not in done or done[cell.spec].error]
-    if not wanted and DENSE in done:
-        return
-    warm_up()
-    run = _Run(loaded, planned, calibration, progress)
-    run.begin()
-    if DENSE not in done:
-        keep(run.dense())
+    """Measures what the planner asks for and is not done, the dense reference first; each result goes to `keep` at once.
+
+    What failed in `done` is tried again. A planner that asks for nothing but what is settled has come to its end.
+    """
+    results = {spec: result for spec, result in done.items() if not result.error}
+    run: _Run | None = None
     count = 0
-    for pruning, group in groupby(wanted, key=lambda cell: cell.pruning):
-        members = list(group)
-        pruned: Any = None
-        for cell in members:
+
+    def found(result: CellResult) -> None:
+        results[result.spec] = result
+        keep(result)
+
+    while (
+        wanted := [cell for cell in planner.next(results) if settled(cell, results) is None]
+    ) or DENSE not in results:
+        if run is None:
+            warm_up()
+            run = _Run(loaded, planned, calibration, progress)
+            run.begin()
+        timed = any(cell.timed for cell in wanted)
+        if DENSE not in results or (timed and not results[DENSE].timed):
+            found(run.dense(timed))
+        for cell in wanted:
             if progress is not None:
-                progress("cells", count, len(wanted))
-            start = perf_counter()
-            try:
-                pruned = run.pruned(pruning) if pruned is None else pruned
-                keep(run.cell(cell, pruned, start))
-            except (
-                SparsecError,
-                RuntimeError,
-                MemoryError,
-                ValueError,
-                TypeError,
-            ) as error:  # one cell's, whatever it is
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                keep(CellResult(cell.spec, cell.values, None, first, seconds=perf_counter() - start))
+                progress("cells", count, count + max(1, planner.left(results)))
+            found(run.attempt(cell))
             count += 1
             memory.trim()
-    if progress is not None and wanted:
-        progress("cells", count, len(wanted))
+    if progress is not None and count:
+        progress("cells", count, count)
 
 
 @dataclass(eq=False)
@@ -111,6 +135,7 @@ class _Run:
     ) -> None:
         self.model, self.planned, self.calibration, self.progress = loaded.model, planned, calibration, progress
         self.meter = EnergyMeter(next(self.model.parameters()).device.type)
+        self._last: tuple[Pipeline, _Pruned] | None = None
 
     def begin(self) -> None:
         """Runs the dense model over the windows once, and keeps its logits."""
@@ -118,10 +143,11 @@ class _Run:
         windows = self.planned.windows
         self.reference = compare_outputs({DENSE: self.kept}, windows, self.progress, "dense reference")[DENSE]
 
-    def dense(self) -> CellResult:
+    def dense(self, timed: bool) -> CellResult:
+        """The reference itself."""
         start = perf_counter()
         counted = compile(self.model, "sparsity,flops", copy="changed").sparsec.report()
-        alone = self._timed({DENSE: self.model})
+        alone = self._timed({DENSE: self.model}) if timed else None
         figures = _counted(
             counted, counted.parameters, memory.held(self.model).total, 0, counted.flops_dense, counted.linears_dense_ms
         )
@@ -130,10 +156,22 @@ class _Run:
             DENSE,
             (),
             measured,
-            energy_mj=self._energy(self.model),
+            energy_mj=self._energy(self.model) if timed else None,
             disturbed=_disturbed(alone),
             seconds=perf_counter() - start,
         )
+
+    def attempt(self, cell: Cell) -> CellResult:
+        """Of one cell; its error where it fails. The pruning of the cell before serves the one that prunes alike."""
+        start = perf_counter()
+        try:
+            if self._last is None or self._last[0] != cell.pruning:
+                self._last = None  # its memory is free before there is another one
+                self._last = cell.pruning, self.pruned(cell.pruning)
+            return self.cell(cell, self._last[1], start)
+        except (SparsecError, RuntimeError, MemoryError, ValueError, TypeError) as error:  # one cell's, whatever it is
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return CellResult(cell.spec, cell.values, None, first, seconds=perf_counter() - start)
 
     def pruned(self, pruning: Pipeline) -> _Pruned:
         """The masked model, and its quality, which how it is lowered makes no difference to."""
@@ -155,9 +193,9 @@ class _Run:
             report = model.sparsec.report()
             name, linears, flops, masks = "lowered", report.linears_ms, report.flops_per_token, report.bytes_masks
         figures = _counted(report, report.nnz, memory.held(model).total, masks, flops, linears)
-        times = self._timed({DENSE: self.model, name: model})
+        times = self._timed({DENSE: self.model, name: model}) if cell.timed else None
         measured = self._measured(figures, name, pruned.quality, times, report)
-        energy = self._energy(model)
+        energy = self._energy(model) if cell.timed else None
         return CellResult(
             cell.spec,
             cell.values,
@@ -174,7 +212,9 @@ class _Run:
             decodes = max(effort.repeats, effort.new_tokens)
             return compare_latency(models, self.planned.timed, effort.repeats, decodes, self.progress, effort.seconds)
 
-    def _measured(self, figures: Variant, name: str, quality: Evaluation, times: Comparison, report: Report) -> Variant:
+    def _measured(
+        self, figures: Variant, name: str, quality: Evaluation, times: Comparison | None, report: Report
+    ) -> Variant:
         evaluations = {DENSE: self.reference, "pruned": quality}
         return with_measurements(figures, name, evaluations, times, None, report.linears_dense_ms)
 
@@ -182,8 +222,8 @@ class _Run:
         return self.meter.per_token(model, self.planned.timed, self.planned.effort.new_tokens)
 
 
-def _disturbed(times: Comparison) -> bool:
-    return in_the_way(times.others, torch.get_num_threads(), cores())
+def _disturbed(times: Comparison | None) -> bool:
+    return times is not None and in_the_way(times.others, torch.get_num_threads(), cores())
 
 
 def _counted(report: Report, nnz: int, held: int, masks: int, flops: float | None, linears: float | None) -> Variant:
