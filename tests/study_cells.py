@@ -14,6 +14,9 @@ from sparsec.sweep.grid import Cell
 from sparsec.sweep.run import DENSE, CellResult
 from sparsec.timing.spread import Spread
 
+LITTLE = ["--windows", "1", "--length", "32", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "2"]
+"""Options of a study that is done in a moment."""
+
 
 def figures_of(size: float, slow: float, perplexity: float, timed: bool = True) -> Variant:
     """Of half a million of weights, half of them zero. size, slow: shares of dense."""

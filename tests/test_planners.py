@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from study_cells import figures_of, without_work
+from hypothesis import given
+from hypothesis import strategies as st
+from study_cells import LITTLE, figures_of, without_work
 
+import sparsec.study.__main__ as study
 from sparsec.data import load_model, load_text
+from sparsec.pipeline import Pipeline
+from sparsec.report.variant import Variant
 from sparsec.study.plan import Effort, plan
-from sparsec.sweep import tables
+from sparsec.sweep import tables, tipping
 from sparsec.sweep.grid import Cell, grid_cells
-from sparsec.sweep.planners import FixedCells
+from sparsec.sweep.planners import Bracket, FixedCells, Search, Searches
 from sparsec.sweep.run import DENSE, CellResult, measure_cells, settled
 
 
@@ -103,3 +110,118 @@ def test_quality_alone_leaves_times_unknown() -> None:
         assert figures is not None
         assert None is not figures.perplexity != dense.perplexity
         assert (figures.decode_ms, figures.prefill_ms, figures.speedup_decode, figures.speedup_predicted) == (None,) * 4
+
+
+# --- searches
+
+
+@given(steps=st.integers(0, 200), data=st.data())
+def test_a_search_finds_the_first_step_with_few_cells(steps: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, steps))
+    ladder = [Cell(Pipeline(()), (("step", str(i)),)) for i in range(steps)]
+    looked: list[int] = []
+    found = Bracket(-1, steps, 0)
+    expected = found.left
+    while (middle := found.middle) is not None:
+        assert found.low < middle < found.high
+        looked.append(middle)
+        found = Bracket(found.low, middle, 0) if middle >= first else Bracket(middle, found.high, 0)
+        assert len(looked) + found.left <= expected
+    assert (found.low, found.high) == (first - 1, first)
+    assert len(looked) <= expected == len(ladder).bit_length()
+
+
+def _ladder() -> list[Cell]:
+    return grid_cells(["magnitude({zeros})"], {"zeros": tipping.LADDER})
+
+
+@given(first=st.integers(0, len(tipping.LADDER)), broken=st.integers(0, 6))
+def test_a_search_takes_the_same_way_again_and_stops_at_what_failed(first: int, broken: int) -> None:
+    ladder = _LADDER
+    search = Search("", ladder, lambda result, _: ladder.index(_BY_SPEC[result.spec]) >= first)
+    planner = Searches([search])
+    results: dict[str, CellResult] = {}
+    while cells := planner.next(results):
+        assert len(cells) == 1
+        assert planner.left(results) >= 1
+        error = "no memory" if len(results) == broken else ""
+        results[cells[0].spec] = CellResult(cells[0].spec, (), None if error else figures_of(1, 1, 1.0), error)
+    found = search.found(results)
+    assert found.used == len(results)
+    assert planner.left(results) == 0
+    if len(results) > broken:
+        assert "no memory" in found.stopped
+        assert found.low < first <= found.high
+    else:
+        assert (found.low, found.high, found.stopped) == (first - 1, first, "")
+
+
+_LADDER = _ladder()
+_BY_SPEC = {cell.spec: cell for cell in _LADDER}
+
+
+# --- the tipping point
+
+
+@given(perplexity=st.floats(1, 1e9), dense=st.floats(1, 1e3), top1=st.floats(0, 1))
+def test_a_model_has_collapsed_by_one_figure_or_the_other(perplexity: float, dense: float, top1: float) -> None:
+    own = replace(figures_of(1, 1, perplexity), top1=top1)
+    found = tipping.collapse(own, figures_of(1, 1, dense))
+    assert ("perplexity" in found) == (perplexity > 2 * dense)
+    assert ("top-1" in found) == (top1 < 0.5)
+    assert "perplexity" in tipping.collapse(replace(own, perplexity=None), figures_of(1, 1, dense))
+
+
+@pytest.mark.parametrize(
+    ("tips", "where", "by"),
+    [
+        (0.5, "0.49 and 0.51", "perplexity"),
+        (0.95, "0.93 and 0.95", "perplexity"),
+        (0.0, "at 0.05 already", "perplexity"),
+        (1.0, "not up to 0.95", "-"),
+    ],
+)
+def test_each_method_is_told_where_it_tips(
+    tips: float, where: str, by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def figures(cell: Cell) -> Variant:
+        assert not cell.timed
+        zeros = float(dict(cell.values)["zeros"])
+        return replace(figures_of(1, 1, 41.0 if zeros >= tips else 20.0 + zeros, False), top1=0.75)
+
+    counted = without_work(monkeypatch, figures)
+    assert study.main(["tiny", "--preset", "tipping", "--grid", "method=magnitude", *LITTLE]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if re.match("magnitude .*(and|at|not up)", line))
+    cells = row.split()[-1]
+    assert re.split("  +", row)[1:3] == [where, by]
+    assert counted["cell"] == int(cells) <= 6
+    assert "more than 2 times that of dense (so 40.00)" in out
+
+
+def test_the_tipping_point_of_other_passes_is_searched_on_a_real_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tiny", "--preset", "tipping", "--passes", "{how}({zeros}),freeze", "--grid", "how=magnitude"]
+    words += [*LITTLE, "--json", str(tmp_path / "s.json")]
+    assert study.main(words) == 0
+    first = capsys.readouterr().out
+    assert re.search(r"^magnitude  \S.*  [56]$", first, re.M)
+    assert study.main(words) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "taken over" not in line] == [
+        line for line in first.splitlines() if "taken over" not in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--passes", "wanda(0.5),freeze"], "these passes have none"),
+        (["--grid", "zeros=0.3"], "leave out --grid zeros"),
+        (["--grid", "other=0.3"], "no passes have a placeholder {other}"),
+        (["--passes", "wanda({zeros}, pattern='2:4'),freeze"], "makes a sparsity of 0.5"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["tiny", "--preset", "tipping", *words]) == 2
+    assert said in capsys.readouterr().err

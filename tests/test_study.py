@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from study_cells import figures_of, without_work
+from study_cells import LITTLE, figures_of, without_work
 
 import sparsec.study.__main__ as study
 from sparsec.errors import DataError, SpecError
@@ -25,7 +25,6 @@ from sparsec.sweep.grid import axis, grid_cells, places
 from sparsec.sweep.run import DENSE, CellResult
 
 TEMPLATE = "magnitude({zeros}),freeze,lower({layout})"
-LITTLE = ["--windows", "1", "--length", "32", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "2"]
 GRID = ["--passes", TEMPLATE, "--grid", "zeros=0.5,0.9", "--grid", "layout=csr,bitmap"]
 
 

@@ -37,10 +37,10 @@ from sparsec.progress import stage
 from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan, plan
 from sparsec.sweep import tables
 from sparsec.sweep.energy import EnergyMeter
-from sparsec.sweep.grid import Cell, axis, grid_cells
-from sparsec.sweep.planners import FixedCells
-from sparsec.sweep.run import measure_cells
-from sparsec.sweep.seminar import beside_expected, seminar_cells
+from sparsec.sweep.grid import axis, grid_cells
+from sparsec.sweep.planners import Asked, FixedCells
+from sparsec.sweep.presets import PRESETS
+from sparsec.sweep.run import DENSE, measure_cells
 from sparsec.sweep.store import Store
 
 PROG = "python -m sparsec.study"
@@ -48,6 +48,7 @@ EXAMPLES = """
 examples:
   python -m sparsec.study tiny --passes "magnitude({zeros}),freeze,lower({layout})" --grid zeros=0.5,0.9 --grid layout=csr,bitmap
   python -m sparsec.study --preset seminar --json seminar.json             # SmolLM2-135M; stopped? say it again
+  python -m sparsec.study --preset tipping --passes "wanda({zeros}, pattern='block:16x16'),freeze"
   python -m sparsec.study my-model --passes "{method}(0.5),freeze,fuse,lower(auto)" --grid method=magnitude,wanda,sparsegpt
   python -m sparsec.study --plan study.yaml --csv cells.csv --markdown cells.md
 
@@ -59,7 +60,6 @@ A plan is a YAML file of the same options, each without its dashes:
     layout: [csr, bitmap, "nm2:4"]
   windows: 8
 """
-PRESETS = {"seminar": "dense, masked, CSR and the best layout at 30, 50, 70 and 90 % zeros, beside the seminar's table"}
 
 
 def parser(prog: str = PROG) -> CommandLine:
@@ -90,7 +90,7 @@ def parser(prog: str = PROG) -> CommandLine:
     p.add_argument(
         "--preset",
         choices=PRESETS,
-        help="; ".join(f"{name}: {text}" for name, text in PRESETS.items()).replace("%", "%%"),
+        help="; ".join(f"{name}: {preset.text}" for name, preset in PRESETS.items()).replace("%", "%%"),
     )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     add_device(p)
@@ -182,13 +182,14 @@ def _words(path: str, key: str, value: Any, action: argparse.Action) -> list[str
 
 
 def _run(args: argparse.Namespace) -> None:
-    wanted = _cells(args)
+    asked = _asked(args)
+    pipelines = [cell.pipeline for cell in asked.planner.candidates]
     check_device(args.device)
     for path in (args.json, args.csv, args.markdown):
         if path is not None:
             writable(path)
     text = load_text(args.text)
-    learnt = calibration_text(args, [cell.pipeline for cell in wanted])
+    learnt = calibration_text(args, pipelines)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -201,30 +202,28 @@ def _run(args: argparse.Namespace) -> None:
                 "sparsec report and sparsec evaluate take encoders"
             )
         planned = plan(loaded, text, _effort(args), args.bos)
-        drawn = calibration(loaded, args, [cell.pipeline for cell in wanted], learnt)
+        drawn = calibration(loaded, args, pipelines, learnt)
         here = machine()
         store = Store(
             _identity(args, loaded, planned, drawn, here), here, _notes(loaded, planned, args), _path(args.json)
         )
-        measure_cells(loaded, FixedCells(wanted), planned, drawn, store.results, store.keep, progress)
-    _write(args, wanted, store)
+        measure_cells(loaded, asked.planner, planned, drawn, store.results, store.keep, progress)
+    _write(args, asked, store)
 
 
-def _cells(args: argparse.Namespace) -> list[Cell]:
-    if args.preset:
-        if args.passes or args.grid:
-            raise SpecError(f"--preset {args.preset} has its own passes and values; leave out --passes and --grid")
-        return seminar_cells()
-    if not args.passes:
-        raise SpecError(
-            'nothing to measure: give --passes, such as --passes "magnitude({zeros}),freeze" --grid zeros=0.3,0.5'
-        )
+def _asked(args: argparse.Namespace) -> Asked:
     axes: dict[str, list[str]] = {}
     for name, values in map(axis, args.grid):
         if name in axes:
             raise SpecError(f"--grid {name} is given twice; give all its values at once")
         axes[name] = values
-    return grid_cells(args.passes, axes)
+    if args.preset:
+        return PRESETS[args.preset].ask(args.passes, axes)
+    if not args.passes:
+        raise SpecError(
+            'nothing to measure: give --passes, such as --passes "magnitude({zeros}),freeze" --grid zeros=0.3,0.5, or a --preset'
+        )
+    return Asked(FixedCells(grid_cells(args.passes, axes)))
 
 
 def _effort(args: argparse.Namespace) -> Effort:
@@ -280,12 +279,12 @@ def _path(name: str | None) -> Path | None:
     return None if name in (None, STDOUT) else Path(str(name))
 
 
-def _write(args: argparse.Namespace, wanted: Sequence[Cell], store: Store) -> None:
-    specs = ["dense", *(cell.spec for cell in wanted)]
+def _write(args: argparse.Namespace, asked: Asked, store: Store) -> None:
+    specs = [DENSE, *(cell.spec for cell in asked.planner.candidates)]
     results = [store.results[spec] for spec in specs if spec in store.results]
     print(tables.text(results, store.notes))
-    if args.preset == "seminar":
-        print("\n".join(beside_expected(results)))
+    for line in asked.told(store.results):
+        print(line)
     if store.taken_over:
         print(f"{store.taken_over} cells were taken over from {store.path}")
     if args.csv:

@@ -1,0 +1,39 @@
+"""The studies that have a name: what each measures and what it says in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sparsec.errors import SpecError
+from sparsec.sweep.planners import Asked, FixedCells
+from sparsec.sweep.seminar import beside_expected, seminar_cells
+from sparsec.sweep.tipping import tipping
+
+Axes = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A study that has a name."""
+
+    text: str  # what it measures, in a line
+    ask: Callable[[Sequence[str], Axes], Asked]
+    """From the passes and the values of placeholders that were given. SpecError where it has no use for them."""
+
+
+def _seminar(templates: Sequence[str], axes: Axes) -> Asked:
+    if templates or axes:
+        raise SpecError("--preset seminar has its own passes and values; leave out --passes and --grid")
+    return Asked(FixedCells(seminar_cells()), lambda results: beside_expected(list(results.values())))
+
+
+PRESETS = {
+    "seminar": Preset(
+        "dense, masked, CSR and the best layout at 30, 50, 70 and 90 % zeros, beside the seminar's table", _seminar
+    ),
+    "tipping": Preset(
+        "the sparsity at which the model collapses, by method; of other --passes with a placeholder {zeros}, too",
+        tipping,
+    ),
+}
