@@ -34,7 +34,7 @@ def problems(graph: Graph, recompute: bool = False) -> list[str]:
     return found
 
 
-class _Held:
+class TensorState:
     """A tensor as it is now; equal to another of the same tensor in the same state. Keeps no tensor alive."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -43,7 +43,7 @@ class _Held:
         self._state = (None if tensor.is_inference() else tensor._version, _pointer(tensor))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Held):
+        if not isinstance(other, TensorState):
             return NotImplemented
         tensor = self._tensor()
         return tensor is not None and tensor is other._tensor() and self._state == other._state
@@ -61,7 +61,7 @@ def snapshot(graph: Graph, contents: bool = False) -> tuple[Any, ...]:
     masks = [w.mask for w in graph.weights.values() if w.mask is not None]
     tensors = [*graph.module.parameters(), *graph.module.buffers(), *held, *masks]
     hashes = tuple(map(_hash, tensors)) if contents else ()
-    return nodes, tuple(map(_Held, tensors)), hashes, tuple((w.name, w.frozen) for w in graph.weights.values())
+    return nodes, tuple(map(TensorState, tensors)), hashes, tuple((w.name, w.frozen) for w in graph.weights.values())
 
 
 def outputs_differ(before: Any, after: Any, exact: bool) -> str:

@@ -21,6 +21,7 @@ from sparsec.machine import memory_bytes
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 from sparsec.report.collect import Report
+from sparsec.study.views import LayerViews
 
 SCARCE = 0.4  # of the machine's memory, from which on the dense model has it for itself
 ON_SPARSEC = "fuse,lower(dense)"
@@ -115,10 +116,15 @@ class Builder:
     def _watched(self, build: Callable[[], T]) -> tuple[T, int | None]:
         if not self.watching:
             return build(), None
-        before = memory.resident(self.device)
+        noted, before = self._noted(), memory.resident(self.device)
         built = build()
         after = memory.resident(self.device)
-        return built, None if before is None or after is None else after - before
+        return built, None if before is None or after is None else after - before - (self._noted() - noted)
+
+    def _noted(self) -> int:
+        """Bytes that belong to what watches, and not to the model."""
+        views = (i for i in self.watched.get("instruments", ()) if isinstance(i, LayerViews))
+        return sum(v.nbytes for v in views) if self.device == "cpu" else 0
 
 
 def compiled_by(
