@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from sparsec.data import load_model, load_text
 from sparsec.pipeline import Pipeline
 from sparsec.report.variant import Variant
 from sparsec.study.plan import Effort, plan
-from sparsec.sweep import tables, tipping
+from sparsec.sweep import families, tables, tipping
 from sparsec.sweep.grid import Cell, grid_cells
 from sparsec.sweep.planners import Bracket, FixedCells, Search, Searches
 from sparsec.sweep.run import DENSE, CellResult, measure_cells, settled
@@ -224,4 +224,71 @@ def test_the_tipping_point_of_other_passes_is_searched_on_a_real_model(
 )
 def test_what_cannot_be_searched_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["tiny", "--preset", "tipping", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+# --- patterns
+
+
+def _fast_from(needed: Mapping[str, float]) -> Callable[[Cell], Variant]:
+    """Figures by which each family of patterns is as fast as unstructured zeros from a sparsity on."""
+
+    def figures(cell: Cell) -> Variant:
+        values = dict(cell.values)
+        zeros, pattern = float(values["zeros"]), values["pattern"]
+        family = f"N:{pattern[-1]}" if pattern[1:2] == ":" else pattern
+        speed = 1.5 if zeros >= needed.get(family, 0.5) else 1 + zeros / 10
+        return replace(figures_of(1 - zeros / 2, 1 / speed, 20 + 10 * zeros), top1=0.9)
+
+    return figures
+
+
+def test_patterns_are_compared_at_equal_sparsity_and_at_equal_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"N:4": 0.7, "N:8": 0.5, "block:16x16": 0.35, "block:32x32": 0.99}
+    counted = without_work(monkeypatch, _fast_from(needed))
+    grid = "pattern=2:4,4:8,block:16x16,block:32x32"
+    assert study.main(["tiny", "--preset", "patterns", "--grid", grid, "--grid", "method=magnitude", *LITTLE]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tables = "\n".join(lines[next(i for i, line in enumerate(lines) if "At equal sparsity" in line) :])
+    equal, fast = tables.split("== At equal speed")
+    rows = {row[0]: row[1:] for row in (re.split("  +", line) for line in equal.splitlines()) if len(row) > 4}
+    assert list(rows) == ["pattern", DENSE, "unstructured", "2:4", "4:8", "block:16x16", "block:32x32"]
+    assert rows["2:4"][:4] == ["25.00", "0.900", "0.0", "1.05x"]
+    needs = {row[0]: row[1:] for row in (re.split("  +", line) for line in fast.splitlines()) if len(row) > 4}
+    assert needs["unstructured"][0] == "50%"
+    assert needs["1:4"][0] == "75%"
+    assert needs["4:8"][0] == "50%"
+    assert needs["block:16x16"][0] == "35%"
+    assert needs["block:32x32"][0] == "not reached up to 95%; best: 95%"
+    assert needs["block:32x32"][-1] == "1.09x"
+    assert counted["cell"] <= 5 + 1 + 0 + 4 + 4 + 2
+
+
+@given(needed=st.floats(0, 1), pattern=st.sampled_from(["2:4", "4:8", "block:16x16"]))
+def test_the_least_sparsity_as_fast_as_unstructured_zeros_is_found(needed: float, pattern: str) -> None:
+    asked = families.families([], {"pattern": [pattern], "method": ["magnitude"]})
+    figures = _fast_from({pattern if "block" in pattern else f"N:{pattern[-1]}": needed})
+    results = {DENSE: CellResult(DENSE, (), figures_of(1, 1, 20.0))}
+    while cells := asked.planner.next(results):
+        assert len(results) + asked.planner.left(results) <= 1 + 2 + 5
+        results |= {cell.spec: CellResult(cell.spec, cell.values, figures(cell)) for cell in cells}
+    every = {float(dict(c.values)["zeros"]) for c in asked.planner.candidates if "unstructured" not in c.spec}
+    enough = [zeros for zeros in sorted(every) if zeros >= needed]
+    line = asked.told(results)[-1]
+    assert (f"  {enough[0]:.0%}  " in line) if enough else ("not reached" in line)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--passes", "wanda({zeros}),freeze"], "the placeholders {zeros} and {pattern}"),
+        (["--grid", "zeros=0.3"], "leave out --grid zeros"),
+        (["--grid", "method=magnitude,wanda"], "{method} has one value"),
+        (["--grid", "pattern=3:2"], "N between 1 and M - 1"),
+    ],
+)
+def test_what_compares_no_patterns_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["tiny", "--preset", "patterns", *words]) == 2
     assert said in capsys.readouterr().err

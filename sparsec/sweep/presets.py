@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsec.errors import SpecError
+from sparsec.sweep.families import families
 from sparsec.sweep.planners import Asked, FixedCells
 from sparsec.sweep.seminar import beside_expected, seminar_cells
 from sparsec.sweep.tipping import tipping
@@ -35,5 +36,9 @@ PRESETS = {
     "tipping": Preset(
         "the sparsity at which the model collapses, by method; of other --passes with a placeholder {zeros}, too",
         tipping,
+    ),
+    "patterns": Preset(
+        "unstructured, N:M and blocks at 50 % zeros, and the sparsity at which each is as fast as unstructured ones",
+        families,
     ),
 }

@@ -49,7 +49,7 @@ def tipping(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Aske
             if not others or len(templates) > 1:
                 name = template.replace("{" + PLACE + "}", "x") + (f" {name}" if name else "")
             searches.append(Search(name, sorted(ladder, key=lambda cell: dict(cell.values)[PLACE]), _collapsed))
-    return Asked(Searches(searches), lambda results: told(searches, results))
+    return Asked(Searches(searches), lambda results: tipping_points(searches, results))
 
 
 def collapse(own: Variant, dense: Variant) -> list[str]:
@@ -62,7 +62,7 @@ def collapse(own: Variant, dense: Variant) -> list[str]:
     return found
 
 
-def told(searches: Sequence[Search], results: Results) -> list[str]:
+def tipping_points(searches: Sequence[Search], results: Results) -> list[str]:
     """Lines: the criterion, and for each search where it tips, by what, and the figures on both sides."""
     dense = results[DENSE].figures if DENSE in results else None
     if dense is None:
