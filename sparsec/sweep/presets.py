@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparsec.errors import SpecError
 from sparsec.sweep.families import families
+from sparsec.sweep.frontier import frontier
 from sparsec.sweep.planners import Asked, FixedCells
 from sparsec.sweep.seminar import beside_expected, seminar_cells
 from sparsec.sweep.tipping import tipping
@@ -40,5 +41,9 @@ PRESETS = {
     "patterns": Preset(
         "unstructured, N:M and blocks at 50 % zeros, and the sparsity at which each is as fast as unstructured ones",
         families,
+    ),
+    "frontier": Preset(
+        "magnitude, wanda and sparsegpt at 30 to 70 % zeros, and the cells that no other one beats in quality and bytes, or time",
+        frontier,
     ),
 }

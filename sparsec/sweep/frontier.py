@@ -1,0 +1,81 @@
+"""Quality against bytes and against time: the cells that no other one beats in both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from sparsec.console.table import heading, mega, paragraph, table, times
+from sparsec.report.variant import short_perplexity
+from sparsec.sweep.grid import grid_cells, places
+from sparsec.sweep.planners import Asked, FixedCells
+from sparsec.sweep.run import DENSE, CellResult
+
+PASSES = ("{method}({zeros}),freeze,fuse,lower(auto)",)
+AXES = {"method": ("magnitude", "wanda", "sparsegpt"), "zeros": ("0.3", "0.4", "0.5", "0.6", "0.7")}
+ON = "front"
+"""Stands behind a figure by which a cell is on a front."""
+
+
+def frontier(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Asked:
+    """All cells of a grid, by default methods and sparsities. SpecError."""
+    templates = templates or PASSES
+    used = {name for template in templates for name in places(template)}
+    cells = grid_cells(templates, {name: values for name, values in AXES.items() if name in used} | dict(axes))
+    shown = [DENSE, *(cell.spec for cell in cells)]
+    return Asked(FixedCells(cells), lambda results: fronts([results[s] for s in shown if s in results]))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Whether each point is on the front, where less is better in both: no other is as good in both and better in one.
+
+    Equal points are on it together; one with a NaN is not, and beats none.
+    """
+    order = sorted((i for i, point in enumerate(points) if not any(map(math.isnan, point))), key=lambda i: points[i])
+    found = [False] * len(points)
+    least, edge = math.inf, (math.inf, math.inf)
+    for i in order:
+        if points[i][1] < least or points[i] == edge or not found.count(True):
+            found[i] = True
+            least, edge = points[i][1], points[i]
+    return found
+
+
+def fronts(results: Sequence[CellResult]) -> list[str]:
+    """Lines: every measured cell with its perplexity, bytes and speed, and on which front it is."""
+    done = [result for result in results if result.figures is not None]
+    sizes = pareto_front([(_perplexity(r), _bytes(r)) for r in done])
+    speeds = pareto_front([(_perplexity(r), _time(r)) for r in done])
+    lines = heading("The fronts of quality against bytes, and against time")
+    lines += paragraph(
+        f"`{ON}`: no other cell has both a lower perplexity and fewer bytes (or less time a token). Time is told by the speedup of "
+        "decoding, which is measured by turns with dense."
+    )
+    rows = []
+    for result, small, fast in zip(done, sizes, speeds, strict=True):
+        own = result.figures
+        assert own is not None
+        perplexity = "-" if own.perplexity is None else short_perplexity(own.perplexity)
+        speed = "-" if math.isnan(_time(result)) else times(1 / _time(result)) + ("?" if result.disturbed else "")
+        marks = [ON if small else "", ON if fast else ""]
+        rows.append([_label(result), perplexity, mega(own.bytes, 1), marks[0], speed, marks[1]])
+    return [*lines, "", *table(["", "perplexity", "MB", "", "decoding", ""], rows, left=(0, 3, 5))]
+
+
+def _label(result: CellResult) -> str:
+    return " ".join(value for _, value in result.values) or result.spec
+
+
+def _perplexity(result: CellResult) -> float:
+    value = result.figures and result.figures.perplexity
+    return math.nan if value is None else value
+
+
+def _bytes(result: CellResult) -> float:
+    return math.nan if result.figures is None else float(result.figures.bytes)
+
+
+def _time(result: CellResult) -> float:
+    """Of a decoded token, as a share of dense."""
+    speed = result.figures and result.figures.speedup_decode
+    return math.nan if speed is None else 1 / speed.median
