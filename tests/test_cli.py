@@ -204,6 +204,7 @@ def test_quick_measures_less_unless_told_how_much() -> None:
         (["tiny", "--passes", "magnitude(1.5)"], "sparsity"),
         (["tiny", "--passes", "lower(csr)"], "needs 'frozen'"),
         (["tiny", "--no-measure", "--passes", "magnitude(0.5, targets=('nothing.*',)),freeze"], "nothing.*"),
+        (["tiny", "--picture", "layers.0.mlp.up_prj"], "near names: 'model.layers.0.mlp.up_proj'"),
         (["./no/such/model"], "./no/such/model: there is no such folder or file"),
         (["tiny", "--text", "no-such-file.txt"], "no-such-file.txt: the text must be a file, this does not exist"),
         (["tiny", "--eval-length", "5000"], "evaluation length 5000 is more than the model's 1024 positions"),

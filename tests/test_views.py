@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import report_cases
 import torch
 from architectures import tiny_model
 from hypothesis import given, settings
@@ -13,14 +17,17 @@ from torch import Tensor, nn
 
 import sparsec
 from sparsec.data import load_model, load_text
+from sparsec.errors import SelectionError
 from sparsec.ir.facts import Weight
 from sparsec.pipeline import Pipeline
-from sparsec.report.views import LayerView
+from sparsec.report.picture import drawable, picture, pictures
+from sparsec.report.views import GRID, LayerView, bands
 from sparsec.study import variants, views
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import QUICK, plan
-from sparsec.study.views import BINS, CORNER, GRID, LayerViews, bands
+from sparsec.study.views import BINS, CORNER, LayerViews
 
+GOLDEN = Path(__file__).parent / "golden" / "picture.txt"
 CALIBRATION = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(0))
 PASSES = (
     "magnitude({0}, scope='layer')",
@@ -84,6 +91,8 @@ def check_histogram(view: LayerView, mask: Tensor, values: Tensor, sample: int) 
     assert all(kept <= count for kept, count in zip(view.kept, view.counts, strict=True))
     assert view.edges[0] == 0
     assert view.edges[-1] == pytest.approx(float(values.max()))
+    widths = {round((b - a) / view.edges[-1], 6) for a, b in pairwise(view.edges[:-1])}
+    assert len(widths) == 1
     if view.sampled is None:
         assert sum(view.kept) == int(mask.sum())
         edges = torch.tensor(view.edges)
@@ -100,12 +109,8 @@ def check_places(view: LayerView, mask: Tensor) -> None:
     rows, columns = mask.shape
     down, across = bands(rows), bands(columns)
     assert (len(view.zeros), len(view.zeros[0])) == (min(GRID, rows), min(GRID, columns))
-    weighted = sum(
-        share * (b - a) * (d - c)
-        for row, (a, b) in zip(view.zeros, down, strict=True)
-        for share, (c, d) in zip(row, across, strict=True)
-    )
-    assert weighted / mask.numel() == pytest.approx(1 - float(mask.float().mean()), abs=1e-6)
+    assert view.shape == (rows, columns)
+    assert view.sparsity == pytest.approx(1 - float(mask.float().mean()), abs=1e-6)
     (a, b), (c, d) = down[-1], across[0]
     assert view.zeros[-1][0] == pytest.approx(1 - float(mask[a:b, c:d].float().mean()))
     assert view.corner == tuple(
@@ -181,3 +186,42 @@ def test_a_report_takes_them_in_either_way_of_building(monkeypatch: pytest.Monke
         assert report.in_turn == (share > 0)
         seen.append(found.found())
     assert seen[0] == seen[1] != ()
+
+
+def test_a_picture_of_a_whole_weight(request: pytest.FixtureRequest) -> None:
+    found, _ = watched(report_cases.model(), report_cases.SPEC)
+    text = "\n".join(pictures(tuple(found.values()), ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"))) + "\n"
+    if request.config.getoption("--refresh-goldens"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    share=st.sampled_from((0.1, 0.5, 0.9)),
+    far=st.sampled_from((1.0, 1000.0)),
+    name=st.text("abc.", min_size=1, max_size=100),
+)
+def test_a_picture_fits_80_columns_of_ascii(rows: int, columns: int, share: float, far: float, name: str) -> None:
+    model = nn.Sequential(nn.Linear(columns, rows, bias=False))
+    with torch.no_grad():
+        model[0].weight[0, 0] *= far
+    found, _ = watched(model, f"magnitude({share})", example_inputs=torch.ones(2, columns))
+    for view in found.values():
+        lines = picture(replace(view, name=name))
+        assert max(map(len, lines)) <= 80
+        assert all(line.isascii() and line == line.rstrip() for line in lines)
+        if view.threshold is not None:  # under the bin that it falls into
+            at = next(line for line in lines if line.strip() == "^").index("^") - 9
+            assert view.edges[at] <= view.threshold <= view.edges[at + 1]
+
+
+def test_pictures_are_asked_for_by_name_end_or_glob() -> None:
+    names = [f"model.layers.{i}.mlp.{n}_proj.weight" for i in (1, 10) for n in ("up", "down")]
+    assert drawable(["layers.1.*"], names) == tuple(names[:2])
+    assert drawable(["up_proj", "layers.10.mlp.up_proj.weight"], names) == (names[0], names[2])
+    assert drawable([], names) == ()
+    with pytest.raises(SelectionError, match=r"'up_prj' names no weight of this model; near names: 'up_proj'"):
+        drawable(["down_proj", "up_prj"], names)

@@ -69,10 +69,11 @@ def matches(graph: Graph, weight: Weight, pattern: str) -> bool:
     """Whether a pattern names this weight, by group or by path."""
     if pattern in GROUPS:
         return pattern == weight.group or any(op.group == pattern for op in graph.ops_of(weight.name))
-    return any(_path_matches(path, pattern) for path in (weight.name, *weight.aliases, *weight.owners))
+    return any(path_matches(path, pattern) for path in (weight.name, *weight.aliases, *weight.owners))
 
 
-def _path_matches(path: str, pattern: str) -> bool:
+def path_matches(path: str, pattern: str) -> bool:
+    """Whether a glob names a path, one of its ends, or a module around it."""
     parts = path.split(".")
     starts = range(len(parts))
     ends = range(1, len(parts) + 1)

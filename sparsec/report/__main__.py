@@ -31,9 +31,11 @@ from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.evaluate import compare_embeddings, evaluate
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
+from sparsec.report.picture import drawable, pictures
 from sparsec.report.schema import document, layers_csv
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import QUICK, Effort, StudyPlan, plan
+from sparsec.study.views import LayerViews
 
 PROG = "python -m sparsec.report"
 EXAMPLES = f"""
@@ -44,6 +46,7 @@ examples:
   python -m sparsec.report my-model.gguf --print-ir changed --no-measure
   python -m sparsec.report --passes "sparsegpt(0.5),freeze,sparsity,flops,fuse,lower(auto)" --calibration my.txt
   python -m sparsec.report --passes "wanda(0.4),freeze,sparsity,flops,fuse,lower(auto)" --beside "magnitude(0.4)"
+  python -m sparsec.report tiny --no-measure --picture "layers.0.self_attn.*"
   python -m sparsec.report my-folder --device cuda --dtype bf16 --passes "wanda(0.7),freeze,sparsity,flops,lower(auto)"
   python -m sparsec.report my-folder --text my.txt --eval-length 1024 --json report.json --csv layers.csv
 
@@ -90,6 +93,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     out.add_argument("--dump-ir", metavar="DIR", help="write the IR there, one numbered file per pass")
     out.add_argument("--layers", action="store_true", help="a line for every weight; default: one for all of a role")
+    out.add_argument(
+        "--picture",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="draw what pruning left of the weights of this name, or of those that a glob names; again for more",
+    )
     out.add_argument(
         "--json", metavar="FILE", help="the whole report, - on the standard output; schema in sparsec/report/schema.py"
     )
@@ -145,15 +155,19 @@ def _run(args: argparse.Namespace) -> None:
     instruments: list[Instrument] = [] if args.print_ir == "none" else [PrintIR(args.print_ir)]
     if args.dump_ir:
         instruments.append(DumpIR(args.dump_ir))
+    views = LayerViews()
+    if args.picture:
+        instruments.append(views)
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
+        pictured = drawable(args.picture, [name for name, _ in loaded.model.named_parameters()])
         planned = None if text is None else plan(loaded, text, effort(args), args.bos)
         drawn = calibration(loaded, args, [pipeline, *beside], learnt)
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
         report, _ = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
-        report = replace(report, beside=others)
-    print(report.text(args.layers))
+        report = replace(report, beside=others, views=views.found())
+    print("\n".join([report.text(args.layers), *pictures(report.views, pictured)]))
     if args.json:
         write_text(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
     if args.csv:

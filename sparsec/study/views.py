@@ -19,13 +19,13 @@ from sparsec.ir.graph import Graph
 from sparsec.ir.verifier import TensorState
 from sparsec.pipeline import Pass
 from sparsec.pipeline.base import Effect
-from sparsec.report.views import LayerView
+from sparsec.report.views import LayerView, bands
 
 BINS = 48
+COMMON, REACH = 0.99, 1.25
+"""The last bin begins at REACH times the |w| below which the share COMMON of the values lies, where the largest is further off."""
 SAMPLE = 1 << 18
 """Values of a weight that are drawn at most: 50 MB for the 196 matrices of a model of 1.5 billion weights."""
-GRID = 32
-"""Cells of the grid along a side, at most."""
 CORNER = 64
 """Rows and columns shown one by one, at most."""
 _PIECE = 1 << 20  # values that are looked at together, so that little memory is taken beside the weight
@@ -72,6 +72,7 @@ class _Watched:
     name: str
     shape: tuple[int, int]  # [out, in], experts one below the other
     top: float  # the largest |w|
+    last: float  # where the last bin begins: the others are equal, and a few large values shall not press all into the first
     bins: Tensor  # uint8 [sample], by value drawn
     state: TensorState  # when a pass was last left
     original: bool = True  # whether what is kept has the values that it came with
@@ -94,7 +95,10 @@ class _Watched:
         if not top < float("inf"):  # NaN too
             return None
         shape = (sum(len(m) for m in matrices), matrices[0].shape[1])
-        return cls(weight.name, shape, top, _bins(_drawn(matrices, shape), top), TensorState(tensor))
+        size = _drawn(matrices, shape).float().abs()
+        last = min(top * (BINS - 1) / BINS, REACH * float(size.kthvalue(max(1, round(COMMON * len(size)))).values))
+        last = last or top * (BINS - 1) / BINS  # nearly all are 0
+        return cls(weight.name, shape, top, last, _bins(size, last), TensorState(tensor))
 
     def enter(self, graph: Graph) -> None:
         """Whoever held it since the last pass may have changed it: to zeros under its mask, or in training."""
@@ -102,7 +106,7 @@ class _Watched:
         if weight is None or not self.original or self.state == (now := TensorState(graph.tensor(weight.name))):
             return
         self.state = now
-        same = _bins(_drawn(graph.matrices(weight.name), self.shape), self.top) == self.bins
+        same = _bins(_drawn(graph.matrices(weight.name), self.shape).float().abs(), self.last) == self.bins
         if weight.mask is not None:
             masks = [mask for mask in graph.mask_matrices(weight.name) if mask is not None]
             same |= ~_drawn(masks, self.shape).cpu()
@@ -144,10 +148,8 @@ class _Watched:
             step = max(1, _PIECE // matrix.shape[1])
             for values, kept in zip(torch.split(matrix, step), torch.split(mask, step), strict=True):
                 size = values.abs()
-                if len(stayed := size[kept]):
-                    least = min(least, float(stayed.min()))
-                if len(went := size[~kept]):
-                    self.largest = max(self.largest, float(went.max()))
+                self.largest = max(self.largest, float(size.masked_fill(kept, 0.0).amax()))
+                least = min(least, float(size.masked_fill_(~kept, float("inf")).amin()))
         if self.largest > least:
             return None
         return least if least < float("inf") else self.largest
@@ -158,20 +160,20 @@ class _Watched:
         corner = torch.cat([mask[:CORNER, :CORNER] for mask in masks])[:CORNER].cpu()
         return LayerView(
             name=self.name,
-            edges=tuple(self.top * i / BINS for i in range(BINS + 1)),
+            edges=(*(self.last * i / (BINS - 1) for i in range(BINS)), self.top),
             counts=_counts(self.bins),
             kept=_counts(self.bins[kept]),
             threshold=threshold,
             zeros=_zeros(masks, self.shape),
             corner=tuple("".join("#" if stayed else "." for stayed in row) for row in corner.tolist()),
             sampled=len(self.bins) if len(self.bins) < rows * columns else None,
+            shape=self.shape,
         )
 
 
-def _bins(values: Tensor, top: float) -> Tensor:
-    """The bin of each |value|, uint8; the last one holds its upper edge too."""
-    size = values.float().abs()
-    return (size * (BINS / top) if top else size).clamp_(max=BINS - 1).to(torch.uint8).cpu()
+def _bins(size: Tensor, last: float) -> Tensor:
+    """The bin of each |value|, uint8."""
+    return (size * ((BINS - 1) / last) if last else size).clamp_(max=BINS - 1).to(torch.uint8).cpu()
 
 
 def _counts(bins: Tensor) -> tuple[int, ...]:
@@ -216,9 +218,3 @@ def _zeros(masks: Sequence[Tensor], shape: tuple[int, int]) -> tuple[tuple[float
         tuple(zeros / ((bottom - top) * (right - left)) for zeros, (left, right) in zip(row, across, strict=True))
         for row, (top, bottom) in zip(grid, down, strict=True)
     )
-
-
-def bands(length: int) -> list[tuple[int, int]]:
-    """(from, to) of the cells of the grid along a side of so many rows or columns."""
-    count = min(GRID, length)
-    return [(i * length // count, (i + 1) * length // count) for i in range(count)]
