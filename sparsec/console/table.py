@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
 WIDTH = 120
+LEAST = 40
+"""Columns that a table is fitted into at least, whatever a terminal says of itself."""
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, or what COLUMNS says; WIDTH in a pipe."""
+    return max(LEAST, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,), gap: int = 2) -> list[str]:
@@ -23,16 +32,63 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[i
     return [lines[0], "-" * max(len(line) for line in lines), *lines[1:]]
 
 
-def heading(title: str) -> list[str]:
+def fitted(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int, left: Sequence[int] = (0,), keys: int = 1
+) -> list[str]:
+    """The lines of `table`, none longer than `width`: one that is wider becomes several below each other, each with the first
+    `keys` columns. Where those, or any other text, take too much of the width, a number stands for each text, and all are listed
+    below. A column by itself may be wider.
+    """
+    long = max(LEAST // 2, width // 3)
+    grid = [list(row) for row in rows]
+    named: dict[str, str] = {}
+    wide = [i for i in left if max((len(row[i]) for row in grid), default=0) > long]
+    for row in grid:
+        for i in wide:
+            row[i] = named.setdefault(row[i], f"[{len(named) + 1}]") if row[i] else ""
+    lines: list[str] = []
+    for columns in _parts([max(map(len, column)) for column in zip(header, *grid, strict=True)], width, keys):
+        chosen = [[row[i] for i in columns] for row in (list(header), *grid)]
+        lines += ["", *table(chosen[0], chosen[1:], [at for at, i in enumerate(columns) if i in left])]
+    for text, name in named.items():
+        lines += paragraph(breakable(text), f"{name} ", width=width)
+    return lines[1:]
+
+
+def _parts(widths: Sequence[int], width: int, keys: int, gap: int = 2) -> list[list[int]]:
+    """The columns of each table: the keys, and as many others as there is room for."""
+    first = list(range(keys))
+    found = [list(first)]
+    used = room = sum(widths[:keys]) + gap * (keys - 1)
+    for i in range(keys, len(widths)):
+        if used + gap + widths[i] > width and len(found[-1]) > keys:
+            found.append(list(first))
+            used = room
+        found[-1].append(i)
+        used += gap + widths[i]
+    return found
+
+
+def breakable(spec: str) -> str:
+    """Passes with spaces where a line may end: behind commas, and so never within a number."""
+    return re.sub(r",(?=\S)", ", ", spec)
+
+
+def heading(title: str, width: int = WIDTH) -> list[str]:
     """A section's first lines."""
-    return ["", f"== {title} " + "=" * max(0, WIDTH - len(title) - 4)]
+    return ["", f"== {title} " + "=" * max(0, min(width, WIDTH) - len(title) - 4)]
 
 
-def paragraph(text: str, first: str = "", rest: str | None = None) -> list[str]:
-    """Wrapped at the report's width; `rest` indents the lines after the first, by default as deep as `first`."""
+def paragraph(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:
+    """Wrapped at the report's width, or a narrower one; `rest` indents the lines after the first, by default as deep as `first`."""
     indent = " " * len(first) if rest is None else rest
     return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        text,
+        min(width, WIDTH),
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

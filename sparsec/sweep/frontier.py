@@ -67,7 +67,7 @@ def _label(result: CellResult) -> str:
 
 
 def _perplexity(result: CellResult) -> float:
-    value = result.figures and result.figures.perplexity
+    value = None if result.figures is None else result.figures.perplexity
     return math.nan if value is None else value
 
 
@@ -77,5 +77,5 @@ def _bytes(result: CellResult) -> float:
 
 def _time(result: CellResult) -> float:
     """Of a decoded token, as a share of dense."""
-    speed = result.figures and result.figures.speedup_decode
+    speed = None if result.figures is None else result.figures.speedup_decode
     return math.nan if speed is None else 1 / speed.median
