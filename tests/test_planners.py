@@ -276,7 +276,7 @@ def test_the_least_sparsity_as_fast_as_unstructured_zeros_is_found(needed: float
         results |= {cell.spec: CellResult(cell.spec, cell.values, figures(cell)) for cell in cells}
     every = {float(dict(c.values)["zeros"]) for c in asked.planner.candidates if "unstructured" not in c.spec}
     enough = [zeros for zeros in sorted(every) if zeros >= needed]
-    line = asked.told(results)[-1]
+    line = asked.told(results, 120)[-1]
     assert (f"  {enough[0]:.0%}  " in line) if enough else ("not reached" in line)
 
 

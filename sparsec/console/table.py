@@ -51,7 +51,7 @@ def fitted(
         chosen = [[row[i] for i in columns] for row in (list(header), *grid)]
         lines += ["", *table(chosen[0], chosen[1:], [at for at, i in enumerate(columns) if i in left])]
     for text, name in named.items():
-        lines += paragraph(breakable(text), f"{name} ", width=width)
+        lines += paragraph(text, f"{name} ", width=width)
     return lines[1:]
 
 
@@ -69,26 +69,22 @@ def _parts(widths: Sequence[int], width: int, keys: int, gap: int = 2) -> list[l
     return found
 
 
-def breakable(spec: str) -> str:
-    """Passes with spaces where a line may end: behind commas, and so never within a number."""
-    return re.sub(r",(?=\S)", ", ", spec)
-
-
 def heading(title: str, width: int = WIDTH) -> list[str]:
     """A section's first lines."""
     return ["", f"== {title} " + "=" * max(0, min(width, WIDTH) - len(title) - 4)]
 
 
 def paragraph(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:
-    """Wrapped at the report's width, or a narrower one; `rest` indents the lines after the first, by default as deep as `first`."""
+    """Wrapped at the report's width, or a narrower one; `rest` indents the lines after the first, by default as deep as `first`.
+
+    A word that is longer than a line, such as passes, is broken behind its commas, so never within a number.
+    """
     indent = " " * len(first) if rest is None else rest
+    width = min(width, WIDTH)
+    room = width - max(len(first), len(indent))
+    text = re.sub(rf"\S{{{room + 1},}}", lambda word: re.sub(r",(?=\S)", ", ", word[0]), text)
     return textwrap.wrap(
-        text,
-        min(width, WIDTH),
-        initial_indent=first,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
+        text, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 

@@ -29,6 +29,7 @@ from sparsec.console.command import (
 )
 from sparsec.console.output import STDOUT, guarded, writable, write_text
 from sparsec.console.progress import shown_progress
+from sparsec.console.table import terminal_width
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError, SpecError
 from sparsec.evaluate.saved import fingerprint
@@ -36,6 +37,7 @@ from sparsec.machine import Machine, machine
 from sparsec.progress import stage
 from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan, plan
 from sparsec.sweep import tables
+from sparsec.sweep.chart import chart
 from sparsec.sweep.energy import EnergyMeter
 from sparsec.sweep.grid import axis, grid_cells
 from sparsec.sweep.planners import Asked, FixedCells
@@ -282,8 +284,9 @@ def _path(name: str | None) -> Path | None:
 def _write(args: argparse.Namespace, asked: Asked, store: Store) -> None:
     specs = [DENSE, *(cell.spec for cell in asked.planner.candidates)]
     results = [store.results[spec] for spec in specs if spec in store.results]
-    print(tables.text(results, store.notes))
-    for line in asked.told(store.results):
+    width = terminal_width()
+    print(tables.text(results, store.notes, width))
+    for line in (*asked.told(store.results, width), *chart(results, width)):
         print(line)
     if store.taken_over:
         print(f"{store.taken_over} cells were taken over from {store.path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from sparsec.console.table import heading, mega, paragraph, percent, table, times
+from sparsec.console.table import fitted, heading, mega, paragraph, percent, times
 from sparsec.errors import SpecError
 from sparsec.patterns import Pattern
 from sparsec.report.variant import Variant, short_perplexity
@@ -45,34 +45,35 @@ def families(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Ask
     searches = [
         Search(family, ladder, partial(_as_fast, first[0])) for family, ladder in ladders.items() if family != FREE
     ]
-    return Asked(Searches(searches, first), lambda results: beside_each_other(first, searches, results))
+    return Asked(Searches(searches, first), lambda results, width: beside_each_other(first, searches, results, width))
 
 
-def beside_each_other(first: Sequence[Cell], searches: Sequence[Search], results: Results) -> list[str]:
+def beside_each_other(first: Sequence[Cell], searches: Sequence[Search], results: Results, width: int) -> list[str]:
     """Lines: the table at equal sparsity and the one at equal speed. first: unstructured zeros, then the others at 50 %."""
     shown = [DENSE, *(cell.spec for cell in first)]
-    lines = heading(f"At equal sparsity: {EQUAL:.0%} of the pruned weights")
+    lines = heading(f"At equal sparsity: {EQUAL:.0%} of the pruned weights", width)
     header = ["pattern", "perplexity", "top-1", "MB", "decoding", "layouts"]
     rows = []
     for name, spec in zip([DENSE, *map(_pattern, first)], shown, strict=True):
         result = results.get(spec)
         if result is not None:
             rows.append([name, *_figures(result), "failed" if result.error else result.layouts])
-    lines += table(header, rows, left=(0, 5))
+    lines += fitted(header, rows, width, left=(0, 5))
     target = _speed(results.get(first[0].spec))
-    lines += heading(f"At equal speed: that of unstructured zeros at {EQUAL:.0%}")
+    lines += heading(f"At equal speed: that of unstructured zeros at {EQUAL:.0%}", width)
     if target is None:
         return [*lines, "unstructured zeros were not timed, so there is no speed for the others to reach"]
     lines += paragraph(
         f"The least sparsity at which decoding is {times(target)} as fast as dense. Searched by halves, in the belief that more "
-        "zeros are faster; a few percent are within what the clock wavers."
+        "zeros are faster; a few percent are within what the clock wavers.",
+        width=width,
     )
     rows = [[FREE, f"{EQUAL:.0%}", *_figures(results[first[0].spec])]]
     rows += [_equal_speed(search, results) for search in searches]
-    lines += ["", *table(["pattern", "sparsity needed", *header[1:-1]], rows, left=(0, 1))]
+    lines += ["", *fitted(["pattern", "sparsity needed", *header[1:-1]], rows, width, left=(0, 1))]
     for search in searches:
         if stopped := search.found(results).stopped:
-            lines += paragraph(f"{search.name}: the search stopped at {stopped}", "", "  ")
+            lines += paragraph(f"{search.name}: the search stopped at {stopped}", "", "  ", width)
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from sparsec.console.table import heading, mega, paragraph, table, times
+from sparsec.console.table import fitted, heading, mega, paragraph, times
 from sparsec.report.variant import short_perplexity
 from sparsec.sweep.grid import grid_cells, places
 from sparsec.sweep.planners import Asked, FixedCells
@@ -23,7 +23,7 @@ def frontier(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Ask
     used = {name for template in templates for name in places(template)}
     cells = grid_cells(templates, {name: values for name, values in AXES.items() if name in used} | dict(axes))
     shown = [DENSE, *(cell.spec for cell in cells)]
-    return Asked(FixedCells(cells), lambda results: fronts([results[s] for s in shown if s in results]))
+    return Asked(FixedCells(cells), lambda results, width: fronts([results[s] for s in shown if s in results], width))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -41,15 +41,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return found
 
 
-def fronts(results: Sequence[CellResult]) -> list[str]:
+def fronts(results: Sequence[CellResult], width: int) -> list[str]:
     """Lines: every measured cell with its perplexity, bytes and speed, and on which front it is."""
     done = [result for result in results if result.figures is not None]
     sizes = pareto_front([(_perplexity(r), _bytes(r)) for r in done])
     speeds = pareto_front([(_perplexity(r), _time(r)) for r in done])
-    lines = heading("The fronts of quality against bytes, and against time")
+    lines = heading("The fronts of quality against bytes, and against time", width)
     lines += paragraph(
         f"`{ON}`: no other cell has both a lower perplexity and fewer bytes (or less time a token). Time is told by the speedup of "
-        "decoding, which is measured by turns with dense."
+        "decoding, which is measured by turns with dense.",
+        width=width,
     )
     rows = []
     for result, small, fast in zip(done, sizes, speeds, strict=True):
@@ -59,7 +60,7 @@ def fronts(results: Sequence[CellResult]) -> list[str]:
         speed = "-" if math.isnan(_time(result)) else times(1 / _time(result)) + ("?" if result.disturbed else "")
         marks = [ON if small else "", ON if fast else ""]
         rows.append([_label(result), perplexity, mega(own.bytes, 1), marks[0], speed, marks[1]])
-    return [*lines, "", *table(["", "perplexity", "MB", "", "decoding", ""], rows, left=(0, 3, 5))]
+    return [*lines, "", *fitted(["", "perplexity", "MB", "", "decoding", ""], rows, width, left=(0, 3, 5))]
 
 
 def _label(result: CellResult) -> str:

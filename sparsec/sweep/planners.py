@@ -14,9 +14,9 @@ Results = Mapping[str, CellResult]
 
 
 class Telling(Protocol):
-    """The lines below a study's table."""
+    """The lines below a study's table, at most `width` columns wide."""
 
-    def __call__(self, results: Results) -> list[str]: ...
+    def __call__(self, results: Results, width: int) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Asked:
     """What a study was asked for: how it finds its cells, and what it says of them in the end."""
 
     planner: Planner
-    told: Telling = lambda results: []
+    told: Telling = lambda results, width: []
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsec.console.table import heading, paragraph, percent, table
+from sparsec.console.table import WIDTH, fitted, heading, paragraph, percent
 from sparsec.report.variant import Variant, short_perplexity
 from sparsec.sweep.grid import Cell, grid_cells
 from sparsec.sweep.run import DENSE, CellResult
@@ -45,7 +45,7 @@ def seminar_cells() -> list[Cell]:
     return grid_cells(list(SETUPS.values()), {"zeros": ZEROS})
 
 
-def beside_expected(results: Sequence[CellResult]) -> list[str]:
+def beside_expected(results: Sequence[CellResult], width: int = WIDTH) -> list[str]:
     """Lines: each setup of the seminar, what it expected, what came out, met or not, and the reason where it was not."""
     by_spec = {result.spec: result for result in results}
     dense = by_spec[DENSE].figures if DENSE in by_spec else None
@@ -61,10 +61,10 @@ def beside_expected(results: Sequence[CellResult]) -> list[str]:
                 rows.append(row)
                 reasons += why
     header = ["setup", "bytes", "expected", "time a token", "expected", "perplexity", "met"]
-    lines = heading("Beside what the seminar expected, in shares of dense")
-    lines += table(header, rows)
+    lines = heading("Beside what the seminar expected, in shares of dense", width)
+    lines += fitted(header, rows, width, left=(0, 6))
     for reason in dict.fromkeys(reasons):
-        lines += paragraph(reason, "- ")
+        lines += paragraph(reason, "- ", width=width)
     return lines
 
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sparsec.console.table import heading, mega, paragraph, percent, table, times
+from sparsec.console.table import WIDTH, fitted, heading, mega, paragraph, percent, times
 from sparsec.report.schema import VARIANT, variant_document
 from sparsec.report.variant import Variant, short_perplexity
 from sparsec.sweep.run import DENSE, CellResult
@@ -17,10 +17,12 @@ TIMED = ("prefill ms", "decode ms", "measured")
 """Titles of what the clock told: marked with `?` where the machine was busy."""
 COLUMNS: tuple[Column, ...] = (
     ("sparsity", lambda v: v.sparsity, percent),
+    ("kept M", lambda v: v.nnz, lambda n: mega(n, 1)),
     ("MB", lambda v: v.bytes, lambda n: mega(n, 1)),
     ("MFLOP", lambda v: v.flops_per_token, lambda n: mega(n, 0)),
     ("perplexity", lambda v: v.perplexity, short_perplexity),
     ("top-1", lambda v: v.top1, "{:.3f}".format),
+    ("top-5", lambda v: v.top5, "{:.3f}".format),
     ("KL", lambda v: v.kl, "{:.3g}".format),
     ("prefill ms", lambda v: v.prefill_ms and v.prefill_ms.median, "{:.1f}".format),
     ("decode ms", lambda v: v.decode_ms and v.decode_ms.median, "{:.2f}".format),
@@ -31,19 +33,20 @@ COLUMNS: tuple[Column, ...] = (
 """Title, value of a cell, how it is shown. The last three are speedups of decoding against dense."""
 
 
-def text(results: Iterable[CellResult], notes: Sequence[str]) -> str:
-    """For a terminal: plain lines. What failed stands below with its reason."""
+def text(results: Iterable[CellResult], notes: Sequence[str], width: int = WIDTH) -> str:
+    """For a terminal: plain lines of at most `width` columns, as far as words allow. What failed stands below with its reason."""
     done = list(results)
     header, rows = grid(done)
-    lines = [line.rstrip() for line in table(header, rows, left=range(len(header) - len(_columns(done))))]
+    keys = len(header) - len(_columns(done)) - _tells_energy(done) - 1
+    lines = fitted(header, rows, width, left=range(keys + 1), keys=keys)
     for result in done:
         if result.error:
-            lines += paragraph(f"failed: {result.spec}: {result.error}", "", "  ")
+            lines += paragraph(f"failed: {result.spec}: {result.error}", "", "  ", width)
     if any(result.disturbed for result in done):
         lines.append("?: the machine was busy; measure again idle")
     if notes:
-        lines += heading("Notes")
-        lines += [line for note in notes for line in paragraph(note, "- ")]
+        lines += heading("Notes", width)
+        lines += [line for note in notes for line in paragraph(note, "- ", width=width)]
     return "\n".join(lines)
 
 
@@ -63,7 +66,7 @@ def grid(results: Sequence[CellResult]) -> tuple[list[str], list[list[str]]]:
     keys = [tuple(dict(r.values).get(name, "") for name in names) for r in results if r.spec != DENSE]
     by_values = bool(names) and len(set(keys)) == len(keys)
     columns = _columns(results)
-    energy = any(r.energy_mj is not None for r in results)
+    energy = _tells_energy(results)
     header = [
         *(names if by_values else ["passes"]),
         "layouts",
@@ -80,6 +83,10 @@ def grid(results: Sequence[CellResult]) -> tuple[list[str], list[list[str]]]:
         spent = ["-" if r.energy_mj is None else f"{r.energy_mj:.1f}"] if energy else []
         rows.append([*first, "failed" if r.error else r.layouts, *shown, *spent])
     return header, rows
+
+
+def _tells_energy(results: Sequence[CellResult]) -> bool:
+    return any(r.energy_mj is not None for r in results)
 
 
 def _shown(result: CellResult, column: Column) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sparsec.console.table import heading, paragraph, table
+from sparsec.console.table import fitted, heading, paragraph
 from sparsec.errors import SpecError
 from sparsec.report.variant import Variant, short_perplexity
 from sparsec.sweep.grid import Cell, grid_cells, places
@@ -49,7 +49,7 @@ def tipping(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Aske
             if not others or len(templates) > 1:
                 name = template.replace("{" + PLACE + "}", "x") + (f" {name}" if name else "")
             searches.append(Search(name, sorted(ladder, key=lambda cell: dict(cell.values)[PLACE]), _collapsed))
-    return Asked(Searches(searches), lambda results: tipping_points(searches, results))
+    return Asked(Searches(searches), lambda results, width: tipping_points(searches, results, width))
 
 
 def collapse(own: Variant, dense: Variant) -> list[str]:
@@ -62,27 +62,29 @@ def collapse(own: Variant, dense: Variant) -> list[str]:
     return found
 
 
-def tipping_points(searches: Sequence[Search], results: Results) -> list[str]:
+def tipping_points(searches: Sequence[Search], results: Results, width: int) -> list[str]:
     """Lines: the criterion, and for each search where it tips, by what, and the figures on both sides."""
     dense = results[DENSE].figures if DENSE in results else None
     if dense is None:
         return []
     limit = "" if dense.perplexity is None else f" (so {short_perplexity(WORSE * dense.perplexity)})"
-    lines = heading("Where the model collapses")
+    lines = heading("Where the model collapses", width)
     lines += paragraph(
         f"Collapsed: a perplexity of more than {WORSE:g} times that of dense{limit}, or a top-1 agreement with dense below "
-        f"{AGREES:g}, whichever comes first."
+        f"{AGREES:g}, whichever comes first.",
+        width=width,
     )
     lines += paragraph(
         f"Searched by halves among the sparsities {LADDER[0]}, {LADDER[1]}, ..., {LADDER[-1]} of the pruned weights, in the belief "
-        "that what has collapsed stays so with more zeros."
+        "that what has collapsed stays so with more zeros.",
+        width=width,
     )
     header = ["", "tips between", "by", "perplexity", "", "top-1", "", "cells"]
     rows = [_row(search, dense, results) for search in searches]
-    lines += ["", *table(header, rows, left=(0, 1, 2))]
+    lines += ["", *fitted(header, rows, width, left=(0, 1, 2))]
     for search in searches:
         if stopped := search.found(results).stopped:
-            lines += paragraph(f"{search.name}: the search stopped at {stopped}", "", "  ")
+            lines += paragraph(f"{search.name}: the search stopped at {stopped}", "", "  ", width)
     return lines
 
 

@@ -1,0 +1,140 @@
+"""What a study prints: tables that fit the terminal, and a chart in plain characters."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from study_cells import LITTLE, figures_of, without_work
+
+import sparsec.study.__main__ as study
+from sparsec.console.table import fitted, paragraph
+from sparsec.report.variant import Variant
+from sparsec.sweep import seminar, tables
+from sparsec.sweep.chart import MARKS, SEVERAL, Axis, Point, chart, scatter
+from sparsec.sweep.grid import Cell
+from sparsec.sweep.run import DENSE, CellResult
+
+WIDTHS = (80, 120, 200)
+NUMBER = st.floats(-1e9, 1e9).map("{:.2f}".format)
+
+
+@given(
+    rows=st.lists(st.lists(NUMBER, min_size=14, max_size=14), min_size=1, max_size=4),
+    names=st.lists(st.text("abc,(){}=0.5 ", min_size=1, max_size=150), min_size=4, max_size=4),
+    width=st.sampled_from((40, *WIDTHS)),
+)
+def test_a_wide_table_becomes_several_that_fit_and_lose_nothing(
+    rows: list[list[str]], names: list[str], width: int
+) -> None:
+    header = ["passes", *(f"column {i}" for i in range(14))]
+    given_rows = [[name.strip(), *row] for name, row in zip(names, rows, strict=False)]
+    lines = fitted(header, given_rows, width)
+    assert all(len(line) <= width or " " not in line for line in lines)
+    words = [word for line in lines for word in line.split()]
+    for row in given_rows:
+        assert all(words.count(cell) >= 1 for cell in row[1:])
+    assert all(lines.count(line) == 1 for line in lines if "column" in line)
+    assert len(re.findall(r"column \d+", "\n".join(lines))) == 14
+
+
+@given(text=st.text("wanda(),.05='2:4 {}", max_size=200), width=st.integers(5, 60))
+def test_long_passes_are_broken_behind_commas_alone(text: str, width: int) -> None:
+    lines = paragraph(text, width=width)
+    assert " ".join(lines).replace(", ", ",").split() == text.replace(", ", ",").split()
+    assert all(len(line) <= width or not re.search(r"\s|,\S", line) for line in lines)
+    if all(len(word) <= width for word in text.split()):
+        assert " ".join(lines).split() == text.split()
+
+
+POINT = st.builds(Point, st.floats(0.01, 1e6), st.floats(0.5, 1e8), st.sampled_from(["magnitude", "wanda", "dense"]))
+
+
+@given(points=st.lists(POINT, min_size=1, max_size=30), width=st.integers(40, 80), logarithmic=st.booleans())
+def test_every_point_has_its_mark_within_the_width(points: list[Point], width: int, logarithmic: bool) -> None:
+    lines = scatter(points, Axis("x", "{:.2f}x".format), Axis("y", "{:.4g}".format, logarithmic), width)
+    text = "\n".join(lines)
+    assert text.isascii()
+    assert text.isprintable() or set(re.sub(r"[ -~]", "", text)) == {"\n"}
+    assert all(len(line) <= width for line in lines)
+    names = list(dict.fromkeys(point.series for point in points))
+    assert "   ".join(f"{MARKS[i]} {name}" for i, name in enumerate(names)) in lines[-1]
+    field = "".join(line.partition("|")[2] for line in lines if "|" in line)
+    drawn = {sign for sign in field if sign != " "}
+    assert drawn <= {*MARKS[: len(names)], SEVERAL}
+    assert drawn
+    assert (SEVERAL in drawn) == (f"{SEVERAL} several" in lines[-1])
+    if SEVERAL not in drawn:
+        assert drawn == set(MARKS[: len(names)])
+
+
+def test_lower_and_faster_stand_where_they_belong() -> None:
+    points = [Point(1.0, 10.0, "dense"), Point(2.0, 1000.0, "wanda"), Point(1.5, 100.0, "magnitude")]
+    lines = scatter(points, Axis("speed", "{:.2f}x".format), Axis("perplexity", "{:.0f}".format, True), 60, rows=11)
+    places = {sign: (i, line.index(sign)) for i, line in enumerate(lines[1:12]) for sign in "ox+" if sign in line}
+    assert places["o"][0] == 10
+    assert places["x"][0] == 0
+    assert places["+"][0] == 5  # in the middle of a logarithmic axis
+    assert places["o"][1] < places["+"][1] < places["x"][1]
+    assert lines[1].split()[0] == "1000"
+    assert lines[6].split()[0] == "100"
+    assert lines[11].split()[0] == "10"
+
+
+def test_the_chart_is_against_sparsity_where_no_cell_is_timed() -> None:
+    dense = CellResult(DENSE, (), replace(figures_of(1, 1, 20.0), nnz=1000))
+    cell = CellResult("magnitude(0.5)", (("zeros", "0.5"),), figures_of(1, 1, 30.0, False))
+    assert "sparsity" in chart([dense, cell], 80)[1]
+    assert "speedup" in chart([dense, replace(cell, figures=figures_of(1, 0.5, 30.0))], 80)[1]
+    beyond = replace(cell, spec="magnitude(0.9)", figures=replace(figures_of(1, 1, 1.0, False), perplexity=None))
+    assert chart([dense, cell, beyond], 80)[-1].startswith("1 cell has no place")
+    assert chart([dense, beyond], 80) == []
+
+
+def test_series_are_what_tells_cells_apart() -> None:
+    dense = CellResult(DENSE, (), figures_of(1, 1, 20.0))
+    cells = [
+        CellResult(f"{method}({zeros})", (("zeros", zeros), ("method", method)), figures_of(1, float(zeros), 30.0))
+        for method in ("wanda", "magnitude")
+        for zeros in ("0.5", "0.6")
+    ]
+    assert chart([dense, *cells], 80)[-1] == "o dense   x wanda   + magnitude   & several"
+    asked = [CellResult(c.spec, c.values, figures_of(1, 0.5, 30.0)) for c in seminar.seminar_cells()]
+    legend = "".join("".join(chart([dense, *asked], 80)).split())
+    assert all(template in legend for template in seminar.SETUPS.values())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("preset", ["seminar", "tipping", "patterns", "frontier"])
+def test_what_a_preset_prints_fits_the_terminal(
+    preset: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def figures(cell: Cell) -> Variant:
+        zeros = float(dict(cell.values)["zeros"])
+        own = figures_of(12_345_678.9 * zeros, 1 / (1 + zeros), 20 * 1000**zeros, cell.timed)
+        return replace(own, top1=0.1234, top5=0.98765, kl=0.000123, flops_per_token=123456789.0)
+
+    without_work(monkeypatch, figures)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert study.main(["tiny", "--preset", preset, *LITTLE]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert [line for line in out.splitlines() if len(line) > width] == []
+
+
+def test_every_figure_of_a_cell_is_in_the_table_the_csv_and_the_json(tmp_path: Path) -> None:
+    titles = ("sparsity", "kept M", "MB", "MFLOP", "perplexity", "top-1", "top-5", "KL", "prefill ms", "decode ms")
+    titles += ("by FLOPs", "predicted", "measured")
+    assert tuple(column[0] for column in tables.COLUMNS) == titles
+    words = ["tiny", "--passes", "magnitude(0.5),freeze,lower(csr)", *LITTLE]
+    words += ["--csv", str(tmp_path / "csv"), "--json", str(tmp_path / "json")]
+    assert study.main(words) == 0
+    named = ("parameters", "nnz", "sparsity", "bytes", "flops_per_token", "perplexity", "top1", "top5", "kl")
+    named += ("prefill_ms", "decode_ms", "speedup_theoretical", "speedup_predicted", "speedup_decode", "energy_mj")
+    for file in ("csv", "json"):
+        text = (tmp_path / file).read_text()
+        assert [name for name in named if name not in text] == []
