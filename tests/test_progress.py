@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsec.console.progress import StageLines, shown_progress
+from sparsec.console.progress import Pace, StageLines, shown_progress
 from sparsec.errors import DataError
 from sparsec.progress import stage
 
@@ -35,7 +35,7 @@ def test_stages_are_lines_in_a_pipe() -> None:
     assert pipe.getvalue().splitlines() == [
         "loading ... 2.0 s",
         "pass 1 wanda ...",
-        "  reading ... 8 of 9, 30.0 s",
+        "  reading ... 8 of 9, 30.0 s, about 4 s left",
         "  reading ... 31.0 s",
         "pass 1 wanda ... 33.0 s",
         "again ...",
@@ -64,7 +64,8 @@ def test_every_line_of_a_pipe_has_one_form(steps: list[tuple[str, int, float]]) 
         now[0] += seconds
         lines(what, done, 2)
     found = [
-        re.fullmatch(r"( *)(\w+) \.\.\.(?: (\d of 2, )?(\d+\.\d s))?", line) for line in pipe.getvalue().splitlines()
+        re.fullmatch(r"( *)(\w+) \.\.\.(?: (\d of 2, )?(\d+\.\d s)(?(3), about \d+ (?:s|min) left|)?)?", line)
+        for line in pipe.getvalue().splitlines()
     ]
     assert all(found)
     last = {line[2]: line for line in found}
@@ -102,3 +103,38 @@ def test_a_terminal_shows_a_bar_and_keeps_a_line_of_what_is_done(monkeypatch: py
         show("packing [a]", 2, 2)
         show("packing [a]", 0, 2)
     assert re.search(r"packing \[a\] \.\.\. \d+\.\d s", terminal.getvalue())
+
+
+@given(first=st.integers(0, 3), steps=st.lists(st.floats(0.5, 5000), min_size=1, max_size=9), more=st.integers(1, 9))
+def test_the_time_left_is_told_from_the_steps_so_far(first: int, steps: list[float], more: int) -> None:
+    """Steps that were taken over count for nothing, and while a step takes its time, less is left."""
+    total, now = first + len(steps) + more, 100.0
+    pace = Pace.start(now, first, total)
+    assert pace.left(now + 7) == ""
+    for done, seconds in enumerate(steps, first + 1):
+        now += seconds
+        pace.step(now, done, total)
+    expected = sum(steps) / len(steps) * more
+
+    def seconds_in(text: str) -> float:
+        found = re.fullmatch(r"about ([\d.]+) (s|min|h) left", text)
+        assert found is not None
+        return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]]
+
+    assert seconds_in(pace.left(now)) == pytest.approx(expected, rel=0.05, abs=0.51)
+    assert seconds_in(pace.left(now + expected / 2)) == pytest.approx(expected / 2, rel=0.05, abs=0.51)
+    assert seconds_in(pace.left(now + 2 * expected)) == 0
+    pace.step(now, first + len(steps), total + more)  # a search that learns it has to look further
+    assert seconds_in(pace.left(now)) == pytest.approx(2 * expected, rel=0.05, abs=0.51)
+    pace.step(now, total, total)
+    assert pace.left(now) == ""
+
+
+def test_a_terminal_says_how_long_a_stage_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    with shown_progress(terminal) as show:
+        show("cells", 0, 4)
+        show("cells", 1, 4)
+    assert re.search(r"about \d+ s left", terminal.getvalue())
