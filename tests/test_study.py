@@ -190,9 +190,23 @@ def test_a_plan_is_the_same_options(tmp_path: Path) -> None:
     assert (args.windows, args.bos, args.text) == (2, False, "a b.txt")
 
 
+def test_a_plan_takes_values_as_they_are_written(tmp_path: Path) -> None:
+    """Regression: YAML reads 2:4 as 124, two minutes and four seconds."""
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("preset: patterns\ngrid: {pattern: [2:4, block:16x16], method: magnitude}\nlength: 0x10\n")
+    words = study.plan_words(str(plan), study.parser())
+    assert words == [
+        "--preset=patterns",
+        "--grid=pattern=2:4,block:16x16",
+        "--grid=method=magnitude",
+        "--length=0x10",
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ("windows:", "windows must have one value"),
         ("gird: {zeros: [0.3]}", "did you mean 'grid'"),
         ("- a", "must be a mapping"),
         ("a: [", "cannot be read"),
