@@ -28,13 +28,14 @@ from sparsec.console.command import (
 from sparsec.console.output import guarded, writable, writable_folder, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.errors import DataError
 from sparsec.evaluate import compare_embeddings, evaluate
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
 from sparsec.report.picture import drawable, pictures
 from sparsec.report.schema import document, layers_csv
 from sparsec.study.measure import measured_report
-from sparsec.study.plan import QUICK, Effort, StudyPlan, plan
+from sparsec.study.plan import ALONE, QUICK, Effort, StudyPlan, plan
 from sparsec.study.views import LayerViews
 
 PROG = "python -m sparsec.report"
@@ -123,6 +124,14 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="N",
         help=f"of the sample and the timed decoding; default: {usual.new_tokens}",
     )
+    how.add_argument(
+        "--sensitivity",
+        type=positive,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help=f"also prune each weight alone, and see how far the model moves, on N windows of {ALONE} tokens; N: %(const)s",
+    )
     how.add_argument("--no-measure", action="store_true", help="count, but run no model")
     how.add_argument(
         "--quick", action="store_true", help="few windows and repeats: to see that it works, not to compare"
@@ -143,6 +152,8 @@ def _run(args: argparse.Namespace) -> None:
     beside = [Pipeline.parse(spec) for spec in args.beside]
     for each in (pipeline, *beside):
         each.validate()
+    if args.sensitivity and args.no_measure:
+        raise DataError("--sensitivity runs the model, and --no-measure runs none; leave one out")
     check_device(args.device)
     outputs = [writable(path) for path in (args.json, args.csv) if path is not None]
     if args.dump_ir is not None:
@@ -200,6 +211,7 @@ def effort(args: argparse.Namespace) -> Effort:
         "prompt": args.prompt,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
+        "sensitivity": args.sensitivity,
     }
     return replace(QUICK if args.quick else Effort(), **{k: v for k, v in given.items() if v is not None})
 

@@ -139,7 +139,9 @@ class LayerRow:
     ms: float | None = field(default=None, metadata=figure("the same as it is executed now"))
     sensitivity: float | None = field(
         default=None,
-        metadata=figure("KL divergence of the model's predictions where this weight alone is pruned, in nats a token"),
+        metadata=figure(
+            "KL divergence of the model's predictions where this weight alone is pruned, in nats a token; of encoders 1 - cosine"
+        ),
     )
     value_bytes: int = field(metadata=figure("of one value", lambda s: s.weight.dtype.itemsize))
     executed: bool = field(metadata=figure("whether the traced call read it", lambda s: bool(s.ops)))

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from sparsec.console.table import heading, paragraph, percent, shorten, table
 from sparsec.report.layer import LayerRow
-from sparsec.report.roles import by_role
+from sparsec.report.roles import by_role, middle
 
 _NAME = 48
+TOP = 10
+"""Weights that are named as the most sensitive ones."""
 _MEASURES = {
     "owl": ("outliers", "share of scores |W| * ||X_col|| above 5 times the block's mean"),
     "alphapruning": (
@@ -40,7 +42,7 @@ def pruning_lines(layers: Sequence[LayerRow], every: bool = False) -> list[str]:
             "error: mean square of the change of a layer's outputs over that of its dense outputs, on sampled calibration tokens; "
             f"mean {_error(mean)}, worst {_error(worst.error)} in {worst.name.removesuffix('.weight')}"
         )
-    return lines + _allocation(pruned)
+    return lines + _allocation(pruned) + _sensitivity(pruned)
 
 
 def _row(name: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
@@ -85,3 +87,22 @@ def _allocation(pruned: Sequence[LayerRow]) -> list[str]:
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _sensitivity(pruned: Sequence[LayerRow]) -> list[str]:
+    """The weights whose pruning alone moves the model most, and the middle of each role; not where it was not measured."""
+    known = sorted((row for row in pruned if row.sensitivity is not None), key=lambda row: -(row.sensitivity or 0.0))
+    if not known:
+        return []
+    lines = heading("Sensitivity: how far the model's outputs move where one weight alone is pruned")
+    top = [
+        (shorten(row.name.removesuffix(".weight"), _NAME), percent(row.sparsity), f"{row.sensitivity:.3g}")
+        for row in known[:TOP]
+    ]
+    lines += table((f"the {len(top)} most sensitive" if known[TOP:] else "weight", "zero", "moved by"), top)
+    by = [(name, middle(row.sensitivity for row in rows), len(rows)) for name, rows in by_role(known)]
+    body = [
+        (shorten(name, _NAME), str(count), f"{value:.3g}")
+        for name, value, count in sorted(by, key=lambda found: -(found[1] or 0.0))
+    ]
+    return [*lines, "", *table(("role, its middle weight", "weights", "moved by"), body)]

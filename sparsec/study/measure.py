@@ -6,6 +6,7 @@ kernels give can be told apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,7 @@ from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.layers import LayerTimes, time_layers
 from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan
 from sparsec.study.sample import continuation
+from sparsec.study.sensitivity import sensitivities
 from sparsec.study.variants import SCARCE, Builder, filled, masked_stock, scarce, split, warm_up, without_values
 from sparsec.timing.latency import Comparison, compare_latency
 from sparsec.timing.others import in_the_way
@@ -115,6 +117,7 @@ class _Run:
     times: Comparison | None = None
     longer: Comparison | None = None  # of encoders, on a whole window
     layers: LayerTimes | None = None
+    alone: dict[str, float] | None = None  # sensitivity, by weight
     texts: dict[str, str] = field(default_factory=dict)
     made: Any = None  # by all the passes
 
@@ -163,6 +166,14 @@ class _Run:
             self.layers = time_layers(lowered, dense, self.planned.effort.repeats, self.progress, seconds, rows)
         self.clock.counted("timing layers", self.layers.timed, self.layers.products, "products")
 
+    def sense(self, dense: Any, pruned: Any) -> None:
+        """Each weight pruned alone; before the model is lowered."""
+        if self.planned is None or self.planned.alone is None:
+            return
+        with self.clock.stage("sensitivity"):
+            graph, windows = pruned.sparsec.graph, self.planned.alone
+            self.alone = sensitivities(dense, graph, windows, self.loaded.is_encoder, self.progress)
+
     def say(self, name: str, model: Any) -> None:
         """A sample."""
         if self.planned is None or self.planned.prompt is None:
@@ -195,6 +206,10 @@ class _Run:
                 for row in layers
             )
             remarks.append(_on_layers(self.layers, effort, planned, self.loaded.is_encoder))
+        if planned.alone is not None:
+            alone = {name: kl for name, kl in (self.alone or {}).items() if math.isfinite(kl)}
+            layers = tuple(replace(row, sensitivity=alone.get(row.name)) for row in layers)
+            remarks.append(_on_sensitivity(self.alone, alone, planned.alone, self.loaded.is_encoder))
         if effort.repeats < MIN_REPEATS:
             remarks.append(
                 f"quick: {effort.repeats} repeats and {windows.count} windows of {windows.length} are too few to compare by"
@@ -237,6 +252,8 @@ def _together(run: _Run, builder: Builder) -> None:
     """All variants share what is equal, and take turns."""
     with run.clock.stage("compiling"):
         pruned = builder.prune()
+    run.sense(builder.dense, pruned)
+    with run.clock.stage("compiling"):
         made = pruned if builder.rest is None else builder.lower(pruned)
         del pruned  # a lowered one took its place
     run.made = made
@@ -307,6 +324,17 @@ def _on_layers(found: LayerTimes, effort: Effort, planned: StudyPlan, encoder: b
             else ""
         )
     )
+
+
+def _on_sensitivity(
+    found: dict[str, float] | None, finite: Mapping[str, float], windows: Windows, encoder: bool
+) -> str:
+    if found is None:
+        return "sensitivity was not measured: memory does not hold the dense model beside the pruned one"
+    what = "1 - cosine of the embedding" if encoder else "KL(dense || this) in nats a token"
+    size = f"{windows.count} x {windows.length} tokens of {windows.text_name}"
+    lost = f"; {len(found) - len(finite)} weights give NaN or inf alone" if len(finite) < len(found) else ""
+    return f"sensitivity: {what}, of the dense model with one weight alone as pruning left it, on {size}{lost}"
 
 
 def _known_machine(model: nn.Module, progress: Progress | None) -> tuple[str, ...]:

@@ -25,11 +25,14 @@ class Effort:
     prompt_tokens: int = 64
     new_tokens: int = 40
     repeats: int = MIN_REPEATS
+    sensitivity: int = 0  # windows on which each pruned weight is tried alone; not within `seconds`
     seconds: float = 120.0  # for evaluating, timing and the sample; what does not fit is sampled, and said
 
 
 QUICK = Effort(windows=2, length=128, prompt_tokens=16, new_tokens=8, repeats=5, seconds=40.0)
 DEFAULT_LENGTH = 512
+ALONE = 256
+"""Tokens of a window for the sensitivity of each weight, where the model takes as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,7 @@ class StudyPlan:
     timed: torch.Tensor  # the prompt of the timing: token ids [1, prompt tokens]
     prompt: Prompt | None  # of the sample; None where the model writes no text
     effort: Effort
+    alone: Windows | None = None  # for the sensitivity of each weight; None where it is not asked for
 
 
 def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> StudyPlan:
@@ -54,6 +58,10 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> S
     limit = loaded.positions
     length = effort.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     windows = cut(text, loaded.tokenizer, length, effort.windows, limit, bos)
+    alone = None
+    if effort.sensitivity:
+        short = min(ALONE, limit or ALONE)
+        alone = cut(text, loaded.tokenizer, short, effort.sensitivity, limit, bos)
     tokens = windows.tokens.flatten()
     if effort.prompt_tokens > len(tokens):
         raise DataError(
@@ -65,11 +73,11 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> S
             f"a prompt of {effort.prompt_tokens} tokens needs as many positions, the model has {limit}; take fewer"
         )
     if loaded.is_encoder:
-        return StudyPlan(windows, tokens[: effort.prompt_tokens][None], None, effort)
+        return StudyPlan(windows, tokens[: effort.prompt_tokens][None], None, effort, alone)
     needed = effort.prompt_tokens + WARM_UP + max(effort.repeats, effort.new_tokens) + 1
     if limit is not None and needed > limit:
         raise DataError(
             f"prompt and decoded tokens need {needed} positions, the model has {limit}; take fewer of either"
         )
     prompt = read_prompt(loaded.tokenizer, effort.prompt, effort.new_tokens, limit)
-    return StudyPlan(windows, tokens[: effort.prompt_tokens][None], prompt, effort)
+    return StudyPlan(windows, tokens[: effort.prompt_tokens][None], prompt, effort, alone)
