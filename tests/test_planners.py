@@ -55,7 +55,7 @@ def _measure(planner: Any, done: dict[str, CellResult]) -> list[tuple[str, int, 
         told.append((what, count, total))
 
     planned: Any = None
-    model = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    model = SimpleNamespace(model=torch.nn.Linear(2, 2), is_encoder=False)
     measure_cells(model, planner, planned, None, dict(done), lambda r: done.__setitem__(r.spec, r), show)  # type: ignore[arg-type]
     return told
 

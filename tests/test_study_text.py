@@ -127,8 +127,8 @@ def test_what_a_preset_prints_fits_the_terminal(
 
 
 def test_every_figure_of_a_cell_is_in_the_table_the_csv_and_the_json(tmp_path: Path) -> None:
-    titles = ("sparsity", "kept M", "MB", "MFLOP", "perplexity", "top-1", "top-5", "KL", "prefill ms", "decode ms")
-    titles += ("by FLOPs", "predicted", "measured")
+    titles = ("sparsity", "kept M", "MB", "MFLOP", "perplexity", "top-1", "top-5", "KL", "cosine", "least")
+    titles += ("prefill ms", "window ms", "decode ms", "by FLOPs", "predicted", "measured")
     assert tuple(column[0] for column in tables.COLUMNS) == titles
     words = ["tiny", "--passes", "magnitude(0.5),freeze,lower(csr)", *LITTLE]
     words += ["--csv", str(tmp_path / "csv"), "--json", str(tmp_path / "json")]

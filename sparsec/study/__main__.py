@@ -199,10 +199,10 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
-        if not loaded.model.can_generate():
+        if loaded.is_encoder and args.preset:
             raise DataError(
-                f"{loaded.name}: {type(loaded.model).__name__} is an encoder, and a study measures perplexity and decoding; "
-                "sparsec report and sparsec evaluate take encoders"
+                f"{loaded.name}: {type(loaded.model).__name__} is an encoder, and --preset {args.preset} tells by perplexity or "
+                "decoding, which it has not; give --passes and --grid"
             )
         planned = plan(loaded, text, _effort(args), args.bos)
         drawn = calibration(loaded, args, pipelines, learnt)
@@ -267,13 +267,17 @@ def _identity(
 
 def _notes(loaded: LoadedModel, planned: StudyPlan, args: argparse.Namespace) -> tuple[str, ...]:
     windows = planned.windows
+    how = f"prefill of {args.prompt_tokens} tokens, then decoding"
+    if loaded.is_encoder:
+        how = f"forwards of {args.prompt_tokens} tokens and of a window"
     notes = [
         f"{loaded.name}, from {loaded.source}; its weights are stored as: {loaded.source_precision}",
         f"quality on {windows.count} windows of {windows.length} tokens of {windows.text_name}, against dense on the same ones",
-        f"times at batch 1, every cell by turns with dense: prefill of {args.prompt_tokens} tokens, then decoding; speedups are "
-        "medians over rounds",
+        f"times at batch 1, every cell by turns with dense: {how}; speedups are medians over rounds",
     ]
-    if absent := EnergyMeter(args.device).absent:
+    if loaded.is_encoder:
+        notes.append("energy: not measured, since it is that of a generated token and an encoder generates none")
+    elif absent := EnergyMeter(args.device).absent:
         notes.append(f"energy: {absent}")
     return tuple(notes)
 

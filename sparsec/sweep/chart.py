@@ -42,19 +42,22 @@ def chart(results: Sequence[CellResult], width: int) -> list[str]:
     """Lines, at most 80 columns wide, with a legend; none where fewer than two cells can be shown."""
     done = [(result, name) for result, name in zip(results, _series(results), strict=True) if result.figures]
     if any(_speed(r.figures) is not None for r, _ in done if r.spec != DENSE and r.figures is not None):
-        across, title = Axis("speedup of decoding, measured", times), _speed
+        across, title = Axis(f"speedup of {_timed(results)}, measured", times), _speed
     else:
         across, title = Axis("sparsity of all parameters", lambda value: percent(value, 0)), _sparsity
+    encodes = any(result.figures is not None and result.figures.cosine is not None for result in results)
     points = []
     for result, name in done:
         assert result.figures is not None
-        x, y = title(result.figures), result.figures.perplexity
+        x, y = title(result.figures), result.figures.cosine if encodes else result.figures.perplexity
         if x is not None and y is not None and math.isfinite(x) and math.isfinite(y):
             points.append(Point(x, y, name))
     if len(points) < 2:
         return []
     most, least = max(p.y for p in points), min(p.y for p in points)
     up = Axis("perplexity", short_perplexity, logarithmic=0 < least < most / SPAN)
+    if encodes:
+        up = Axis("cosine of embeddings to dense", "{:.4f}".format)
     lines = heading(f"{up.title.capitalize()} and {across.title}", width)
     lines += scatter(points, across, up, min(width, COLUMNS_AT_MOST))
     if missing := len(results) - len(points):
@@ -149,8 +152,14 @@ def _number(text: str) -> bool:
     return True
 
 
+def _timed(results: Sequence[CellResult]) -> str:
+    decodes = any(result.figures is not None and result.figures.speedup_decode is not None for result in results)
+    return "decoding" if decodes else "a window"
+
+
 def _speed(own: Variant | None) -> float | None:
-    return None if own is None or own.speedup_decode is None else own.speedup_decode.median
+    spread = None if own is None else own.speedup_decode or own.speedup_window
+    return None if spread is None else spread.median
 
 
 def _sparsity(own: Variant | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from sparsec import memory
 from sparsec.compiler import compile, extend
 from sparsec.data import LoadedModel
 from sparsec.errors import SparsecError
-from sparsec.evaluate import Evaluation
+from sparsec.evaluate import Encoding, Evaluation, compare_embeddings
 from sparsec.evaluate import compare as compare_outputs
 from sparsec.machine import cores
 from sparsec.pipeline import Pass, Pipeline
@@ -24,6 +24,7 @@ from sparsec.report.collect import Report
 from sparsec.report.layer import known_ratio
 from sparsec.report.variant import Variant
 from sparsec.study.figures import with_measurements
+from sparsec.study.kept_embeddings import KeptEmbeddings
 from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.plan import StudyPlan
 from sparsec.study.variants import masked_stock, split, warm_up
@@ -122,7 +123,7 @@ def measure_cells(
 @dataclass(eq=False)
 class _Pruned:
     model: Any
-    quality: Evaluation
+    quality: Evaluation | Encoding
 
 
 class _Run:
@@ -134,14 +135,20 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.model, self.planned, self.calibration, self.progress = loaded.model, planned, calibration, progress
+        self.encodes = loaded.is_encoder
         self.meter = EnergyMeter(next(self.model.parameters()).device.type)
         self._last: tuple[Pipeline, _Pruned] | None = None
 
     def begin(self) -> None:
-        """Runs the dense model over the windows once, and keeps its logits."""
-        self.kept = KeptLogits(self.model)
+        """Runs the dense model over the windows once, and keeps its logits, or an encoder's embeddings."""
+        self.kept: Any = (KeptEmbeddings if self.encodes else KeptLogits)(self.model)
+        self.reference = self._compared({DENSE: self.kept}, "dense reference")[DENSE]
+
+    def _compared(self, models: Mapping[str, Any], what: str) -> Mapping[str, Evaluation | Encoding]:
         windows = self.planned.windows
-        self.reference = compare_outputs({DENSE: self.kept}, windows, self.progress, "dense reference")[DENSE]
+        if self.encodes:
+            return compare_embeddings(models, windows, self.progress, what)
+        return compare_outputs(models, windows, self.progress, what)
 
     def dense(self, timed: bool) -> CellResult:
         """The reference itself."""
@@ -178,8 +185,7 @@ class _Run:
         made = compile(
             self.model, _with_flops(pruning), calibration=self.calibration, copy="changed", progress=self.progress
         )
-        models = {DENSE: self.kept.forget(), "pruned": made}
-        found = compare_outputs(models, self.planned.windows, self.progress, "quality")["pruned"]
+        found = self._compared({DENSE: self.kept.forget(), "pruned": made}, "quality")["pruned"]
         memory.trim()
         return _Pruned(made, found)
 
@@ -206,24 +212,46 @@ class _Run:
             seconds=perf_counter() - start,
         )
 
-    def _timed(self, models: Mapping[str, Any]) -> Comparison:
-        effort = self.planned.effort
+    def _timed(self, models: Mapping[str, Any]) -> _Times:
+        effort, windows = self.planned.effort, self.planned.windows
         with stage(self.progress, "timing"):
-            decodes = max(effort.repeats, effort.new_tokens)
-            return compare_latency(models, self.planned.timed, effort.repeats, decodes, self.progress, effort.seconds)
+            if not self.encodes:
+                decodes = max(effort.repeats, effort.new_tokens)
+                return _Times(
+                    compare_latency(models, self.planned.timed, effort.repeats, decodes, self.progress, effort.seconds)
+                )
+            long, short = (
+                compare_latency(models, tokens, effort.repeats, None, self.progress, effort.seconds / 2)
+                for tokens in (windows.tokens[:1], self.planned.timed)
+            )
+            return _Times(short, long)
 
     def _measured(
-        self, figures: Variant, name: str, quality: Evaluation, times: Comparison | None, report: Report
+        self, figures: Variant, name: str, quality: Evaluation | Encoding, times: _Times | None, report: Report
     ) -> Variant:
         evaluations = {DENSE: self.reference, "pruned": quality}
-        return with_measurements(figures, name, evaluations, times, None, report.linears_dense_ms)
+        told = _Times(None) if times is None else times
+        if self.encodes:  # the cost model tells of one token
+            figures = replace(figures, linears_ms=None)
+        return with_measurements(figures, name, evaluations, told.prompt, told.window, report.linears_dense_ms)
 
     def _energy(self, model: Any) -> float | None:
+        if self.encodes:
+            return None
         return self.meter.per_token(model, self.planned.timed, self.planned.effort.new_tokens)
 
 
-def _disturbed(times: Comparison | None) -> bool:
-    return times is not None and in_the_way(times.others, torch.get_num_threads(), cores())
+@dataclass(frozen=True)
+class _Times:
+    """Of the prompt, and what is decoded after it; of an encoder's whole window."""
+
+    prompt: Comparison | None
+    window: Comparison | None = None
+
+
+def _disturbed(times: _Times | None) -> bool:
+    found = () if times is None else (times.prompt, times.window)
+    return any(each is not None and in_the_way(each.others, torch.get_num_threads(), cores()) for each in found)
 
 
 def _counted(report: Report, nnz: int, held: int, masks: int, flops: float | None, linears: float | None) -> Variant:

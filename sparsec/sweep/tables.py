@@ -13,7 +13,7 @@ from sparsec.report.variant import Variant, short_perplexity
 from sparsec.sweep.run import DENSE, CellResult
 
 Column = tuple[str, Callable[[Variant], Any], Callable[[Any], str]]
-TIMED = ("prefill ms", "decode ms", "measured")
+TIMED = ("prefill ms", "window ms", "decode ms", "measured")
 """Titles of what the clock told: marked with `?` where the machine was busy."""
 COLUMNS: tuple[Column, ...] = (
     ("sparsity", lambda v: v.sparsity, percent),
@@ -24,13 +24,17 @@ COLUMNS: tuple[Column, ...] = (
     ("top-1", lambda v: v.top1, "{:.3f}".format),
     ("top-5", lambda v: v.top5, "{:.3f}".format),
     ("KL", lambda v: v.kl, "{:.3g}".format),
+    ("cosine", lambda v: v.cosine, "{:.4f}".format),
+    ("least", lambda v: v.cosine_min, "{:.4f}".format),
     ("prefill ms", lambda v: v.prefill_ms and v.prefill_ms.median, "{:.1f}".format),
+    ("window ms", lambda v: v.window_ms and v.window_ms.median, "{:.1f}".format),
     ("decode ms", lambda v: v.decode_ms and v.decode_ms.median, "{:.2f}".format),
     ("by FLOPs", lambda v: v.speedup_theoretical, times),
     ("predicted", lambda v: v.speedup_predicted, times),
-    ("measured", lambda v: v.speedup_decode and v.speedup_decode.median, times),
+    ("measured", lambda v: (spread := v.speedup_decode or v.speedup_window) and spread.median, times),
 )
-"""Title, value of a cell, how it is shown. The last three are speedups of decoding against dense."""
+"""Title, value of a cell, how it is shown. The last three are speedups of decoding against dense; of an encoder, whose cosines are
+those of its embeddings to dense, the measured one is of a window."""
 
 
 def text(results: Iterable[CellResult], notes: Sequence[str], width: int = WIDTH) -> str:
