@@ -93,6 +93,18 @@ class Constants:
         cost = self.cost(kernel, format_name, dtype)
         return None if cost is None else cost.predict(work, rows, self.reach(working_set))
 
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second of plain reading from memory; None where that was not measured."""
+        return 1 / self.reads[-1].per_byte if self.reads and self.reads[-1].per_byte else None
+
+    def peak(self, dtype: torch.dtype) -> float | None:
+        """FLOPs a second of the fastest dense kernel at the most rows that were measured; None where none was."""
+        name = str(dtype).removeprefix("torch.")
+        rates = [k.rows[-1] for k in self.kernels if k.dtype == name and k.format == "dense" and k.rows]
+        seconds = [(r.rate.per_stored + r.rate.per_position) / r.rows for r in rates]
+        return max((2 / each for each in seconds if each > 0), default=None)
+
     def reach(self, working_set: int | None) -> float:
         """How many times as fast as from memory so many bytes come when they are read again and again; at least 1."""
         if working_set is None or not self.reads:

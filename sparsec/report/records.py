@@ -76,6 +76,14 @@ class LatencyFacts:
 
 
 @dataclass(frozen=True)
+class Roofs:
+    """What this machine reaches, with all threads, by what the cost model measured."""
+
+    bytes_per_second: float  # plain reading from memory
+    flops_per_second: float  # of the fastest kernel at many rows
+
+
+@dataclass(frozen=True)
 class Stage:
     """One part of the work that takes time, and how much of what was wanted fitted into its share of the time budget."""
 
@@ -125,6 +133,7 @@ class ReportData:
     beside: dict[str, float] = field(
         default_factory=dict
     )  # perplexity on the same windows by other passes; of encoders the cosine
+    roofs: Roofs | None = None
     views: tuple[LayerView, ...] = ()  # of what was pruned, where they were asked for
 
     @property

@@ -16,6 +16,7 @@ from torch import nn
 
 from sparsec import memory
 from sparsec.cost import machine_constants
+from sparsec.cost.constants import Found
 from sparsec.data import LoadedModel
 from sparsec.evaluate import Encoding, Evaluation, Windows, compare_embeddings
 from sparsec.evaluate import compare as compare_outputs
@@ -26,7 +27,7 @@ from sparsec.machine import cores, gpu_clock, machine
 from sparsec.pipeline import Instrument, Pipeline
 from sparsec.progress import Progress
 from sparsec.report.collect import Report
-from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Sample
+from sparsec.report.records import EvaluationFacts, LatencyFacts, ModelFacts, Roofs, Sample
 from sparsec.study.clock import Clock
 from sparsec.study.figures import counted, with_measurements
 from sparsec.study.kept_embeddings import KeptEmbeddings
@@ -58,7 +59,7 @@ def measured_report(
     before, rest = split(pipeline)
     run = _Run(loaded, planned, progress, Clock(planned.effort.seconds if planned else 0.0))
     with run.clock.stage("measuring the machine"):
-        doubts = _known_machine(loaded.model, progress) if measuring else ()
+        known = _known_machine(loaded.model, progress) if measuring else None
         if measuring:
             warm_up()
     dense = loaded.model
@@ -80,7 +81,7 @@ def measured_report(
     else:
         _one_after_another(run, builder)
     remarks = _on_resident_memory(device) if measuring else ["no model was run: nothing is measured"]
-    remarks += [*doubts, *loaded.notes]
+    remarks += [*(() if known is None else known.notices), *loaded.notes]
     built = builder.built
     remarks.append(f"tracing took {built.trace_seconds:.1f} s, emission {built.emit_seconds:.2f} s")
     if rest is None:
@@ -100,6 +101,7 @@ def measured_report(
         summary=counted(built, measuring, decodes=not loaded.is_encoder),
         in_turn=in_turn,
         remarks=tuple(remarks),
+        roofs=None if known is None else _roofs(known, dense),
     )
     whole = report if planned is None else run.measured(report, planned)
     return replace(whole, stages=tuple(run.clock.stages)), run.made
@@ -337,17 +339,22 @@ def _on_sensitivity(
     return f"sensitivity: {what}, of the dense model with one weight alone as pruning left it, on {size}{lost}"
 
 
-def _known_machine(model: nn.Module, progress: Progress | None) -> tuple[str, ...]:
-    """Makes the cost model known before anything is timed; what there is to say about it."""
+def _known_machine(model: nn.Module, progress: Progress | None) -> Found | None:
+    """Makes the cost model known before anything is timed; None where it says nothing of such a model."""
     dtypes = {p.dtype for p in model.parameters() if p.dtype in VALUE_DTYPES}
     devices = sorted({p.device.type for p in model.parameters()})
     if not dtypes or unpredicted(devices):
-        return ()
+        return None
     memory.page_out(model.parameters())  # at first use a GB is read to find out how fast
     found = machine_constants(sorted(dtypes, key=str), device=devices[0], progress=progress)
     memory.trim()
     assert found is not None
-    return found.notices
+    return found
+
+
+def _roofs(known: Found, model: nn.Module) -> Roofs | None:
+    bandwidth, peak = known.constants.bandwidth, known.constants.peak(next(model.parameters()).dtype)
+    return None if bandwidth is None or peak is None else Roofs(bandwidth, peak)
 
 
 def _on_resident_memory(device: str) -> list[str]:
