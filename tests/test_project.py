@@ -61,6 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "compiled", "compiler", "loading"),
     ("study",),
     ("sweep",),
+    ("page",),
     ("opened",),
     (
         "",

@@ -30,6 +30,10 @@ from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError
 from sparsec.evaluate import compare_embeddings, evaluate
+from sparsec.page.ir import KeptIR
+from sparsec.page.options import add_pages, check_pages, write_pages
+from sparsec.page.pages import report_page
+from sparsec.page.report_charts import report_charts
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
 from sparsec.report.picture import drawable, pictures
@@ -49,6 +53,7 @@ examples:
   python -m sparsec.report --passes "wanda(0.4),freeze,sparsity,flops,fuse,lower(auto)" --beside "magnitude(0.4)"
   python -m sparsec.report tiny --no-measure --picture "layers.0.self_attn.*"
   python -m sparsec.report my-folder --device cuda --dtype bf16 --passes "wanda(0.7),freeze,sparsity,flops,lower(auto)"
+  python -m sparsec.report smollm2 --html report.html --svg figures
   python -m sparsec.report my-folder --text my.txt --eval-length 1024 --json report.json --csv layers.csv
 
 `python -m sparsec` lists passes, formats and kernels.
@@ -105,6 +110,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--json", metavar="FILE", help="the whole report, - on the standard output; schema in sparsec/report/schema.py"
     )
     out.add_argument("--csv", metavar="FILE", help="the layers")
+    add_pages(out)
     how = p.add_argument_group("measuring")
     how.add_argument(
         "--text",
@@ -158,6 +164,7 @@ def _run(args: argparse.Namespace) -> None:
     outputs = [writable(path) for path in (args.json, args.csv) if path is not None]
     if args.dump_ir is not None:
         writable_folder(args.dump_ir, "the IR cannot be dumped there")
+    drawing = check_pages(args)
     text = None if args.no_measure else load_text(args.text)
     learnt = calibration_text(args, [pipeline, *beside])
     if args.threads:
@@ -166,9 +173,11 @@ def _run(args: argparse.Namespace) -> None:
     instruments: list[Instrument] = [] if args.print_ir == "none" else [PrintIR(args.print_ir)]
     if args.dump_ir:
         instruments.append(DumpIR(args.dump_ir))
-    views = LayerViews()
-    if args.picture:
+    views, ir = LayerViews(), KeptIR()
+    if args.picture or drawing:
         instruments.append(views)
+    if drawing:
+        instruments.append(ir)
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
@@ -178,6 +187,7 @@ def _run(args: argparse.Namespace) -> None:
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
         report, _ = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
         report = replace(report, beside=others, views=views.found())
+        outputs += write_pages(args, lambda: report_page(report, ir, progress), lambda: report_charts(report))
     print("\n".join([report.text(args.layers), *pictures(report.views, pictured)]))
     if args.json:
         write_text(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")

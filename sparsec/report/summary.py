@@ -38,6 +38,11 @@ def _what(report: ReportData) -> list[str]:
 
 
 def _table(report: ReportData) -> list[str]:
+    return table(("", *(name.replace("_", " ") for name in report.summary)), summary_rows(report))
+
+
+def summary_rows(report: ReportData) -> list[tuple[str, ...]]:
+    """A title and the figures of each compared model: bytes, speed, quality."""
     variants = list(report.summary.values())
     rows: list[tuple[str, ...]] = []
 
@@ -61,7 +66,7 @@ def _table(report: ReportData) -> list[str]:
         row("  speed against dense", [_times(v.speedup_window, report.doubt) for v in variants])
     row("perplexity", [_perplexity(v.perplexity) for v in variants])
     row("cosine of embeddings", ["-" if v.cosine is None else f"{v.cosine:.4f}" for v in variants])
-    return table(("", *(name.replace("_", " ") for name in report.summary)), rows)
+    return rows
 
 
 def _bytes(report: ReportData) -> list[str]:

@@ -30,7 +30,7 @@ def render(report: ReportData, layers: bool = False) -> str:
     lines += _passes(report) + _layers(report, layers) + pruning_lines(report.layers, layers) + _groups(report)
     if report.summary:
         lines += _compared(report)
-    if report.sample is not None and not _never_trained(report):
+    if report.sample is not None and not never_trained(report):
         lines += _sample(report)
     if notes := all_notes(report):
         lines += heading("Notes")
@@ -45,13 +45,13 @@ def render(report: ReportData, layers: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _never_trained(report: ReportData) -> bool:
+def never_trained(report: ReportData) -> bool:
     """What a random model writes says nothing."""
     return report.model is not None and report.model.source.startswith(RANDOM)
 
 
-def machine_lines(m: Machine) -> list[str]:
-    """The environment, also for bug reports."""
+def machine_rows(m: Machine) -> list[tuple[str, str]]:
+    """The environment: what, and its value."""
     memory = f", {m.memory_bytes / 2**30:.0f} GiB" if m.memory_bytes else ""
     versions = ", ".join(f"{name} {version}" for name, version in m.versions.items())
     rows = [
@@ -64,7 +64,12 @@ def machine_lines(m: Machine) -> list[str]:
     ]
     if m.load is not None:
         rows.append(("load", f"{m.load:.1f} processes ran or waited over the last minute"))
-    return heading("Machine") + [line for key, text in rows for line in paragraph(text, f"{key:<24}")]
+    return rows
+
+
+def machine_lines(m: Machine) -> list[str]:
+    """The environment, also for bug reports."""
+    return heading("Machine") + [line for key, text in machine_rows(m) for line in paragraph(text, f"{key:<24}")]
 
 
 def _passes(report: ReportData) -> list[str]:

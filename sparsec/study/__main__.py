@@ -34,6 +34,9 @@ from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError, SpecError
 from sparsec.evaluate.saved import fingerprint
 from sparsec.machine import Machine, machine
+from sparsec.page.options import add_pages, check_pages, write_pages
+from sparsec.page.pages import study_page
+from sparsec.page.study_charts import study_charts
 from sparsec.progress import stage
 from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan, plan
 from sparsec.sweep import tables
@@ -52,6 +55,7 @@ examples:
   python -m sparsec.study --preset seminar --json seminar.json             # SmolLM2-135M; stopped? say it again
   python -m sparsec.study --preset tipping --passes "wanda({zeros}, pattern='block:16x16'),freeze"
   python -m sparsec.study my-model --passes "{method}(0.5),freeze,fuse,lower(auto)" --grid method=magnitude,wanda,sparsegpt
+  python -m sparsec.study --preset seminar --html seminar.html --svg figures
   python -m sparsec.study --plan study.yaml --csv cells.csv --markdown cells.md
 
 A plan is a YAML file of the same options, each without its dashes:
@@ -128,6 +132,7 @@ def parser(prog: str = PROG) -> CommandLine:
     )
     out.add_argument("--csv", metavar="FILE", help="one line for every cell")
     out.add_argument("--markdown", metavar="FILE", help="the table")
+    add_pages(out)
     p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
     return p
 
@@ -191,6 +196,7 @@ def _run(args: argparse.Namespace) -> None:
     for path in (args.json, args.csv, args.markdown):
         if path is not None:
             writable(path)
+    check_pages(args)
     text = load_text(args.text)
     learnt = calibration_text(args, pipelines)
     if args.threads:
@@ -291,7 +297,8 @@ def _write(args: argparse.Namespace, asked: Asked, store: Store) -> None:
     results = [store.results[spec] for spec in specs if spec in store.results]
     width = terminal_width()
     print(tables.text(results, store.notes, width))
-    for line in (*asked.told(store.results, width), *chart(results, width)):
+    told = asked.told(store.results, width)
+    for line in (*told, *chart(results, width)):
         print(line)
     if store.taken_over:
         print(f"{store.taken_over} cells were taken over from {store.path}")
@@ -301,7 +308,13 @@ def _write(args: argparse.Namespace, asked: Asked, store: Store) -> None:
         write_text(args.markdown, tables.markdown(results, store.notes))
     if args.json:
         write_text(args.json, json.dumps(store.document(), indent=1, allow_nan=False) + "\n")
-    if written := [path for path in (args.json, args.csv, args.markdown) if path]:
+    name = str(store.of["model"]).rpartition(" ")[0]
+    drawn = write_pages(
+        args,
+        lambda: study_page(name, results, store.notes, store.machine, "\n".join(told).strip()),
+        lambda: study_charts(results),
+    )
+    if written := [*(path for path in (args.json, args.csv, args.markdown) if path), *drawn]:
         print(f"\nwritten: {', '.join(written)}")
 
 

@@ -1,0 +1,43 @@
+"""`--html`, `--png` and `--svg` of the commands that have something to draw."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sparsec.console.output import writable, writable_folder, write_text
+from sparsec.page.drawing import Chart, need_library, save_charts
+
+
+def add_pages(out: argparse._ArgumentGroup) -> None:
+    """The options."""
+    out.add_argument("--html", metavar="FILE", help="a page with charts and tables; one file, needs no network")
+    out.add_argument("--png", metavar="DIR", help="the charts as pictures for a paper's column, 300 dots an inch")
+    out.add_argument("--svg", metavar="DIR", help="the same as SVG")
+
+
+def check_pages(args: argparse.Namespace) -> bool:
+    """Whether anything is to be drawn. DataError for what could not be written, MissingExtraError where nothing can draw."""
+    if args.html is not None:
+        writable(args.html)
+    for folder in (args.png, args.svg):
+        if folder is not None:
+            writable_folder(folder, "the charts cannot be written there")
+    wanted = any((args.html, args.png, args.svg))
+    if wanted:
+        need_library()
+    return wanted
+
+
+def write_pages(args: argparse.Namespace, page: Callable[[], str], charts: Callable[[], Sequence[Chart]]) -> list[str]:
+    """What was written, in words."""
+    written = []
+    if args.html:
+        write_text(args.html, page())
+        written.append(args.html)
+    if args.png:
+        written.append(f"{len(save_charts(charts(), Path(args.png), 'png'))} charts in {args.png}")
+    if args.svg:
+        written.append(f"{len(save_charts(charts(), Path(args.svg), 'svg'))} charts in {args.svg}")
+    return written

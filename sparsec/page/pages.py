@@ -1,0 +1,316 @@
+"""A report or a study filled into its page: one file that holds its style, its script and its charts, and needs no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata, resources
+from typing import Any
+
+from sparsec.console.table import mega, percent, times
+from sparsec.machine import Machine
+from sparsec.page.drawing import Chart, need_library, themed_svg
+from sparsec.page.ir import KeptIR
+from sparsec.page.pictures import corner_png, sizes_svgs, zeros_png
+from sparsec.page.report_charts import report_charts
+from sparsec.page.study_charts import study_charts
+from sparsec.progress import Progress, stage
+from sparsec.report.layer import LayerRow
+from sparsec.report.notes import all_notes
+from sparsec.report.records import ReportData
+from sparsec.report.summary import summary_rows
+from sparsec.report.text import machine_rows, never_trained
+from sparsec.report.variant import VARIANTS, Variant, metrics, short_perplexity
+from sparsec.report.views import LayerView
+from sparsec.report.words import dense_reason
+from sparsec.sweep.run import DENSE, CellResult
+from sparsec.sweep.tables import COLUMNS, grid
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure of the summary, large."""
+
+    name: str
+    value: str
+    more: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of a table that sorts."""
+
+    title: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class CellText:
+    """Of a table that sorts: what is shown, and the number that it is sorted by."""
+
+    text: str
+    value: float | None = None
+    shows: int | None = None  # which layer's view
+
+
+def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None) -> str:
+    """The HTML of a report; encoders have their own figures in it. MissingExtraError where nothing can draw."""
+    need_library()
+    with stage(progress, "drawing the page"):
+        charts = _drawn(report_charts(report))
+        views = _views(report.views)
+        numbers = {view.name: i for i, view in enumerate(report.views)}
+        changed = {(p.index, p.spec): p.lines for p in ir.passes}
+        return _filled(
+            "report.html",
+            title=f"{_name(report)}: sparsec report",
+            heading=_name(report),
+            about=_about(report),
+            sections=[
+                ("summary", "Summary"),
+                ("charts", "Charts"),
+                ("layers", "Layers"),
+                ("ir", "Passes and IR"),
+                ("figures", "All figures"),
+                ("notes", "Notes"),
+                ("machine", "Machine"),
+            ],
+            tiles=_report_tiles(report),
+            compared=(("", *_variants(report)), summary_rows(report)) if report.summary else None,
+            charts=charts,
+            columns=[Column(title, about) for title, about, _, _ in LAYER_COLUMNS],
+            layers=[_layer_cells(row, numbers.get(row.name), report.doubt) for row in report.layers],
+            views=views,
+            passes=[
+                asdict(p)
+                | {
+                    "says": f"{p.summary} ({p.effect.value}, {p.seconds:.2f} s)",
+                    "notes": p.notes,
+                    "lines": changed.get((p.index, p.spec), ()),
+                }
+                for p in report.passes
+            ],
+            traced=ir.traced,
+            final=ir.final,
+            figures_table=_figures(report),
+            prompt=report.sample.prompt if report.sample else "",
+            samples=list(report.sample.texts.items()) if report.sample and not never_trained(report) else [],
+            notes=all_notes(report),
+            machine=machine_rows(report.machine) if report.machine else [],
+        )
+
+
+def study_page(
+    name: str,
+    results: Sequence[CellResult],
+    notes: Sequence[str],
+    machine: Machine,
+    told: str = "",
+    progress: Progress | None = None,
+) -> str:
+    """The HTML of a study. told: a preset's own findings, as text. MissingExtraError where nothing can draw."""
+    need_library()
+    with stage(progress, "drawing the page"):
+        header, rows = grid(results)
+        columns = {title: of for title, of, _ in COLUMNS}
+        cells = []
+        for result, row in zip(results, rows, strict=True):
+            found = []
+            for title, text in zip(header, row, strict=True):
+                value = columns[title](result.figures) if title in columns and result.figures is not None else None
+                found.append(CellText(text, _number(value)))
+            cells.append(found)
+        return _filled(
+            "study.html",
+            title=f"{name}: sparsec study",
+            heading=f"{name}: {len(results)} cells",
+            about=notes[0] if notes else "",
+            sections=[
+                ("summary", "Summary"),
+                ("charts", "Charts"),
+                ("cells", "Cells"),
+                ("notes", "Notes"),
+                ("machine", "Machine"),
+            ],
+            tiles=_study_tiles(results),
+            told=told,
+            charts=_drawn(study_charts(results)),
+            columns=[Column(title) for title in header],
+            cells=cells,
+            failed=[f"failed: {r.spec}: {r.error}" for r in results if r.error],
+            notes=notes,
+            machine=machine_rows(machine),
+        )
+
+
+def _filled(template: str, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("sparsec.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    from markupsafe import Markup
+
+    templates = resources.files("sparsec.page") / "templates"
+    own = {
+        name: Markup((templates / f"page.{end}").read_text("utf-8")) for name, end in (("css", "css"), ("script", "js"))
+    }
+    return environment.get_template(template).render(**values, **own, version=metadata.version("sparsec"))
+
+
+def _drawn(charts: Iterable[Chart]) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    return [vars(chart) | {"svg": Markup(themed_svg(chart))} for chart in charts]
+
+
+def _views(views: Sequence[LayerView]) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    found = []
+    for view, svg in zip(views, sizes_svgs(views), strict=True):
+        shares = [share for row in view.zeros for share in row]
+        all_of = sum(view.counts)
+        cut = "no threshold: the method does not cut by size"
+        if view.threshold is not None:
+            cut = f"threshold {view.threshold:.4g}: smaller ones went, larger ones stayed"
+        sampled = f" {view.sampled:,} sampled weights." if view.sampled is not None else ""
+        found.append(
+            {
+                "name": view.name,
+                "says": f"{percent(1 - sum(view.kept) / all_of if all_of else 0.0)} of it is zero.",
+                "corner": corner_png(view),
+                "zeros": zeros_png(view),
+                "rows": len(view.corner),
+                "columns": len(view.corner[0]) if view.corner else 0,
+                "cells": f"{len(view.zeros)}x{len(view.zeros[0]) if view.zeros else 0}",
+                "least": percent(min(shares, default=0.0)),
+                "most": percent(max(shares, default=0.0)),
+                "sizes": f"Sizes |w| from 0 to {view.edges[-1]:.4g}; {cut}.{sampled}",
+                "svg": Markup(svg),
+            }
+        )
+    return found
+
+
+def _name(report: ReportData) -> str:
+    return report.model.name if report.model is not None else "a model"
+
+
+def _about(report: ReportData) -> str:
+    if report.model is None:
+        return ""
+    m = report.model
+    return (
+        f"{m.architecture}, {report.parameters:,} parameters, computes in {m.dtype}; from {m.source}; "
+        f"its weights are stored as: {m.source_precision}"
+    )
+
+
+def _variants(report: ReportData) -> list[str]:
+    return [VARIANTS[name] for name in report.summary]
+
+
+def _report_tiles(report: ReportData) -> list[Tile]:
+    tiles = [Tile("Zeros", percent(report.sparsity), f"of {report.parameters:,} parameters")]
+    if report.bytes_dense:
+        share = percent(report.bytes_held / report.bytes_dense, 0)
+        tiles.append(Tile("Bytes", share, f"{mega(report.bytes_held)} MB, dense {mega(report.bytes_dense)}"))
+    last = report.summary.get("lowered") or report.summary.get("masked")
+    dense = report.summary.get("dense")
+    if last is None or dense is None:
+        return tiles
+    speed = last.speedup_prefill if report.encoder else last.speedup_decode
+    if speed is not None:
+        what = "reading a prompt" if report.encoder else "a decoded token"
+        tiles.append(Tile("Speed", times(speed.median) + report.doubt, f"{what}, against the stock dense model"))
+    if last.perplexity is not None and dense.perplexity is not None:
+        tiles.append(
+            Tile("Perplexity", short_perplexity(last.perplexity), f"dense {short_perplexity(dense.perplexity)}")
+        )
+    if last.cosine is not None:
+        tiles.append(Tile("Cosine", f"{last.cosine:.4f}", "of the embeddings to dense"))
+    return tiles
+
+
+def _study_tiles(results: Sequence[CellResult]) -> list[Tile]:
+    done = [r for r in results if r.figures is not None]
+    dense = next((r.figures for r in done if r.spec == DENSE), None)
+    cells = [r for r in done if r.spec != DENSE]
+    tiles = [Tile("Cells", str(len(cells)), f"{sum(bool(r.error) for r in results)} failed")]
+    if dense is not None:
+        first = f"{mega(dense.bytes, 1)} MB"
+        if dense.perplexity is not None:
+            first = short_perplexity(dense.perplexity)
+        tiles.append(Tile("Dense", first, "perplexity" if dense.perplexity is not None else "bytes"))
+    fast = [r for r in cells if r.figures is not None and r.figures.speedup_decode is not None]
+    if fast:
+        best = max(fast, key=_speed)
+        tiles.append(Tile("Fastest", times(_speed(best)), best.spec))
+    small = min(cells, key=lambda r: r.figures.bytes if r.figures else 0, default=None)
+    if small is not None and small.figures is not None and dense is not None and dense.bytes:
+        tiles.append(Tile("Smallest", percent(small.figures.bytes / dense.bytes, 0), small.spec))
+    return tiles
+
+
+def _speed(result: CellResult) -> float:
+    figures: Variant | None = result.figures
+    return figures.speedup_decode.median if figures is not None and figures.speedup_decode is not None else 0.0
+
+
+def _figures(report: ReportData) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    if not report.summary:
+        return None
+    rows = []
+    for name, (_, metric) in metrics().items():
+        values = [getattr(v, name) for v in report.summary.values()]
+        if any(value is not None for value in values):
+            rows.append((metric.title.strip(), *("-" if value is None else metric.show(value) for value in values)))
+    return ("", *_variants(report)), rows
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _of(key: str, show: Any) -> Any:
+    return lambda row: (getattr(row, key), show)
+
+
+LAYER_COLUMNS: tuple[tuple[str, str, str, Any], ...] = (
+    ("name", "of the stored weight", "name", str),
+    ("group", "", "group", str),
+    ("out x in", "", "", str),
+    ("zeros", "share of zeros", "sparsity", percent),
+    ("MB dense", "", "bytes_dense", mega),
+    ("MB held", "", "bytes_held", mega),
+    ("layout", "", "format", str),
+    ("kernel", "that executes it", "kernel", str),
+    ("by FLOPs", "a bound of the speedup", "speedup_theoretical", times),
+    ("by bytes", "a bound of the speedup", "speedup_theoretical_bytes", times),
+    ("predicted", "speedup by the cost model", "speedup_predicted", times),
+    ("roof", "what binds by the cost model", "binds", str),
+    ("measured", "speedup by the clock", "speedup_measured", times),
+    ("ms dense", "measured", "ms_dense", "{:.4f}".format),
+    ("ms", "measured, as it is executed now", "ms", "{:.4f}".format),
+    ("sensitivity", "harm where this weight alone is pruned", "sensitivity", "{:.4g}".format),
+    ("why", "it is dense, or has its layout", "", str),
+)
+
+
+def _layer_cells(row: LayerRow, view: int | None, doubt: str) -> list[CellText]:
+    found = []
+    for title, _, key, show in LAYER_COLUMNS:
+        if title == "out x in":
+            found.append(CellText("x".join(map(str, row.shape)), float(row.parameters)))
+        elif title == "why":
+            found.append(CellText(dense_reason(row) or row.reason or ""))
+        else:
+            value = getattr(row, key)
+            text = "-" if value is None else show(value) + (doubt if title == "measured" else "")
+            found.append(CellText(text, _number(value), view if title == "name" else None))
+    return found
