@@ -33,11 +33,11 @@ def _png(rows: Sequence[Sequence[int]]) -> str:
 
 def sizes_svgs(views: Sequence[LayerView]) -> Iterator[str]:
     """How many weights of each size a layer has, and how many of them stay. One figure is drawn anew for every layer."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with style(LETTERS, "sizes"):
+    with style(LETTERS, "sizes"), rc_context({"figure.constrained_layout.use": False}):
         figure = Figure(figsize=(WIDTH, 2.2))
-        figure.set_layout_engine("none")
         figure.subplots_adjust(0.03, 0.24, 0.97, 0.96)
         axes = figure.add_subplot()
         gone = axes.stairs([1], [0, 1], fill=True, color=COLOURS[4], label="pruned")
