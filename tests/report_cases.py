@@ -96,6 +96,7 @@ def report() -> Report:
             kernel="csr_cpu" if row.packed else None,
             speedup_measured=0.5 + i / 10 if row.packed else None,
             speedup_predicted=0.6 + i / 10 if row.packed else None,
+            ms_predicted=(1 + i) / 1000 if row.multiplied else None,
             binds=("bytes", "decode", "flops", "call")[i % 4] if row.packed else None,
         )
         for i, row in enumerate(found.layers)

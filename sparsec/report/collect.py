@@ -55,7 +55,7 @@ def collect(
     )
 
 
-def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof] | None) -> LayerRow:
+def _layer(graph: Graph, weight: Weight, expected: tuple[float, Roof, float] | None) -> LayerRow:
     return LayerRow.of(Traced(graph, weight, graph.ops_of(weight.name), expected))
 
 

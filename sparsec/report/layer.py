@@ -18,7 +18,7 @@ class Traced:
     graph: Graph
     weight: Weight
     ops: list[Op]  # that read it
-    expected: tuple[float, Roof] | None  # (speedup, the roof that binds), by the cost model
+    expected: tuple[float, Roof, float] | None  # (speedup, the roof that binds, milliseconds), by the cost model
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,12 @@ class LayerRow:
         metadata=figure(
             "the roof that binds by the cost model: bytes, decode, flops or call",
             lambda s: None if s.expected is None else s.expected[1],
+        )
+    )
+    ms_predicted: float | None = field(
+        metadata=figure(
+            "milliseconds by the cost model as it is executed now; of a fused product, its share by FLOPs",
+            lambda s: None if s.expected is None else s.expected[2],
         )
     )
     speedup_measured: float | None = field(

@@ -22,6 +22,7 @@ class Predicted:
     dense: float  # seconds with F.linear, one call each
     seconds: float  # as it is executed now
     binds: tuple[Roof, ...]  # by weight
+    shares: tuple[float, ...]  # of the seconds, by weight, in proportion to its FLOPs
 
     @property
     def speedup(self) -> float:
@@ -50,15 +51,20 @@ def predict(graph: Graph, known: Constants | None, rows: int = 1) -> tuple[Predi
     return tuple(p for p in found if p is not None)
 
 
-def by_weight(predicted: Iterable[Predicted]) -> dict[str, tuple[float, Roof]]:
-    """(speedup, the roof that binds) of every weight."""
-    return {name: (p.speedup, roof) for p in predicted for name, roof in zip(p.weights, p.binds, strict=True)}
+def by_weight(predicted: Iterable[Predicted]) -> dict[str, tuple[float, Roof, float]]:
+    """(speedup, the roof that binds, milliseconds now) of every weight."""
+    return {
+        name: (p.speedup, roof, 1e3 * p.seconds * share)
+        for p in predicted
+        for name, roof, share in zip(p.weights, p.binds, p.shares, strict=True)
+    }
 
 
 def _product(graph: Graph, op: Op, known: Constants, working_set: int, rows: int) -> Predicted | None:
     dense = seconds = 0.0
     calls: list[float] = []
     binds: list[Roof] = []
+    kept: list[int] = []
     for name in op.matrices:
         weight = graph.weights[name]
         work, kernel = _work(weight), op.kernel_of(name) or TORCH
@@ -70,9 +76,11 @@ def _product(graph: Graph, op: Op, known: Constants, working_set: int, rows: int
         dense, seconds = dense + before.seconds, seconds + now.seconds
         calls.append(cost.call)
         binds.append(now.binds)
+        kept.append(weight.numel if weight.packed is None else weight.packed.nnz)
     # One call serves all; each of the others is still a module that is called and a matrix that is looked at.
     shared = 0.0 if known.member is None else max(0.0, sum(calls) - max(calls) - known.member * (len(calls) - 1))
-    return Predicted(op.matrices, dense, seconds - shared, tuple(binds))
+    shares = tuple(own / sum(kept) if sum(kept) else 1 / len(kept) for own in kept)
+    return Predicted(op.matrices, dense, seconds - shared, tuple(binds), shares)
 
 
 def _work(weight: Weight) -> Work:

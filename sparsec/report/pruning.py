@@ -105,4 +105,5 @@ def _sensitivity(pruned: Sequence[LayerRow]) -> list[str]:
         (shorten(name, _NAME), str(count), f"{value:.3g}")
         for name, value, count in sorted(by, key=lambda found: -(found[1] or 0.0))
     ]
-    return [*lines, "", *table(("role, its middle weight", "weights", "moved by"), body)]
+    lines += ["", *table(("role, its middle weight", "weights", "moved by"), body)]
+    return lines + paragraph("moved by: KL(dense || this) in nats a token, of encoders 1 - cosine of the embedding")

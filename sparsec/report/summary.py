@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 
 from sparsec.console.table import mega, percent, table, times
+from sparsec.report.depth import depth_lines
 from sparsec.report.notes import SHOWN, all_notes, for_quality
 from sparsec.report.records import ReportData
 from sparsec.report.variant import short_perplexity
 from sparsec.timing.spread import Spread
 
 LINES, COLUMNS = 24, 80
+LEAST = 2  # notes that bars leave room for
 
 
 def summary_lines(report: ReportData) -> list[str]:
@@ -19,13 +21,20 @@ def summary_lines(report: ReportData) -> list[str]:
     if report.summary:
         lines += ["", *_table(report)]
     lines += [*(_bytes(report) if not report.summary else ()), *_speed(report), *_quality(report)]
-    notes = all_notes(report)
-    shown = notes[:SHOWN]
+    notes, bars = all_notes(report), depth_lines(report.layers)
+    count = SHOWN
+    while bars and len(lines) + len(bars) + min(count, len(notes)) + (len(notes) > count) > LINES:
+        if count > LEAST:
+            count -= 1
+        else:
+            bars.pop()
+    lines += bars
+    shown = notes[:count]
     for i, note in enumerate(shown, 1):
         room = LINES - 1 - len(lines) - (len(shown) - i)
         lines += _wrapped(note, "- ", lines=max(1, min(2, room)))
-    if notes[SHOWN:]:
-        lines.append(f"- and {len(notes) - SHOWN} more under Notes")
+    if notes[count:]:
+        lines.append(f"- and {len(notes) - count} more under Notes")
     return lines
 
 

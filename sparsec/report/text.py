@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sparsec.console.table import heading, mega, paragraph, percent, shorten, table, times
 from sparsec.data.tiny import RANDOM
 from sparsec.machine import Machine
+from sparsec.report.depth import depth_table
 from sparsec.report.layer import LayerRow, known_ratio, total
 from sparsec.report.notes import all_notes, merged, said_under_layers
 from sparsec.report.pruning import pruning_lines
@@ -27,7 +28,8 @@ def render(report: ReportData, layers: bool = False) -> str:
     layers: every weight has a line of its own; else those of one role share one.
     """
     lines = summary_lines(report)
-    lines += _passes(report) + _layers(report, layers) + pruning_lines(report.layers, layers) + _groups(report)
+    lines += _passes(report) + _layers(report, layers) + pruning_lines(report.layers, layers)
+    lines += (depth_table(report.layers) if layers else []) + _groups(report)
     if report.summary:
         lines += _compared(report)
     if report.sample is not None and not never_trained(report):
