@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsec
+from sparsec import memory
 from sparsec.data import load_model, load_text
 from sparsec.errors import SelectionError
 from sparsec.ir.facts import Weight
@@ -186,6 +187,18 @@ def test_a_report_takes_them_in_either_way_of_building(monkeypatch: pytest.Monke
         assert report.in_turn == (share > 0)
         seen.append(found.found())
     assert seen[0] == seen[1] != ()
+
+
+def test_what_the_views_hold_is_not_counted_as_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, found = load_model("tiny"), LayerViews()
+    monkeypatch.setattr("sparsec.memory.resident", lambda device: 1000 + found.nbytes)
+    watched = {"instruments": [found]}
+    builder = variants.Builder(
+        loaded.model, Pipeline.parse("magnitude(0.5),freeze"), None, None, watched, watching=True
+    )
+    made = builder.prune()
+    assert found.nbytes > 0
+    assert builder.built.resident["masked"] == memory.shared(loaded.model, made)
 
 
 def test_a_picture_of_a_whole_weight(request: pytest.FixtureRequest) -> None:
