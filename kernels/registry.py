@@ -123,13 +123,19 @@ class Kernel:
         return reasons
 
     def _answer(self, question: str, kind: Answer, *about: Any) -> Answer:
-        """What refuses or missing says; where it raises or says no such thing, that, after a warning: it serves nothing then."""
+        """What refuses or missing says; where it raises or says no such thing, that, after a warning: it serves nothing then.
+
+        Sparsec's own raise what the user must mend, such as an unsafe cache folder or an unknown SPARSEC_ISA: that goes through.
+        """
+        asked = getattr(self, question)
         try:
-            found: Answer = getattr(self, question)(*about)
+            found: Answer = asked(*about)
             if isinstance(found, type(kind)):
                 return found
             fault = f"must give a {type(kind).__name__}, got {found!r}"
         except Exception as error:  # whatever a stranger's code raises
+            if isinstance(error, SparsecError) and str(getattr(asked, "__module__", "")).startswith("sparsec."):
+                raise
             fault = f"raised {type(error).__name__}: {error}"
         warnings.warn(f"the kernel {self.name!r} is left out: its {question} {fault}", stacklevel=3)
         said: Any = f"its {question} {fault}"

@@ -12,7 +12,7 @@ from test_native_build import WORKS, script
 
 from sparsec import cache
 from sparsec.errors import UnsafeCacheError
-from sparsec.kernels import build
+from sparsec.kernels import Problem, build, select
 from sparsec.kernels.library import loader, programs, toolchain
 
 fresh = test_native_build.fresh
@@ -197,6 +197,8 @@ def test_a_cache_folder_that_is_not_safe_is_refused(fresh: pytest.MonkeyPatch, t
     fresh.setenv("XDG_CACHE_HOME", str(tmp_path / "open"))
     with pytest.raises(UnsafeCacheError, match=r"others can write to it.*SPARSEC_NATIVE_LIBRARY.*SPARSEC_NATIVE=0"):
         loader.status()
+    with pytest.raises(UnsafeCacheError, match="others can write to it"):  # regression: a warning for every layer
+        select(Problem("csr", 8, 8))
     fresh.setenv("SPARSEC_NATIVE", "0")
     assert not loader.status().built
 
