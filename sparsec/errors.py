@@ -104,6 +104,11 @@ class SparsecWarning(UserWarning):
     """What the caller of a function should know of its result; the commands show it as a notice."""
 
 
+def briefly(error: BaseException) -> str:
+    """An error of others in a line: torch adds the calls in C++ below its own."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def some(names: Iterable[str]) -> str:
     """The first three of a list, and how many more there are."""
     listed = list(names)

@@ -167,3 +167,27 @@ def test_files_of_a_save_that_was_killed_are_removed_by_a_later_one(tmp_path: Pa
 def test_examine_refuses_what_is_no_folder() -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         examine("nowhere")
+
+
+def test_a_file_that_is_gone_is_one_fault_and_not_one_for_every_tensor(saved: Path, tmp_path: Path) -> None:
+    """Regression: the index and every packed layer were said to lack what was in that file."""
+    folder = copied(saved, tmp_path)
+    lost = sorted(folder.glob("*.safetensors"))[0]
+    held = load_file(lost)
+    lost.unlink()
+    faults = examine(folder).faults
+    assert f"{lost.name} cannot be read" in faults[0]
+    assert not [fault for fault in faults[1:] for key in held if f"{key.removeprefix('sparsec.')} is" in fault]
+    assert len(faults) <= 3  # what is not packed is told in a line each of config.json and of the class
+
+
+def test_an_error_of_torch_is_told_in_a_line(saved: Path, tmp_path: Path) -> None:
+    """Regression: fifty lines of calls in C++ followed."""
+    folder = copied(saved, tmp_path)
+    record_of(folder, lambda c: c.update(vocab_size=2**70))
+    (fault,) = examine(folder).faults
+    assert "no LlamaForCausalLM can be made of it: TypeError" in fault
+    assert len(fault.splitlines()) == 1
+    with pytest.raises(CheckpointError) as refused:
+        sparsec.load(folder)
+    assert len(str(refused.value).splitlines()) == 1

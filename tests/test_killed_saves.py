@@ -74,6 +74,26 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new_model(times: int, tmp_p
     print(dict(seen), sum("left of a save" in notice for notice in examine(tmp_path).notices), "files left")
 
 
+def test_what_a_killed_save_left_is_removed_by_a_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: safetensors' own temporary file lay in the folder itself, under a name that no later save knew."""
+
+    def interrupted(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        path.with_name(".tmpabc123").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    sparsec.save(model(1.0), tmp_path)
+    with monkeypatch.context() as killed:  # which cleans nothing up
+        killed.setattr("sparsec.checkpoint.writing.save_file", interrupted)
+        killed.setattr("sparsec.checkpoint.writing.shutil.rmtree", lambda *given, **options: None)
+        with pytest.raises(KeyboardInterrupt):
+            sparsec.save(model(2.0), tmp_path)
+    (left,) = tmp_path.glob(".*")
+    os.utime(left, (0, 0))
+    sparsec.save(model(2.0), tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    assert which(tmp_path) == 2.0
+
+
 def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
     sparsec.save(model(1.0), tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -76,13 +76,16 @@ def examine(folder: str | os.PathLike[str], *, progress: Progress | None = None)
     found.layouts = dict(Counter(stored.layout for stored in record.layers.values()).most_common())
     found.versions = record.versions
     found.notices += _newer(record.versions)
-    tensors, homes = _files(place, record, found, progress)
+    tensors, homes, unread = _files(place, record, found, progress)
     _report(place, record, found)
     index = content.get("transformers_weights")
-    found.faults += _index_faults(place, index, homes)
+    listed = _listed(place, index, found)
+    # What stands in a file that cannot be read: that is one fault, told of the file.
+    lost = {key for key, home in listed.items() if isinstance(home, str) and home in unread} - homes.keys()
+    found.faults += _index_faults(str(index), listed, homes, lost)
     named, computed = by_name(record, tensors)
     found.faults += [f"{CONFIG}: {fault}" for fault in tied_faults(record, tensors) + dense_faults(record, tensors)]
-    packed = _matrices(record, named, found, progress)
+    packed = _matrices(record, named, lost, found, progress)
     _fit(place, content, record, packed, named, computed, found)
     found.notices += _strangers(place, {*record.files, str(index), str(record.report.get("file"))})
     return found
@@ -104,10 +107,11 @@ def _release(text: str) -> tuple[int, ...]:
 
 def _files(
     place: Path, record: Record, found: Examined, progress: Progress | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor that can be read, and by its name there the file that holds it."""
+) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+    """Every tensor that can be read, by its name there the file that holds it, and the files that cannot be read."""
     tensors: dict[str, Tensor] = {}
     homes: dict[str, str] = {}
+    unread: set[str] = set()
     done, total = 0, max(sum(_bytes(facts) for facts in record.files.values()) >> 20, 1)
     for name, facts in record.files.items():
         try:
@@ -120,11 +124,13 @@ def _files(
                 tensors[key], homes[_stored(key)] = tensor, name
         except OSError as error:
             found.faults.append(f"{name} cannot be read: {error.strerror or error}; the model is not whole")
+            unread.add(name)
         except CheckpointError as error:
             found.faults.append(_short(error, place))
+            unread.add(name)
     if progress is not None:
         progress("hashing, MiB", total, total)
-    return tensors, homes
+    return tensors, homes, unread
 
 
 def _bytes(facts: Mapping[str, Any]) -> int:
@@ -174,18 +180,28 @@ def _report(place: Path, record: Record, found: Examined) -> None:
         found.faults.append(f"{name} has not the SHA-256 that {CONFIG} says: it is not the report that was saved")
 
 
-def _index_faults(place: Path, name: Any, homes: Mapping[str, str]) -> list[str]:
-    """What is wrong with the index, by which transformers finds the files."""
+def _listed(place: Path, name: Any, found: Examined) -> dict[str, Any]:
+    """The file of every tensor, as the index has it, by which transformers finds the files; empty where there is no such index."""
     if not isinstance(name, str) or OWN.fullmatch(name) is None:
-        return [f"{CONFIG}: transformers_weights must name the index in the folder itself, got {name!r}"]
+        found.faults.append(f"{CONFIG}: transformers_weights must name the index in the folder itself, got {name!r}")
+        return {}
     try:
         content = read_json(place / name)
     except CheckpointError as error:
-        return [_short(error, place)]
+        found.faults.append(_short(error, place))
+        return {}
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict):
-        return [f"{name} has no weight_map"]
-    faults = [f"{name}: {key} is in no file" for key in listed.keys() - homes.keys()]
+        found.faults.append(f"{name} has no weight_map")
+        return {}
+    return listed
+
+
+def _index_faults(name: str, listed: Mapping[str, Any], homes: Mapping[str, str], lost: set[str]) -> list[str]:
+    """What is wrong with the index."""
+    if not listed:
+        return []
+    faults = [f"{name}: {key} is in no file" for key in listed.keys() - homes.keys() - lost]
     faults += [f"{name}: {key}, which {homes[key]} holds, is not listed" for key in homes.keys() - listed.keys()]
     faults += [
         f"{name}: {key} is said to be in {listed[key]!r}, and is in {homes[key]}"
@@ -196,11 +212,13 @@ def _index_faults(place: Path, name: Any, homes: Mapping[str, str]) -> list[str]
 
 
 def _matrices(
-    record: Record, named: Mapping[str, Tensor], found: Examined, progress: Progress | None
+    record: Record, named: Mapping[str, Tensor], lost: set[str], found: Examined, progress: Progress | None
 ) -> dict[str, Packed]:
-    """Those that are valid."""
+    """Those that are valid. lost: names of tensors that are told of already."""
     packed = {}
     for path, stored in each_of(progress, "packed layers", record.layers.items()):
+        if any(PREFIX + f"{path}.{name}" in lost for name in (*stored.tensors, "bias")):
+            continue
         try:
             packed[path], _ = stored_matrix(path, stored, named, "layers")
         except CheckpointError as error:

@@ -64,7 +64,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         return [*self.get_weight_conversions(), *weight_conversions]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What was asked for, to which the whole model is converted once it is there."""
+        """What was asked for, to which the whole model is converted once it is there; none asked for: that of the config."""
         self.dtype = dtype
         return dtype
 
@@ -137,7 +137,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             layer.lay_out(layer.packed.values.device.type)
         put_computed(model, self.computed, "the files")
         join(model, self.record)
-        if any(layer.packed.dtype != self.dtype for layer in model.modules() if isinstance(layer, SparseLinear)):
+        if self.dtype != (self.record.dtype or self.dtype):
             model.to(self.dtype)
         name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
         say_loaded(model, self.record, name, saved_report(self.folder, self.record))

@@ -14,7 +14,7 @@ from torch import nn
 from sparsec import files
 from sparsec.checkpoint.card import card
 from sparsec.checkpoint.record import History, Record
-from sparsec.checkpoint.writing import SHARD, store
+from sparsec.checkpoint.writing import SHARD, describe, store
 from sparsec.errors import CheckpointError, CompileError
 from sparsec.ir.groups import of_peft
 from sparsec.kernels import SparseLinear
@@ -49,6 +49,8 @@ def save_packed(
     content = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
     content.pop("quantization_config", None)
     place = Path(folder)
+    if (kind := describe(model, History()).dtype or getattr(model, "dtype", None)) is not None:
+        content["dtype"] = str(kind).removeprefix("torch.")  # a config keeps the one it was made with
     record = store(model, place, max_shard_size=max_shard_size, config=content, history=history, progress=progress)
     told = reread(json.loads(history.report)) if history is not None and history.report else None
     # After the weights: where those could not be written, a model that was there before keeps what is its own.

@@ -19,7 +19,7 @@ from sparsec.checkpoint.record import BUFFERS, Record, Stored, dtype_name
 from sparsec.data.kinds import named_class
 from sparsec.data.unowned import remember_unowned
 from sparsec.emitter import conv1d_type
-from sparsec.errors import CheckpointError, some
+from sparsec.errors import CheckpointError, briefly, some
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear
@@ -307,8 +307,9 @@ def empty_model(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Mod
         config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
         config._name_or_path = str(place)
     except Exception as error:  # a config's own checks, which differ by model
-        why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{place / CONFIG} is no config of a model that transformers knows: {why}") from error
+        raise CheckpointError(
+            f"{place / CONFIG} is no config of a model that transformers knows: {briefly(error)}"
+        ) from error
     kind = named_class(config, architectures[0])
     if kind is None:
         raise CheckpointError(f"{place / CONFIG}: transformers has no {architectures[0]!r} for {type(config).__name__}")
@@ -324,9 +325,7 @@ def _on_meta(kind: Any, config: Any, where: str, tensors: int) -> nn.Module:
         with torch.device("meta"):
             made: nn.Module = kind._from_config(config)
     except Exception as error:  # whatever a config's sizes make transformers and torch raise
-        raise CheckpointError(
-            f"{where}: no {kind.__name__} can be made of it: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"{where}: no {kind.__name__} can be made of it: {briefly(error)}") from error
     return made
 
 
@@ -341,4 +340,4 @@ def generation_of(place: Path) -> Any:
     try:
         return GenerationConfig.from_dict(content)
     except Exception as error:  # transformers' own checks
-        raise CheckpointError(f"{path} is no generation config: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is no generation config: {briefly(error)}") from error

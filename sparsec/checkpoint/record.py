@@ -6,6 +6,7 @@ It stands in `config.json` as `quantization_config`. A file's text chooses among
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -102,6 +103,14 @@ class Record:
         """Of what stands by the names of tensors, that of no packed layer."""
         own = {f"{path}.{n}" for path, stored in self.layers.items() for n in (*stored.tensors, "bias")}
         return {n: t for n, t in named.items() if n not in own}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """In which most of the packed matrices compute; where there is none, that of the first tensor with a point."""
+        if kinds := Counter(stored.on_meta().dtype for stored in self.layers.values()):
+            return kinds.most_common(1)[0][0]
+        dense = (DTYPES.get(name) for name in (self.dense or {}).values())
+        return next((dtype for dtype in dense if dtype is not None and dtype.is_floating_point), None)
 
     def json(self) -> dict[str, Any]:
         """What `read` takes."""

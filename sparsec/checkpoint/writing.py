@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -189,18 +190,21 @@ def _write_shards(
     for i, names in enumerate(shards):
         if progress is not None:
             progress("writing", i, len(shards))
-        made = place / f".sparsec-{secrets.token_hex(8)}.tmp"
+        aside = (
+            place / f".sparsec-{secrets.token_hex(8)}.tmp"
+        )  # a folder: safetensors has temporary files of its own beside
+        aside.mkdir()
         try:
             whole = _apart({n: tensors[n].contiguous() for n in names})
+            made = aside / "tensors"
             save_file(whole, made, metadata={"format": "pt"})
             digest = _sha256(made)
             name = f"model-{i + 1:05d}-of-{len(shards):05d}-{digest[:16]}.safetensors"
             facts[name] = {"sha256": digest, "bytes": made.stat().st_size}
             os.chmod(made, 0o666 & ~_umask())
             files.put_in_place(made, place / name)
-        except BaseException:
-            made.unlink(missing_ok=True)
-            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         named.update(dict.fromkeys(whole, name))
     return named, facts
 
