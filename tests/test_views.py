@@ -126,6 +126,17 @@ def test_cells_cover_a_side_once(length: int) -> None:
     assert max(e - b for b, e in found) - min(e - b for b, e in found) <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_dtypes_are_seen_exactly(dtype: torch.dtype) -> None:
+    model = tiny_model("llama")[0].to(dtype)
+    before = {n: p.detach().abs() for n, p in model.named_parameters()}
+    found, made = watched(model, "magnitude(0.5, scope='layer')")
+    for view in found.values():
+        mask = made.sparsec.graph.mask(view.name)
+        check_histogram(view, mask, before[view.name].float(), 1 << 18)
+        assert view.threshold == float(before[view.name][mask].min())
+
+
 def test_magnitude_by_layer_has_a_threshold_and_wanda_none() -> None:
     model, _ = tiny_model("llama")
     assert all(v.threshold is not None for v in watched(model, "magnitude(0.5, scope='layer'),freeze")[0].values())
@@ -236,5 +247,5 @@ def test_pictures_are_asked_for_by_name_end_or_glob() -> None:
     assert drawable(["layers.1.*"], names) == tuple(names[:2])
     assert drawable(["up_proj", "layers.10.mlp.up_proj.weight"], names) == (names[0], names[2])
     assert drawable([], names) == ()
-    with pytest.raises(SelectionError, match=r"'up_prj' names no weight of this model; near names: 'up_proj'"):
+    with pytest.raises(SelectionError, match=r"'up_prj' names no matrix of this model; near names: 'up_proj'"):
         drawable(["down_proj", "up_prj"], names)

@@ -181,7 +181,7 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
-        pictured = drawable(args.picture, [name for name, _ in loaded.model.named_parameters()])
+        pictured = drawable(args.picture, [name for name, p in loaded.model.named_parameters() if p.dim() > 1])
         planned = None if text is None else plan(loaded, text, effort(args), args.bos)
         drawn = calibration(loaded, args, [pipeline, *beside], learnt)
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}

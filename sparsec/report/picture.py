@@ -30,7 +30,7 @@ def drawable(patterns: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
             words = dict.fromkeys(w for n in known for w in (n, n.removesuffix(".weight"), *n.split(".")[-2:-1]))
             near = difflib.get_close_matches(pattern, words, n=4, cutoff=0.5) or known[:3]
             raise SelectionError(
-                f"--picture: {pattern!r} names no weight of this model; near names: {', '.join(map(repr, near))}; `*` stands for "
+                f"--picture: {pattern!r} names no matrix of this model; near names: {', '.join(map(repr, near))}; `*` stands for "
                 "any characters"
             )
         found |= dict.fromkeys(own)
@@ -109,7 +109,7 @@ def _cell(line: int, count: int, height: int, stayed: int) -> str:
 
 def _threshold(view: LayerView) -> list[str]:
     if view.threshold is None:
-        return ["no threshold: some smaller weights stayed, and some larger ones went"]
+        return ["no threshold: |w| alone does not tell what went from what stayed"]
     at = max(0, min(bisect_right(view.edges, view.threshold), len(view.counts)) - 1)
     return [
         f"{'':>9}{' ' * at}^",
