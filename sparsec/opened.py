@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
 
 from sparsec.checkpoint import load_saved
+from sparsec.checkpoint.folder import read_config, saved_report
 from sparsec.checkpoint.places import saved_place
 from sparsec.data import LoadedModel, load_model
 from sparsec.data.models import tokenizer_of
 from sparsec.data.unowned import unowned
-from sparsec.errors import DataError
+from sparsec.errors import CheckpointError, DataError
 from sparsec.progress import Progress
+from sparsec.report.collect import Report
+from sparsec.report.reread import reread
 
 
 def open_model(
@@ -38,3 +42,23 @@ def open_model(
     source = f"{'folder' if os.path.exists(spec) else 'hub'} {spec}, saved by sparsec"
     name = folder.resolve().name if os.path.exists(spec) else str(spec)
     return LoadedModel(model, tokenizer_of(str(folder)), name, source, "packed by sparsec", None, unowned(model))
+
+
+def stored_report(spec: str | os.PathLike[str]) -> Report | None:
+    """The report that was saved with a model; None for what sparsec did not save. No weight is read.
+
+    Raises CheckpointError where there is none, or it is damaged.
+    """
+    folder = saved_place(spec)
+    if folder is None:
+        return None
+    document = saved_report(folder, read_config(folder)[1])
+    if not document:
+        raise CheckpointError(
+            f"{spec}: sparsec saved this model, and no report lies beside it; sparsec evaluate measures its quality, and sparsec "
+            "check lists its layouts"
+        )
+    try:
+        return reread(json.loads(document))
+    except (DataError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{spec}: the report beside this model cannot be read: {error}") from error

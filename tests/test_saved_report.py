@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from report_cases import model, report
 
 import sparsec
+import sparsec.report.__main__ as report_command
 from sparsec.errors import CheckpointError, DataError
 from sparsec.report.reread import reread
 from sparsec.report.schema import document
@@ -149,3 +150,20 @@ def test_a_loaded_model_is_freed_with_its_last_name(folder: Path) -> None:
         assert known() is None
     finally:
         gc.enable()
+
+
+def test_the_command_shows_the_report_that_was_saved(
+    compiled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: `sparsec report FOLDER` refused a saved model."""
+    measured = report()
+    compiled.save_pretrained(tmp_path / "model", report=measured)
+    assert report_command.main([str(tmp_path / "model"), "--json", str(tmp_path / "out.json")]) == 0
+    assert measured.text() in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_bytes())["summary"] == written(measured)["summary"]
+    assert report_command.main([str(tmp_path / "model"), "--quick", "--passes", "freeze"]) == 2
+    assert "leave out --passes, --quick" in capsys.readouterr().err
+    for path in (tmp_path / "model").glob("report-*.json"):
+        path.unlink()
+    assert report_command.main([str(tmp_path / "model")]) == 2
+    assert "no report lies beside it" in capsys.readouterr().err

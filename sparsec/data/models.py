@@ -268,8 +268,8 @@ def _sparse_format(where: str, config: Any) -> str | None:
     named = known.get("quant_method", "by an unnamed method")
     if named == METHOD:
         raise DataError(
-            f"{where}: sparsec saved this model, and its weights are packed; the commands generate, evaluate and check take it, "
-            f"and sparsec.load({where!r}), whose .sparsec.report() tells what was measured"
+            f"{where}: sparsec saved this model, and its weights are packed; the commands report, generate, evaluate and "
+            f"check take it, and sparsec.load({where!r})"
         )
     if named == compressed_tensors.METHOD:
         return compressed_tensors.sparse_format(where, known)

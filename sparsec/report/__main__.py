@@ -30,12 +30,14 @@ from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError
 from sparsec.evaluate import compare_embeddings, evaluate
+from sparsec.opened import stored_report
 from sparsec.page.ir import KeptIR
 from sparsec.page.options import add_pages, check_pages, write_pages
 from sparsec.page.pages import report_page
 from sparsec.page.report_charts import report_charts
 from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
+from sparsec.report.collect import Report
 from sparsec.report.picture import drawable, pictures
 from sparsec.report.schema import document, layers_csv
 from sparsec.study.measure import measured_report
@@ -73,7 +75,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a folder, a .gguf file, a hub id, or `tiny` (small, random); default: the packaged SmolLM2-135M",
+        help="a folder, a .gguf file, a hub id, or `tiny` (small, random); default: the packaged SmolLM2-135M; of a folder that "
+        "sparsec saved, the report that was saved with it is shown",
     )
     p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
     p.add_argument(
@@ -153,6 +156,9 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.model is not None and (stored := stored_report(args.model)) is not None:
+        _show_stored(args, stored)
+        return
     # What can be wrong is looked at before anything slow runs.
     pipeline = Pipeline.parse(args.passes)
     beside = [Pipeline.parse(spec) for spec in args.beside]
@@ -189,6 +195,26 @@ def _run(args: argparse.Namespace) -> None:
         report = replace(report, beside=others, views=views.found())
         outputs += write_pages(args, lambda: report_page(report, ir, progress), lambda: report_charts(report))
     print("\n".join([report.text(args.layers), *pictures(report.views, pictured)]))
+    _write(args, report, outputs)
+
+
+def _show_stored(args: argparse.Namespace, report: Report) -> None:
+    """The report that was saved with a model. DataError for options that only a run could honour."""
+    usual = vars(parser().parse_args([]))
+    said = {"model", "layers", "json", "csv", "traceback"}
+    given = [f"--{name.replace('_', '-')}" for name in usual if name not in said and getattr(args, name) != usual[name]]
+    if given:
+        raise DataError(
+            f"{args.model}: sparsec saved this model, so the report that was saved with it is shown and nothing is run; leave out "
+            f"{', '.join(given)}, or report the model that it was made from"
+        )
+    print(f"As {args.model} was saved; sparsec evaluate and sparsec bench measure it now.\n")
+    outputs = [writable(path) for path in (args.json, args.csv) if path is not None]
+    print(report.text(args.layers))
+    _write(args, report, outputs)
+
+
+def _write(args: argparse.Namespace, report: Report, outputs: list[str]) -> None:
     if args.json:
         write_text(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
     if args.csv:

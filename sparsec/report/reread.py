@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sparsec.errors import DataError
+from sparsec.errors import DataError, some
 from sparsec.report.collect import Report
 from sparsec.report.schema import VERSION
 from sparsec.timing.spread import Spread
@@ -43,7 +43,10 @@ def restored(cls: type[T], found: Any, where: str) -> T:
     try:
         return cls(**given)
     except TypeError as error:  # a field without a default that is not there
-        raise DataError(f"{where}: {error}") from error
+        lacks = [
+            f.name for f in fields(cls) if f.init and f.default is f.default_factory is MISSING and f.name not in given
+        ]  # type: ignore[arg-type]
+        raise DataError(f"{where} lacks {some(lacks)}; read it with the version that wrote it") from error
 
 
 def _spread(found: Mapping[str, Any], name: str, where: str) -> Spread | None:
