@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import report_cases
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from page_cases import cells, page_of, views
 
@@ -59,7 +59,7 @@ def test_a_report_has_all_its_parts() -> None:
     assert {"summary", "charts", "layers", "ir", "figures", "notes", "machine", "layer-table"} <= set(ids)
     text = "\n".join(read.texts)
     report = report_cases.report()
-    assert all(row.name in text for row in report.layers)
+    assert all(row.name.removesuffix(".weight") in text for row in report.layers)
     assert all(p.spec in text for p in report.passes)
     charts = report_charts(report)
     assert {c.name for c in charts} >= {
@@ -93,10 +93,14 @@ def test_ids_of_a_page_are_given_once() -> None:
     assert len(defined) == len(set(defined))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a page takes a second
+)
 @given(HOSTILE)
 def test_names_of_any_letters_are_text(name: str) -> None:
-    plain = Read(page_of(report_cases.report()))
     report = report_cases.report()
     assert report.model is not None
     rows = tuple(replace(row, name=f"{name}{i}", block=None) for i, row in enumerate(report.layers))
@@ -108,7 +112,7 @@ def test_names_of_any_letters_are_text(name: str) -> None:
         beside={name: 3.0},
     )
     read = Read(page_of(found))
-    assert read.count("script") == plain.count("script") == 1
+    assert read.count("script") == 2  # the page's own, and what it knows of single layers
     seen = "".join(read.texts).replace("\r\n", "\n").replace("\r", "\n")
     assert name.replace("\r\n", "\n").replace("\r", "\n") in seen
     assert not any(k.startswith("on") for _, attrs in read.elements for k in attrs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from typing import Any
@@ -12,7 +13,7 @@ from sparsec.console.table import mega, percent, times
 from sparsec.machine import Machine
 from sparsec.page.drawing import Chart, need_library, themed_svg
 from sparsec.page.ir import KeptIR
-from sparsec.page.pictures import corner_png, sizes_svgs, zeros_png
+from sparsec.page.pictures import corner_png, shown_to, sizes_svgs, zeros_png
 from sparsec.page.report_charts import report_charts
 from sparsec.page.study_charts import study_charts
 from sparsec.progress import Progress, stage
@@ -61,6 +62,7 @@ def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None
         charts = _drawn(report_charts(report))
         views = _views(report.views)
         numbers = {view.name: i for i, view in enumerate(report.views)}
+        columns = [c for c in LAYER_COLUMNS if any(c.of(row) is not None for row in report.layers)]
         changed = {(p.index, p.spec): p.lines for p in ir.passes}
         return _filled(
             "report.html",
@@ -79,15 +81,15 @@ def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None
             tiles=_report_tiles(report),
             compared=(("", *_variants(report)), summary_rows(report)) if report.summary else None,
             charts=charts,
-            columns=[Column(title, about) for title, about, _, _ in LAYER_COLUMNS],
-            layers=[_layer_cells(row, numbers.get(row.name), report.doubt) for row in report.layers],
+            columns=[Column(c.title, c.about) for c in columns],
+            layers=[_layer_cells(row, columns, numbers.get(row.name), report.doubt) for row in report.layers],
             views=views,
             passes=[
                 asdict(p)
                 | {
                     "says": f"{p.summary} ({p.effect.value}, {p.seconds:.2f} s)",
                     "notes": p.notes,
-                    "lines": changed.get((p.index, p.spec), ()),
+                    "lines": "\n".join(changed.get((p.index, p.spec), ())),
                 }
                 for p in report.passes
             ],
@@ -168,33 +170,39 @@ def _drawn(charts: Iterable[Chart]) -> list[dict[str, Any]]:
     return [vars(chart) | {"svg": Markup(themed_svg(chart))} for chart in charts]
 
 
-def _views(views: Sequence[LayerView]) -> list[dict[str, Any]]:
+def _views(views: Sequence[LayerView]) -> Any:
+    """As JSON inside a script element, which ends at `</` whatever a string holds."""
     from markupsafe import Markup
 
-    found = []
-    for view, svg in zip(views, sizes_svgs(views), strict=True):
-        shares = [share for row in view.zeros for share in row]
-        all_of = sum(view.counts)
-        cut = "no threshold: the method does not cut by size"
-        if view.threshold is not None:
-            cut = f"threshold {view.threshold:.4g}: smaller ones went, larger ones stayed"
-        sampled = f" {view.sampled:,} sampled weights." if view.sampled is not None else ""
-        found.append(
-            {
-                "name": view.name,
-                "says": f"{percent(1 - sum(view.kept) / all_of if all_of else 0.0)} of it is zero.",
-                "corner": corner_png(view),
-                "zeros": zeros_png(view),
-                "rows": len(view.corner),
-                "columns": len(view.corner[0]) if view.corner else 0,
-                "cells": f"{len(view.zeros)}x{len(view.zeros[0]) if view.zeros else 0}",
-                "least": percent(min(shares, default=0.0)),
-                "most": percent(max(shares, default=0.0)),
-                "sizes": f"Sizes |w| from 0 to {view.edges[-1]:.4g}; {cut}.{sampled}",
-                "svg": Markup(svg),
-            }
-        )
-    return found
+    if not views:
+        return None
+    found = [_view(view, svg) for view, svg in zip(views, sizes_svgs(views), strict=True)]
+    return Markup(json.dumps(found, separators=(",", ":")).replace("</", "<\\/").replace("<!", "\\u003c!"))
+
+
+def _view(view: LayerView, svg: str) -> dict[str, str]:
+    shares = [share for row in view.zeros for share in row]
+    all_of = sum(view.counts)
+    cut = "no threshold: the method does not cut by size"
+    if view.threshold is not None:
+        cut = f"threshold {view.threshold:.4g}: smaller ones went, larger ones stayed"
+    sampled = f"; of {view.sampled:,} sampled weights" if view.sampled is not None else ""
+    beyond = ""
+    if shown_to(view) < view.edges[-1] and all_of:
+        beyond = f" ({percent(view.counts[-1] / all_of, 2)} are beyond {shown_to(view):.4g}, where the picture ends)"
+    rows, columns = len(view.corner), len(view.corner[0]) if view.corner else 0
+    cells = f"{len(view.zeros)}x{len(view.zeros[0]) if view.zeros else 0}"
+    least, most = percent(min(shares, default=0.0)), percent(max(shares, default=0.0))
+    return {
+        "name": view.name,
+        "says": f"{percent(1 - sum(view.kept) / all_of if all_of else 0.0)} of it is zero{sampled}.",
+        "corner": corner_png(view),
+        "corner_says": f"The first {rows} rows and {columns} columns, one dot a weight: dark is kept.",
+        "zeros": zeros_png(view),
+        "zeros_says": f"The whole matrix in {cells} cells: lighter has more zeros, {least} to {most}.",
+        "sizes": svg.replace('"', "'"),
+        "sizes_says": f"Sizes |w| from 0 to {view.edges[-1]:.4g}{beyond}; {cut}.",
+    }
 
 
 def _name(report: ReportData) -> str:
@@ -277,40 +285,42 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _of(key: str, show: Any) -> Any:
-    return lambda row: (getattr(row, key), show)
+@dataclass(frozen=True)
+class LayerColumn:
+    """Of the table of layers: what stands in it, and how it is shown."""
+
+    title: str
+    about: str
+    of: Callable[[LayerRow], Any]
+    show: Callable[[Any], str] = str
+    doubtful: bool = False  # told by the clock
 
 
-LAYER_COLUMNS: tuple[tuple[str, str, str, Any], ...] = (
-    ("name", "of the stored weight", "name", str),
-    ("group", "", "group", str),
-    ("out x in", "", "", str),
-    ("zeros", "share of zeros", "sparsity", percent),
-    ("MB dense", "", "bytes_dense", mega),
-    ("MB held", "", "bytes_held", mega),
-    ("layout", "", "format", str),
-    ("kernel", "that executes it", "kernel", str),
-    ("by FLOPs", "a bound of the speedup", "speedup_theoretical", times),
-    ("by bytes", "a bound of the speedup", "speedup_theoretical_bytes", times),
-    ("predicted", "speedup by the cost model", "speedup_predicted", times),
-    ("roof", "what binds by the cost model", "binds", str),
-    ("measured", "speedup by the clock", "speedup_measured", times),
-    ("ms dense", "measured", "ms_dense", "{:.4f}".format),
-    ("ms", "measured, as it is executed now", "ms", "{:.4f}".format),
-    ("sensitivity", "harm where this weight alone is pruned", "sensitivity", "{:.4g}".format),
-    ("why", "it is dense, or has its layout", "", str),
+LAYER_COLUMNS = (
+    LayerColumn("name", "of the stored weight", lambda r: r.name.removesuffix(".weight")),
+    LayerColumn("group", "", lambda r: r.group),
+    LayerColumn("shape", "as stored", lambda r: "x".join(map(str, r.shape))),
+    LayerColumn("zeros", "share of zeros", lambda r: r.sparsity, percent),
+    LayerColumn("MB dense", "", lambda r: r.bytes_dense, mega),
+    LayerColumn("MB held", "", lambda r: r.bytes_held, mega),
+    LayerColumn("layout", "", lambda r: r.format),
+    LayerColumn("kernel", "that executes it", lambda r: r.kernel),
+    LayerColumn("by FLOPs", "a bound of the speedup", lambda r: r.speedup_theoretical, times),
+    LayerColumn("by bytes", "a bound of the speedup", lambda r: r.speedup_theoretical_bytes, times),
+    LayerColumn("predicted", "speedup by the cost model", lambda r: r.speedup_predicted, times),
+    LayerColumn("roof", "what binds by the cost model", lambda r: r.binds),
+    LayerColumn("measured", "speedup by the clock", lambda r: r.speedup_measured, times, True),
+    LayerColumn("ms dense", "measured", lambda r: r.ms_dense, "{:.4f}".format, True),
+    LayerColumn("ms", "measured, as it is executed now", lambda r: r.ms, "{:.4f}".format, True),
+    LayerColumn("sensitivity", "harm where this weight alone is pruned", lambda r: r.sensitivity, "{:.4g}".format),
+    LayerColumn("why", "it is dense, or has its layout", lambda r: dense_reason(r) or r.reason),
 )
 
 
-def _layer_cells(row: LayerRow, view: int | None, doubt: str) -> list[CellText]:
+def _layer_cells(row: LayerRow, columns: Sequence[LayerColumn], view: int | None, doubt: str) -> list[CellText]:
     found = []
-    for title, _, key, show in LAYER_COLUMNS:
-        if title == "out x in":
-            found.append(CellText("x".join(map(str, row.shape)), float(row.parameters)))
-        elif title == "why":
-            found.append(CellText(dense_reason(row) or row.reason or ""))
-        else:
-            value = getattr(row, key)
-            text = "-" if value is None else show(value) + (doubt if title == "measured" else "")
-            found.append(CellText(text, _number(value), view if title == "name" else None))
+    for column in columns:
+        value = column.of(row)
+        text = "-" if value is None else column.show(value) + (doubt if column.doubtful else "")
+        found.append(CellText(text, _number(value), view if column is columns[0] else None))
     return found

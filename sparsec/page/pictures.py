@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from sparsec.page.drawing import COLOURS, INK, LETTERS, WIDTH, compact, style
 from sparsec.report.views import LayerView
@@ -49,12 +50,26 @@ def sizes_svgs(views: Sequence[LayerView]) -> Iterator[str]:
         axes.set_xlabel("|w|")
         axes.locator_params(axis="x", nbins=4)
         for view in views:
-            gone.set_data(view.counts, view.edges)
-            kept.set_data(view.kept, view.edges)
+            gone.set_data(_heights(view.counts, view.edges), view.edges)
+            kept.set_data(_heights(view.kept, view.edges), view.edges)
             cut.set_visible(view.threshold is not None)
             cut.set_xdata([view.threshold or 0.0] * 2)
-            axes.set_xlim(0, view.edges[-1] or 1.0)
-            axes.set_ylim(0, max(1, *view.counts) * 1.05)
+            axes.set_xlim(0, 1.02 * max(shown_to(view), view.threshold or 0.0) or 1.0)
+            axes.set_ylim(0, max(*_heights(view.counts, view.edges)) * 1.05 or 1.0)
             stream = io.StringIO()
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
             yield compact(stream.getvalue())
+
+
+def shown_to(view: LayerView) -> float:
+    """Where the picture of sizes ends: the last bin may be wide, so that a few large values do not press all into the first."""
+    widths = [right - left for left, right in pairwise(view.edges)]
+    return view.edges[-2] if len(widths) > 1 and widths[-1] > 1.5 * widths[0] else view.edges[-1]
+
+
+def _heights(counts: Sequence[int], edges: Sequence[float]) -> list[float]:
+    """By width: bins need not be equal."""
+    return [
+        count / (right - left) if right > left else 0.0
+        for count, (left, right) in zip(counts, pairwise(edges), strict=True)
+    ]

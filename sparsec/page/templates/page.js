@@ -38,11 +38,37 @@ for (const table of document.querySelectorAll("table.sortable")) {
   input.closest(".tools").hidden = false;
   filter();
 }
-const view = document.getElementById("view");
-for (const button of document.querySelectorAll("button.show")) {
-  button.addEventListener("click", () => {
-    view.replaceChildren(document.getElementById(`view-${button.dataset.show}`).content.cloneNode(true));
-    view.scrollIntoView({ block: "nearest" });
-    view.focus({ preventScroll: true });
+// A diff gets its colours when it is opened: a line for each of thousands of weights costs time.
+for (const details of document.querySelectorAll("details.pass")) {
+  details.addEventListener("toggle", () => {
+    const diff = details.querySelector(".diff");
+    if (diff === null || diff.firstElementChild !== null) return;
+    const lines = diff.textContent.split("\n").map((line) => {
+      const span = document.createElement("span");
+      span.className = line.startsWith("-") ? "gone" : "come";
+      span.textContent = `${line}\n`;
+      return span;
+    });
+    diff.replaceChildren(...lines);
   });
+}
+const view = document.getElementById("view");
+if (view !== null) {
+  let views = null;
+  for (const button of document.querySelectorAll("button.show")) {
+    button.addEventListener("click", () => {
+      views ??= JSON.parse(document.getElementById("views").textContent);
+      const chosen = views[Number(button.dataset.show)];
+      const frame = document.getElementById("view-frame").content.cloneNode(true);
+      for (const part of frame.querySelectorAll("[data-text]")) part.textContent = chosen[part.dataset.text];
+      for (const part of frame.querySelectorAll("[data-image]")) {
+        part.src = chosen[part.dataset.image];
+        part.alt = chosen[`${part.dataset.image}_says`];
+      }
+      frame.querySelector(".picture").innerHTML = chosen.sizes;
+      view.replaceChildren(frame);
+      view.scrollIntoView({ block: "nearest" });
+      view.focus({ preventScroll: true });
+    });
+  }
 }
