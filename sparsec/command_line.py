@@ -4,8 +4,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import Any
+
+
+def laid_out(text: str) -> str:
+    """Prose, folded to the terminal's width. Lines that are set in stay whole; a comment too far right goes above its line."""
+    width, lines = max(40, shutil.get_terminal_size().columns), []
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            lines += textwrap.wrap(line, width - 2, break_on_hyphens=False) or [""]
+        elif len(line) > width and (found := re.fullmatch(r"( +)(\S.*?) {2,}# (.*)", line)):
+            lines += [f"{found[1]}# {found[3]}", f"{found[1]}{found[2]}"]
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -15,8 +31,8 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             usage=usage,
-            description=description,
-            epilog=epilog,
+            description=laid_out(description),
+            epilog=laid_out(epilog),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 

@@ -31,14 +31,15 @@ from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, mega, paragraph
 from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.errors import DataError, SpecError
-from sparsec.generate import Told
+from sparsec.generate import Told, says_little
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress, stage
 from sparsec.report.collect import Report
 from sparsec.report.summary import summary_lines
+from sparsec.report.words import zeros_of
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import Effort, plan
-from sparsec.study.sample import Prompt, generated, read_prompt
+from sparsec.study.sample import Prompt, check_prompt, generated, read_prompt
 
 PROG = "python -m sparsec.compress"
 NEW_TOKENS = 40
@@ -73,16 +74,29 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     p.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: %(default)s"
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of one file at most, such as 500MB; default: %(default)s",
     )
-    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
-    p.add_argument("--seed", type=seed, default=0, help="of random weights and of what is drawn; default: %(default)s")
+    p.add_argument("--threads", type=threads, metavar="N", help="threads of torch; default: as torch chooses")
+    p.add_argument(
+        "--seed", type=seed, default=0, help="seed of random weights and of what is drawn; default: %(default)s"
+    )
     add_calibration(p)
     add_bos(p)
     how = p.add_argument_group("what is shown")
-    how.add_argument("--prompt", metavar="TEXT", help=f"to be continued before and after; default: {Effort().prompt!r}")
     how.add_argument(
-        "--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="of that; default: %(default)s"
+        "--prompt",
+        metavar="TEXT",
+        help=f"for the model to continue; default: {Effort().prompt!r}",
+    )
+    how.add_argument(
+        "--new-tokens",
+        type=positive,
+        default=NEW_TOKENS,
+        metavar="N",
+        help="to write for that sample; default: %(default)s",
     )
     either = how.add_mutually_exclusive_group()
     either.add_argument("--no-sample", action="store_true", help="save, and run no model")
@@ -107,6 +121,8 @@ def _run(args: argparse.Namespace) -> None:
     _check_places(args.model, args.folder)
     _check_lowers(pipeline)
     shard_bytes(args.max_shard_size)
+    if args.prompt is not None:
+        check_prompt(args.prompt)
     if args.text is not None and not args.measure:
         raise DataError(
             "--text is what quality is measured on, and nothing is measured; add --measure, or leave it out"
@@ -139,15 +155,22 @@ def _saved(folder: str, report: Report, then: str) -> list[str]:
     layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
     if not packed:
         why = Counter(row.reason for row in report.layers if row.kind in ("linear", "conv1d") and row.reason)
-        layouts = f"no matrix is packed: {why.most_common(1)[0][0] if why else 'none was pruned'}"
+        layouts = f"no matrix is packed: {_kept_dense(why) if why else 'none was pruned'}"
     on_disk = sum(int(facts["bytes"]) for facts in record.files.values())
     bytes_text = f"{mega(on_disk)} MB of tensors, dense {mega(report.bytes_dense)} MB"
-    zeros = f"{report.sparsity:.1%} of all parameters are zero"
+    zeros = zeros_of(report)
     return [
         *heading("Saved"),
-        *paragraph(f"{folder}: {bytes_text}; {zeros}; {layouts}"),
+        *paragraph(f"{folder}: {bytes_text}; {layouts}; {zeros}"),
         f"next: sparsec {then} {folder}",
     ]
+
+
+def _kept_dense(why: Counter[str]) -> str:
+    """Why lower packed nothing, and the way to pack all the same."""
+    reason, count = why.most_common(1)[0]
+    said = reason.removeprefix("dense: ")
+    return f"{said} (so for {count} of {sum(why.values())}); lower(bitmap) or lower(csr) in its place packs them anyway"
 
 
 def _better(pipeline: Pipeline) -> list[str]:
@@ -203,6 +226,7 @@ def _compiled(
     if prompt is not None:
         lines += heading(f"Before and after, of {prompt.text!r}")
         lines += [line for name, each in (("before", before), ("after", after)) for line in _told(name, each)]
+        lines += says_little(loaded, before.tokens if before is not None else ())
     return model, model.sparsec.report(), lines
 
 

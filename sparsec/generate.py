@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -17,16 +18,19 @@ from sparsec.console.command import DTYPES, add_device, check_device, number, on
 from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel
+from sparsec.data.tiny import RANDOM
 from sparsec.errors import DataError
 from sparsec.machine import cores
 from sparsec.opened import open_model
 from sparsec.progress import stage
 from sparsec.study.plan import Effort
-from sparsec.study.sample import generated, read_prompt
+from sparsec.study.sample import check_prompt, generated, read_prompt
 from sparsec.timing.others import Others, in_the_way
 
 PROG = "python -m sparsec.generate"
 NEW_TOKENS = 128
+REPEATED = 16
+"""Tokens, from which on a text that is three quarters one of them is called none."""
 EXAMPLES = """
 examples:
   python -m sparsec.generate my-sparse-folder "Why is the sky blue?"
@@ -57,7 +61,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="TEXT",
         help=f"after MODEL, in quotes; - reads it from the input; default: {Effort().prompt!r}",
     )
-    p.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="at most; default: %(default)s")
+    p.add_argument(
+        "--new-tokens", type=positive, default=NEW_TOKENS, metavar="N", help="to write at most; default: %(default)s"
+    )
     p.add_argument(
         "--no-chat", dest="chat", action="store_false", help="continue the text as it is, without the chat template"
     )
@@ -66,15 +72,19 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         type=number,
         default=0.0,
         metavar="T",
-        help="draw tokens; default: the most likely one, as with 0",
+        help="draw tokens at random, above 0; default: 0, always the most likely token",
     )
     p.add_argument(
-        "--top-p", type=number, default=1.0, metavar="P", help="draw from the likely ones that make up so much"
+        "--top-p",
+        type=number,
+        default=1.0,
+        metavar="P",
+        help="draw from the most likely tokens, whose chances add up to P",
     )
-    p.add_argument("--seed", type=seed, default=0, help="of what is drawn, and of `tiny`; default: %(default)s")
+    p.add_argument("--seed", type=seed, default=0, help="seed of what is drawn, and of `tiny`; default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, help="to compute in; default: as it was saved, else fp32")
     add_device(p)
-    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--threads", type=threads, metavar="N", help="threads of torch; default: as torch chooses")
     p.add_argument(
         "--json", metavar="FILE", help="the text and the figures; - is the standard output, then without the text"
     )
@@ -106,7 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         generated(loaded.model, loaded.tokenizer, prompt.tokens, args.new_tokens, told, **drawn)
     finally:
-        print(f"\n{told}", file=sys.stderr)
+        print("\n".join(["", str(told), *says_little(loaded, told.tokens)]), file=sys.stderr)
     if args.json:
         found = {"model": loaded.name, "source": loaded.source, "prompt": text, "chat": prompt.chat, **told.document()}
         write_text(args.json, json.dumps(found, indent=1) + "\n")
@@ -128,6 +138,7 @@ def _check(args: argparse.Namespace) -> None:
 def _prompt(given: str | None) -> str:
     try:
         text = Effort().prompt if given is None else sys.stdin.read().removesuffix("\n") if given == "-" else given
+        check_prompt(text)
         text.encode()
     except UnicodeError as error:  # bytes that are no UTF-8 arrive as surrogates, on the command line too
         raise DataError("the prompt must be UTF-8 text; convert it, with iconv say") from error
@@ -145,6 +156,15 @@ def check_generates(loaded: LoadedModel) -> Any:
             "tokenizer.save_pretrained(folder)"
         )
     return loaded.tokenizer
+
+
+def says_little(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
+    """Why what a model wrote is no text, where that is so."""
+    if loaded.source.startswith(RANDOM):
+        return ["this model has random weights, which nobody trained: what it writes means nothing"]
+    if len(tokens) >= REPEATED and Counter(tokens).most_common(1)[0][1] >= 0.75 * len(tokens):
+        return ["it writes one token over and over: random weights do that (`tiny` has them), or too much was pruned"]
+    return []
 
 
 class Told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_it_shows_what_is_written_before_and_after(tmp_path: Path, capsys: pytes
     words = ["tiny", str(tmp_path / "m"), "--passes", PASSES, "--prompt", "abc", "--new-tokens", "4"]
     assert compress.main(words) == 0
     out, err = capsys.readouterr()
+    out = " ".join(out.split())
     assert "before" in out
     assert "after" in out
     assert "14 as bitmap" in out
@@ -93,6 +95,35 @@ def test_a_measured_model_keeps_what_was_measured(tmp_path: Path, capsys: pytest
     assert found.summary["lowered"].perplexity > 1
     assert "| perplexity |" in (tmp_path / "m" / "README.md").read_text()
     assert "before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"), [([1] * 40, True), ([2] * 9 + [1] * 31, True), ([1] * 15, False), ([1, 2, 3] * 20, False)]
+)
+def test_a_text_of_one_token_is_called_none(tokens: list[int], said: bool) -> None:
+    trained = dataclasses.replace(load_model("tiny"), source="a folder")
+    assert bool(generate.says_little(trained, tokens)) == said
+    assert "random weights" in generate.says_little(load_model("tiny"), [])[0]
+
+
+def test_an_empty_prompt_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: minutes later."""
+    for main, words in ((generate.main, ["tiny", ""]), (compress.main, ["tiny", str(tmp_path / "m"), "--prompt", ""])):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert "no tokens" in err
+        assert "loading" not in err
+
+
+def test_why_nothing_is_packed_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = "magnitude(0.001),freeze,sparsity,lower(auto, objective='bytes')"
+    assert compress.main(["tiny", str(tmp_path / "m"), "--no-sample", "--passes", spec]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no matrix is packed: the smallest, " in out
+    assert "lower(bitmap) or lower(csr) in its place packs them anyway; 0.1% of all parameters are zero, 0.1% of" in out
+    assert "such as embeddings and norms, stay dense" in out
 
 
 @pytest.mark.parametrize(

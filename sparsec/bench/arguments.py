@@ -53,7 +53,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     p.add_argument("--sparsity", default="0.5,0.7,0.9", help="shares of zeros, by commas; default: %(default)s")
     p.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}, by commas; default: fp32, on a GPU bf16,fp16")
-    p.add_argument("--threads", type=int, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--threads", type=int, metavar="N", help="threads of torch; default: as torch chooses")
     p.add_argument("--repeats", type=int, metavar="N", help="rounds; default: 20")
     p.add_argument("--json", type=Path, metavar="FILE", help="all figures; - is the standard output")
     p.add_argument("--csv", type=Path, metavar="FILE")

@@ -49,7 +49,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         epilog=EXAMPLES.replace(PROG, prog),
     )
     p.add_argument("--dtypes", default="fp32,bf16,fp16", help=f"of {', '.join(DTYPES)}, by commas; default: all")
-    p.add_argument("--threads", type=int, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--threads", type=int, metavar="N", help="threads of torch; default: as torch chooses")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; default: the CPU's")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--force", action="store_true", help="measure, even where all constants are known")

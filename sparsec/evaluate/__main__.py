@@ -47,7 +47,7 @@ examples:
   python -m sparsec.evaluate --text wiki.test.raw --passes "magnitude(0.5)" --passes "wanda(0.5)" --calibration valid.txt
   python -m sparsec.evaluate facebook/opt-125m my-pruned-opt --text dataset:wikitext,wikitext-2-raw-v1
   python -m sparsec.evaluate --passes "wanda(0.5),freeze,lower(bitmap)" --passes "wanda(0.5),freeze,lower(csr)" --windows 8
-  python -m sparsec.evaluate --text wiki.test.raw --resume run.json --json result.json     # stopped? say it again
+  python -m sparsec.evaluate --text wiki.test.raw --resume run.json --json result.json     # stopped? run it again
 
 The first model is the reference. A model is a folder, a .gguf file, a hub id, or `tiny`; passes are run on the first one.
 """
@@ -83,8 +83,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, help="to compute in; default: fp32, and as it was saved for what sparsec saved"
     )
     add_device(p)
-    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
-    p.add_argument("--seed", type=seed, default=0, help="of what is drawn to calibrate on; default: %(default)s")
+    p.add_argument("--threads", type=threads, metavar="N", help="threads of torch; default: as torch chooses")
+    p.add_argument("--seed", type=seed, default=0, help="seed of what is drawn to calibrate on; default: %(default)s")
     p.add_argument("--resume", metavar="FILE", help="kept up to date window by window; goes on from there if it exists")
     p.add_argument("--json", metavar="FILE", help="all figures, every window and position; - is the standard output")
     add_calibration(p)

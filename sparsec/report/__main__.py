@@ -84,16 +84,16 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SPEC",
-        help="also measure the quality, and only that, that these passes give; again for more",
+        help="also measure the quality that these passes give, and nothing else; may be given several times",
     )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     add_device(p)
-    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
+    p.add_argument("--threads", type=threads, metavar="N", help="threads of torch; default: as torch chooses")
     p.add_argument(
         "--seed",
         type=seed,
         default=0,
-        help="of random weights and of what is drawn to calibrate on; default: %(default)s",
+        help="seed of random weights and of what is drawn to calibrate on; default: %(default)s",
     )
     add_calibration(p)
     out = p.add_argument_group("output")
@@ -107,7 +107,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="LAYER",
-        help="draw what pruning left of the weights of this name, or of those that a glob names; again for more",
+        help="draw what pruning left of the weights of this name, or of those that a glob names; may be given several times",
     )
     out.add_argument(
         "--json", metavar="FILE", help="the whole report, - on the standard output; schema in sparsec/report/schema.py"

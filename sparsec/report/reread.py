@@ -43,9 +43,8 @@ def restored(cls: type[T], found: Any, where: str) -> T:
     try:
         return cls(**given)
     except TypeError as error:  # a field without a default that is not there
-        lacks = [
-            f.name for f in fields(cls) if f.init and f.default is f.default_factory is MISSING and f.name not in given
-        ]  # type: ignore[arg-type]
+        known = [f for f in fields(cls) if f.init]  # type: ignore[arg-type]
+        lacks = [f.name for f in known if f.default is f.default_factory is MISSING and f.name not in given]
         raise DataError(f"{where} lacks {some(lacks)}; read it with the version that wrote it") from error
 
 

@@ -111,6 +111,16 @@ def dense_bound(report: ReportData) -> str | None:
     )
 
 
+def zeros_of(report: ReportData) -> str:
+    """How much of a model is zero, and that this counts what nobody pruned."""
+    pruned = [row for row in report.layers if row.nnz < row.parameters]
+    text = f"{percent(report.sparsity)} of all parameters are zero"
+    if not pruned or len(pruned) == len(report.layers):
+        return text
+    inside = 1 - sum(row.nnz for row in pruned) / sum(row.parameters for row in pruned)
+    return f"{text}, {percent(inside)} of those in the pruned matrices; the others, such as embeddings and norms, stay dense"
+
+
 def bits(nbytes: int, parameters: int) -> str:
     """Per weight."""
     return f"{8 * nbytes / parameters:.1f}" if parameters else "-"

@@ -52,7 +52,7 @@ PROG = "python -m sparsec.study"
 EXAMPLES = """
 examples:
   python -m sparsec.study tiny --passes "magnitude({zeros}),freeze,lower({layout})" --grid zeros=0.5,0.9 --grid layout=csr,bitmap
-  python -m sparsec.study --preset seminar --json seminar.json             # SmolLM2-135M; stopped? say it again
+  python -m sparsec.study --preset seminar --json seminar.json             # SmolLM2-135M; stopped? run it again
   python -m sparsec.study --preset tipping --passes "wanda({zeros}, pattern='block:16x16'),freeze"
   python -m sparsec.study my-model --passes "{method}(0.5),freeze,fuse,lower(auto)" --grid method=magnitude,wanda,sparsegpt
   python -m sparsec.study --preset seminar --html seminar.html --svg figures
@@ -87,10 +87,14 @@ def parser(prog: str = PROG) -> CommandLine:
         action="append",
         default=[],
         metavar="SPEC",
-        help="with placeholders such as {zeros}; again for more",
+        help="with placeholders such as {zeros}; may be given several times",
     )
     p.add_argument(
-        "--grid", action="append", default=[], metavar="NAME=V,V", help="the values of a placeholder; again for more"
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=V,V",
+        help="the values of a placeholder; may be given several times",
     )
     p.add_argument("--plan", metavar="FILE", help="these options from a YAML file; what is given here goes before")
     p.add_argument(
@@ -100,8 +104,10 @@ def parser(prog: str = PROG) -> CommandLine:
     )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     add_device(p)
-    p.add_argument("--threads", type=threads, metavar="N", help="of torch; default: as torch chooses")
-    p.add_argument("--seed", type=seed, default=0, help="of random weights and of what is drawn; default: %(default)s")
+    p.add_argument("--threads", type=threads, metavar="N", help="threads of torch; default: as torch chooses")
+    p.add_argument(
+        "--seed", type=seed, default=0, help="seed of random weights and of what is drawn; default: %(default)s"
+    )
     add_calibration(p)
     how = p.add_argument_group("measuring")
     how.add_argument(

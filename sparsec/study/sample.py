@@ -19,11 +19,18 @@ class Prompt:
     tokens: torch.Tensor  # int64 [1, tokens]
 
 
+def check_prompt(text: str) -> None:
+    """DataError for an empty one."""
+    if not text:
+        raise DataError("the prompt '' has no tokens, and a model continues at least one; give it a word")
+
+
 def read_prompt(tokenizer: Any, text: str, new_tokens: int, limit: int | None = None, chat: bool = True) -> Prompt:
     """Tokenises a prompt, through the chat template where the tokenizer has one and `chat` is not False.
 
     limit: the model's positions. Raises DataError for a prompt without tokens, and for one that leaves no room for `new_tokens`.
     """
+    check_prompt(text)
     chat = chat and bool(getattr(tokenizer, "chat_template", None))
     if chat:
         message = [{"role": "user", "content": text}]
