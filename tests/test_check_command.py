@@ -191,3 +191,12 @@ def test_an_error_of_torch_is_told_in_a_line(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as refused:
         sparsec.load(folder)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_module_with_the_name_of_computed_buffers_is_not_saved(tmp_path: Path) -> None:
+    """Regression: its tensors were taken for buffers that the module computes, and did not come back."""
+    module = nn.Module()
+    module.add_module("sparsec-buffer", nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"sparsec-buffer\.weight: .*give the module another name"):
+        sparsec.save(module, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))

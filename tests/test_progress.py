@@ -36,8 +36,8 @@ def test_stages_are_lines_in_a_pipe() -> None:
         "loading ... 2.0 s",
         "pass 1 wanda ...",
         "  reading ... 8 of 9, 30.0 s, about 4 s left",
-        "  reading ... 31.0 s",
-        "pass 1 wanda ... 33.0 s",
+        "    31.0 s in all",
+        "  33.0 s in all",
         "again ...",
     ]
 
@@ -49,7 +49,7 @@ def test_a_stage_that_its_outer_one_ends_says_its_time() -> None:
     for at, what, done in [(0, "pass 1 lower", 0), (1, "lower", 0), (3, "lower", 1), (6, "pass 1 lower", 2)]:
         now[0] = float(at)
         lines(what, done, 2)
-    assert pipe.getvalue().splitlines() == ["pass 1 lower ...", "  lower ... 5.0 s", "pass 1 lower ... 6.0 s"]
+    assert pipe.getvalue().splitlines() == ["pass 1 lower ...", "  lower ... 5.0 s", "  6.0 s in all"]
 
 
 STEPS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.sampled_from([0.0, 2.0, 30.0])), max_size=20)
@@ -57,20 +57,30 @@ STEPS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.sampled
 
 @given(STEPS)
 def test_every_line_of_a_pipe_has_one_form(steps: list[tuple[str, int, float]]) -> None:
-    """And once the outermost stage is over, the last line of each stage that said anything says its time."""
+    """And once the outermost stage is over, every stage that said anything has said its time, once, and its name once but for how
+    far it is."""
     now, pipe = [0.0], io.StringIO()
     lines = StageLines(pipe, lambda: now[0])
     for what, done, seconds in [("all", 0, 0.0), *steps, ("all", 2, 1.0)]:
         now[0] += seconds
         lines(what, done, 2)
-    found = [
-        re.fullmatch(r"( *)(\w+) \.\.\.(?: (\d of 2, )?(\d+\.\d s)(?(3), about \d+ (?:s|min) left|)?)?", line)
-        for line in pipe.getvalue().splitlines()
-    ]
+    form = re.compile(
+        r"(?P<in> *)(?:(?P<name>\w+) \.\.\.(?: (?P<far>\d of 2, )?(?P<time>\d+\.\d s)(?(far), about \d+ (?:s|min) left|)?)?"
+        r"|(?P<whole>\d+\.\d s in all))"
+    )
+    found = [form.fullmatch(line) for line in pipe.getvalue().splitlines()]
     assert all(found)
-    last = {line[2]: line for line in found}
-    assert all(line[4] and not line[3] for line in last.values())
-    assert found[-1][2] == "all"
+    open_at: dict[int, str] = {}  # the stages whose time is still to come, by how far they are set in
+    for line in found:
+        assert line is not None
+        depth = len(line["in"]) - 2 * bool(line["whole"])
+        if line["whole"]:
+            open_at.pop(depth)
+        elif line["far"] or not line["time"]:
+            assert open_at.setdefault(depth, line["name"]) == line["name"]
+        else:
+            assert depth not in open_at  # its name would stand there twice
+    assert not open_at
 
 
 def test_a_stage_takes_short_and_unfinished_ones_within_it_along() -> None:

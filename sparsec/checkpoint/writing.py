@@ -125,6 +125,10 @@ def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(
                 f"{name} is a {type(tensor).__name__}: extra state of a module cannot be saved as a tensor"
             )
+        if name.startswith(BUFFERS):
+            raise CheckpointError(
+                f"{name}: a name that begins with {BUFFERS!r} means a computed buffer in the files; give the module another name"
+            )
         if tensor.is_meta:
             raise CheckpointError(
                 f"{name} is on meta, which has no contents: an offloaded model is saved after its hooks were taken off, with "

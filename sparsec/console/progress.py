@@ -67,7 +67,7 @@ def shown_progress(stream: TextIO) -> Iterator[Progress]:
 class StageLines:
     """`what ... 3.2 s` for every stage. One within another has lines of its own, set in, once it has taken a second.
 
-    A line is left open while its stage runs; what comes between ends it, and the stage goes on in a line of the same form.
+    A line is left open while its stage runs. Where others come between, the stage ends in `3.2 s in all` below them, set in.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = perf_counter) -> None:
@@ -102,7 +102,12 @@ class StageLines:
 
     def _end(self, what: str, now: float) -> None:
         if what in self._said:
-            self._finish(what, _seconds(now - self._running[what].began))
+            seconds = _seconds(now - self._running[what].began)
+            if self._line == what:
+                self._finish(what, seconds)
+            else:  # its name stands above, and lines of others below it
+                self.close()
+                self._write(f"{'  ' * list(self._running).index(what)}  {seconds} in all\n")
             del self._said[what]
         del self._running[what]
 
