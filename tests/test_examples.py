@@ -118,3 +118,19 @@ def test_compare_pruning(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert values[1::2] == pytest.approx(values[2::2], rel=1e-4)  # on kernels as masked
     assert lines[3].startswith("wanda(0.5)")
     assert "layers err by 0." in lines[3]
+
+
+def test_seminar_behaviour(run: Run, tmp_path: Path) -> None:
+    top1 = run("seminar_behaviour")
+    assert list(top1) == ["dense", "masked 30%", "CSR 30%"]
+    assert top1["dense"] == 100
+    assert top1["masked 30%"] == top1["CSR 30%"] > 50
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"global-sparsity.svg", "model-size.svg", "top-1.svg"}
+
+
+def test_seminar_structure(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["groups-sparsity.svg", "groups-parameters.svg", "groups-flops.svg", "depth-sparsity.svg"]
+    assert [path.name for path in run("seminar_structure")] == names
+    said = capsys.readouterr().out
+    assert "mlp" in said
+    assert "embedding" in said

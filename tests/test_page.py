@@ -22,7 +22,7 @@ from sparsec.page.ir import KeptIR
 from sparsec.page.pages import report_page, study_page
 from sparsec.page.report_charts import report_charts
 from sparsec.page.series import series_name
-from sparsec.page.study_charts import front, study_charts
+from sparsec.page.study_charts import study_charts
 from sparsec.report.__main__ import main as report_main
 from sparsec.study.__main__ import main as study_main
 
@@ -150,20 +150,6 @@ def test_a_study_has_all_its_cells_and_says_what_failed() -> None:
     names = {chart.name for chart in study_charts(found)}
     assert names == {"perplexity", "top1", "bytes", "time", "theory-and-clock", "frontier-bytes", "frontier-time"}
     assert "No cell has figures" in study_page("a model", [c for c in found if c.error], [], machine())
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1), st.booleans())
-def test_nothing_beats_a_point_of_the_front_and_something_beats_every_other(
-    points: list[tuple[int, int]], lower: bool
-) -> None:
-    sign = 1 if lower else -1
-    best = front([(float(x), float(y)) for x, y in points], lower)
-
-    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
-        return a != b and a[0] <= b[0] and sign * a[1] <= sign * b[1]
-
-    for p in points:
-        assert (p in best) != any(beats(q, p) for q in points)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,11 @@ def plain_text(name: str) -> str:
 
 @contextmanager
 def style(points: float, name: str) -> Iterator[None]:
-    """Within it charts have letters of so many points, and the ids of an SVG are those of its name alone."""
+    """Within it charts have letters of so many points, and the ids of an SVG are those of its name alone.
+
+    Raises MissingExtraError where there is no plotting library.
+    """
+    need_library()
     import matplotlib as mpl
 
     with mpl.rc_context():

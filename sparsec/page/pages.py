@@ -22,7 +22,7 @@ from sparsec.report.notes import all_notes
 from sparsec.report.records import ReportData
 from sparsec.report.summary import summary_rows
 from sparsec.report.text import machine_rows, never_trained
-from sparsec.report.variant import VARIANTS, Variant, metrics, short_perplexity
+from sparsec.report.variant import VARIANTS, metrics, short_perplexity
 from sparsec.report.views import LayerView
 from sparsec.report.words import dense_reason
 from sparsec.sweep.run import DENSE, CellResult
@@ -255,7 +255,7 @@ def _study_tiles(results: Sequence[CellResult]) -> list[Tile]:
         if dense.perplexity is not None:
             first = short_perplexity(dense.perplexity)
         tiles.append(Tile("Dense", first, "perplexity" if dense.perplexity is not None else "bytes"))
-    fast = [r for r in cells if r.figures is not None and r.figures.speedup_decode is not None]
+    fast = [r for r in cells if _speed(r)]
     if fast:
         best = max(fast, key=_speed)
         tiles.append(Tile("Fastest", times(_speed(best)), best.spec))
@@ -266,8 +266,9 @@ def _study_tiles(results: Sequence[CellResult]) -> list[Tile]:
 
 
 def _speed(result: CellResult) -> float:
-    figures: Variant | None = result.figures
-    return figures.speedup_decode.median if figures is not None and figures.speedup_decode is not None else 0.0
+    """0 where it was not timed."""
+    spread = None if result.figures is None else result.figures.speedup_decode or result.figures.speedup_window
+    return 0.0 if spread is None else spread.median
 
 
 def _figures(report: ReportData) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:

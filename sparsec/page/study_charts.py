@@ -9,6 +9,7 @@ from sparsec.console.table import percent, times
 from sparsec.page.drawing import INK, Chart, points
 from sparsec.page.series import series_of
 from sparsec.report.variant import Variant, short_perplexity
+from sparsec.sweep.frontier import pareto_front
 from sparsec.sweep.run import DENSE, CellResult
 
 Axis = tuple[str, Callable[[Variant], float | None], Callable[[float], str]]
@@ -19,8 +20,8 @@ TOP1: Axis = ("top-1 agreement with dense, %", lambda v: None if v.top1 is None 
 COSINE: Axis = ("cosine of embeddings to dense", lambda v: v.cosine, "{:.4f}".format)
 BYTES: Axis = ("MB", lambda v: v.bytes / 1e6, "{:.1f}".format)
 TIME: Axis = (
-    "time of a token, % of dense",
-    lambda v: None if v.speedup_decode is None else 100 / v.speedup_decode.median,
+    "time, % of dense",
+    lambda v: None if (speedup := v.speedup_decode or v.speedup_window) is None else 100 / speedup.median,
     "{:.0f}".format,
 )
 """By turns with the dense model, so that cells measured at different hours can be compared."""
@@ -36,7 +37,7 @@ def study_charts(results: Iterable[CellResult]) -> list[Chart]:
         _lines("top1", "Top-1 agreement against zeros", pruned, dense, SPARSITY, TOP1),
         _lines("cosine", "Embeddings against zeros", pruned, dense, SPARSITY, COSINE),
         _lines("bytes", "Bytes against zeros", series, dense, SPARSITY, BYTES),
-        _lines("time", "Time of a token against zeros", series, dense, SPARSITY, TIME),
+        _lines("time", "Time against zeros", series, dense, SPARSITY, TIME),
         _theory(series),
         _frontier("frontier-bytes", "Frontier: quality and bytes", series, dense, BYTES),
         _frontier("frontier-time", "Frontier: quality and time", series, dense, TIME),
@@ -93,9 +94,9 @@ def _theory(series: Series) -> Chart | None:
     rows = []
     for name, variants in series.items():
         for v in variants:
-            if v.speedup_decode is None:
+            if (speedup := v.speedup_decode or v.speedup_window) is None:
                 continue
-            clock = v.speedup_decode.median
+            clock = speedup.median
             said = {kind: of(v) for kind, of in kinds.items()}
             for kind, value in said.items():
                 if value is not None:
@@ -105,7 +106,7 @@ def _theory(series: Series) -> Chart | None:
         return None
 
     def draw(axes: Any) -> None:
-        points(axes, at, "expected speedup of decoding", "measured speedup")
+        points(axes, at, "expected speedup", "measured speedup")
         top = max(each for found in at.values() for p in found for each in p)
         axes.plot([0, top * 1.05], [0, top * 1.05], color=INK, linewidth=1, linestyle="--")
         axes.set_xlim(0, top * 1.05)
@@ -132,7 +133,9 @@ def _frontier(name: str, title: str, series: Series, dense: Variant | None, x: A
         every += at["dense"]
     if len(every) < 3:
         return None
-    best = front(every, lower=y is PERPLEXITY)
+    sign = 1 if y is PERPLEXITY else -1
+    ahead = pareto_front([(left, sign * up) for left, up in every])
+    best = sorted({point for point, leads in zip(every, ahead, strict=True) if leads})
 
     def draw(axes: Any) -> None:
         axes.plot([p[0] for p in best], [p[1] for p in best], color=INK, linewidth=1, linestyle="--")
@@ -146,19 +149,9 @@ def _frontier(name: str, title: str, series: Series, dense: Variant | None, x: A
     return Chart(
         name,
         title,
-        "Left and low is better. On the dashed line nothing is better in both.",
+        f"Left and {'low' if y is PERPLEXITY else 'high'} is better. On the dashed line nothing is better in both.",
         ("cells", x[0], y[0], "on the front"),
         rows,
         draw,
         3.4 + 0.1 * len(at),
     )
-
-
-def front(points: Iterable[tuple[float, float]], lower: bool = True) -> list[tuple[float, float]]:
-    """Those that no other one beats or equals in both, from left to right. lower: whether less is better upwards too."""
-    sign = 1 if lower else -1
-    found: list[tuple[float, float]] = []
-    for left, up in sorted(set(points), key=lambda p: (p[0], sign * p[1])):
-        if not found or sign * up < sign * found[-1][1]:
-            found.append((left, up))
-    return found
