@@ -96,6 +96,9 @@ def test_what_a_killed_save_left_is_removed_by_a_later_one(tmp_path: Path, monke
 
 def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
     sparsec.save(model(1.0), tmp_path)
+    reversed_model = nn.Sequential(
+        nn.Linear(8, 8), nn.Linear(SIDE, SIDE, bias=False)
+    )  # a small shard, then one that fails
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -106,6 +109,12 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert which(tmp_path) == 1.0
             assert examine(tmp_path).notices[1:] == []
+            before = sorted(tmp_path.iterdir())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+            with pytest.raises(CheckpointError, match="could not be written"):  # regression: finished shards stayed
+                sparsec.save(reversed_model, tmp_path, max_shard_size="600KB")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert sorted(tmp_path.iterdir()) == before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)

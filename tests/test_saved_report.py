@@ -71,6 +71,19 @@ def test_whatever_stands_in_a_document_a_report_or_an_error_comes_of_it(place: t
     back.text()
 
 
+def test_a_report_of_a_version_with_fewer_figures_is_read() -> None:
+    """Regression: a model that was saved before a figure was added could not be saved again."""
+    found = written(report())
+    for row in found["layers"]:
+        del row["ms_predicted"]
+    assert {row.ms_predicted for row in reread(found).layers} == {None}
+    del found["layers"][0]["parameters"]
+    with pytest.raises(
+        DataError, match=r"report\.layers\[0\] lacks parameters; read it with the version that wrote it"
+    ):
+        reread(found)
+
+
 def test_a_loaded_model_has_the_report_of_the_saved_one(compiled: Any, folder: Path) -> None:
     loaded: Any = sparsec.load(folder)
     assert loaded.sparsec.report().text() == compiled.sparsec.report().text()

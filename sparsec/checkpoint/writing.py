@@ -189,7 +189,7 @@ def _write_shards(
     place: Path, tensors: Mapping[str, Tensor], shards: list[list[str]], progress: Progress | None
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """The file of each tensor, by its name there; of each file its hash and bytes. A file is named after its contents."""
-    named, facts = {}, {}
+    named, facts, there = {}, {}, set(os.listdir(place))
     files.sweep(place, ".sparsec-*.tmp")
     for i, names in enumerate(shards):
         if progress is not None:
@@ -207,6 +207,10 @@ def _write_shards(
             facts[name] = {"sha256": digest, "bytes": made.stat().st_size}
             os.chmod(made, 0o666 & ~_umask())
             files.put_in_place(made, place / name)
+        except BaseException:  # a full disk gets its room back
+            for written in facts.keys() - there:
+                (place / written).unlink(missing_ok=True)
+            raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         named.update(dict.fromkeys(whole, name))

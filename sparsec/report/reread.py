@@ -31,7 +31,10 @@ def reread(document: Any) -> Report:
 
 
 def restored(cls: type[T], found: Any, where: str) -> T:
-    """A dataclass from an object of JSON. Keys that it does not know are skipped: a later version may have more. DataError."""
+    """A dataclass from an object of JSON. DataError.
+
+    Keys that it does not know are skipped, and what may be None is None where it is not there: other versions have more, or fewer.
+    """
     if not isinstance(found, Mapping):
         raise _wrong(where, "an object", found)
     hints = get_type_hints(cls)
@@ -40,12 +43,13 @@ def restored(cls: type[T], found: Any, where: str) -> T:
         name: _spread(found, name, where) if Spread in get_args(hint) else _value(hint, found[name], f"{where}.{name}")
         for name, hint in own.items()
     }
+    bare = [f.name for f in fields(cls) if f.init and f.default is f.default_factory is MISSING]  # type: ignore[arg-type]
+    given |= {name: None for name in bare if name not in given and NoneType in get_args(hints[name])}
     try:
         return cls(**given)
     except TypeError as error:  # a field without a default that is not there
-        known = [f for f in fields(cls) if f.init]  # type: ignore[arg-type]
-        lacks = [f.name for f in known if f.default is f.default_factory is MISSING and f.name not in given]
-        raise DataError(f"{where} lacks {some(lacks)}; read it with the version that wrote it") from error
+        lacks = some(name for name in bare if name not in given)
+        raise DataError(f"{where} lacks {lacks}; read it with the version that wrote it") from error
 
 
 def _spread(found: Mapping[str, Any], name: str, where: str) -> Spread | None:
