@@ -42,6 +42,21 @@ def test_a_wide_table_becomes_several_that_fit_and_lose_nothing(
     assert len(re.findall(r"column \d+", "\n".join(lines))) == 14
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_only_texts_that_are_too_long_have_a_number_in_their_place(width: int) -> None:
+    header = ["method", "passes", "needed", "MB"]
+    rows = [["wanda", "x" * 150, "50%", "1.0"], ["magnitude", "y", "not reached up to 87.5%; best: 75%", "2.0"]]
+    lines = fitted(header, rows, width, left=(0, 1, 2), keys=2)
+    assert all(len(line) <= width for line in lines if "x" * 150 not in line)
+    text = "\n".join(lines)
+    assert "[1] " + "x" * 150 in text
+    assert "[2]" not in text
+    assert "50%" in lines[2]
+    assert "not reached up to 87.5%; best: 75%" in lines[3]
+    assert "wanda" in lines[2]
+    assert "magnitude" in lines[3]
+
+
 @given(text=st.text("wanda(),.05='2:4 {}", max_size=200), width=st.integers(5, 60))
 def test_long_passes_are_broken_behind_commas_alone(text: str, width: int) -> None:
     lines = paragraph(text, width=width)

@@ -36,16 +36,19 @@ def fitted(
     header: Sequence[str], rows: Sequence[Sequence[str]], width: int, left: Sequence[int] = (0,), keys: int = 1
 ) -> list[str]:
     """The lines of `table`, none longer than `width`: one that is wider becomes several below each other, each with the first
-    `keys` columns. Where those, or any other text, take too much of the width, a number stands for each text, and all are listed
-    below. A column by itself may be wider.
+    `keys` columns. Where those, or any other text, take more than half of the width, a number stands for each long text, and these
+    are listed below. A column of numbers by itself may be wider.
     """
-    long = max(LEAST // 2, width // 3)
     grid = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *grid, strict=True)]
+    half = width // 2 - 2
+    crowded = sum(widths[:keys]) + 2 * (keys - 1) > half
     named: dict[str, str] = {}
-    wide = [i for i in left if max((len(row[i]) for row in grid), default=0) > long]
     for row in grid:
-        for i in wide:
-            row[i] = named.setdefault(row[i], f"[{len(named) + 1}]") if row[i] else ""
+        for i in left:
+            room = half // keys - 2 if i < keys and crowded else half
+            if len(row[i]) > room:
+                row[i] = named.setdefault(row[i], f"[{len(named) + 1}]")
     lines: list[str] = []
     for columns in _parts([max(map(len, column)) for column in zip(header, *grid, strict=True)], width, keys):
         chosen = [[row[i] for i in columns] for row in (list(header), *grid)]
