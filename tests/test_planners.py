@@ -274,10 +274,16 @@ def test_the_least_sparsity_as_fast_as_unstructured_zeros_is_found(needed: float
     while cells := asked.planner.next(results):
         assert len(results) + asked.planner.left(results) <= 1 + 2 + 5
         results |= {cell.spec: CellResult(cell.spec, cell.values, figures(cell)) for cell in cells}
-    every = {float(dict(c.values)["zeros"]) for c in asked.planner.candidates if "unstructured" not in c.spec}
-    enough = [zeros for zeros in sorted(every) if zeros >= needed]
+    m = 0 if "block" in pattern else int(pattern[-1])
+    every = [n / m for n in range(1, m)] or [n / 20 for n in range(1, 20)]
+    others = [cell for cell in asked.planner.candidates if dict(cell.values)["pattern"] != "unstructured"]
+    assert sorted({float(dict(cell.values)["zeros"]) for cell in others}) == every
+    enough = [zeros for zeros in every if zeros >= needed]
     line = asked.told(results, 120)[-1]
-    assert (f"  {enough[0]:.0%}  " in line) if enough else ("not reached" in line)
+    assert "busy" not in "".join(asked.told(results, 120))
+    busy = {spec: replace(result, disturbed=spec != DENSE) for spec, result in results.items()}
+    assert "the machine was busy" in asked.told(busy, 120)[-1]
+    assert (f"  {100 * enough[0]:g}%  " in line) if enough else ("not reached" in line)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ def test_every_point_has_its_mark_within_the_width(points: list[Point], width: i
     assert drawn <= {*MARKS[: len(names)], SEVERAL}
     assert drawn
     assert (SEVERAL in drawn) == (f"{SEVERAL} several" in lines[-1])
+    if len(names) == 1:
+        assert SEVERAL not in drawn
     if SEVERAL not in drawn:
         assert drawn == set(MARKS[: len(names)])
 

@@ -130,6 +130,7 @@ def _series(results: Sequence[CellResult]) -> list[str]:
     names = list(dict.fromkeys(name for result in results for name, _ in result.values))
     ways = [[dict(result.values).get(name, "") for result in results] for name in names]
     words = [way for way in ways if any(not _number(value) for value in way if value)]
+    ways = [[value and f"{name} {value}" for value in way] for name, way in zip(names, ways, strict=True)]
     for way in (*words, [_template(result) for result in results], *ways):
         if 1 < len({value for value in way if value}) < len(MARKS):
             return [DENSE if r.spec == DENSE else value or r.spec for r, value in zip(results, way, strict=True)]

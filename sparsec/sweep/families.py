@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from sparsec.console.table import fitted, heading, mega, paragraph, percent, times
+from sparsec.console.table import fitted, heading, mega, paragraph, times
 from sparsec.errors import SpecError
 from sparsec.patterns import Pattern
 from sparsec.report.variant import Variant, short_perplexity
@@ -71,6 +71,12 @@ def beside_each_other(first: Sequence[Cell], searches: Sequence[Search], results
     rows = [[FREE, f"{EQUAL:.0%}", *_figures(results[first[0].spec])]]
     rows += [_equal_speed(search, results) for search in searches]
     lines += ["", *fitted(["pattern", "sparsity needed", *header[1:-1]], rows, width, left=(0, 1))]
+    looked = [first[0], *(cell for search in searches for cell in search.ladder)]
+    if any(results[cell.spec].disturbed for cell in looked if cell.spec in results):
+        lines += paragraph(
+            "?: the machine was busy while these were timed, which may have led the search astray; measure again idle",
+            width=width,
+        )
     for search in searches:
         if stopped := search.found(results).stopped:
             lines += paragraph(f"{search.name}: the search stopped at {stopped}", "", "  ", width)
@@ -117,17 +123,21 @@ def _equal_speed(search: Search, results: Results) -> list[str]:
         return [search.name, "not found", "-", "-", "-", "-"]
     if found.high < len(search.ladder):
         cell = search.ladder[found.high]
-        return [_pattern(cell), percent(_zeros(cell), 0), *_figures(results[cell.spec])]
+        return [_pattern(cell), _share(cell), *_figures(results[cell.spec])]
     known = [results[cell.spec] for cell in search.ladder if cell.spec in results]
     best = max((result for result in known if _speed(result) is not None), key=lambda r: _speed(r) or 0.0)
     (cell,) = (cell for cell in search.ladder if cell.spec == best.spec)
-    last = percent(_zeros(search.ladder[-1]), 0)
-    where = f"not reached up to {last}; best: {percent(_zeros(cell), 0)}"
+    last = _share(search.ladder[-1])
+    where = f"not reached up to {last}; best: {_share(cell)}"
     return [_pattern(cell), where, *_figures(best)]
 
 
 def _zeros(cell: Cell) -> float:
     return float(dict(cell.values)["zeros"])
+
+
+def _share(cell: Cell) -> str:
+    return f"{100 * _zeros(cell):g}%"
 
 
 def _pattern(cell: Cell) -> str:
