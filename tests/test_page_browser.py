@@ -244,6 +244,6 @@ def test_the_page_of_smollm2(browser: Any, tmp_path: Path) -> None:
     except DataError as error:
         pytest.skip(f"the packaged model is not installed: {str(error).splitlines()[0]}")
     file = tmp_path / "smollm2.html"
-    assert report_main(["smollm2", "--quick", "--html", str(file)]) == 0
+    assert report_main(["smollm2", "--no-measure", "--html", str(file)]) == 0
     assert file.stat().st_size < LIMIT
     looked_at(browser, file, "smollm2")
