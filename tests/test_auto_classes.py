@@ -8,9 +8,11 @@ import pytest
 import torch
 from architectures import tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import sparsec
+from sparsec.errors import CheckpointError
+from sparsec.kernels import SparseLinear
 
 SPEC = "magnitude(0.5),freeze,fuse,lower(bitmap)"
 
@@ -33,3 +35,20 @@ def test_transformers_keeps_the_dtype_that_a_model_was_converted_to(spec: str, t
     assert torch.equal(outputs(loaded), outputs(compiled))
     asked = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert {p.dtype for p in asked.parameters() if p.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_base_of_a_causal_model_loads_without_its_head(architecture: str, tmp_path: Path) -> None:
+    """As transformers loads the base of any checkpoint; regression: every tensor was said to be lacking."""
+    compiled = sparsec.compile(tiny_model(architecture)[0].eval(), SPEC)
+    compiled.save_pretrained(tmp_path / "whole")
+    loaded = AutoModel.from_pretrained(tmp_path / "whole")
+    base = compiled.base_model
+    assert type(loaded) is type(base)
+    assert torch.equal(outputs(loaded), outputs(base))
+    paths = {path for path, m in loaded.named_modules() if isinstance(m, SparseLinear)}
+    assert paths == {path for path, m in base.named_modules() if isinstance(m, SparseLinear)}
+    loaded.save_pretrained(tmp_path / "base")
+    assert torch.equal(outputs(sparsec.load(tmp_path / "base")), outputs(base))
+    with pytest.raises(CheckpointError, match=r"lack lm_head\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -6,7 +6,7 @@ Who imports transformers first may be sparsec itself, half imported: so this fil
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,16 @@ class SparsecConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """As it stands in `config.json`."""
         return dict(self.content)
+
+
+def _base_prefix(model: Any, layers: Iterable[str]) -> str:
+    """Under which the packed layers of a saved model hold this one, where it is their base without its head; else empty."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    paths, modules = list(layers), dict(model.named_modules())
+    inside = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    if len(prefix) < 2 or not inside or any(path in modules for path in paths):
+        return ""
+    return prefix if all(path in modules for path in inside) else ""
 
 
 @register_quantizer(METHOD)
@@ -85,7 +95,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             rest_faults,
             stored_matrix,
         )
-        from sparsec.checkpoint.record import BUFFERS
+        from sparsec.checkpoint.record import BUFFERS, below
         from sparsec.errors import CheckpointError
         from sparsec.kernels import SparseLinear
 
@@ -93,6 +103,10 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = check_files(files, self.record, str(getattr(model.config, "_name_or_path", "")))
         self.folder = folder
         tensors = dict(file_tensors(folder, self.record))
+        outside: list[str] = []
+        if prefix := _base_prefix(model, self.record.layers):  # transformers itself finds the tensors of a base model
+            outside = [name for name in tensors if not name.startswith((prefix, BUFFERS))]
+            tensors, self.record = below(tensors, prefix), self.record.below(prefix)
         named, self.computed = by_name(self.record, tensors)
         refuse("config.json", joint_faults(model, self.record) + dense_faults(self.record, tensors))
         # What the files lack transformers would fill with noise.
@@ -117,6 +131,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         ignored._keys_to_ignore_on_load_unexpected = {
             *(ignored._keys_to_ignore_on_load_unexpected or ()),
             rf"^{BUFFERS}",
+            *(rf"^{re.escape(name)}$" for name in outside),
         }
         ignored._keys_to_ignore_on_load_missing = {
             *(ignored._keys_to_ignore_on_load_missing or ()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Self, TypeVar
 
@@ -111,6 +111,18 @@ class Record:
             return kinds.most_common(1)[0][0]
         dense = (DTYPES.get(name) for name in (self.dense or {}).values())
         return next((dtype for dtype in dense if dtype is not None and dtype.is_floating_point), None)
+
+    def below(self, prefix: str) -> Record:
+        """Of the part of the model that stands under a name, as a model of its own. prefix: that name with its dot."""
+        cut = len(prefix)
+        return replace(
+            self,
+            layers=below(self.layers, prefix),
+            dense=None if self.dense is None else below(self.dense, prefix),
+            tied={n: first[cut:] for n, first in below(self.tied, prefix).items() if first.startswith(prefix)},
+            dense_kernels=tuple(p[cut:] for p in self.dense_kernels if p.startswith(prefix)),
+            groups=tuple(tuple(p[cut:] for p in g) for g in self.groups if all(p.startswith(prefix) for p in g)),
+        )
 
     def json(self) -> dict[str, Any]:
         """What `read` takes."""
@@ -288,6 +300,16 @@ class _Reader:
         if math.prod(max(n, 1) for n in shape) >= 2**59:  # bytes that no 64 bits count
             raise self.error(what, f"must be a shape that a tensor can have, got {list(shape)}")
         return pair[0], shape
+
+
+def below(named: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What stands under a name of a module, without it. Names of computed buffers keep what they begin with."""
+    found = {}
+    for name, value in named.items():
+        kind, path = (BUFFERS, name.removeprefix(BUFFERS)) if name.startswith(BUFFERS) else ("", name)
+        if path.startswith(prefix):
+            found[kind + path.removeprefix(prefix)] = value
+    return found
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
