@@ -15,11 +15,10 @@ import pytest
 import report_cases
 import torch
 from page_cases import cells, views
+from project import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsec
-from sparsec.data import load_model
-from sparsec.errors import DataError
 from sparsec.machine import machine
 from sparsec.page.ir import KeptIR
 from sparsec.page.pages import report_page, study_page
@@ -27,7 +26,8 @@ from sparsec.report.__main__ import main as report_main
 from sparsec.study.views import LayerViews
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PICTURES = Path(__file__).parents[1] / "build" / "pages"
+PICTURES = ROOT / "build" / "pages"
+SMOLLM2 = PICTURES / "smollm2.html"
 THEMES, WIDTHS = ("light", "dark"), (375, 1280)
 LIMIT = 3_000_000
 """Bytes of the page of a model with 225 layers."""
@@ -237,13 +237,12 @@ def test_the_page_of_225_layers_is_small_and_works(browser: Any, large: Path) ->
     opened.close()
 
 
-@pytest.mark.slow
-def test_the_page_of_smollm2(browser: Any, tmp_path: Path) -> None:
-    try:
-        load_model(None, torch.float32)
-    except DataError as error:
-        pytest.skip(f"the packaged model is not installed: {str(error).splitlines()[0]}")
-    file = tmp_path / "smollm2.html"
-    assert report_main(["smollm2", "--no-measure", "--html", str(file)]) == 0
-    assert file.stat().st_size < LIMIT
-    looked_at(browser, file, "smollm2")
+@pytest.mark.skipif(not SMOLLM2.exists(), reason=f"make demo ARGS='--html {SMOLLM2.relative_to(ROOT)}' writes it")
+def test_the_page_of_smollm2(browser: Any) -> None:
+    assert SMOLLM2.stat().st_size < LIMIT
+    opened = Opened(browser, SMOLLM2)
+    assert opened.page.locator("button.show").count() == 210
+    opened.page.locator("button.show").nth(100).click()
+    assert opened.page.locator("#view svg path").count() > 2
+    opened.close()
+    looked_at(browser, SMOLLM2, "smollm2")
