@@ -210,6 +210,9 @@ def test_what_cannot_be_written_is_said_before_anything_runs(
     words = ["tiny"] if main is report_main else ["tiny", "--passes", "magnitude(0.5),freeze"]
     assert main([*words, option, str(file / "below")]) == 2
     assert "written" in capsys.readouterr().err
+    if option == "--html":
+        assert main([*words, option, "-"]) == 2
+        assert "name one" in capsys.readouterr().err
 
 
 def test_commands_write_pages_and_pictures(tmp_path: Path, capsys: Any) -> None:

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsec.console.output import writable, writable_folder, write_text
+from sparsec.console.output import STDOUT, writable, writable_folder, write_text
+from sparsec.errors import DataError
 from sparsec.page.drawing import Chart, need_library, save_charts
 
 
@@ -19,6 +20,8 @@ def add_pages(out: argparse._ArgumentGroup) -> None:
 
 def check_pages(args: argparse.Namespace) -> bool:
     """Whether anything is to be drawn. DataError for what could not be written, MissingExtraError where nothing can draw."""
+    if args.html == STDOUT:
+        raise DataError("--html -: a page is written to a file, since the text goes to the standard output; name one")
     if args.html is not None:
         writable(args.html)
     for folder in (args.png, args.svg):
