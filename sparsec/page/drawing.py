@@ -207,7 +207,7 @@ def compact(svg: str) -> str:
     found = re.sub(r" ?font-family: [^;\"]*;?", "", found)
     found = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", found)
     head, _, rest = found.partition(">")
-    found = re.sub(r' (?:width|height|version|xmlns)="[^"]*"', "", head) + ">" + rest
+    found = re.sub(r' (?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", head) + ">" + rest
     found = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]), found)  # places, and no text
     found = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(?<=\d) L (?=[\d-])", " ", path[0]).strip(), found)
     for colour, variable in THEMED.items():
