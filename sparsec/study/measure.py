@@ -59,7 +59,7 @@ def measured_report(
     before, rest = split(pipeline)
     run = _Run(loaded, planned, progress, Clock(planned.effort.seconds if planned else 0.0))
     with run.clock.stage("measuring the machine"):
-        known = _known_machine(loaded.model, progress) if measuring else None
+        known = known_machine(loaded.model, progress) if measuring else None
         if measuring:
             warm_up()
     dense = loaded.model
@@ -339,7 +339,7 @@ def _on_sensitivity(
     return f"sensitivity: {what}, of the dense model with one weight alone as pruning left it, on {size}{lost}"
 
 
-def _known_machine(model: nn.Module, progress: Progress | None) -> Found | None:
+def known_machine(model: nn.Module, progress: Progress | None) -> Found | None:
     """Makes the cost model known before anything is timed; None where it says nothing of such a model."""
     dtypes = {p.dtype for p in model.parameters() if p.dtype in VALUE_DTYPES}
     devices = sorted({p.device.type for p in model.parameters()})

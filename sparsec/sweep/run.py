@@ -26,6 +26,7 @@ from sparsec.report.variant import Variant
 from sparsec.study.figures import with_measurements
 from sparsec.study.kept_embeddings import KeptEmbeddings
 from sparsec.study.kept_logits import KeptLogits
+from sparsec.study.measure import known_machine
 from sparsec.study.plan import StudyPlan
 from sparsec.study.variants import masked_stock, split, warm_up
 from sparsec.sweep.energy import EnergyMeter
@@ -94,7 +95,7 @@ def measure_cells(
     """
     results = {spec: result for spec, result in done.items() if not result.error}
     run: _Run | None = None
-    count = 0
+    known, count = False, 0
 
     def found(result: CellResult) -> None:
         results[result.spec] = result
@@ -108,6 +109,9 @@ def measure_cells(
             run = _Run(loaded, planned, calibration, progress)
             run.begin()
         timed = any(cell.timed for cell in wanted)
+        if timed and not known:
+            known_machine(loaded.model, progress)  # else nothing is predicted of a layout that was named
+            known = True
         if DENSE not in results or (timed and not results[DENSE].timed):
             found(run.dense(timed))
         for cell in wanted:
