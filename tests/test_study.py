@@ -146,7 +146,7 @@ def test_a_study_that_was_stopped_goes_on_and_prunes_once_for_all_layouts(
         assert study.main(words) == 130
     assert len(json.loads((tmp_path / "study.json").read_text())["cells"]) == 2
     assert study.main(words) == 0
-    assert unmeasured == {"begin": 2, "dense": 1, "pruned": 1 + 2, "cell": 1 + 3}
+    assert unmeasured == {"begin": 2, "dense": 1, "pruned": 1 + 2, "cell": 1 + 3, "known_machine": 2}
     assert "2 cells were taken over" in capsys.readouterr().out
     assert study.main(words) == 0
     assert unmeasured["begin"] == 2
