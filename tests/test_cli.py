@@ -47,7 +47,8 @@ def run(folder: Path, *args: str) -> Done:
     with redirect_stdout(out), redirect_stderr(err):
         assert command.main([*args, "--json", str(folder / "report.json")]) == 0, err.getvalue()
     said = err.getvalue()
-    assert all(re.fullmatch(r" *[^\n]+ \.\.\.( .*\d+\.\d s)?", line) for line in said.splitlines()), said
+    line_of_a_stage = r" *([^\n]+ \.\.\.( .*\d+\.\d s)?|\d+\.\d s in all)"
+    assert all(re.fullmatch(line_of_a_stage, line) for line in said.splitlines()), said
     assert "tracing ... " in said
     assert "pass 1 magnitude(0.5) ... " in said
     return Done(out.getvalue(), folder, json.loads((folder / "report.json").read_text()))
