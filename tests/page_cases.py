@@ -26,6 +26,7 @@ def view(name: str) -> LayerView:
         threshold=0.5,
         zeros=tuple(tuple((i * j % 5) / 4 for j in range(32)) for i in range(32)),
         corner=tuple("#." * 16 for _ in range(64)),
+        shape=(64, 32),
     )
 
 

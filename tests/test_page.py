@@ -138,8 +138,33 @@ def test_the_summary_says_that_the_machine_was_busy() -> None:
     report = report_cases.report()
     assert report.latency is not None
     busy = replace(report, latency=replace(report.latency, disturbed=True))
-    assert "0.25x?" in page_of(busy)
-    assert "0.25x?" not in page_of(report)
+    page = page_of(busy)
+    assert "0.25x?" in page
+    assert "0.25x? (" in page.partition("<h2>All figures")[2]
+    assert "The machine was busy" in page
+    idle = page_of(report)
+    assert "0.25x?" not in idle
+    assert "The machine was busy" not in idle
+
+
+def test_a_layer_of_an_encoder_stands_where_its_rows_put_it() -> None:
+    """Regression: the time of a prompt was set against the FLOPs of one row."""
+    report = report_cases.report()
+    assert report.model is not None
+    assert report.latency is not None
+    layers = tuple(replace(row, ms=2.0) for row in report.layers)
+    one = replace(report, layers=layers)
+    many = replace(one, model=replace(report.model, encoder=True))
+    points = []
+    for found in (one, many):
+        (chart,) = (chart for chart in report_charts(found) if chart.name == "roofline")
+        points.append([tuple(map(float, row[2:])) for row in chart.rows])
+        rows = "one row" if found is one else f"{report.latency.prompt_tokens} rows"
+        assert rows in chart.says
+    row = next(row for row in layers if row.flops_per_token)
+    assert row.flops_per_token is not None
+    assert points[1][0][0] == pytest.approx(16 * row.flops_per_token / row.bytes_held, abs=1e-3)
+    assert all(b[0] == pytest.approx(16 * a[0], rel=0.1) for a, b in zip(*points, strict=True))
 
 
 def test_a_study_has_all_its_cells_and_says_what_failed() -> None:

@@ -21,12 +21,12 @@ from sparsec.report.layer import LayerRow
 from sparsec.report.notes import all_notes
 from sparsec.report.records import ReportData
 from sparsec.report.summary import summary_rows
-from sparsec.report.text import machine_rows, never_trained
-from sparsec.report.variant import VARIANTS, metrics, short_perplexity
+from sparsec.report.text import compared_rows, machine_rows, never_trained
+from sparsec.report.variant import VARIANTS, short_perplexity
 from sparsec.report.views import LayerView
 from sparsec.report.words import dense_reason
 from sparsec.sweep.run import DENSE, CellResult
-from sparsec.sweep.tables import COLUMNS, grid
+from sparsec.sweep.tables import BUSY, COLUMNS, grid
 
 
 @dataclass(frozen=True)
@@ -109,41 +109,39 @@ def study_page(
     notes: Sequence[str],
     machine: Machine,
     told: str = "",
-    progress: Progress | None = None,
 ) -> str:
     """The HTML of a study. told: a preset's own findings, as text. MissingExtraError where nothing can draw."""
     need_library()
-    with stage(progress, "drawing the page"):
-        header, rows = grid(results)
-        columns = {title: of for title, of, _ in COLUMNS}
-        cells = []
-        for result, row in zip(results, rows, strict=True):
-            found = []
-            for title, text in zip(header, row, strict=True):
-                value = columns[title](result.figures) if title in columns and result.figures is not None else None
-                found.append(CellText(text, _number(value)))
-            cells.append(found)
-        return _filled(
-            "study.html",
-            title=f"{name}: sparsec study",
-            heading=f"{name}: {len(results)} cells",
-            about=notes[0] if notes else "",
-            sections=[
-                ("summary", "Summary"),
-                ("charts", "Charts"),
-                ("cells", "Cells"),
-                ("notes", "Notes"),
-                ("machine", "Machine"),
-            ],
-            tiles=_study_tiles(results),
-            told=told,
-            charts=_drawn(study_charts(results)),
-            columns=[Column(title) for title in header],
-            cells=cells,
-            failed=[f"failed: {r.spec}: {r.error}" for r in results if r.error],
-            notes=notes,
-            machine=machine_rows(machine),
-        )
+    header, rows = grid(results)
+    columns = {title: of for title, of, _ in COLUMNS}
+    cells = []
+    for result, row in zip(results, rows, strict=True):
+        found = []
+        for title, text in zip(header, row, strict=True):
+            value = columns[title](result.figures) if title in columns and result.figures is not None else None
+            found.append(CellText(text, _number(value)))
+        cells.append(found)
+    return _filled(
+        "study.html",
+        title=f"{name}: sparsec study",
+        heading=f"{name}: {len(results)} cells",
+        about=notes[0] if notes else "",
+        sections=[
+            ("summary", "Summary"),
+            ("charts", "Charts"),
+            ("cells", "Cells"),
+            ("notes", "Notes"),
+            ("machine", "Machine"),
+        ],
+        tiles=_study_tiles(results),
+        told=told,
+        charts=_drawn(study_charts(results)),
+        columns=[Column(title) for title in header],
+        cells=cells,
+        failed=[f"failed: {r.spec}: {r.error}" for r in results if r.error],
+        notes=[*notes, BUSY] if any(r.disturbed for r in results) else notes,
+        machine=machine_rows(machine),
+    )
 
 
 def _filled(template: str, **values: Any) -> str:
@@ -186,7 +184,7 @@ def _view(view: LayerView, svg: str) -> dict[str, str]:
     cut = "no threshold: the method does not cut by size"
     if view.threshold is not None:
         cut = f"threshold {view.threshold:.4g}: smaller ones went, larger ones stayed"
-    sampled = f"; of {view.sampled:,} sampled weights" if view.sampled is not None else ""
+    sampled = f" Counted on {view.sampled:,} sampled weights." if view.sampled is not None else ""
     beyond = ""
     if shown_to(view) < view.edges[-1] and all_of:
         beyond = f" ({percent(view.counts[-1] / all_of, 2)} are beyond {shown_to(view):.4g}, where the picture ends)"
@@ -195,13 +193,13 @@ def _view(view: LayerView, svg: str) -> dict[str, str]:
     least, most = percent(min(shares, default=0.0)), percent(max(shares, default=0.0))
     return {
         "name": view.name,
-        "says": f"{percent(1 - sum(view.kept) / all_of if all_of else 0.0)} of it is zero{sampled}.",
+        "says": f"{percent(view.sparsity)} of it is zero.",
         "corner": corner_png(view),
         "corner_says": f"The first {rows} rows and {columns} columns, one dot a weight: dark is kept.",
         "zeros": zeros_png(view),
         "zeros_says": f"The whole matrix in {cells} cells: lighter has more zeros, {least} to {most}.",
         "sizes": svg.replace('"', "'"),
-        "sizes_says": f"Sizes |w| from 0 to {view.edges[-1]:.4g}{beyond}; {cut}.",
+        "sizes_says": f"Sizes |w| from 0 to {view.edges[-1]:.4g}{beyond}; {cut}.{sampled}",
     }
 
 
@@ -267,19 +265,11 @@ def _study_tiles(results: Sequence[CellResult]) -> list[Tile]:
 
 def _speed(result: CellResult) -> float:
     """0 where it was not timed."""
-    spread = None if result.figures is None else result.figures.speedup_decode or result.figures.speedup_window
-    return 0.0 if spread is None else spread.median
+    return 0.0 if result.figures is None or result.figures.speedup is None else result.figures.speedup.median
 
 
 def _figures(report: ReportData) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    if not report.summary:
-        return None
-    rows = []
-    for name, (_, metric) in metrics().items():
-        values = [getattr(v, name) for v in report.summary.values()]
-        if any(value is not None for value in values):
-            rows.append((metric.title.strip(), *("-" if value is None else metric.show(value) for value in values)))
-    return ("", *_variants(report)), rows
+    return (("", *_variants(report)), compared_rows(report)) if report.summary else None
 
 
 def _number(value: Any) -> float | None:

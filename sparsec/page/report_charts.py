@@ -134,12 +134,11 @@ def _speedups(report: ReportData) -> Chart | None:
         values = [_median(getattr(v, key)) for v in report.summary.values()]
         if all(value is not None for value in values):
             series[title] = [float(value or 0.0) for value in values]
-    busy = " The machine was busy: measure again idle." if report.doubt else ""
     return bar_chart(
         "speedup",
         "Speedup: theory and the clock",
         "Against the stock dense model. By FLOPs and by bytes are bounds, predicted is the cost model's, measured is the "
-        f"median over rounds by turns.{busy}",
+        f"median over rounds by turns.{_busy(report)}",
         names,
         series,
         "{:.2f}".format,
@@ -166,7 +165,7 @@ def _decoding(report: ReportData) -> Chart | None:
         "latency",
         "Time of a decoded token",
         "By FLOPs: the dense time over the saved FLOPs. Predicted: the dense time less what the cost model saves. Measured: the "
-        "median over tokens.",
+        f"median over tokens.{_busy(report)}",
         names,
         series,
         "{:.2f}".format,
@@ -198,10 +197,11 @@ def _quality(report: ReportData) -> Chart | None:
 def _roofline(report: ReportData) -> Chart | None:
     """The layers as points: how many FLOPs a byte, and how fast."""
     found: dict[str, list[tuple[float, float]]] = {}
-    rows = []
+    rows, tokens = [], _tokens(report)
     for row in report.layers:
         if row.ms and row.flops_per_token and row.bytes_held:
-            x, y = row.flops_per_token / row.bytes_held, row.flops_per_token / row.ms / 1e6
+            flops = tokens * row.flops_per_token
+            x, y = flops / row.bytes_held, flops / row.ms / 1e6
             found.setdefault(row.format, []).append((x, y))
             rows.append((row.name, row.format, f"{x:.3f}", f"{y:.2f}"))
     if not found:
@@ -227,8 +227,9 @@ def _roofline(report: ReportData) -> Chart | None:
     return Chart(
         "roofline",
         "Roofline: the layers as points",
-        f"{under}Decoding multiplies one row: every layer stands under the slope, where bytes bind. A point near the line "
-        "reads as fast as the memory gives. FLOPs are those of kept weights.",
+        f"{under}A point near the slope reads as fast as the memory gives, one near the flat part multiplies "
+        "as fast as the cores do. "
+        f"Times are those of {_rows_of(tokens)}, FLOPs those of kept weights.{_busy(report)}",
         ("layer", "layout", "FLOPs per byte", "GFLOP/s"),
         tuple(rows),
         draw,
@@ -253,7 +254,8 @@ def _time_by_depth(report: ReportData) -> Chart | None:
         report,
         "depth-time",
         "Time by depth",
-        "Milliseconds of each layer for one row, first block to last. Equal layers are timed once.",
+        f"Milliseconds of each layer for {_rows_of(_tokens(report))}, first block to last. Equal layers are timed "
+        f"once.{_busy(report)}",
         lambda row: row.ms,
         "ms",
         "{:.4f}",
@@ -267,7 +269,7 @@ def _sensitivity(report: ReportData) -> Chart | None:
         "Sensitivity",
         "The harm to the model's predictions where this matrix alone is pruned. Lighter hurts more.",
         lambda row: row.sensitivity,
-        "KL, nats a token",
+        "1 - cosine" if report.encoder else "KL, nats a token",
         "{:.4g}",
     )
 
@@ -305,6 +307,19 @@ def _by_depth(
         for block in blocks
     )
     return Chart(name, title, says, ("block", *cells), rows, draw, max(2.2, 1.0 + BAR * len(cells)))
+
+
+def _tokens(report: ReportData) -> int:
+    """That a layer was timed with."""
+    return report.latency.prompt_tokens if report.encoder and report.latency is not None else 1
+
+
+def _rows_of(tokens: int) -> str:
+    return "one row" if tokens == 1 else f"{tokens} rows"
+
+
+def _busy(report: ReportData) -> str:
+    return " The machine was busy: measure again idle." if report.doubt else ""
 
 
 def _amount(value: float) -> str:

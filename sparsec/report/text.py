@@ -194,8 +194,16 @@ def _groups(report: ReportData) -> list[str]:
 
 
 def _compared(report: ReportData) -> list[str]:
+    lines = heading("Compared") + table(
+        ("", *(name.replace("_", " ") for name in report.summary)), compared_rows(report)
+    )
+    return lines + [line for text in _footnotes(report) for line in paragraph(text)]
+
+
+def compared_rows(report: ReportData) -> list[tuple[str, ...]]:
+    """Every figure of the compared models that is known of one: its title, and what each has."""
     variants = list(report.summary.values())
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, (_, metric) in metrics().items():
         values = [getattr(v, name) for v in variants]
         if any(value is not None for value in values):
@@ -203,8 +211,7 @@ def _compared(report: ReportData) -> list[str]:
             if any(isinstance(value, Spread) for value in values):  # measured times and their ratios
                 shown = [cell.replace(" (", f"{report.doubt} (", 1) for cell in shown]
             rows.append((metric.title, *shown))
-    lines = heading("Compared") + table(("", *(name.replace("_", " ") for name in report.summary)), rows)
-    return lines + [line for text in _footnotes(report) for line in paragraph(text)]
+    return rows
 
 
 def _footnotes(report: ReportData) -> list[str]:

@@ -215,6 +215,11 @@ class Variant:
         default=None, metadata=metric("the same of decoding", "  by zeros alone, decode", _speed)
     )
 
+    @property
+    def speedup(self) -> Spread | None:
+        """Measured: of decoding, or of an encoder's window; None where neither was timed."""
+        return self.speedup_decode or self.speedup_window
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", 1.0 - self.nnz / self.parameters if self.parameters else 0.0)
 

@@ -159,8 +159,7 @@ def _timed(results: Sequence[CellResult]) -> str:
 
 
 def _speed(own: Variant | None) -> float | None:
-    spread = None if own is None else own.speedup_decode or own.speedup_window
-    return None if spread is None else spread.median
+    return None if own is None or own.speedup is None else own.speedup.median
 
 
 def _sparsity(own: Variant | None) -> float | None:

@@ -15,6 +15,7 @@ from sparsec.sweep.run import DENSE, CellResult
 Column = tuple[str, Callable[[Variant], Any], Callable[[Any], str]]
 TIMED = ("prefill ms", "window ms", "decode ms", "measured")
 """Titles of what the clock told: marked with `?` where the machine was busy."""
+BUSY = "?: the machine was busy; measure again idle"
 COLUMNS: tuple[Column, ...] = (
     ("sparsity", lambda v: v.sparsity, percent),
     ("kept M", lambda v: v.nnz, lambda n: mega(n, 1)),
@@ -31,7 +32,7 @@ COLUMNS: tuple[Column, ...] = (
     ("decode ms", lambda v: v.decode_ms and v.decode_ms.median, "{:.2f}".format),
     ("by FLOPs", lambda v: v.speedup_theoretical, times),
     ("predicted", lambda v: v.speedup_predicted, times),
-    ("measured", lambda v: (spread := v.speedup_decode or v.speedup_window) and spread.median, times),
+    ("measured", lambda v: v.speedup and v.speedup.median, times),
 )
 """Title, value of a cell, how it is shown. The last three are speedups of decoding against dense; of an encoder, whose cosines are
 those of its embeddings to dense, the measured one is of a window."""
@@ -47,7 +48,7 @@ def text(results: Iterable[CellResult], notes: Sequence[str], width: int = WIDTH
         if result.error:
             lines += paragraph(f"failed: {result.spec}: {result.error}", "", "  ", width)
     if any(result.disturbed for result in done):
-        lines.append("?: the machine was busy; measure again idle")
+        lines.append(BUSY)
     if notes:
         lines += heading("Notes", width)
         lines += [line for note in notes for line in paragraph(note, "- ", width=width)]
