@@ -182,13 +182,40 @@ def test_a_study_has_all_its_cells_and_says_what_failed() -> None:
     [
         ("magnitude(0.5),freeze", "magnitude, masked", "magnitude"),
         ("magnitude(0.7),freeze,lower(csr)", "magnitude, csr", "magnitude"),
-        ("wanda(pattern='2:4'),freeze,fuse,lower(auto)", "wanda 2:4, auto", "wanda 2:4"),
+        ("wanda(pattern='2:4'),freeze,fuse,lower(auto)", "wanda 2:4, fuse, auto", "wanda 2:4"),
+        ("magnitude(0.5, scope='layer'),freeze,lower(csr)", "magnitude scope=layer, csr", "magnitude scope=layer"),
+        (
+            "wanda(0.5, allocation='owl'),freeze,sparsity,flops,lower(auto, tokens=64)",
+            "wanda allocation=owl, auto tokens=64",
+            "wanda allocation=owl",
+        ),
         ("somebodys(1),freeze", "somebodys(1),freeze", "somebodys(1),freeze"),
     ],
 )
 def test_cells_of_one_series_differ_in_what_they_prune_alone(spec: str, name: str, pruned: str) -> None:
     assert series_name(spec) == name
     assert series_name(spec, lowering=False) == pruned
+
+
+TEMPLATES = (
+    "magnitude({}),freeze",
+    "magnitude({}, scope='layer'),freeze",
+    "magnitude({}, targets='mlp'),freeze",
+    "wanda({}, pattern='2:4'),freeze",
+    "wanda({}, pattern='4:8'),freeze",
+    "wanda({}, allocation='owl'),freeze",
+    "wanda({}),freeze,lower(csr)",
+    "wanda({}),freeze,lower(bitmap)",
+    "wanda({}),freeze,fuse,lower(bitmap)",
+    "wanda({}),freeze,lower(auto)",
+    "wanda({}),freeze,lower(auto, tokens=64)",
+)
+
+
+@given(*[st.tuples(st.sampled_from(TEMPLATES), st.sampled_from([0.3, 0.5, 0.7]))] * 2)
+def test_a_series_is_what_differs_in_its_sparsity_alone(one: tuple[str, float], two: tuple[str, float]) -> None:
+    names = [series_name(template.format(0.5 if ":" in template else share)) for template, share in (one, two)]
+    assert (names[0] == names[1]) == (one[0] == two[0])
 
 
 def test_pictures_follow_the_theme_and_keep_their_letters() -> None:
