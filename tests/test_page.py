@@ -277,6 +277,23 @@ def test_commands_write_pages_and_pictures(tmp_path: Path, capsys: Any) -> None:
     assert "charts in" in capsys.readouterr().out
 
 
+def test_what_cannot_be_drawn_takes_nothing_else_along(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the text and the JSON of a long measurement were lost where the page failed in the end."""
+
+    def full(*_: Any) -> str:
+        raise DataError("no room is left")
+
+    monkeypatch.setattr("sparsec.report.__main__.report_page", full)
+    words = ["--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]
+    assert report_main(["tiny", "--no-measure", *words]) == 2
+    said = capsys.readouterr()
+    assert "== Summary" in said.out
+    assert "no room is left" in said.err
+    assert (tmp_path / "a.json").stat().st_size
+
+
 def test_a_chart_with_no_bars_is_left_out() -> None:
     report = report_cases.report()
     empty = replace(report, layers=(), groups=(), summary={}, latency=None)

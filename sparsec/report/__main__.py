@@ -193,9 +193,11 @@ def _run(args: argparse.Namespace) -> None:
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
         report, _ = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
         report = replace(report, beside=others, views=views.found())
-        outputs += write_pages(args, lambda: report_page(report, ir, progress), lambda: report_charts(report))
     print("\n".join([report.text(args.layers), *pictures(report.views, pictured)]))
-    _write(args, report, outputs)
+    _write(args, report)
+    with shown_progress(sys.stderr) as progress:  # last: what could not be drawn takes nothing else along
+        outputs += write_pages(args, lambda: report_page(report, ir, progress), lambda: report_charts(report))
+    _named(outputs)
 
 
 def _show_stored(args: argparse.Namespace, report: Report) -> None:
@@ -211,14 +213,18 @@ def _show_stored(args: argparse.Namespace, report: Report) -> None:
     print(f"As {args.model} was saved; sparsec evaluate and sparsec bench measure it now.\n")
     outputs = [writable(path) for path in (args.json, args.csv) if path is not None]
     print(report.text(args.layers))
-    _write(args, report, outputs)
+    _write(args, report)
+    _named(outputs)
 
 
-def _write(args: argparse.Namespace, report: Report, outputs: list[str]) -> None:
+def _write(args: argparse.Namespace, report: Report) -> None:
     if args.json:
         write_text(args.json, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
     if args.csv:
         write_text(args.csv, layers_csv(report))
+
+
+def _named(outputs: Sequence[str]) -> None:
     if outputs:
         print(f"\nwritten: {', '.join(outputs)}")
 
