@@ -6,7 +6,7 @@ import io
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsec.console.progress import Pace, StageLines, shown_progress
@@ -115,6 +115,7 @@ def test_a_terminal_shows_a_bar_and_keeps_a_line_of_what_is_done(monkeypatch: py
     assert re.search(r"packing \[a\] \.\.\. \d+\.\d s", terminal.getvalue())
 
 
+@example(first=0, steps=[30.0], more=3)
 @given(first=st.integers(0, 3), steps=st.lists(st.floats(0.5, 5000), min_size=1, max_size=9), more=st.integers(1, 9))
 def test_the_time_left_is_told_from_the_steps_so_far(first: int, steps: list[float], more: int) -> None:
     """Steps that were taken over count for nothing, and while a step takes its time, less is left."""

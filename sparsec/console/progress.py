@@ -170,6 +170,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _rounded(seconds: float) -> str:
+    """No more than a twentieth off."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds < 10 * 60:
+        return f"{seconds / 60:.2g} min"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
