@@ -65,7 +65,8 @@ def test_every_line_of_a_pipe_has_one_form(steps: list[tuple[str, int, float]]) 
         now[0] += seconds
         lines(what, done, 2)
     form = re.compile(
-        r"(?P<in> *)(?:(?P<name>\w+) \.\.\.(?: (?P<far>\d of 2, )?(?P<time>\d+\.\d s)(?(far), about \d+ (?:s|min) left|)?)?"
+        r"(?P<in> *)(?:(?P<name>\w+) \.\.\.(?: (?P<far>\d of 2, )?(?P<time>\d+\.\d s)"
+        r"(?(far), about (?:\d\.\d min|\d+ (?:s|min)) left|)?)?"
         r"|(?P<whole>\d+\.\d s in all))"
     )
     found = [form.fullmatch(line) for line in pipe.getvalue().splitlines()]
