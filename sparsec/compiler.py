@@ -94,8 +94,12 @@ def compile(
     _require_calibration(pipeline, drawn)
     shares = copy == "changed"
     elsewhere = {} if copy else held_elsewhere(model)
+    dense: Mapping[str, Tensor] = {}
     if copy:
+        dense = _parameters(model)  # the given model stays what it is: nothing is held twice
         model = _copied(model, shares)
+    elif any(p.needs_dense for p in pipeline.passes):
+        dense = {name: tensor.clone() for name, tensor in _parameters(model).items()}
     start = perf_counter()
     with stage(progress, "tracing"):
         graph = trace(model, example_inputs)
@@ -110,7 +114,14 @@ def compile(
     if calibration is not None and not pipeline.learning:
         graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
     context = _context(
-        model, graph, not shares, elsewhere=elsewhere, masks=masks or {}, calibration=data, progress=progress
+        model,
+        graph,
+        not shares,
+        elsewhere=elsewhere,
+        masks=masks or {},
+        calibration=data,
+        dense=dense,
+        progress=progress,
     )
     records = pipeline.run(graph, context, verify, instruments)
     learnt = {"source": data.source, "sha256": data.sha256} if data is not None and pipeline.learning else {}
@@ -236,6 +247,10 @@ def _emitted(
     object.__setattr__(model, "sparsec", compiled)
     guard_saving(model, compiled)
     return model
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _positions_and_pad(model: nn.Module) -> tuple[int | None, int | None]:

@@ -39,6 +39,9 @@ class Context:
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # given by the user, by weight or module name
     calibration: CalibrationData | None = None  # calls to learn from, for passes that need them
+    dense: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # parameters as the model came in, by name, where they are still held or a pass needs them
     progress: Progress | None = None
     keep_dense: Mapping[str, str] = field(default_factory=dict)  # weight -> why it cannot be lowered
     unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is
@@ -127,6 +130,11 @@ class Pass(ABC):
     @property
     def needs_calibration(self) -> bool:
         """Whether this instance needs calibration data."""
+        return False
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether this instance needs the parameters as the model came in (`Context.dense`)."""
         return False
 
     @abstractmethod
