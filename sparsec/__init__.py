@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsec.kernels import SparseLinear
     from sparsec.loading import load
     from sparsec.pipeline import Context, DumpIR, Effect, Pass, PassRecord, PassResult, Pipeline, PrintIR, Timing
+    from sparsec.training import masked
 
 try:
     __version__ = version("sparsec")
@@ -55,6 +56,7 @@ __all__ = [
     "extend",
     "graph_text",
     "load",
+    "masked",
     "save",
     "trace",
 ]
@@ -72,6 +74,7 @@ _HOMES = {
     "sparsec.pipeline": (
         *("Context", "DumpIR", "Effect", "Pass", "PassRecord", "PassResult", "Pipeline", "PrintIR", "Timing"),
     ),
+    "sparsec.training": ("masked",),
 }
 
 

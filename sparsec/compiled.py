@@ -22,6 +22,7 @@ from sparsec.ir.settle import settle
 from sparsec.kernels import Problem, SparseLinear, select
 from sparsec.memory import held
 from sparsec.pipeline import PassRecord, Pipeline
+from sparsec.recover.holding import Holding
 from sparsec.report.collect import Report, collect
 from sparsec.report.predict import known_constants, predict
 from sparsec.wrapped import odd_text
@@ -40,6 +41,7 @@ class Compiled(Saveable):
     model: ModelReference  # the compiled model
     calibration: Mapping[str, str] = field(default_factory=dict)  # what passes learnt from: its source and its hash
     shares: bool = False  # it holds tensors of the model that it was compiled from, and writes to none of them
+    holding: Holding | None = None  # what keeps the zeros, since `sparsec.masked`
 
     @property
     def graph(self) -> Graph:
@@ -64,6 +66,8 @@ class Compiled(Saveable):
 
     def _follow(self) -> list[str]:
         """Lets the graph hold what the model holds now; returns the names that no longer mean the same."""
+        if self.holding is not None:
+            self.holding.hold()
         odd = rebind(self.kept, self.model())
         _refresh(self.kept)
         return odd
@@ -98,11 +102,15 @@ class Compiled(Saveable):
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         # With the memo of the model that is being copied, so that the copy's graph holds the copy's tensors.
         model = self.model()
-        copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "model"}
+        left = ("model", "holding")
+        copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name not in left}
         for module in model.modules():
             if isinstance(module, SparseLinear) and module.follow is not None and id(module) in memo:
                 memo[id(module)].follow = follower(copied["kept"], module.follow.args[1])
-        return Compiled(**copied, model=ModelReference(memo.get(id(model), model)))
+        twin = memo.get(id(model), model)
+        if self.holding is not None and twin is not model:
+            copied["holding"] = self.holding.twin(copied["kept"], memo)
+        return Compiled(**copied, model=ModelReference(twin))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pickled(self)

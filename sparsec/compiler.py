@@ -32,6 +32,7 @@ from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.progress import stage
+from sparsec.recover.holding import Holding, strip
 from sparsec.wrapped import refuse_meta, refuse_wrapper, traced_again
 
 DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
@@ -100,6 +101,7 @@ def compile(
         model = _copied(model, shares)
     elif any(p.needs_dense for p in pipeline.passes):
         dense = {name: tensor.clone() for name, tensor in _parameters(model).items()}
+    strip(model)
     start = perf_counter()
     with stage(progress, "tracing"):
         graph = trace(model, example_inputs)
@@ -143,9 +145,10 @@ def extend(
     copy: False consumes it: masks and dense weights are freed as they are packed.
 
     So one calibration serves several formats: `extend(pruned, "lower(bitmap)")`, `extend(pruned, "lower(csr)")`. Its `.sparsec`
-    tells of all passes. Raises CompileError for a model that was not compiled or is lowered, and what `compile` raises.
+    tells of all passes. Zeros that `sparsec.masked` holds are held in the copy too, unless it is lowered. Raises CompileError for a
+    model that was not compiled or is lowered, and what `compile` raises.
     """
-    path, before = _inside(compiled)
+    path, before = inside(compiled, "extend")
     if "lowered" in before.graph.facts:
         raise CompileError(
             "this model is lowered already: its dense weights are gone; extend it before the pass lower runs"
@@ -159,12 +162,14 @@ def extend(
     shares = before.shares
     elsewhere = {} if copy or shares else held_elsewhere(compiled)
     model = _copied(compiled, shares) if copy else compiled
-    inside = model.get_submodule(path)
-    own: Compiled = vars(inside).pop("sparsec")
+    part = model.get_submodule(path)
+    own: Compiled = vars(part).pop("sparsec")
     for name in ("save_pretrained", "push_to_hub"):
-        vars(inside).pop(name, None)
+        vars(part).pop(name, None)
     graph, notes = own.graph, list(own.notes)
-    if rebind(graph, inside) or path:
+    if own.holding is not None:
+        own.holding.release()
+    if rebind(graph, part) or path:
         graph, said = traced_again(model, graph)
         notes += said
     notes += settle(graph)
@@ -175,12 +180,18 @@ def extend(
     whole = Pipeline((*own.pipeline.passes, *more.passes))
     said_once = tuple(dict.fromkeys(notes))
     done = (*own.records, *records)
-    return _emitted(model, graph, whole, done, own.trace_seconds, said_once, context, own.calibration)
+    made = _emitted(model, graph, whole, done, own.trace_seconds, said_once, context, own.calibration)
+    if own.holding is not None and "lowered" not in graph.facts:
+        vars(made)["sparsec"].holding = Holding(graph, made)
+    return made
 
 
-def _inside(model: nn.Module) -> tuple[str, Compiled]:
-    """The path of what was compiled, "" where it is the model itself, and how; adapters and other modules may stand around it."""
-    refuse_wrapper(model, "extend")
+def inside(model: nn.Module, call: str) -> tuple[str, Compiled]:
+    """The path of what was compiled, "" where it is the model itself, and how; adapters and other modules may stand around it.
+
+    call: the public function that needs it, for the errors.
+    """
+    refuse_wrapper(model, call)
     foreign = refusal(model)
     if foreign:
         raise CompileError(foreign)
@@ -194,15 +205,23 @@ def _inside(model: nn.Module) -> tuple[str, Compiled]:
         )
     if loaded:
         raise CompileError(
-            "this model was loaded, and is lowered already: its dense weights are gone; extend the one that was saved before "
-            "the pass lower runs"
+            f"this model was loaded, and is lowered already: its dense weights are gone; {call} takes one before the pass lower "
+            "runs"
         )
     if not found:
-        raise CompileError("extend takes what sparsec.compile gave back; compile the model first")
+        raise CompileError(
+            f"{call} takes what sparsec.compile gave back; compile the model first{_from_zeros(model, call)}"
+        )
     if len(found) > 1:
         paths = ", ".join(path or "the root module" for path, _ in found)
-        raise CompileError(f"this model holds several compiled ones ({paths}); extend each by itself and put it back")
+        raise CompileError(
+            f"this model holds several compiled ones ({paths}); give {call} each by itself and put it back"
+        )
     return found[0]
+
+
+def _from_zeros(model: nn.Module, call: str) -> str:
+    return f": {call}(sparsec.compile(model, 'zeros,freeze')) keeps the zeros that it has" if call == "masked" else ""
 
 
 def _context(model: nn.Module, graph: Graph, owns_weights: bool, **given: Any) -> Context:

@@ -39,6 +39,14 @@ def present(tensor: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.from_numpy(numbers)
 
 
+def grown(tensor: Tensor, mask: Tensor) -> int | Tensor:
+    """How many values are not zero where `mask` is False. Elsewhere than on a CPU a tensor, which nobody has waited for."""
+    found = present(tensor)
+    if tensor.device.type != "cpu":
+        return found.logical_and_(~mask).count_nonzero()
+    return int(np.count_nonzero(np.greater(found.numpy(), mask.numpy())))
+
+
 def count(mask: Tensor) -> int:
     """How many of a bool tensor are True."""
     return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.count_nonzero())

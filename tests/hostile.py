@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import tempfile
@@ -226,6 +227,7 @@ def targets() -> dict[str, Target]:
                 "instruments": (),
             },
         ),
+        "sparsec.masked": Target(sparsec.masked, lambda: {"model": copy.deepcopy(pruned())}),
         "sparsec.save": Target(
             sparsec.save, lambda: {"module": pruned(), "folder": Path("saved"), "max_shard_size": "1GB"}
         ),

@@ -52,13 +52,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("timing",),
     ("cost",),
     ("data", "calibrate"),
+    ("recover",),
     ("pipeline",),
     ("lowering",),
     ("passes",),
     ("console",),
     ("emitter", "evaluate", "inductor", "wrapped"),
     ("report",),
-    ("checkpoint", "compiled", "compiler", "loading"),
+    ("checkpoint", "compiled", "compiler", "loading", "training"),
     ("study",),
     ("sweep",),
     ("page",),
@@ -142,7 +143,18 @@ def test_no_room_leads_back_to_itself() -> None:
 SAME_MEANING = frozenset(
     (
         *("main", "parser", "document", "text", "table", "headlines"),  # of each command
-        *("add", "absent", "missing", "unsupported", "product", "measure", "measure_kernels", "measure_reads", "run"),
+        *(
+            "add",
+            "absent",
+            "masked",
+            "missing",
+            "unsupported",
+            "product",
+            "measure",
+            "measure_kernels",
+            "measure_reads",
+            "run",
+        ),
         *("columns_at", "expand", "words_at"),  # parts of a Triton kernel
     )
 )

@@ -24,6 +24,7 @@ from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.loading import unguard_loading
 from sparsec.memory import computed
+from sparsec.recover.holding import strip
 from sparsec.transformers_hook import METHOD
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,6 +71,7 @@ def dense_copy(model: Model, *, share: bool = False) -> Model:
             vars(module).pop(name, None)
         _forget_loading(module)
     unguard_loading(twin)
+    strip(twin)
     return twin
 
 

@@ -93,8 +93,8 @@ def _grown_text(grown: Sequence[tuple[Weight, int]], patterns: Sequence[str]) ->
     lost = f" ({some(patterns)})" if patterns else ""
     return [
         f"{total:,} pruned values are no longer zero and count as kept: {where}{lost}. They came back after freeze, by training, a "
-        "merged adapter or a loaded state. Prune again to be rid of them, or train under the masks: write them into the weights "
-        "after every step. The zeros that a loaded state has are found by the pass 'zeros'"
+        "merged adapter or a loaded state. Prune again to be rid of them; sparsec.masked(model) keeps the zeros of a model that is "
+        "to be trained. The zeros that a loaded state has are found by the pass 'zeros'"
     ]
 
 
