@@ -82,7 +82,7 @@ def looked_at(browser: Any, file: Path, name: str) -> None:
     for theme in THEMES:
         for width in WIDTHS:
             opened = Opened(browser, file, theme, width)
-            opened.page.add_style_tag(content="section { content-visibility: visible !important }")
+            opened.page.add_style_tag(content="section, tr { content-visibility: visible !important }")
             assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
             opened.page.screenshot(path=PICTURES / f"{name}-{theme}-{width}.png", full_page=True)
             opened.complaints = [c for c in opened.complaints if "style-src" not in c]
@@ -222,19 +222,38 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("large"), report_page(whole, ir))
 
 
+SORTED = """() => { const button = document.querySelectorAll("#layer-table thead button")[3];
+    const start = performance.now(); button.click(); document.body.offsetHeight; return performance.now() - start; }"""
+SHOWN = """() => { document.querySelector("#layers").scrollIntoView(); return new Promise(
+    (done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => done(
+        [...document.querySelectorAll("#layer-table tbody th")]
+            .filter((cell) => cell.checkVisibility({ contentVisibilityAuto: true })).length))))); }"""
+
+
 @pytest.mark.slow
-def test_the_page_of_225_layers_is_small_and_works(browser: Any, large: Path) -> None:
+def test_the_page_of_225_layers_is_small_and_works(browser: Any, large: Path, tmp_path: Path) -> None:
+    """Times are printed and not held to a limit: they are the machine's. What they come from is held: rows out of sight wait."""
     assert large.stat().st_size < LIMIT
-    opened = Opened(browser, large)
-    took = opened.page.evaluate(
-        """() => { const button = document.querySelectorAll("#layer-table thead button")[3];
-        const start = performance.now(); button.click(); document.body.offsetHeight; return performance.now() - start; }"""
-    )
-    paints = opened.page.evaluate("performance.getEntriesByName('first-paint').map(e => e.startTime)")
-    print(f"{large.stat().st_size / 1e6:.2f} MB, first paint {paints} ms, a sort {took:.0f} ms")
-    shares = [float(cell.rstrip("%")) for cell in opened.column("layer-table", 4)]
-    assert shares == sorted(shares)
-    opened.close()
+    paints, sorts, least = [], [], []
+    for _ in range(5):
+        opened = Opened(browser, large)
+        paints.append(first_paint(opened))
+        sorts.append(opened.page.evaluate(SORTED))
+        shares = [float(cell.rstrip("%")) for cell in opened.column("layer-table", 4)]
+        assert len(shares) > 225
+        assert shares == sorted(shares)
+        assert 10 < opened.page.evaluate(SHOWN) < 150
+        opened.close()
+        opened = Opened(browser, written(tmp_path, "<!doctype html><title>nothing</title><p>Nothing."))
+        least.append(first_paint(opened))
+        opened.close()
+    print(f"{large.stat().st_size / 1e6:.2f} MB; least of {len(paints)}: first paint {min(paints):.0f} ms", end="")
+    print(f" (of an empty page {min(least):.0f}), a sort {min(sorts):.0f} ms")
+
+
+def first_paint(opened: Opened) -> float:
+    opened.page.wait_for_function("performance.getEntriesByName('first-paint').length > 0")
+    return float(opened.page.evaluate("performance.getEntriesByName('first-paint')[0].startTime"))
 
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason=f"make demo ARGS='--html {SMOLLM2.relative_to(ROOT)}' writes it")

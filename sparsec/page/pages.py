@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from typing import Any
@@ -15,16 +16,15 @@ from sparsec.page.drawing import Chart, need_library, themed_svg
 from sparsec.page.ir import KeptIR
 from sparsec.page.pictures import corner_png, shown_to, sizes_svgs, zeros_png
 from sparsec.page.report_charts import report_charts
+from sparsec.page.sorted_table import CellText, Column, SortedTable, layer_table, sort_value
 from sparsec.page.study_charts import study_charts
 from sparsec.progress import Progress, stage
-from sparsec.report.layer import LayerRow
 from sparsec.report.notes import all_notes
 from sparsec.report.records import ReportData
 from sparsec.report.summary import summary_rows
 from sparsec.report.text import compared_rows, machine_rows, never_trained
 from sparsec.report.variant import VARIANTS, short_perplexity
 from sparsec.report.views import LayerView
-from sparsec.report.words import dense_reason
 from sparsec.sweep.run import DENSE, CellResult
 from sparsec.sweep.tables import BUSY, COLUMNS, grid
 
@@ -38,23 +38,6 @@ class Tile:
     more: str
 
 
-@dataclass(frozen=True)
-class Column:
-    """Of a table that sorts."""
-
-    title: str
-    about: str = ""
-
-
-@dataclass(frozen=True)
-class CellText:
-    """Of a table that sorts: what is shown, and the number that it is sorted by."""
-
-    text: str
-    value: float | None = None
-    shows: int | None = None  # which layer's view
-
-
 def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None) -> str:
     """The HTML of a report; encoders have their own figures in it. MissingExtraError where nothing can draw."""
     need_library()
@@ -62,7 +45,6 @@ def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None
         charts = _drawn(report_charts(report))
         views = _views(report.views)
         numbers = {view.name: i for i, view in enumerate(report.views)}
-        columns = [c for c in LAYER_COLUMNS if any(c.of(row) is not None for row in report.layers)]
         changed = {(p.index, p.spec): p.lines for p in ir.passes}
         return _filled(
             "report.html",
@@ -81,8 +63,7 @@ def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None
             tiles=_report_tiles(report),
             compared=(("", *_variants(report)), summary_rows(report)) if report.summary else None,
             charts=charts,
-            columns=[Column(c.title, c.about) for c in columns],
-            layers=[_layer_cells(row, columns, numbers.get(row.name), report.doubt) for row in report.layers],
+            layers=layer_table(report.layers, numbers, report.doubt),
             views=views,
             passes=[
                 asdict(p)
@@ -119,7 +100,7 @@ def study_page(
         found = []
         for title, text in zip(header, row, strict=True):
             value = columns[title](result.figures) if title in columns and result.figures is not None else None
-            found.append(CellText(text, _number(value)))
+            found.append(CellText(text, sort_value(value)))
         cells.append(found)
     return _filled(
         "study.html",
@@ -136,8 +117,7 @@ def study_page(
         tiles=_study_tiles(results),
         told=told,
         charts=_drawn(study_charts(results)),
-        columns=[Column(title) for title in header],
-        cells=cells,
+        cells=SortedTable("cell-table", [Column(title) for title in header], cells),
         failed=[f"failed: {r.spec}: {r.error}" for r in results if r.error],
         notes=[*notes, BUSY] if any(r.disturbed for r in results) else notes,
         machine=machine_rows(machine),
@@ -168,14 +148,13 @@ def _drawn(charts: Iterable[Chart]) -> list[dict[str, Any]]:
     return [vars(chart) | {"svg": Markup(themed_svg(chart))} for chart in charts]
 
 
-def _views(views: Sequence[LayerView]) -> Any:
-    """As JSON inside a script element, which ends at `</` whatever a string holds."""
-    from markupsafe import Markup
-
+def _views(views: Sequence[LayerView]) -> str | None:
+    """Base64 of the gzip of JSON: a script alone can show them, and so they are a fifth of the page and not two thirds."""
     if not views:
         return None
     found = [_view(view, svg) for view, svg in zip(views, sizes_svgs(views), strict=True)]
-    return Markup(json.dumps(found, separators=(",", ":")).replace("</", "<\\/").replace("<!", "\\u003c!"))
+    text = json.dumps(found, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
 
 
 def _view(view: LayerView, svg: str) -> dict[str, str]:
@@ -198,7 +177,7 @@ def _view(view: LayerView, svg: str) -> dict[str, str]:
         "corner_says": f"The first {rows} rows and {columns} columns, one dot a weight: dark is kept.",
         "zeros": zeros_png(view),
         "zeros_says": f"The whole matrix in {cells} cells: lighter has more zeros, {least} to {most}.",
-        "sizes": svg.replace('"', "'"),
+        "sizes": svg,
         "sizes_says": f"Sizes |w| from 0 to {view.edges[-1]:.4g}{beyond}; {cut}.{sampled}",
     }
 
@@ -270,48 +249,3 @@ def _speed(result: CellResult) -> float:
 
 def _figures(report: ReportData) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
     return (("", *_variants(report)), compared_rows(report)) if report.summary else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class LayerColumn:
-    """Of the table of layers: what stands in it, and how it is shown."""
-
-    title: str
-    about: str
-    of: Callable[[LayerRow], Any]
-    show: Callable[[Any], str] = str
-    doubtful: bool = False  # told by the clock
-
-
-LAYER_COLUMNS = (
-    LayerColumn("name", "of the stored weight", lambda r: r.name.removesuffix(".weight")),
-    LayerColumn("group", "", lambda r: r.group),
-    LayerColumn("shape", "as stored", lambda r: "x".join(map(str, r.shape))),
-    LayerColumn("zeros", "share of zeros", lambda r: r.sparsity, percent),
-    LayerColumn("MB dense", "", lambda r: r.bytes_dense, mega),
-    LayerColumn("MB held", "", lambda r: r.bytes_held, mega),
-    LayerColumn("layout", "", lambda r: r.format),
-    LayerColumn("kernel", "that executes it", lambda r: r.kernel),
-    LayerColumn("by FLOPs", "a bound of the speedup", lambda r: r.speedup_theoretical, times),
-    LayerColumn("by bytes", "a bound of the speedup", lambda r: r.speedup_theoretical_bytes, times),
-    LayerColumn("predicted", "speedup by the cost model", lambda r: r.speedup_predicted, times),
-    LayerColumn("roof", "what binds by the cost model", lambda r: r.binds),
-    LayerColumn("measured", "speedup by the clock", lambda r: r.speedup_measured, times, True),
-    LayerColumn("ms dense", "measured", lambda r: r.ms_dense, "{:.4f}".format, True),
-    LayerColumn("ms", "measured, as it is executed now", lambda r: r.ms, "{:.4f}".format, True),
-    LayerColumn("sensitivity", "harm where this weight alone is pruned", lambda r: r.sensitivity, "{:.4g}".format),
-    LayerColumn("why", "it is dense, or has its layout", lambda r: dense_reason(r) or r.reason),
-)
-
-
-def _layer_cells(row: LayerRow, columns: Sequence[LayerColumn], view: int | None, doubt: str) -> list[CellText]:
-    found = []
-    for column in columns:
-        value = column.of(row)
-        text = "-" if value is None else column.show(value) + (doubt if column.doubtful else "")
-        found.append(CellText(text, _number(value), view if column is columns[0] else None))
-    return found

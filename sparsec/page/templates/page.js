@@ -54,11 +54,16 @@ for (const details of document.querySelectorAll("details.pass")) {
 }
 const view = document.getElementById("view");
 if (view !== null) {
+  const unpacked = async () => {
+    const bytes = Uint8Array.from(atob(document.getElementById("views").textContent), (sign) => sign.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  };
   let views = null;
-  for (const button of document.querySelectorAll("button.show")) {
-    button.addEventListener("click", () => {
-      views ??= JSON.parse(document.getElementById("views").textContent);
-      const chosen = views[Number(button.dataset.show)];
+  if (!("DecompressionStream" in window)) view.textContent = "The pictures of single layers need a newer browser.";
+  else for (const button of document.querySelectorAll("button.show")) {
+    button.addEventListener("click", async () => {
+      views ??= unpacked();
+      const chosen = (await views)[Number(button.dataset.show)];
       const frame = document.getElementById("view-frame").content.cloneNode(true);
       for (const part of frame.querySelectorAll("[data-text]")) part.textContent = chosen[part.dataset.text];
       for (const part of frame.querySelectorAll("[data-image]")) {
