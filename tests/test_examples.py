@@ -134,3 +134,14 @@ def test_seminar_structure(run: Run, capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     assert "mlp" in said
     assert "embedding" in said
+
+
+def test_finetune_trainer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = run("finetune_trainer")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "zeros, loss" in line]
+    assert [line.split(":")[0].strip() for line in lines] == ["pruned", "fine-tuned", "on kernels"]
+    assert all("50.0% zeros" in line for line in lines)
+    before, after, lowered = (float(line.split("loss ")[1].split()[0]) for line in lines)
+    assert after < before - 1
+    assert lowered == pytest.approx(after, abs=0.002)
+    assert sparsities(fast, "mlp") | sparsities(fast, "attention") == {0.5}
