@@ -56,8 +56,11 @@ def cells() -> list[CellResult]:
     """The dense model, two methods at three sparsities masked and lowered, and one that failed."""
     found = [CellResult(DENSE, (), _variant(0.0, False))]
     for method in ("magnitude", "wanda"):
+        masked, packed = (f"{method}({{zeros}}),freeze{rest}" for rest in ("", ",lower(bitmap)"))
         for zeros in (0.3, 0.5, 0.7):
-            found.append(CellResult(f"{method}({zeros}),freeze", (("zeros", str(zeros)),), _variant(zeros, False)))
-            spec = f"{method}({zeros}),freeze,lower(bitmap)"
-            found.append(CellResult(spec, (("zeros", str(zeros)),), _variant(zeros, True), layouts="7 bitmap"))
-    return [*found, CellResult("wanda(0.9),freeze", (("zeros", "0.9"),), None, "<no room>")]
+            values = (("zeros", str(zeros)),)
+            for template, layouts in ((masked, ""), (packed, "7 bitmap")):
+                spec, figures = template.format(zeros=zeros), _variant(zeros, bool(layouts))
+                found.append(CellResult(spec, values, figures, layouts=layouts, template=template))
+    failed = CellResult("wanda(0.9),freeze", (("zeros", "0.9"),), None, "<no room>", template="wanda({zeros}),freeze")
+    return [*found, failed]

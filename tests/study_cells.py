@@ -49,7 +49,7 @@ def without_work(
     taken("begin")
     taken("dense", lambda timed: CellResult(DENSE, (), figures_of(1, 1, 20.0, timed)))
     taken("pruned", lambda pruning: pruning)
-    taken("cell", lambda cell, pruned, start: CellResult(cell.spec, cell.values, told(cell)))
+    taken("cell", lambda cell, pruned, start: CellResult(cell.spec, cell.values, told(cell), template=cell.template))
     monkeypatch.setattr(run, "warm_up", lambda: None)
     monkeypatch.setattr(run, "known_machine", lambda *_: counted.update(["known_machine"]))
     return counted

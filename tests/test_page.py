@@ -21,10 +21,10 @@ from sparsec.page.drawing import COLOURS, THEMED, Chart, save_charts, themed_svg
 from sparsec.page.ir import KeptIR
 from sparsec.page.pages import report_page, study_page
 from sparsec.page.report_charts import report_charts
-from sparsec.page.series import series_name
 from sparsec.page.study_charts import study_charts
 from sparsec.report.__main__ import main as report_main
 from sparsec.study.__main__ import main as study_main
+from sparsec.sweep.series import series_name
 
 HOSTILE = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs"]) | st.sampled_from(list("<>&\"'$_{}%\\")),

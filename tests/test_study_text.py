@@ -13,11 +13,12 @@ from study_cells import LITTLE, figures_of, without_work
 
 import sparsec.study.__main__ as study
 from sparsec.console.table import fitted, paragraph
+from sparsec.page.study_charts import study_charts
 from sparsec.report.variant import Variant
-from sparsec.sweep import seminar, tables
+from sparsec.sweep import tables
 from sparsec.sweep.chart import MARKS, ROWS, SEVERAL, Axis, Point, chart, scatter
-from sparsec.sweep.grid import Cell
-from sparsec.sweep.run import DENSE, CellResult
+from sparsec.sweep.grid import Cell, grid_cells, places
+from sparsec.sweep.run import DENSE, CellResult, renamed
 
 WIDTHS = (80, 120, 200)
 NUMBER = st.floats(-1e9, 1e9).map("{:.2f}".format)
@@ -114,17 +115,51 @@ def test_the_chart_is_against_sparsity_where_no_cell_is_timed() -> None:
     assert chart([dense, beyond], 80) == []
 
 
-def test_series_are_what_tells_cells_apart() -> None:
+METHODS = st.sampled_from(("magnitude", "wanda", "sparsegpt"))
+LAYOUTS = st.sampled_from(("", ",lower(csr)", ",fuse,lower(bitmap)"))
+
+
+@given(st.lists(st.tuples(METHODS, LAYOUTS, st.sampled_from(("0.5", "0.6"))), min_size=1, max_size=8, unique=True))
+def test_the_terminal_and_the_page_name_their_series_alike(asked: list[tuple[str, str, str]]) -> None:
     dense = CellResult(DENSE, (), figures_of(1, 1, 20.0))
     cells = [
-        CellResult(f"{method}({zeros})", (("zeros", zeros), ("method", method)), figures_of(1, float(zeros), 30.0))
-        for method in ("wanda", "magnitude")
-        for zeros in ("0.5", "0.6")
+        CellResult(f"{method}({zeros}){layout}", (("zeros", zeros),), figures_of(1, float(zeros), 30.0))
+        for method, layout, zeros in asked
     ]
-    assert chart([dense, *cells], 80)[-1] == "o dense   x wanda   + magnitude   & several"
-    asked = [CellResult(c.spec, c.values, figures_of(1, 0.5, 30.0)) for c in seminar.seminar_cells()]
-    legend = "".join("".join(chart([dense, *asked], 80)).split())
-    assert all(template in legend for template in seminar.SETUPS.values())
+    (bytes_,) = (c for c in study_charts([dense, *cells]) if c.name == "bytes")
+    legend = [entry for line in chart([dense, *cells], 80)[ROWS + 6 :] for entry in line.split("   ")]
+    named = {entry.partition(" ")[2] for entry in legend} - {"several"}
+    assert named == {DENSE, *(row[0] for row in bytes_.rows)}
+
+
+@given(
+    st.lists(
+        st.sampled_from(("fuse", "{method}({zeros}),freeze", "magnitude({zeros})", "{method}(0.4)", "wanda(0.5)"))
+    ),
+    st.sampled_from((["wanda"], ["wanda", "magnitude"])),
+    st.sampled_from((["0.5"], ["0.5", "0.6"])),
+)
+def test_every_row_is_named_and_no_two_alike(templates: list[str], methods: list[str], zeros: list[str]) -> None:
+    """Passes without a placeholder had nothing to name them beside others that had some."""
+    axes = {"method": methods, "zeros": zeros}
+    used = {name for template in templates for name in places(template)}
+    cells = grid_cells(templates, {name: values for name, values in axes.items() if name in used})
+    found = [CellResult(c.spec, c.values, figures_of(1, 1, 30.0), template=c.template) for c in cells]
+    header, rows = tables.naming([CellResult(DENSE, (), figures_of(1, 1, 20.0)), *found])
+    assert len({tuple(row) for row in rows}) == len(rows) == 1 + len(cells)
+    assert all(any(row) and len(row) == len(header) for row in rows)
+    assert ("passes" in header) == (len({c.template for c in cells}) > 1 or not used)
+    lines = tables.markdown(found, []).splitlines()[2 : 2 + len(found)]
+    assert len(set(lines)) == len(found)
+
+
+def test_a_result_that_was_taken_over_has_the_names_that_are_asked_for_now() -> None:
+    (before,) = grid_cells(["magnitude({zeros}),freeze"], {"zeros": ["0.5"]})
+    (now,) = grid_cells(["{method}(0.5),freeze"], {"method": ["magnitude"]})
+    kept = CellResult(before.spec, before.values, figures_of(1, 1, 30.0), template=before.template)
+    dense = CellResult(DENSE, (), figures_of(1, 1, 20.0))
+    found = renamed({DENSE: dense, before.spec: kept}, [now])
+    assert found == {DENSE: dense, now.spec: replace(kept, values=now.values, template=now.template)}
 
 
 @pytest.mark.parametrize("width", WIDTHS)

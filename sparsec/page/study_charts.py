@@ -7,10 +7,10 @@ from typing import Any
 
 from sparsec.console.table import percent, times
 from sparsec.page.drawing import INK, Chart, points
-from sparsec.page.series import series_of
 from sparsec.report.variant import Variant, short_perplexity
 from sparsec.sweep.frontier import pareto_front
 from sparsec.sweep.run import DENSE, CellResult
+from sparsec.sweep.series import series_of
 
 Axis = tuple[str, Callable[[Variant], float | None], Callable[[float], str]]
 """Its title, what stands on it, and how a number on it is written."""

@@ -45,7 +45,7 @@ from sparsec.sweep.energy import EnergyMeter
 from sparsec.sweep.grid import axis, grid_cells
 from sparsec.sweep.planners import Asked, FixedCells
 from sparsec.sweep.presets import PRESETS
-from sparsec.sweep.run import DENSE, measure_cells
+from sparsec.sweep.run import DENSE, measure_cells, renamed
 from sparsec.sweep.store import Store
 
 PROG = "python -m sparsec.study"
@@ -299,11 +299,12 @@ def _path(name: str | None) -> Path | None:
 
 
 def _write(args: argparse.Namespace, asked: Asked, store: Store) -> None:
+    found = renamed(store.results, asked.planner.candidates)
     specs = [DENSE, *(cell.spec for cell in asked.planner.candidates)]
-    results = [store.results[spec] for spec in specs if spec in store.results]
+    results = [found[spec] for spec in specs if spec in found]
     width = terminal_width()
     print(tables.text(results, store.notes, width))
-    told = asked.told(store.results, width)
+    told = asked.told(found, width)
     for line in (*told, *chart(results, width)):
         print(line)
     if store.taken_over:

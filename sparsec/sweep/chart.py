@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sparsec.console.table import heading, paragraph, percent, times
 from sparsec.report.variant import Variant, short_perplexity
 from sparsec.sweep.run import DENSE, CellResult
+from sparsec.sweep.series import series_name
 
 MARKS = "ox+*#%@abcdefghijklmnpqrstuvwyz"
 SEVERAL = "&"
@@ -40,7 +40,10 @@ class Point:
 
 def chart(results: Sequence[CellResult], width: int) -> list[str]:
     """Lines, at most 80 columns wide, with a legend; none where fewer than two cells can be shown."""
-    done = [(result, name) for result, name in zip(results, _series(results), strict=True) if result.figures]
+    names = [DENSE if result.spec == DENSE else series_name(result.spec) for result in results]
+    if len(set(names)) > len(MARKS):
+        names = [DENSE if result.spec == DENSE else "cells" for result in results]
+    done = [(result, name) for result, name in zip(results, names, strict=True) if result.figures]
     if any(_speed(r.figures) is not None for r, _ in done if r.spec != DENSE and r.figures is not None):
         across, title = Axis(f"speedup of {_timed(results)}, measured", times), _speed
     else:
@@ -123,34 +126,6 @@ def _legend(entries: Sequence[str], width: int) -> list[str]:
             lines.append("")
         lines[-1] += ("   " if lines[-1] else "") + entry
     return [part for line in lines for part in (paragraph(line, "", "  ", width) if len(line) > width else [line])]
-
-
-def _series(results: Sequence[CellResult]) -> list[str]:
-    """What tells cells apart best: the words that stand for a placeholder, else the passes, else its numbers."""
-    names = list(dict.fromkeys(name for result in results for name, _ in result.values))
-    ways = [[dict(result.values).get(name, "") for result in results] for name in names]
-    words = [way for way in ways if any(not _number(value) for value in way if value)]
-    ways = [[value and f"{name} {value}" for value in way] for name, way in zip(names, ways, strict=True)]
-    for way in (*words, [_template(result) for result in results], *ways):
-        if 1 < len({value for value in way if value}) < len(MARKS):
-            return [DENSE if r.spec == DENSE else value or r.spec for r, value in zip(results, way, strict=True)]
-    return [DENSE if result.spec == DENSE else "cells" for result in results]
-
-
-def _template(result: CellResult) -> str:
-    """Its passes with placeholders again; none of dense."""
-    text = "" if result.spec == DENSE else result.spec
-    for name, value in result.values:
-        text = re.sub(rf"(?<![\w.]){re.escape(value)}(?![\w.])", "{" + name + "}", text)
-    return text
-
-
-def _number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _timed(results: Sequence[CellResult]) -> str:

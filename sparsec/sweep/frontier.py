@@ -10,6 +10,7 @@ from sparsec.report.variant import short_perplexity
 from sparsec.sweep.grid import grid_cells, places
 from sparsec.sweep.planners import Asked, FixedCells
 from sparsec.sweep.run import DENSE, CellResult
+from sparsec.sweep.tables import naming
 
 PASSES = ("{method}({zeros}),freeze,fuse,lower(auto)",)
 AXES = {"method": ("magnitude", "wanda", "sparsegpt"), "zeros": ("0.3", "0.4", "0.5", "0.6", "0.7")}
@@ -52,19 +53,18 @@ def fronts(results: Sequence[CellResult], width: int) -> list[str]:
         "decoding, which is measured by turns with dense.",
         width=width,
     )
+    keys, named = naming(done)
     rows = []
-    for result, small, fast in zip(done, sizes, speeds, strict=True):
+    for result, name, small, fast in zip(done, named, sizes, speeds, strict=True):
         own = result.figures
         assert own is not None
         perplexity = "-" if own.perplexity is None else short_perplexity(own.perplexity)
         speed = "-" if math.isnan(_time(result)) else times(1 / _time(result)) + ("?" if result.disturbed else "")
         marks = [ON if small else "", ON if fast else ""]
-        rows.append([_label(result), perplexity, mega(own.bytes, 1), marks[0], speed, marks[1]])
-    return [*lines, "", *fitted(["", "perplexity", "MB", "", "decoding", ""], rows, width, left=(0, 3, 5))]
-
-
-def _label(result: CellResult) -> str:
-    return " ".join(value for _, value in result.values) or result.spec
+        rows.append([*name, perplexity, mega(own.bytes, 1), marks[0], speed, marks[1]])
+    header = [*keys, "perplexity", "MB", "", "decoding", ""]
+    left = (*range(len(keys)), len(keys) + 2, len(keys) + 4)
+    return [*lines, "", *fitted(header, rows, width, left=left, keys=len(keys))]
 
 
 def _perplexity(result: CellResult) -> float:

@@ -24,6 +24,7 @@ class Cell:
     pipeline: Pipeline
     values: tuple[tuple[str, str], ...] = ()  # (placeholder, what stands for it)
     timed: bool = True  # False: its quality and bytes alone are wanted
+    template: str = ""  # that the values went into
 
     @property
     def spec(self) -> str:
@@ -52,7 +53,7 @@ def grid_cells(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> l
             )
         for chosen in product(*(axes[name] for name in names)):
             values = dict(zip(names, chosen, strict=True))
-            cell = Cell(_pipeline(template, values), tuple(values.items()))
+            cell = Cell(_pipeline(template, values), tuple(values.items()), template=template)
             found.setdefault(cell.spec, cell)
     prunings = list(dict.fromkeys(cell.pruning for cell in found.values()))
     return sorted(found.values(), key=lambda cell: prunings.index(cell.pruning))

@@ -50,6 +50,7 @@ class CellResult:
     energy_mj: float | None = None  # per generated token; None where the machine does not tell
     disturbed: bool = False  # other processes left too few cores while it was timed
     seconds: float = 0.0  # of compiling and measuring
+    template: str = ""  # that the values went into
 
     @property
     def timed(self) -> bool:
@@ -78,6 +79,15 @@ def settled(cell: Cell, results: Mapping[str, CellResult]) -> CellResult | None:
     """What a cell gave; None where it was not measured, or without the times that it needs."""
     found = results.get(cell.spec)
     return found if found is None or found.error or found.timed or not cell.timed else None
+
+
+def renamed(results: Mapping[str, CellResult], cells: Sequence[Cell]) -> dict[str, CellResult]:
+    """Results under the placeholders of these cells: one that was taken over may have been asked for with others."""
+    asked = {cell.spec: cell for cell in cells}
+    return {
+        spec: replace(result, values=asked[spec].values, template=asked[spec].template) if spec in asked else result
+        for spec, result in results.items()
+    }
 
 
 def measure_cells(
@@ -182,7 +192,8 @@ class _Run:
             return self.cell(cell, self._last[1], start)
         except (SparsecError, RuntimeError, MemoryError, ValueError, TypeError) as error:  # one cell's, whatever it is
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return CellResult(cell.spec, cell.values, None, first, seconds=perf_counter() - start)
+            spent = perf_counter() - start
+            return CellResult(cell.spec, cell.values, None, first, seconds=spent, template=cell.template)
 
     def pruned(self, pruning: Pipeline) -> _Pruned:
         """The masked model, and its quality, which how it is lowered makes no difference to."""
@@ -214,6 +225,7 @@ class _Run:
             energy_mj=energy,
             disturbed=_disturbed(times),
             seconds=perf_counter() - start,
+            template=cell.template,
         )
 
     def _timed(self, models: Mapping[str, Any]) -> _Times:

@@ -42,7 +42,7 @@ def text(results: Iterable[CellResult], notes: Sequence[str], width: int = WIDTH
     """For a terminal: plain lines of at most `width` columns, as far as words allow. What failed stands below with its reason."""
     done = list(results)
     header, rows = grid(done)
-    keys = len(header) - len(_columns(done)) - _tells_energy(done) - 1
+    keys = len(naming(done)[0])
     lines = fitted(header, rows, width, left=range(keys + 1), keys=keys)
     for result in done:
         if result.error:
@@ -66,28 +66,30 @@ def markdown(results: Iterable[CellResult], notes: Sequence[str]) -> str:
 
 
 def grid(results: Sequence[CellResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: placeholders where they tell cells apart, else the passes; then the figures that are known of any cell."""
-    names = list(dict.fromkeys(name for result in results for name, _ in result.values))
-    keys = [tuple(dict(r.values).get(name, "") for name in names) for r in results if r.spec != DENSE]
-    by_values = bool(names) and len(set(keys)) == len(keys)
+    """Header and rows: what names each cell; then the figures that are known of any cell."""
+    keys, named = naming(results)
     columns = _columns(results)
     energy = _tells_energy(results)
-    header = [
-        *(names if by_values else ["passes"]),
-        "layouts",
-        *(c[0] for c in columns),
-        *(["mJ a token"] if energy else []),
-    ]
+    header = [*keys, "layouts", *(c[0] for c in columns), *(["mJ a token"] if energy else [])]
     rows = []
-    for r in results:
-        values = dict(r.values)
-        first = [r.spec] if not by_values else [values.get(n, "") for n in names]
-        if r.spec == DENSE and by_values:
-            first[0] = DENSE
+    for r, first in zip(results, named, strict=True):
         shown = [_shown(r, column) for column in columns]
         spent = ["-" if r.energy_mj is None else f"{r.energy_mj:.1f}"] if energy else []
         rows.append([*first, "failed" if r.error else r.layouts, *shown, *spent])
     return header, rows
+
+
+def naming(results: Sequence[CellResult]) -> tuple[list[str], list[list[str]]]:
+    """The columns that name cells, and what stands in them: the values of placeholders, and the passes where those differ."""
+    places = list(dict.fromkeys(name for r in results for name, _ in r.values))
+    templates = [(r.template if r.values else "") or r.spec for r in results]
+    passes = len({t for r, t in zip(results, templates, strict=True) if r.spec != DENSE}) > 1 or not places
+    rows = []
+    for r, template in zip(results, templates, strict=True):
+        values = dict(r.values)
+        row = [*([template] if passes else []), *(values.get(name, "") for name in places)]
+        rows.append([DENSE, *row[1:]] if r.spec == DENSE else row)
+    return [*(["passes"] if passes else []), *places], rows
 
 
 def _tells_energy(results: Sequence[CellResult]) -> bool:
