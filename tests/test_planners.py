@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -339,3 +340,59 @@ def test_the_output_marks_which_cells_are_on_which_front(
         ["wanda", "0.25", "25.00", "0.0", "front", "0.50x"],
         ["wanda", "0.5", "30.00", "0.0", "front", "0.50x"],
     ]
+
+
+# --- what they found, as JSON
+
+
+@pytest.mark.parametrize("preset", ["seminar", "tipping", "patterns", "frontier"])
+def test_what_a_preset_found_stands_in_the_json(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def figures(cell: Cell) -> Variant:
+        zeros = float(dict(cell.values)["zeros"])
+        return replace(figures_of(1 - zeros / 2, 1 - zeros / 2, 20 * (1 + 2 * zeros), cell.timed), top1=1 - zeros)
+
+    without_work(monkeypatch, figures)
+    file = tmp_path / "study.json"
+    assert study.main(["tiny", "--preset", preset, *LITTLE, "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    findings = document["findings"]
+    assert findings.pop("preset") == preset
+    cells = {cell["spec"]: cell for cell in document["cells"]}
+    if preset == "seminar":
+        assert len(findings["setups"]) == 12
+        for setup in findings["setups"]:
+            own, dense = (cells[spec]["figures"] for spec in (setup["cell"], DENSE))
+            assert setup["bytes"] == own["bytes"] / dense["bytes"]
+            assert ("bytes" in setup["missed"]) == any(each.startswith("bytes") for each in setup["reasons"])
+    elif preset == "tipping":
+        assert (findings["perplexity_times"], findings["top1"]) == (2.0, 0.5)
+        assert [point["name"] for point in findings["points"]] == ["magnitude", "wanda", "sparsegpt"]
+        for point in findings["points"]:
+            assert (point["sparsity_stands"], point["sparsity_collapses"]) == (0.49, 0.51)
+            assert cells[point["stands"]]["values"]["zeros"] == "0.49"
+            assert cells[point["collapses"]]["figures"]["top1"] < 0.5
+            assert point["by"] == ["perplexity", "top-1"]
+            assert point["ended"]
+    elif preset == "patterns":
+        assert findings["speed"] == cells[findings["equal_sparsity"][0]["cell"]]["figures"]["speedup_decode"]
+        assert {each["sparsity"] for each in findings["equal_sparsity"]} == {0.5}
+        for each in findings["equal_speed"]:
+            assert each["reached"]
+            assert each["sparsity"] == float(cells[each["cell"]]["values"]["zeros"]) == 0.5
+    else:
+        assert set(findings["compared"]) == set(cells)
+        points = {s: (c["figures"]["perplexity"], c["figures"]["bytes"]) for s, c in cells.items()}
+        front = [s for s, p in points.items() if not any(_beats(q, p) for q in points.values())]
+        assert set(findings["by_bytes"]) == set(front) == set(findings["by_time"])
+    assert (
+        study.main(["tiny", "--preset", preset, *LITTLE, "--json", str(file)]) == 0
+    )  # goes on from a file with findings
+    again = json.loads(file.read_text())
+    assert (again["findings"], again["cells"]) == ({"preset": preset} | findings, document["cells"])
+    capsys.readouterr()
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] <= other[0] and one[1] <= other[1]

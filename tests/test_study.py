@@ -244,17 +244,23 @@ def test_words_that_make_no_study_are_refused(words: list[str], said: str, capsy
 def test_the_seminar_is_told_what_was_met_and_why_not() -> None:
     chosen = seminar.seminar_cells()
     assert len(chosen) == 12
-    results = [CellResult(DENSE, (), figures_of(1, 1, 20.0))]
-    results += [CellResult(cell.spec, cell.values, figures_of(0.65, 0.95, 21.0)) for cell in chosen]
-    lines = seminar.beside_expected(results)
+    results = {DENSE: CellResult(DENSE, (), figures_of(1, 1, 20.0))}
+    results |= {cell.spec: CellResult(cell.spec, cell.values, figures_of(0.65, 0.95, 21.0)) for cell in chosen}
+    found = seminar.beside_expected(results)
+    assert found is not None
+    assert [each.missed for each in found.setups if each.name in ("CSR 50%", "CSR 70%")] == [(), ("bytes", "time")]
+    lines = found.lines(results, 120)
     row = next(line for line in lines if line.startswith("CSR 50%"))
     assert row.split()[-1] == "yes"
     assert next(line for line in lines if line.startswith("CSR 30%")).endswith("not bytes")
     assert next(line for line in lines if line.startswith("CSR 70%")).endswith("not bytes, time")
     assert "not in it" in next(line for line in lines if line.startswith("Best 90%"))
     assert any("bytes of CSR 70%" in line for line in lines)
-    worse = [replace(r, figures=figures_of(0.65, 0.95, 400.0)) if r.spec != DENSE else r for r in results]
-    assert any("20.0 times that of dense" in line for line in seminar.beside_expected(worse))
+    worse = {s: r if s == DENSE else replace(r, figures=figures_of(0.65, 0.95, 400.0)) for s, r in results.items()}
+    bad = seminar.beside_expected(worse)
+    assert bad is not None
+    assert any("20.0 times that of dense" in reason for each in bad.setups for reason in each.reasons)
+    assert seminar.beside_expected({}) is None
 
 
 def test_busy_times_are_marked() -> None:

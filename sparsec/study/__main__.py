@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,8 @@ def _write(args: argparse.Namespace, asked: Asked, store: Store) -> None:
     results = [found[spec] for spec in specs if spec in found]
     width = terminal_width()
     print(tables.text(results, store.notes, width))
-    told = asked.told(found, width)
+    outcome = asked.outcome(found)
+    told = [] if outcome is None else outcome.lines(found, width)
     for line in (*told, *chart(results, width)):
         print(line)
     if store.taken_over:
@@ -314,7 +316,8 @@ def _write(args: argparse.Namespace, asked: Asked, store: Store) -> None:
     if args.markdown:
         write_text(args.markdown, tables.markdown(results, store.notes))
     if args.json:
-        write_text(args.json, json.dumps(store.document(), indent=1, allow_nan=False) + "\n")
+        findings = None if outcome is None else {"preset": args.preset} | asdict(outcome)
+        write_text(args.json, json.dumps(store.document(findings), indent=1, allow_nan=False) + "\n")
     name = str(store.of["model"]).rpartition(" ")[0]
     drawn = write_pages(
         args,

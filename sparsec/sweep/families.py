@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from sparsec.console.table import fitted, heading, mega, paragraph, times
@@ -45,42 +46,81 @@ def families(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Ask
     searches = [
         Search(family, ladder, partial(_as_fast, first[0])) for family, ladder in ladders.items() if family != FREE
     ]
-    return Asked(Searches(searches, first), lambda results, width: beside_each_other(first, searches, results, width))
+    return Asked(Searches(searches, first), lambda results: families_found(first, searches, results))
 
 
-def beside_each_other(first: Sequence[Cell], searches: Sequence[Search], results: Results, width: int) -> list[str]:
-    """Lines: the table at equal sparsity and the one at equal speed. first: unstructured zeros, then the others at 50 %."""
-    shown = [DENSE, *(cell.spec for cell in first)]
-    lines = heading(f"At equal sparsity: {EQUAL:.0%} of the pruned weights", width)
-    header = ["pattern", "perplexity", "top-1", "MB", "decoding", "layouts"]
-    rows = []
-    for name, spec in zip([DENSE, *map(_pattern, first)], shown, strict=True):
-        result = results.get(spec)
-        if result is not None:
-            rows.append([name, *_figures(result), "failed" if result.error else result.layouts])
-    lines += fitted(header, rows, width, left=(0, 5))
-    target = _speed(results.get(first[0].spec))
-    lines += heading(f"At equal speed: that of unstructured zeros at {EQUAL:.0%}", width)
-    if target is None:
-        return [*lines, "unstructured zeros were not timed, so there is no speed for the others to reach"]
-    lines += paragraph(
-        f"The least sparsity at which decoding is {times(target)} as fast as dense. Searched by halves, in the belief that more "
-        "zeros are faster; a few percent are within what the clock wavers.",
-        width=width,
-    )
-    rows = [[FREE, f"{EQUAL:.0%}", *_figures(results[first[0].spec])]]
-    rows += [_equal_speed(search, results) for search in searches]
-    lines += ["", *fitted(["pattern", "sparsity needed", *header[1:-1]], rows, width, left=(0, 1))]
-    looked = [first[0], *(cell for search in searches for cell in search.ladder)]
-    if any(results[cell.spec].disturbed for cell in looked if cell.spec in results):
+@dataclass(frozen=True)
+class EqualSparsity:
+    """A pattern, and its cell with about the sparsity at which all are compared."""
+
+    pattern: str
+    cell: str
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class EqualSpeed:
+    """Of one family: the cell with the least sparsity that is as fast as asked, or the fastest one where none is."""
+
+    family: str
+    pattern: str
+    cell: str | None  # None: the search did not come to its end
+    sparsity: float | None
+    reached: bool
+    searched_to: float  # sparsity of the last cell
+    stopped: str  # the reason where the search could not go on
+
+
+@dataclass(frozen=True)
+class FamiliesFound:
+    """Unstructured zeros are the first at equal sparsity, and the others have to reach their speed."""
+
+    equal_sparsity: tuple[EqualSparsity, ...]
+    speed: float | None  # of unstructured zeros against dense; None where they were not timed
+    equal_speed: tuple[EqualSpeed, ...]
+    disturbed: bool  # the machine was busy while the cells of the searches were timed
+
+    def lines(self, results: Results, width: int) -> list[str]:
+        """The table at equal sparsity and the one at equal speed."""
+        lines = heading(f"At equal sparsity: {EQUAL:.0%} of the pruned weights", width)
+        header = ["pattern", "perplexity", "top-1", "MB", "decoding", "layouts"]
+        rows = []
+        for name, spec in [(DENSE, DENSE), *((each.pattern, each.cell) for each in self.equal_sparsity)]:
+            result = results.get(spec)
+            if result is not None:
+                rows.append([name, *_figures(result), "failed" if result.error else result.layouts])
+        lines += fitted(header, rows, width, left=(0, 5))
+        lines += heading(f"At equal speed: that of unstructured zeros at {EQUAL:.0%}", width)
+        if self.speed is None:
+            return [*lines, "unstructured zeros were not timed, so there is no speed for the others to reach"]
         lines += paragraph(
-            "?: the machine was busy while these were timed, which may have led the search astray; measure again idle",
+            f"The least sparsity at which decoding is {times(self.speed)} as fast as dense. Searched by halves, in the belief that "
+            "more zeros are faster; a few percent are within what the clock wavers.",
             width=width,
         )
-    for search in searches:
-        if stopped := search.found(results).stopped:
-            lines += paragraph(f"{search.name}: the search stopped at {stopped}", "", "  ", width)
-    return lines
+        rows = [[FREE, f"{EQUAL:.0%}", *_figures(results[self.equal_sparsity[0].cell])]]
+        rows += [_equal_speed(each, results) for each in self.equal_speed]
+        lines += ["", *fitted(["pattern", "sparsity needed", *header[1:-1]], rows, width, left=(0, 1))]
+        if self.disturbed:
+            lines += paragraph(
+                "?: the machine was busy while these were timed, which may have led the search astray; measure again idle",
+                width=width,
+            )
+        for each in self.equal_speed:
+            if each.stopped:
+                lines += paragraph(f"{each.family}: the search stopped at {each.stopped}", "", "  ", width)
+        return lines
+
+
+def families_found(first: Sequence[Cell], searches: Sequence[Search], results: Results) -> FamiliesFound:
+    """first: the cells at equal sparsity, unstructured zeros before the others."""
+    looked = [first[0], *(cell for search in searches for cell in search.ladder)]
+    return FamiliesFound(
+        tuple(EqualSparsity(_pattern(cell), cell.spec, _zeros(cell)) for cell in first),
+        _speed(results.get(first[0].spec)),
+        tuple(_searched(search, results) for search in searches),
+        any(results[cell.spec].disturbed for cell in looked if cell.spec in results),
+    )
 
 
 def _template(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> str:
@@ -117,27 +157,32 @@ def _as_fast(reference: Cell, result: CellResult, results: Results) -> bool | No
     return None if own is None or target is None else own >= target
 
 
-def _equal_speed(search: Search, results: Results) -> list[str]:
+def _searched(search: Search, results: Results) -> EqualSpeed:
     found = search.found(results)
+    last = _zeros(search.ladder[-1])
     if found.stopped or found.middle is not None:
-        return [search.name, "not found", "-", "-", "-", "-"]
-    if found.high < len(search.ladder):
-        cell = search.ladder[found.high]
-        return [_pattern(cell), _share(cell), *_figures(results[cell.spec])]
-    known = [results[cell.spec] for cell in search.ladder if cell.spec in results]
-    best = max((result for result in known if _speed(result) is not None), key=lambda r: _speed(r) or 0.0)
-    (cell,) = (cell for cell in search.ladder if cell.spec == best.spec)
-    last = _share(search.ladder[-1])
-    where = f"not reached up to {last}; best: {_share(cell)}"
-    return [_pattern(cell), where, *_figures(best)]
+        return EqualSpeed(search.name, search.name, None, None, False, last, found.stopped)
+    known = [cell for cell in search.ladder if _speed(results.get(cell.spec)) is not None]
+    reached = found.high < len(search.ladder)
+    cell = search.ladder[found.high] if reached else max(known, key=lambda each: _speed(results[each.spec]) or 0.0)
+    return EqualSpeed(search.name, _pattern(cell), cell.spec, _zeros(cell), reached, last, "")
+
+
+def _equal_speed(found: EqualSpeed, results: Results) -> list[str]:
+    if found.cell is None or found.sparsity is None:
+        return [found.family, "not found", "-", "-", "-", "-"]
+    where = _share(found.sparsity)
+    if not found.reached:
+        where = f"not reached up to {_share(found.searched_to)}; best: {where}"
+    return [found.pattern, where, *_figures(results[found.cell])]
 
 
 def _zeros(cell: Cell) -> float:
     return float(dict(cell.values)["zeros"])
 
 
-def _share(cell: Cell) -> str:
-    return f"{100 * _zeros(cell):g}%"
+def _share(sparsity: float) -> str:
+    return f"{100 * sparsity:g}%"
 
 
 def _pattern(cell: Cell) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
 
 from sparsec.console.table import fitted, heading, mega, paragraph, times
 from sparsec.report.variant import short_perplexity
 from sparsec.sweep.grid import grid_cells, places
-from sparsec.sweep.planners import Asked, FixedCells
+from sparsec.sweep.planners import Asked, FixedCells, Results
 from sparsec.sweep.run import DENSE, CellResult
 from sparsec.sweep.tables import naming
 
@@ -24,7 +26,7 @@ def frontier(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Ask
     used = {name for template in templates for name in places(template)}
     cells = grid_cells(templates, {name: values for name, values in AXES.items() if name in used} | dict(axes))
     shown = [DENSE, *(cell.spec for cell in cells)]
-    return Asked(FixedCells(cells), lambda results, width: fronts([results[s] for s in shown if s in results], width))
+    return Asked(FixedCells(cells), lambda results: fronts([results[s] for s in shown if s in results]))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -42,29 +44,44 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return found
 
 
-def fronts(results: Sequence[CellResult], width: int) -> list[str]:
-    """Lines: every measured cell with its perplexity, bytes and speed, and on which front it is."""
+@dataclass(frozen=True)
+class Fronts:
+    """The cells that were compared, and those of them that no other one beats in quality and bytes, or in quality and time."""
+
+    compared: tuple[str, ...]
+    by_bytes: tuple[str, ...]
+    by_time: tuple[str, ...]
+
+    def lines(self, results: Results, width: int) -> list[str]:
+        """Every measured cell with its perplexity, bytes and speed, and on which front it is."""
+        lines = heading("The fronts of quality against bytes, and against time", width)
+        lines += paragraph(
+            f"`{ON}`: no other cell has both a lower perplexity and fewer bytes (or less time a token). Time is told by the "
+            "speedup of decoding, which is measured by turns with dense.",
+            width=width,
+        )
+        done = [results[spec] for spec in self.compared]
+        keys, named = naming(done)
+        rows = []
+        for result, name in zip(done, named, strict=True):
+            own = result.figures
+            assert own is not None
+            perplexity = "-" if own.perplexity is None else short_perplexity(own.perplexity)
+            speed = "-" if math.isnan(_time(result)) else times(1 / _time(result)) + ("?" if result.disturbed else "")
+            small, fast = (ON if result.spec in front else "" for front in (self.by_bytes, self.by_time))
+            rows.append([*name, perplexity, mega(own.bytes, 1), small, speed, fast])
+        header = [*keys, "perplexity", "MB", "", "decoding", ""]
+        left = (*range(len(keys)), len(keys) + 2, len(keys) + 4)
+        return [*lines, "", *fitted(header, rows, width, left=left, keys=len(keys))]
+
+
+def fronts(results: Sequence[CellResult]) -> Fronts:
+    """Of the cells that have figures."""
     done = [result for result in results if result.figures is not None]
-    sizes = pareto_front([(_perplexity(r), _bytes(r)) for r in done])
-    speeds = pareto_front([(_perplexity(r), _time(r)) for r in done])
-    lines = heading("The fronts of quality against bytes, and against time", width)
-    lines += paragraph(
-        f"`{ON}`: no other cell has both a lower perplexity and fewer bytes (or less time a token). Time is told by the speedup of "
-        "decoding, which is measured by turns with dense.",
-        width=width,
-    )
-    keys, named = naming(done)
-    rows = []
-    for result, name, small, fast in zip(done, named, sizes, speeds, strict=True):
-        own = result.figures
-        assert own is not None
-        perplexity = "-" if own.perplexity is None else short_perplexity(own.perplexity)
-        speed = "-" if math.isnan(_time(result)) else times(1 / _time(result)) + ("?" if result.disturbed else "")
-        marks = [ON if small else "", ON if fast else ""]
-        rows.append([*name, perplexity, mega(own.bytes, 1), marks[0], speed, marks[1]])
-    header = [*keys, "perplexity", "MB", "", "decoding", ""]
-    left = (*range(len(keys)), len(keys) + 2, len(keys) + 4)
-    return [*lines, "", *fitted(header, rows, width, left=left, keys=len(keys))]
+    small = pareto_front([(_perplexity(r), _bytes(r)) for r in done])
+    fast = pareto_front([(_perplexity(r), _time(r)) for r in done])
+    every = [r.spec for r in done]
+    return Fronts(tuple(every), tuple(compress(every, small)), tuple(compress(every, fast)))
 
 
 def _perplexity(result: CellResult) -> float:

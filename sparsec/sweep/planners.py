@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from sparsec.sweep.grid import Cell
 from sparsec.sweep.run import CellResult, Planner, settled
@@ -13,18 +13,27 @@ Results = Mapping[str, CellResult]
 """By specification."""
 
 
-class Telling(Protocol):
-    """The lines below a study's table, at most `width` columns wide."""
+class Outcome(Protocol):
+    """What a preset found: a dataclass of plain values, which JSON takes as it is. Cells stand in it by specification."""
 
-    def __call__(self, results: Results, width: int) -> list[str]: ...
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def lines(self, results: Results, width: int) -> list[str]:
+        """In words and tables, at most `width` columns wide."""
+        ...
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a study was asked for: how it finds its cells, and what it says of them in the end."""
+    """What a study was asked for: how it finds its cells, and what it makes of them in the end."""
 
     planner: Planner
-    told: Telling = lambda results, width: []
+    outcome: Callable[[Results], Outcome | None] = lambda results: None
+
+    def told(self, results: Results, width: int) -> list[str]:
+        """The lines below a study's table."""
+        found = self.outcome(results)
+        return [] if found is None else found.lines(results, width)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Preset:
 def _seminar(templates: Sequence[str], axes: Axes) -> Asked:
     if templates or axes:
         raise SpecError("--preset seminar has its own passes and values; leave out --passes and --grid")
-    return Asked(FixedCells(seminar_cells()), lambda results, width: beside_expected(list(results.values()), width))
+    return Asked(FixedCells(seminar_cells()), beside_expected)
 
 
 PRESETS = {

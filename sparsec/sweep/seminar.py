@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from sparsec.console.table import WIDTH, fitted, heading, paragraph, percent
+from sparsec.console.table import fitted, heading, paragraph, percent
 from sparsec.report.variant import Variant, short_perplexity
 from sparsec.sweep.grid import Cell, grid_cells
+from sparsec.sweep.planners import Results
 from sparsec.sweep.run import DENSE, CellResult
 
 ZEROS = ("0.3", "0.5", "0.7", "0.9")
@@ -31,68 +32,96 @@ NEAR = 1.1
 """Perplexity over the dense model's that is still about the same."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One setup, and where it stands against what was expected."""
-
-    setup: str
-    zeros: str
-    figures: Variant
-
-
 def seminar_cells() -> list[Cell]:
     """In the order of the table."""
     return grid_cells(list(SETUPS.values()), {"zeros": ZEROS})
 
 
-def beside_expected(results: Sequence[CellResult], width: int = WIDTH) -> list[str]:
-    """Lines: each setup of the seminar, what it expected, what came out, met or not, and the reason where it was not."""
-    by_spec = {result.spec: result for result in results}
-    dense = by_spec[DENSE].figures if DENSE in by_spec else None
+@dataclass(frozen=True)
+class SetupFound:
+    """One setup beside what was expected of it. Shares of dense; ranges are None where the seminar's table has no such row."""
+
+    setup: str
+    zeros: float
+    cell: str
+    bytes: float
+    time: float | None  # of a decoded token
+    expected_bytes: Range | None
+    expected_time: Range | None
+    missed: tuple[str, ...]  # of bytes, time, perplexity
+    reasons: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As its row has it."""
+        return f"{self.setup} {self.zeros:.0%}"
+
+
+@dataclass(frozen=True)
+class BesideExpected:
+    """Every setup that was measured."""
+
+    setups: tuple[SetupFound, ...]
+
+    def lines(self, results: Results, width: int) -> list[str]:
+        """Each setup of the seminar, what it expected, what came out, met or not, and the reason where it was not."""
+        header = ["setup", "bytes", "expected", "time a token", "expected", "perplexity", "met"]
+        rows = [_row(setup, results[setup.cell]) for setup in self.setups]
+        lines = heading("Beside what the seminar expected, in shares of dense", width)
+        lines += fitted(header, rows, width, left=(0, 6))
+        for reason in dict.fromkeys(reason for setup in self.setups for reason in setup.reasons):
+            lines += paragraph(reason, "- ", width=width)
+        return lines
+
+
+def beside_expected(results: Results) -> BesideExpected | None:
+    """None without a dense reference."""
+    dense = results[DENSE].figures if DENSE in results else None
     if dense is None:
-        return []
-    rows, reasons = [], []
+        return None
+    found = []
     for zeros in ZEROS:
         for setup, template in SETUPS.items():
             (cell,) = grid_cells([template], {"zeros": [zeros]})
-            result = by_spec.get(cell.spec)
-            if result is not None and result.figures is not None:
-                row, why = _row(Row(setup, zeros, result.figures), dense, result.layouts)
-                rows.append(row)
-                reasons += why
-    header = ["setup", "bytes", "expected", "time a token", "expected", "perplexity", "met"]
-    lines = heading("Beside what the seminar expected, in shares of dense", width)
-    lines += fitted(header, rows, width, left=(0, 6))
-    for reason in dict.fromkeys(reasons):
-        lines += paragraph(reason, "- ", width=width)
-    return lines
+            own = results[cell.spec].figures if cell.spec in results else None
+            if own is not None:
+                found.append(_found(setup, zeros, cell.spec, own, dense))
+    return BesideExpected(tuple(found))
 
 
-def _row(row: Row, dense: Variant, layouts: str) -> tuple[list[str], list[str]]:
-    name = f"{row.setup} {float(row.zeros):.0%}"
-    size = row.figures.bytes / dense.bytes
-    slow = 1 / row.figures.speedup_decode.median if row.figures.speedup_decode is not None else None
-    expected = EXPECTED.get((row.setup, row.zeros))
-    shown = [name, percent(size, 0), _range(expected and expected[0]), "-" if slow is None else percent(slow, 0)]
-    shown += [
-        _range(expected and expected[1]),
-        "-" if row.figures.perplexity is None else short_perplexity(row.figures.perplexity),
-    ]
-    if expected is None:
-        return [*shown, "not in it" + (f": {layouts}" if layouts else "")], []
-    missed, why = [], []
-    if not _within(size, expected[0]):
-        missed.append("bytes")
-        why.append(_why_bytes(name, size, expected[0], row.figures, dense))
-    if slow is not None and not _within(slow, expected[1]):
-        missed.append("time")
-        why.append(_why_time(name, slow, expected[1]))
-    if (ratio := _over(row.figures, dense)) is not None and ratio > NEAR:
-        missed.append("perplexity")
-        why.append(
-            f"perplexity: magnitude looks at no data; {name} has {ratio:.1f} times that of dense. wanda and sparsegpt lose less"
+def _found(setup: str, zeros: str, cell: str, own: Variant, dense: Variant) -> SetupFound:
+    size = own.bytes / dense.bytes
+    slow = None if own.speedup_decode is None else 1 / own.speedup_decode.median
+    sizes, times = EXPECTED.get((setup, zeros), (None, None))
+    found = SetupFound(setup, float(zeros), cell, size, slow, sizes, times, (), ())
+    missed: dict[str, str] = {}
+    if sizes is not None and not _within(size, sizes):
+        missed["bytes"] = _why_bytes(found.name, size, sizes, own, dense)
+    if slow is not None and times is not None and not _within(slow, times):
+        missed["time"] = _why_time(found.name, slow, times)
+    if sizes is not None and (ratio := _over(own, dense)) is not None and ratio > NEAR:
+        missed["perplexity"] = (
+            f"perplexity: magnitude looks at no data; {found.name} has {ratio:.1f} times that of dense. wanda and sparsegpt lose "
+            "less"
         )
-    return [*shown, "yes" if not missed else f"not {', '.join(missed)}"], why
+    return replace(found, missed=tuple(missed), reasons=tuple(missed.values()))
+
+
+def _row(found: SetupFound, result: CellResult) -> list[str]:
+    assert result.figures is not None
+    perplexity = result.figures.perplexity
+    met = "yes" if not found.missed else f"not {', '.join(found.missed)}"
+    if found.expected_bytes is None:
+        met = "not in it" + (f": {result.layouts}" if result.layouts else "")
+    return [
+        found.name,
+        percent(found.bytes, 0),
+        _range(found.expected_bytes),
+        "-" if found.time is None else percent(found.time, 0),
+        _range(found.expected_time),
+        "-" if perplexity is None else short_perplexity(perplexity),
+        met,
+    ]
 
 
 def _over(own: Variant, dense: Variant) -> float | None:

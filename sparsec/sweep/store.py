@@ -42,14 +42,15 @@ class Store:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); give another file") from error
 
-    def document(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+    def document(self, findings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """All of it, as JSON has it. findings: what a preset made of the cells, once they are measured."""
         return {
             "schema": SCHEMA,
             "of": self.of,
             "machine": asdict(self.machine),
             "notes": list(self.notes),
             "cells": [_cell(result) for result in self.results.values()],
+            "findings": findings,
         }
 
     def _read(self, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sparsec.console.table import fitted, heading, paragraph
 from sparsec.errors import SpecError
@@ -49,7 +49,7 @@ def tipping(templates: Sequence[str], axes: Mapping[str, Sequence[str]]) -> Aske
             if not others or len(templates) > 1:
                 name = template.replace("{" + PLACE + "}", "x") + (f" {name}" if name else "")
             searches.append(Search(name, sorted(ladder, key=lambda cell: dict(cell.values)[PLACE]), _collapsed))
-    return Asked(Searches(searches), lambda results, width: tipping_points(searches, results, width))
+    return Asked(Searches(searches), lambda results: tipping_points(searches, results))
 
 
 def collapse(own: Variant, dense: Variant) -> list[str]:
@@ -62,48 +62,95 @@ def collapse(own: Variant, dense: Variant) -> list[str]:
     return found
 
 
-def tipping_points(searches: Sequence[Search], results: Results, width: int) -> list[str]:
-    """Lines: the criterion, and for each search where it tips, by what, and the figures on both sides."""
+@dataclass(frozen=True)
+class TippingPoint:
+    """Of one way to prune: the last cell that stands and the first one that collapses, as far as they were found."""
+
+    name: str
+    sparsity_stands: float | None  # None where all of them collapse
+    sparsity_collapses: float | None  # None where none does
+    stands: str | None  # the cell
+    collapses: str | None
+    by: tuple[str, ...]  # what collapses first: perplexity, top-1
+    cells: int  # looked at
+    ended: bool  # False: the search is not at its end
+    stopped: str  # the reason where it could not go on
+
+
+@dataclass(frozen=True)
+class TippingPoints:
+    """With the criterion: more than so many times the perplexity of dense, or less than that top-1 agreement."""
+
+    perplexity_times: float
+    top1: float
+    points: tuple[TippingPoint, ...]
+
+    def lines(self, results: Results, width: int) -> list[str]:
+        """The criterion, and for each search where it tips, by what, and the figures on both sides."""
+        dense = results[DENSE].figures
+        assert dense is not None
+        limit = ""
+        if dense.perplexity is not None:
+            limit = f" (so {short_perplexity(self.perplexity_times * dense.perplexity)})"
+        lines = heading("Where the model collapses", width)
+        lines += paragraph(
+            f"Collapsed: a perplexity of more than {self.perplexity_times:g} times that of dense{limit}, or a top-1 agreement with "
+            f"dense below {self.top1:g}, whichever comes first.",
+            width=width,
+        )
+        lines += paragraph(
+            f"Searched by halves among the sparsities {LADDER[0]}, {LADDER[1]}, ..., {LADDER[-1]} of the pruned weights, in the "
+            "belief that what has collapsed stays so with more zeros.",
+            width=width,
+        )
+        header = ["", "tips between", "by", "perplexity", "", "top-1", "", "cells"]
+        rows = [_row(point, dense, results) for point in self.points]
+        lines += ["", *fitted(header, rows, width, left=(0, 1, 2))]
+        for point in self.points:
+            if point.stopped:
+                lines += paragraph(f"{point.name}: the search stopped at {point.stopped}", "", "  ", width)
+        return lines
+
+
+def tipping_points(searches: Sequence[Search], results: Results) -> TippingPoints | None:
+    """None without a dense reference."""
     dense = results[DENSE].figures if DENSE in results else None
     if dense is None:
-        return []
-    limit = "" if dense.perplexity is None else f" (so {short_perplexity(WORSE * dense.perplexity)})"
-    lines = heading("Where the model collapses", width)
-    lines += paragraph(
-        f"Collapsed: a perplexity of more than {WORSE:g} times that of dense{limit}, or a top-1 agreement with dense below "
-        f"{AGREES:g}, whichever comes first.",
-        width=width,
-    )
-    lines += paragraph(
-        f"Searched by halves among the sparsities {LADDER[0]}, {LADDER[1]}, ..., {LADDER[-1]} of the pruned weights, in the belief "
-        "that what has collapsed stays so with more zeros.",
-        width=width,
-    )
-    header = ["", "tips between", "by", "perplexity", "", "top-1", "", "cells"]
-    rows = [_row(search, dense, results) for search in searches]
-    lines += ["", *fitted(header, rows, width, left=(0, 1, 2))]
-    for search in searches:
-        if stopped := search.found(results).stopped:
-            lines += paragraph(f"{search.name}: the search stopped at {stopped}", "", "  ", width)
-    return lines
+        return None
+    return TippingPoints(WORSE, AGREES, tuple(_point(search, dense, results) for search in searches))
 
 
-def _row(search: Search, dense: Variant, results: Results) -> list[str]:
+def _point(search: Search, dense: Variant, results: Results) -> TippingPoint:
     found = search.found(results)
-    last = len(search.ladder)
-    below = dense if found.low < 0 else _figures(search.ladder[found.low], results)
-    above = None if found.high == last else _figures(search.ladder[found.high], results)
-    if found.middle is not None or found.stopped:
+    below = search.ladder[found.low] if found.low >= 0 else None
+    above = search.ladder[found.high] if found.high < len(search.ladder) else None
+    figures = None if above is None else results[above.spec].figures
+    return TippingPoint(
+        search.name,
+        None if below is None else _zeros(below),
+        None if above is None else _zeros(above),
+        None if below is None else below.spec,
+        None if above is None else above.spec,
+        () if figures is None else tuple(collapse(figures, dense)),
+        found.used,
+        found.middle is None and not found.stopped,
+        found.stopped,
+    )
+
+
+def _row(point: TippingPoint, dense: Variant, results: Results) -> list[str]:
+    below = dense if point.stands is None else results[point.stands].figures
+    above = None if point.collapses is None else results[point.collapses].figures
+    if not point.ended:
         where = "not found"
-    elif found.high == last:
+    elif point.sparsity_collapses is None:
         where = f"not up to {LADDER[-1]}"
-    elif found.low < 0:
+    elif point.sparsity_stands is None:
         where = f"at {LADDER[0]} already"
     else:
-        where = f"{LADDER[found.low]} and {LADDER[found.high]}"
-    by = "-" if above is None else ", ".join(collapse(above, dense))
+        where = f"{point.sparsity_stands:.2f} and {point.sparsity_collapses:.2f}"
     numbers = [_perplexity(below), _perplexity(above), _top1(below), _top1(above)]
-    return [search.name, where, by, *numbers, str(found.used)]
+    return [point.name, where, ", ".join(point.by) or "-", *numbers, str(point.cells)]
 
 
 def _collapsed(result: CellResult, results: Results) -> bool | None:
@@ -113,9 +160,8 @@ def _collapsed(result: CellResult, results: Results) -> bool | None:
     return bool(collapse(result.figures, dense))
 
 
-def _figures(cell: Cell, results: Results) -> Variant | None:
-    result = results.get(cell.spec)
-    return None if result is None else result.figures
+def _zeros(cell: Cell) -> float:
+    return float(dict(cell.values)[PLACE])
 
 
 def _perplexity(own: Variant | None) -> str:
