@@ -1,5 +1,6 @@
 """The passes, in one explicit table."""
 
+from sparsec.passes.admm import ADMM
 from sparsec.passes.flops import Flops
 from sparsec.passes.freeze import Freeze
 from sparsec.passes.fuse import Fuse
@@ -12,6 +13,19 @@ from sparsec.passes.wanda import Wanda
 from sparsec.passes.zeros import Zeros
 from sparsec.pipeline.base import Pass
 
-PASSES: tuple[type[Pass], ...] = (Magnitude, Wanda, SparseGPT, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower)
+PASSES: tuple[type[Pass], ...] = (Magnitude, Wanda, SparseGPT, ADMM, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower)
 
-__all__ = ["PASSES", "Flops", "Freeze", "Fuse", "Lower", "Magnitude", "Mask", "SparseGPT", "Sparsity", "Wanda", "Zeros"]
+__all__ = [
+    "ADMM",
+    "PASSES",
+    "Flops",
+    "Freeze",
+    "Fuse",
+    "Lower",
+    "Magnitude",
+    "Mask",
+    "SparseGPT",
+    "Sparsity",
+    "Wanda",
+    "Zeros",
+]

@@ -216,9 +216,16 @@ def _blocks(
         return _tiles(values, r, c).square().mean(dim=(1, 3))
 
     left = [None if before is None else _tiles(before, r, c).any(dim=3).any(dim=1) for before in old]
-    small = _unstructured([partial(score_of, s, o) for s, o in zip(scores, old, strict=True)], sparsity, left)
+    functions = [partial(score_of, s, o) for s, o in zip(scores, old, strict=True)]
+    if len(functions) == 1:  # a single matrix's are few enough to be kept
+        functions = [partial(_itself, functions[0]())]
+    small = _unstructured(functions, sparsity, left)
     masks = [mask.repeat_interleave(r, 0).repeat_interleave(c, 1) for mask in small]
     return [m if before is None else m & before for m, before in zip(masks, old, strict=True)]
+
+
+def _itself(scores: Tensor) -> Tensor:
+    return scores
 
 
 def _tiles(matrix: Tensor, r: int, c: int) -> Tensor:

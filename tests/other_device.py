@@ -117,7 +117,9 @@ def main(specs: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     ids, text = (torch.randint(0, 64, size, generator=generator) for size in ((2, 8), (6, 24)))
     for spec in specs:
-        learns = {"calibration": text} if any(name in spec for name in ("wanda", "sparsegpt", "sensitivity")) else {}
+        learns = (
+            {"calibration": text} if any(name in spec for name in ("wanda", "sparsegpt", "admm", "sensitivity")) else {}
+        )
         with torch.no_grad():
             expected = sparsec.compile(tiny_model("llama-tied")[0], passes=spec, **learns)(ids, use_cache=False).logits
             with Device():

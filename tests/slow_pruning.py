@@ -1,4 +1,4 @@
-"""Wanda and SparseGPT once more, slowly, in float64 and from the papers' formulas: what the passes are tested against."""
+"""Wanda, SparseGPT and ADMM once more, slowly, in float64 and from the papers' formulas: what the passes are tested against."""
 
 from __future__ import annotations
 
@@ -79,3 +79,35 @@ def sparsegpt(
         w[:, c:] -= np.outer(error, inverses[c][0])
         w[gone, c] = 0.0
     return mask, w
+
+
+def admm(
+    weight: np.ndarray,
+    x: np.ndarray,
+    sparsity: float | None,
+    pattern: str,
+    rounds: int,
+    choosing: int,
+    rho: float,
+    damping: float,
+    relaxation: float,
+    old: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(mask, weights). sparsity None: the mask is `old`. No column of x is zero."""
+    gram = x.T @ x
+    norms = np.sqrt(np.diag(gram))
+    h = gram / np.outer(norms, norms)
+    h += damping * np.diag(h).mean() * np.eye(len(h))
+    dense = weight * norms
+    w, u, mask = dense, np.zeros_like(dense), old
+    for t in range(1, rounds + 1):
+        if sparsity is not None and t <= choosing:
+            share = sparsity * (1 - (1 - t / choosing) ** 4)
+            mask = ~choose(np.abs(w + u), pattern, share, old)
+        z = mask * (w + u)
+        if t == rounds:
+            return mask, z / norms
+        u = u + w - z
+        solved = np.linalg.solve(h + rho * np.eye(len(h)), (dense @ h + rho * (z - u)).T).T
+        w = relaxation * solved + (1 - relaxation) * z
+    raise AssertionError(rounds)

@@ -19,6 +19,7 @@ SPECS = {
     "wanda(0.5, allocation='owl'),freeze,lower(bitmap)": "bitmap",
     "wanda(0.5, allocation='sensitivity'),freeze,lower(bitmap)": "bitmap",
     "sparsegpt(0.5),freeze,lower(csr32)": "csr32",
+    "admm(0.5),freeze,lower(csr32)": "csr32",
 }
 
 

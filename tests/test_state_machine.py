@@ -15,7 +15,7 @@ from traces import traced as trace
 from sparsec.calibrate import CalibrationData
 from sparsec.errors import PipelineError
 from sparsec.ir.verifier import problems, snapshot
-from sparsec.passes import Freeze, Lower, Magnitude, Mask, SparseGPT, Wanda, Zeros
+from sparsec.passes import ADMM, Freeze, Lower, Magnitude, Mask, SparseGPT, Wanda, Zeros
 from sparsec.patterns import prune_count
 from sparsec.pipeline import Context, Effect, Pass, Pipeline
 from sparsec.testing import ModelCase, assert_untouched, masks, small_models, state_of
@@ -67,8 +67,8 @@ class PassSequences(RuleBasedStateMachine):
             parameters[weight.name].data.copy_(self.graph.tensor(weight.name).detach())
         self.prune_twin()
 
-    @rule(share=st.sampled_from([0.0, 0.3, 0.5]), p=st.sampled_from([Wanda, SparseGPT]))
-    def calibrated(self, share: float, p: type[Wanda | SparseGPT]) -> None:
+    @rule(share=st.sampled_from([0.0, 0.3, 0.5]), p=st.sampled_from([Wanda, SparseGPT, ADMM]))
+    def calibrated(self, share: float, p: type[Wanda | SparseGPT | ADMM]) -> None:
         if self.apply(p(share)):
             self.take_over()
 

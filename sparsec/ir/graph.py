@@ -82,10 +82,13 @@ class Graph:
         mask = self.mask(name)
         return mask.t() if mask is not None and self.weights[name].transposed else mask
 
-    def matrices(self, name: str) -> list[Tensor]:
-        """The dense matrices [out, in] that a weight holds: one, or one for every expert. Views, with no mask applied."""
+    def matrices(self, name: str, tensor: Tensor | None = None) -> list[Tensor]:
+        """The dense matrices [out, in] that a weight holds: one, or one for every expert. Views, with no mask applied.
+
+        tensor: of another one that is stored as this weight is.
+        """
         weight = self.weights[name]
-        return _matrices(weight, self.tensor(name).detach())
+        return _matrices(weight, (self.tensor(name) if tensor is None else tensor).detach())
 
     def mask_matrices(self, name: str) -> list[Tensor] | list[None]:
         """What is kept of them now, [out, in]."""

@@ -117,6 +117,8 @@ class Pass(ABC):
     """Pipelines that end in it, its options in use, for listings and tests: on any model, whatever its shapes and names."""
     wants: ClassVar[str] = ""
     """What its user has to bring, in words for listings."""
+    otherwise: ClassVar[str] = ""
+    """What its user can do in place of giving it the facts that it requires."""
     gone: ClassVar[Mapping[str, str]] = {}
     """Options of earlier versions, each with what to say in its place."""
 

@@ -107,8 +107,9 @@ class Pipeline:
                     (f"which {lost[f]} took away" for f in lacking if f in lost), "which no earlier pass produces"
                 )
                 put = " and then ".join(self._maker(fact, i) for fact in lacking)
+                other = f", or {p.otherwise}" if p.otherwise else ""
                 needs = " and ".join(map(repr, sorted(lacking)))
-                raise PipelineError(f"{me} needs {needs}, {why}; put {put} before it\n  {self}")
+                raise PipelineError(f"{me} needs {needs}, {why}; put {put} before it{other}\n  {self}")
             for fact in sorted(p.excludes & held):
                 raise PipelineError(
                     f"{me} cannot follow {made.get(fact, 'what was done before')}, which made {fact!r} true; "

@@ -41,6 +41,8 @@ class PruningPass(Pass):
     invalidates: ClassVar[frozenset[str]] = frozenset({"frozen", "sparsity", "flops"})
     excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
+    without_share: ClassVar[str] = ""  # what the pass does where no sparsity is given; empty: it needs one
+
     sparsity: float | None = None
     pattern: str = field(default="unstructured", kw_only=True)
     allocation: str | Table | None = field(default=None, kw_only=True)
@@ -50,8 +52,11 @@ class PruningPass(Pass):
 
     def __post_init__(self) -> None:
         fixed = Pattern.parse(self.pattern).sparsity
+        object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
+        object.__setattr__(self, "ignore", check_ignore(self.ignore))
         if self.sparsity is None and fixed is None:
-            raise SpecError(f"a share of zeros is missing; half of the weights is {self.name}(0.5)")
+            self._check_without_share()
+            return
         sparsity = check_sparsity(fixed if self.sparsity is None else self.sparsity)
         if fixed is not None and abs(sparsity - fixed) > _SLACK:
             raise SpecError(f"pattern {self.pattern!r} makes a sparsity of {fixed:g}, got {sparsity:g}; leave one out")
@@ -61,8 +66,15 @@ class PruningPass(Pass):
         check_spread(self.spread, self.sharing)
         if fixed is not None and self.sharing != "uniform":
             raise SpecError(f"pattern {self.pattern!r} makes every layer equally sparse; leave allocation out")
-        object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
-        object.__setattr__(self, "ignore", check_ignore(self.ignore))
+
+    def _check_without_share(self) -> None:
+        """Raises SpecError where the pass chooses masks, or is told how to."""
+        example = f"half of the weights is {self.name}(0.5)"
+        if not self.without_share:
+            raise SpecError(f"a share of zeros is missing; {example}")
+        for option in ("pattern", "allocation", "spread"):
+            if getattr(self, option) not in (None, "unstructured"):
+                raise SpecError(f"{option} is of masks that are chosen, and {self.without_share}; {example}")
 
     @property
     def needs_calibration(self) -> bool:
@@ -145,6 +157,7 @@ class CalibratedPruning(PruningPass):
 
     wants: ClassVar[str] = "a text to calibrate on"
     gram: ClassVar[bool] = False  # whether the statistics hold the Gram matrix
+    dense: ClassVar[bool] = False  # whether `prune` is given the weights as the model came in, where they are held
 
     feed: str = field(default="pruned", kw_only=True)
     order: str = field(default="block", kw_only=True)
@@ -170,8 +183,8 @@ class CalibratedPruning(PruningPass):
     ) -> tuple[list[Tensor], list[Tensor] | None, list[str]]:
         """Masks [out, in], new weights where they change, and notes, for matrices [out, in] that read the same values.
 
-        old: earlier masks; what they removed is zero in the matrices. shares: how sparse each of them shall be. By `scores`; a pass
-        that changes weights while it chooses has its own.
+        old: earlier masks; what they removed is zero in the matrices, unless the pass asks for `dense` ones. shares: how sparse
+        each of them shall be. By `scores`; a pass that changes weights while it chooses has its own.
         """
         pattern = Pattern.parse(self.pattern)
         masks = [
@@ -203,10 +216,14 @@ class CalibratedPruning(PruningPass):
 
         def prune(site: Site, statistics: Sequence[Statistics]) -> None:
             nonlocal scratch
-            settled = [_Settled(graph, name, shares[name].sparsity) for name in site.weights]
+            dense = context.dense if self.dense else {}
+            settled = [_Settled(graph, name, shares[name].sparsity, dense.get(name)) for name in site.weights]
             for e, each in enumerate(statistics):
                 old = [s.old[e] for s in settled]
-                before = [_masked(s.matrices[e], mask) for s, mask in zip(settled, old, strict=True)]
+                before = [
+                    s.matrices[e] if self.dense else _masked(s.matrices[e], mask)
+                    for s, mask in zip(settled, old, strict=True)
+                ]
                 scratch = max(scratch, self.scratch(sum(len(m) for m in before), len(each.squares)))
                 which = ", ".join(site.weights) + (f", expert {e}" if len(statistics) > 1 else "")
                 try:
@@ -267,9 +284,9 @@ class CalibratedPruning(PruningPass):
 class _Settled:
     """One weight while its matrices are pruned one by one."""
 
-    def __init__(self, graph: Graph, name: str, share: float) -> None:
+    def __init__(self, graph: Graph, name: str, share: float, dense: Tensor | None) -> None:
         self.weight, self.share = graph.weights[name], share
-        self.matrices, self.old = graph.matrices(name), graph.mask_matrices(name)
+        self.matrices, self.old = graph.matrices(name, dense), graph.mask_matrices(name)
         self.masks: list[Tensor] = []
         self.updated: list[Tensor] = []
         self._dense = self._masked = self._lost = 0.0
