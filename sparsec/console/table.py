@@ -33,7 +33,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[i
 
 
 def fitted(
-    header: Sequence[str], rows: Sequence[Sequence[str]], width: int, left: Sequence[int] = (0,), keys: int = 1
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int,
+    left: Sequence[int] = (0,),
+    keys: int = 1,
+    gap: int = 2,
 ) -> list[str]:
     """The lines of `table`, none longer than `width`: one that is wider becomes several below each other, each with the first
     `keys` columns. Where those, or any other text, take more than half of the width, a number stands for each long text, and these
@@ -42,7 +47,7 @@ def fitted(
     grid = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *grid, strict=True)]
     half = width // 2 - 2
-    crowded = sum(widths[:keys]) + 2 * (keys - 1) > half
+    crowded = sum(widths[:keys]) + gap * (keys - 1) > half
     named: dict[str, str] = {}
     for row in grid:
         for i in left:
@@ -50,15 +55,15 @@ def fitted(
             if len(row[i]) > room:
                 row[i] = named.setdefault(row[i], f"[{len(named) + 1}]")
     lines: list[str] = []
-    for columns in _parts([max(map(len, column)) for column in zip(header, *grid, strict=True)], width, keys):
+    for columns in _parts([max(map(len, column)) for column in zip(header, *grid, strict=True)], width, keys, gap):
         chosen = [[row[i] for i in columns] for row in (list(header), *grid)]
-        lines += ["", *table(chosen[0], chosen[1:], [at for at, i in enumerate(columns) if i in left])]
+        lines += ["", *table(chosen[0], chosen[1:], [at for at, i in enumerate(columns) if i in left], gap)]
     for text, name in named.items():
         lines += paragraph(text, f"{name} ", width=width)
     return lines[1:]
 
 
-def _parts(widths: Sequence[int], width: int, keys: int, gap: int = 2) -> list[list[int]]:
+def _parts(widths: Sequence[int], width: int, keys: int, gap: int) -> list[list[int]]:
     """The columns of each table: the keys, and as many others as there is room for."""
     first = list(range(keys))
     found = [list(first)]
@@ -73,8 +78,9 @@ def _parts(widths: Sequence[int], width: int, keys: int, gap: int = 2) -> list[l
 
 
 def heading(title: str, width: int = WIDTH) -> list[str]:
-    """A section's first lines."""
-    return ["", f"== {title} " + "=" * max(0, min(width, WIDTH) - len(title) - 4)]
+    """A section's first lines; a title that is wider goes on below."""
+    lines = paragraph(f"== {title}", "", "   ", width)
+    return ["", *lines[:-1], f"{lines[-1]} ".ljust(min(width, WIDTH), "=")]
 
 
 def paragraph(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:

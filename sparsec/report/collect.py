@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsec import memory
+from sparsec.console.table import WIDTH
 from sparsec.cost.model import Roof
 from sparsec.ir.facts import GROUPS, Op, Weight
 from sparsec.ir.graph import Graph
@@ -20,9 +21,9 @@ from sparsec.report.text import render
 class Report(ReportData):
     """A report that prints as text. See also `sparsec.report.schema` for JSON and CSV."""
 
-    def text(self, layers: bool = False) -> str:
-        """The report as text. layers: one line for every weight, instead of one for all of a role."""
-        return render(self, layers)
+    def text(self, layers: bool = False, width: int = WIDTH) -> str:
+        """The report as text. layers: one line for every weight, instead of one for all of a role. width: columns, 80 at least."""
+        return render(self, layers, width)
 
     def __str__(self) -> str:
         return self.text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from sparsec.console.table import heading, percent, shorten
+from sparsec.console.table import WIDTH, heading, percent, shorten
 from sparsec.report.layer import LayerRow
 from sparsec.report.picture import RAMP, shade
 from sparsec.report.roles import role
@@ -15,13 +15,13 @@ _COLUMNS = 80
 _NAME = 36
 
 
-def by_depth(rows: Iterable[LayerRow]) -> list[list[LayerRow]]:
-    """The weights of each block, in order; of more than CHARACTERS blocks, those of as many neighbours as it takes."""
+def by_depth(rows: Iterable[LayerRow], characters: int = CHARACTERS) -> list[list[LayerRow]]:
+    """The weights of each block, in order; of more blocks than characters, those of as many neighbours as it takes."""
     blocks: dict[str, list[LayerRow]] = {}
     for row in rows:
         if row.block is not None:
             blocks.setdefault(row.block, []).append(row)
-    every, count = list(blocks.values()), min(CHARACTERS, len(blocks))
+    every, count = list(blocks.values()), min(characters, len(blocks))
     shares = [every[i * len(every) // count : (i + 1) * len(every) // count] for i in range(count)]
     return [[row for block in share for row in block] for share in shares]
 
@@ -42,23 +42,23 @@ def depth_lines(rows: Sequence[LayerRow]) -> list[str]:
     return lines
 
 
-def depth_table(rows: Iterable[LayerRow]) -> list[str]:
+def depth_table(rows: Iterable[LayerRow], width: int = WIDTH) -> list[str]:
     """The zeros of every role that was pruned, block by block."""
     rows = list(rows)
-    depth = by_depth(rows)
     roles = dict.fromkeys(role(row) for row in rows if row.block is not None and row.criterion is not None)
     if not roles:
         return []
+    names = [shorten(name, min(_NAME, width // 3)) for name in roles]
+    longest = max(map(len, names))
+    depth = by_depth(rows, min(CHARACTERS, width - longest - len("    100.0% to 100.0%")))
     found = {name: [_sparsity([row for row in block if role(row) == name]) for block in depth] for name in roles}
     known = [share for shares in found.values() for share in shares if share is not None]
     low, high = min(known), max(known)
-    names = [shorten(name, _NAME) for name in roles]
-    width = max(map(len, names))
-    lines = heading(f"Zeros by role and block: {_scale(low, high, 1)}, blank where a block has none")
+    lines = heading(f"Zeros by role and block: {_scale(low, high, 1)}, blank where a block has none", width)
     for name, shares in zip(names, found.values(), strict=True):
         own = [share for share in shares if share is not None]
         drawn = "".join(" " if share is None else shade(share, low, high) for share in shares)
-        lines.append(f"{name:<{width}}  {drawn}  {percent(min(own))} to {percent(max(own))}")
+        lines.append(f"{name:<{longest}}  {drawn}  {percent(min(own))} to {percent(max(own))}")
     return lines
 
 

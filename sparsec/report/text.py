@@ -1,11 +1,11 @@
-"""A report as text: the summary on one screen, then all of it, 120 columns at most; plain ASCII, the same in a pipe and a log."""
+"""A report as text: the summary on one screen, then all of it as wide as asked; plain ASCII, the same in a pipe and a log."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Sequence
 
-from sparsec.console.table import heading, mega, paragraph, percent, shorten, table, times
+from sparsec.console.table import WIDTH, fitted, heading, mega, paragraph, percent, shorten, times
 from sparsec.data.tiny import RANDOM
 from sparsec.machine import Machine
 from sparsec.report.depth import depth_table
@@ -22,28 +22,30 @@ from sparsec.timing.spread import Spread
 _NAME = 30
 
 
-def render(report: ReportData, layers: bool = False) -> str:
+def render(report: ReportData, layers: bool = False, width: int = WIDTH) -> str:
     """The summary, then all sections that the report has something for; no newline at the end.
 
-    layers: every weight has a line of its own; else those of one role share one.
+    layers: every weight has a line of its own; else those of one role share one. width: columns, 80 at least; a table that is wider
+    becomes several, and a name that no comma parts may be.
     """
     lines = summary_lines(report)
-    lines += _passes(report) + _layers(report, layers) + pruning_lines(report.layers, layers)
-    lines += (depth_table(report.layers) if layers else []) + _groups(report)
+    lines += _passes(report, width) + _layers(report, layers, width) + pruning_lines(report.layers, layers, width)
+    lines += (depth_table(report.layers, width) if layers else []) + _groups(report, width)
     if report.summary:
-        lines += _compared(report)
+        lines += _compared(report, width)
     if report.sample is not None and not never_trained(report):
-        lines += _sample(report)
+        lines += _sample(report, width)
     if notes := all_notes(report):
-        lines += heading("Notes")
-        lines += [line for note in notes for line in paragraph(note, "- ")]
+        lines += heading("Notes", width)
+        lines += [line for note in notes for line in paragraph(note, "- ", width=width)]
     if report.model is not None:
         m = report.model
-        lines += heading("Model")
-        lines += paragraph(f"{m.name} ({m.architecture}), from {m.source}; weights stored as: {m.source_precision}")
+        lines += heading("Model", width)
+        about = f"{m.name} ({m.architecture}), from {m.source}; weights stored as: {m.source_precision}"
+        lines += paragraph(about, width=width)
         lines += [f"computes in {m.dtype}, {report.parameters:,} parameters"]
     if report.machine is not None:
-        lines += machine_lines(report.machine)
+        lines += machine_lines(report.machine, width)
     return "\n".join(lines)
 
 
@@ -69,21 +71,23 @@ def machine_rows(m: Machine) -> list[tuple[str, str]]:
     return rows
 
 
-def machine_lines(m: Machine) -> list[str]:
+def machine_lines(m: Machine, width: int = WIDTH) -> list[str]:
     """The environment, also for bug reports."""
-    return heading("Machine") + [line for key, text in machine_rows(m) for line in paragraph(text, f"{key:<24}")]
+    rows = [line for key, text in machine_rows(m) for line in paragraph(text, f"{key:<24}", width=width)]
+    return heading("Machine", width) + rows
 
 
-def _passes(report: ReportData) -> list[str]:
+def _passes(report: ReportData, width: int) -> list[str]:
     if not report.passes:
         return []
-    lines, names = heading("Passes"), [row.name for row in report.layers]
+    lines, names = heading("Passes", width), [row.name for row in report.layers]
     for p in report.passes:
-        lines += paragraph(f"{p.spec}  [{p.effect.value}]  {p.seconds:.2f} s", f"{p.index:>2}  ")
-        lines += paragraph(p.summary + ("" if p.changed else " (the computation is unchanged)"), "      ")
+        lines += paragraph(f"{p.spec}  [{p.effect.value}]  {p.seconds:.2f} s", f"{p.index:>2}  ", width=width)
+        said = p.summary + ("" if p.changed else " (the computation is unchanged)")
+        lines += paragraph(said, "      ", width=width)
         left, elsewhere = said_under_layers(report, p.notes)
         notes = merged(left, names)
-        lines += [line for note in notes[:5] for line in paragraph(note, "      - ")]
+        lines += [line for note in notes[:5] for line in paragraph(note, "      - ", width=width)]
         if notes[5:]:
             lines.append(f"      - and {len(notes) - 5} more (under Notes)")
         if elsewhere:
@@ -91,7 +95,7 @@ def _passes(report: ReportData) -> list[str]:
     return lines
 
 
-def _layers(report: ReportData, every: bool) -> list[str]:
+def _layers(report: ReportData, every: bool, width: int) -> list[str]:
     legend: dict[str, str] = {}
     named = by_role(report.layers)
     if every:
@@ -111,15 +115,14 @@ def _layers(report: ReportData, every: bool) -> list[str]:
         "meas.",
     )
     what = "one row per stored weight" if every else "those of one role in one row (--layers: all)"
-    lines = heading(f"Layers: {what}; speedups: by FLOPs, by bytes, predicted, measured")
-    lines += table(header, body, left=(0, 1, 5, 9), gap=1)
-    lines += [line for reason, mark in legend.items() for line in paragraph(f"dense because: {reason}", f"({mark}) ")]
-    lines += [line for text in (*chosen_because(report.layers), *slower(report.layers)) for line in paragraph(text)]
-    tied = [row for row in report.layers if row.aliases]
-    lines += [line for row in tied for line in paragraph(f"tied, counted once: {row.name} = {', '.join(row.aliases)}")]
-    for text in (*storage(report.layers), dense_bound(report)):
-        lines += paragraph(text or "")
-    return lines
+    lines = heading(f"Layers: {what}; speedups: by FLOPs, by bytes, predicted, measured", width)
+    lines += fitted(header, body, width, left=(0, 1, 5, 9), gap=1)
+    for reason, mark in legend.items():
+        lines += paragraph(f"dense because: {reason}", f"({mark}) ", width=width)
+    said = [*chosen_because(report.layers), *slower(report.layers)]
+    said += [f"tied, counted once: {row.name} = {', '.join(row.aliases)}" for row in report.layers if row.aliases]
+    said += [*storage(report.layers), dense_bound(report) or ""]
+    return lines + [line for text in said for line in paragraph(text, width=width)]
 
 
 def _layer(name: str, rows: Sequence[LayerRow], legend: dict[str, str], doubt: str) -> tuple[str, ...]:
@@ -155,7 +158,7 @@ def _mark(index: int) -> str:
     return letters[index] if index < len(letters) else f"{letters[index % 26]}{index // 26}"
 
 
-def _groups(report: ReportData) -> list[str]:
+def _groups(report: ReportData, width: int) -> list[str]:
     whole = GroupRow(
         "all weights",
         report.parameters,
@@ -180,24 +183,24 @@ def _groups(report: ReportData) -> list[str]:
         for g in (*report.groups, whole)
     ]
     header = ("group", "parameters", "share", "zero", "MFLOP dense", "MFLOP now", "MB dense", "MB held")
-    lines = heading("Groups: FLOPs per token by what executes them, parameters by where they are stored")
-    lines += table(header, rows)
-    lines.append(
-        f"buffers beside the weights: {mega(report.bytes_buffers)} MB; masks still held: {mega(report.bytes_masks)} MB"
+    lines = heading("Groups: FLOPs per token by what executes them, parameters by where they are stored", width)
+    lines += fitted(header, rows, width)
+    lines += paragraph(
+        f"buffers beside the weights: {mega(report.bytes_buffers)} MB; masks still held: {mega(report.bytes_masks)} MB",
+        width=width,
     )
     if report.flops_dense is None:
         lines.append("FLOPs are not counted: add the pass flops")
     elif report.flops_without_weights:
         work = f"{mega(report.flops_without_weights)} MFLOP per token are attention scores and values at the pass flops' context"
-        lines += paragraph(f"{work}; they have no weights, so pruning leaves them as they are")
+        lines += paragraph(f"{work}; they have no weights, so pruning leaves them as they are", width=width)
     return lines
 
 
-def _compared(report: ReportData) -> list[str]:
-    lines = heading("Compared") + table(
-        ("", *(name.replace("_", " ") for name in report.summary)), compared_rows(report)
-    )
-    return lines + [line for text in _footnotes(report) for line in paragraph(text)]
+def _compared(report: ReportData, width: int) -> list[str]:
+    header = ("", *(name.replace("_", " ") for name in report.summary))
+    lines = heading("Compared", width) + fitted(header, compared_rows(report), width)
+    return lines + [line for text in _footnotes(report) for line in paragraph(text, width=width)]
 
 
 def compared_rows(report: ReportData) -> list[tuple[str, ...]]:
@@ -239,12 +242,12 @@ def _footnotes(report: ReportData) -> list[str]:
     return notes
 
 
-def _sample(report: ReportData) -> list[str]:
+def _sample(report: ReportData, width: int) -> list[str]:
     sample = report.sample
     assert sample is not None
     template = " (through the chat template)" if sample.chat else ""
-    lines = heading(f"Sample: greedy, up to {sample.new_tokens} new tokens{template}")
-    lines += paragraph(repr(sample.prompt), f"{'prompt':<9}")
+    lines = heading(f"Sample: greedy, up to {sample.new_tokens} new tokens{template}", width)
+    lines += paragraph(repr(sample.prompt), f"{'prompt':<9}", width=width)
     for name, text in sample.texts.items():
-        lines += paragraph(repr(text), f"{name:<9}")
+        lines += paragraph(repr(text), f"{name:<9}", width=width)
     return lines
