@@ -18,6 +18,7 @@ from report_cases import model, report
 import sparsec
 import sparsec.report.__main__ as report_command
 from sparsec.errors import CheckpointError, DataError
+from sparsec.page.report_charts import report_charts
 from sparsec.report.reread import reread
 from sparsec.report.schema import document
 
@@ -176,6 +177,17 @@ def test_the_command_shows_the_report_that_was_saved(
     assert json.loads((tmp_path / "out.json").read_bytes())["summary"] == written(measured)["summary"]
     assert report_command.main([str(tmp_path / "model"), "--quick", "--passes", "freeze"]) == 2
     assert "leave out --passes, --quick" in capsys.readouterr().err
+    drawn = ["--html", str(tmp_path / "page.html"), "--svg", str(tmp_path / "svg"), "--png", str(tmp_path / "png")]
+    assert report_command.main([str(tmp_path / "model"), *drawn]) == 0
+    assert "it holds no text of the graph" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "it holds no text of the graph" in page
+    assert "The text of the graph is not kept with this report." in page
+    assert "No line of the graph is different" not in page
+    assert all(row.name.removesuffix(".weight") in page for row in measured.layers)
+    names = {chart.name for chart in report_charts(reread(written(measured)))}
+    assert {path.stem for path in (tmp_path / "svg").iterdir()} == names >= {"bytes", "speedup", "groups-flops"}
+    assert {path.stem for path in (tmp_path / "png").iterdir()} == names
     for path in (tmp_path / "model").glob("report-*.json"):
         path.unlink()
     assert report_command.main([str(tmp_path / "model")]) == 2

@@ -38,14 +38,17 @@ class Tile:
     more: str
 
 
-def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None) -> str:
-    """The HTML of a report; encoders have their own figures in it. MissingExtraError where nothing can draw."""
+def report_page(report: ReportData, ir: KeptIR | None, progress: Progress | None = None) -> str:
+    """The HTML of a report; encoders have their own figures in it. ir: None where it was not kept, which the page says.
+
+    Raises MissingExtraError where nothing can draw.
+    """
     need_library()
     with stage(progress, "drawing the page"):
         charts = _drawn(report_charts(report))
         views = _views(report.views)
         numbers = {view.name: i for i, view in enumerate(report.views)}
-        changed = {(p.index, p.spec): p.lines for p in ir.passes}
+        changed = {(p.index, p.spec): p.lines for p in (ir.passes if ir is not None else ())}
         return _filled(
             "report.html",
             title=f"{_name(report)}: sparsec report",
@@ -74,8 +77,9 @@ def report_page(report: ReportData, ir: KeptIR, progress: Progress | None = None
                 }
                 for p in report.passes
             ],
-            traced=ir.traced,
-            final=ir.final,
+            kept=ir is not None,
+            traced=ir.traced if ir is not None else "",
+            final=ir.final if ir is not None else "",
             figures_table=_figures(report),
             prompt=report.sample.prompt if report.sample else "",
             samples=list(report.sample.texts.items()) if report.sample and not never_trained(report) else [],

@@ -27,6 +27,7 @@ from sparsec.console.command import (
 )
 from sparsec.console.output import guarded, writable, writable_folder, write_text
 from sparsec.console.progress import shown_progress
+from sparsec.console.table import paragraph, terminal_width
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError
 from sparsec.evaluate import compare_embeddings, evaluate
@@ -45,6 +46,10 @@ from sparsec.study.plan import ALONE, QUICK, Effort, StudyPlan, plan
 from sparsec.study.views import LayerViews
 
 PROG = "python -m sparsec.report"
+NOT_STORED = (
+    "drawn from the report that was saved with the model: it holds no text of the graph, no pictures of single layers, and not "
+    "what the machine reaches in a roofline; report the model that it was made from to see these"
+)
 EXAMPLES = f"""
 examples:
   python -m sparsec.report                 # SmolLM2-135M from its package, {DEFAULT_PASSES}
@@ -193,7 +198,7 @@ def _run(args: argparse.Namespace) -> None:
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
         report, _ = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
         report = replace(report, beside=others, views=views.found())
-    print("\n".join([report.text(args.layers), *pictures(report.views, pictured)]))
+    print("\n".join([report.text(args.layers, terminal_width()), *pictures(report.views, pictured)]))
     _write(args, report)
     with shown_progress(sys.stderr) as progress:  # last: what could not be drawn takes nothing else along
         outputs += write_pages(args, lambda: report_page(report, ir, progress), lambda: report_charts(report))
@@ -203,7 +208,7 @@ def _run(args: argparse.Namespace) -> None:
 def _show_stored(args: argparse.Namespace, report: Report) -> None:
     """The report that was saved with a model. DataError for options that only a run could honour."""
     usual = vars(parser().parse_args([]))
-    said = {"model", "layers", "json", "csv", "traceback"}
+    said = {"model", "layers", "json", "csv", "html", "png", "svg", "traceback"}
     given = [f"--{name.replace('_', '-')}" for name in usual if name not in said and getattr(args, name) != usual[name]]
     if given:
         raise DataError(
@@ -212,8 +217,13 @@ def _show_stored(args: argparse.Namespace, report: Report) -> None:
         )
     print(f"As {args.model} was saved; sparsec evaluate and sparsec bench measure it now.\n")
     outputs = [writable(path) for path in (args.json, args.csv) if path is not None]
-    print(report.text(args.layers))
+    drawing = check_pages(args)
+    print(report.text(args.layers, terminal_width()))
     _write(args, report)
+    if drawing:
+        report = replace(report, remarks=(*report.remarks, NOT_STORED))
+        outputs += write_pages(args, lambda: report_page(report, None), lambda: report_charts(report))
+        print("\n".join(["", *paragraph(NOT_STORED, width=terminal_width())]))
     _named(outputs)
 
 
