@@ -177,6 +177,20 @@ def test_a_write_that_no_gradient_led_to_is_undone_and_said() -> None:
     assert came_back(model, kept) == 0
 
 
+@pytest.mark.parametrize("trained", ["by a step", "and run again"])
+def test_it_is_said_of_a_model_that_was_trained_before(trained: str) -> None:
+    model = fresh()
+    model(X).square().sum().backward()
+    if trained == "by a step":
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    else:
+        model(X)
+    with torch.no_grad():
+        model.mid.weight.add_(1.0)
+    with pytest.warns(SparsecWarning, match="written past every optimiser"):
+        model(X)
+
+
 @pytest.mark.parametrize("assign", [True, False])
 def test_a_loaded_state_keeps_the_zeros_and_that_is_said(assign: bool) -> None:
     model = fresh()
@@ -258,6 +272,11 @@ def test_copies_are_held_each_by_itself() -> None:
     step(twin, Noise(twin.parameters()))
     assert came_back(twin, kept) == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for each in (model, twin):
+        each.mid.weight.data.add_(1.0)
+        with pytest.warns(SparsecWarning):
+            each(X)
+        assert came_back(each, kept) == 0
     twin.sparsec.kept.update("mid.weight", mask=torch.ones(32, 32, dtype=torch.bool))
     step(model, Noise(model.parameters()))
     step(twin, Noise(twin.parameters()))

@@ -91,7 +91,7 @@ class Holding:
         self.graph, self._places = graph, list(places)
         self._guards: weakref.WeakKeyDictionary[Guard, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._visited: set[int] | None = None  # guards since the zeros were last looked at; None: they never were
-        self._trained: set[str] = set()  # weights that a gradient came for since then
+        self._trained: set[str] = set()  # weights that a gradient came for since then, and no step was seen that took it
         self._watched: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
         me = weakref.ref(self)
 
@@ -164,19 +164,20 @@ class Holding:
     @torch.no_grad()
     def before_step(self, optimiser: Optimizer) -> None:
         """Gradients may have been written to since they were computed: noise, averages over processes."""
-        for parameter, mask in self._held_by(optimiser):
+        for _, parameter, mask in self._held_by(optimiser):
             if parameter.grad is not None and parameter.grad.layout == torch.strided:
                 serial.masked(parameter.grad, mask, out=parameter.grad)
 
     @torch.no_grad()
     def after_step(self, optimiser: Optimizer) -> None:
         """What the optimiser wrote to pruned positions is zero again."""
-        for parameter, mask in self._held_by(optimiser):
+        for name, parameter, mask in self._held_by(optimiser):
             serial.masked(parameter, mask, out=parameter)
+            self._trained.discard(name)
 
-    def _held_by(self, optimiser: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    def _held_by(self, optimiser: Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
         theirs = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-        yield from ((parameter, mask) for _, parameter, mask in self._held() if id(parameter) in theirs)
+        yield from (held for held in self._held() if id(held[1]) in theirs)
 
     def _held(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, parameter and mask of what there is to hold."""
