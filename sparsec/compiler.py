@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from sparsec.arguments import checked_but
-from sparsec.calibrate import SEQUENCES, Sequences
+from sparsec.calibrate import SELF, SEQUENCES, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
@@ -71,8 +71,9 @@ def compile(
     returns, padded or not; token ids [sequences, length], alone or as a tuple with their attention mask; strings, with `tokenizer`;
     a list or an iterable of any of these, such as a DataLoader; a text file's path or `dataset:NAME[,...]`, with `tokenizer`, or
     `tokenizer` alone for the embedded text, of which `calibration_sequences` sequences of `calibration_length` tokens (1024, or
-    what the model takes) are drawn by `seed`; what `sparsec.calibrate.windows` gives; for a plain module calls, each a tuple of
-    tensors.
+    what the model takes) are drawn by `seed`; "self" for as many that the model writes itself, which takes minutes and is kept for
+    the next time (a file of that name is "./self"); what `sparsec.calibrate.windows` gives; for a plain module calls, each a tuple
+    of tensors.
     bos: where the tokenizer begins texts with a BOS, so does every sequence drawn from a text; False is the papers' protocol.
     copy: True leaves `model` untouched; False consumes it: each dense weight is freed as soon as it is packed, unless another
     module or a state dict of the process holds it too: then theirs stays as it was, which is said. Who has the very Parameter, an
@@ -88,8 +89,13 @@ def compile(
     _refuse(model)
     pipeline = _pipeline(passes, masks)
     pipeline.validate()
-    draw = Draw(tokenizer, calibration_sequences, calibration_length, seed, bos, *_positions_and_pad(model))
-    drawn = draw.before_trace(calibration, plain=example_inputs is not None)
+    draw = Draw(
+        *(tokenizer, calibration_sequences, calibration_length, seed, bos, *_positions_and_pad(model)),
+        model=model,
+        progress=progress,
+    )
+    unwanted = isinstance(calibration, str) and calibration == SELF and not pipeline.learning
+    drawn = None if unwanted else draw.before_trace(calibration, plain=example_inputs is not None)
     if drawn is None and tokenizer is not None and pipeline.learning:
         drawn = draw.from_text()
     _require_calibration(pipeline, drawn)

@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading the model"):
             loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed)
-        drawn = calibration(loaded, args, [pipeline], learnt)
+        drawn = calibration(loaded, args, [pipeline], learnt, progress)
         make = _measured if args.measure else _compiled
         model, report, lines = make(loaded, pipeline, args, text, drawn, progress)
         model.sparsec.save_pretrained(

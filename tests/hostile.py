@@ -273,6 +273,19 @@ def targets() -> dict[str, Target]:
                 "step": None,
             },
         ),
+        "calibrate.own_text": Target(
+            calibrate.own_text,
+            lambda: {
+                "model": tiny.tiny_model(),
+                "tokenizer": tokenizer(),
+                "sequences": 1,
+                "length": 4,
+                "seed": 0,
+                "limit": 16,
+                "bos": True,
+                "progress": None,
+            },
+        ),
         "calibrate.samples": Target(
             calibrate.samples,
             lambda: {"graph": words(), "tokens": torch.full((2, 8), 5), "source": "fives"},

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from architectures import tiny_model
 from peft import LoraConfig, get_peft_model
-from test_masked import Noise, came_back, masks
+from test_masked import Noise, X, came_back, fresh, masks
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -78,6 +78,32 @@ def test_saving_is_what_it_was(tmp_path: Path) -> None:
     saved = type(model).from_pretrained(tmp_path)
     assert came_back(saved, masks(model)) == 0
     assert list(saved.state_dict()) == list(model.state_dict()) == list(_language_model("llama").state_dict())
+
+
+def test_scaled_gradients_and_autocast() -> None:
+    model, scaler = fresh(), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimiser, kept = torch.optim.AdamW(model.parameters(), lr=0.1), masks(model)
+    for _ in range(3):
+        optimiser.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(X).float().square().sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
+        scaler.step(optimiser)
+        scaler.update()
+        assert came_back(model, kept) == 0
+        assert not any(optimiser.state[model.get_parameter(n)]["exp_avg"][~m].any() for n, m in kept.items())
+
+
+def test_an_optimiser_that_steps_within_the_backward() -> None:
+    model = fresh()
+    kept = masks(model)
+    each = {p: torch.optim.AdamW([p], lr=0.1) for p in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: each[p].step())
+    model(X).square().sum().backward()
+    assert came_back(model, kept) == 0
+    assert not any(each[model.get_parameter(n)].state_dict()["state"][0]["exp_avg"][~m].any() for n, m in kept.items())
 
 
 def trainer(model: Any, folder: Path, **options: Any) -> Trainer:

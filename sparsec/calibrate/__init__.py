@@ -1,6 +1,7 @@
 """Calibration of pruning: what every linear of a model is given, block by block, on some text."""
 
 from sparsec.calibrate.data import SEQUENCES, CalibrationData, samples, takes_tokens, windows
+from sparsec.calibrate.self_written import SELF, own_text
 from sparsec.calibrate.sequences import LENGTH, Sequences, sequences, strings
 from sparsec.calibrate.sites import Site
 from sparsec.calibrate.standing import Standing
@@ -11,6 +12,7 @@ __all__ = [
     "FEEDS",
     "LENGTH",
     "ORDERS",
+    "SELF",
     "SEQUENCES",
     "CalibrationData",
     "Profile",
@@ -19,6 +21,7 @@ __all__ = [
     "Standing",
     "Statistics",
     "calibrate",
+    "own_text",
     "samples",
     "sequences",
     "strings",

@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsec.calibrate.data import SEQUENCES, CalibrationData, samples, takes_tokens, windows
+from sparsec.calibrate.self_written import SELF, own_text
 from sparsec.calibrate.sequences import Sequences, sequences
 from sparsec.data.text import Text
 from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
+from sparsec.progress import Progress
 
 CalibrationInput = CalibrationData | Tensor | str | Path | Text | Mapping[str, Any] | Iterable[Any] | Any | None
 """See FORMS of `sparsec.calibrate.sequences`, which says what is none of them."""
@@ -29,7 +31,10 @@ class Unread:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """How calibration input is read. number, length, seed: of what is drawn from a text; length also cuts what is given."""
+    """How calibration input is read. number, length, seed: of what is drawn from a text; length also cuts what is given.
+
+    model: the dense one, which writes the text for `calibration="self"`.
+    """
 
     tokenizer: Any = None
     number: int = SEQUENCES
@@ -38,11 +43,15 @@ class Draw:
     bos: bool = True
     limit: int | None = None  # positions of the model
     pad: int | None = None
+    model: nn.Module | None = None
+    progress: Progress | None = None
 
     def before_trace(self, given: CalibrationInput, plain: bool) -> CalibrationData | Sequences | Unread | None:
         """plain: a module with example inputs. Raises DataError."""
         if given is None or isinstance(given, CalibrationData):
             return given
+        if isinstance(given, str) and given == SELF:
+            return Sequences(*self._own_text())
         if isinstance(given, str | Path | Text):
             text = given if isinstance(given, Text) else str(given)
             return Sequences(*self._windows(text))
@@ -69,6 +78,15 @@ class Draw:
             return drawn
         graph.notes += [note for note in drawn.notes if note not in graph.notes]
         return samples(graph, drawn.tokens, drawn.source)
+
+    def _own_text(self) -> tuple[Tensor, str]:
+        if self.model is None:
+            raise DataError(
+                "calibration='self' needs the dense model, which is not at hand here; give token ids or a text"
+            )
+        return own_text(
+            self.model, self.tokenizer, self.number, self.length, self.seed, self.limit, self.bos, self.progress
+        )
 
     def _windows(self, text: str | Text | None) -> tuple[Tensor, str]:
         return windows(text, self.tokenizer, self.number, self.length, self.seed, self.limit, self.bos)

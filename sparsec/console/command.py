@@ -10,11 +10,12 @@ from dataclasses import replace
 import torch
 
 from sparsec import memory
-from sparsec.calibrate import LENGTH, SEQUENCES, windows
+from sparsec.calibrate import LENGTH, SELF, SEQUENCES, own_text, windows
 from sparsec.data import LoadedModel, Text, load_text
 from sparsec.data.text import DATASET_PREFIX
 from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
+from sparsec.progress import Progress
 
 MAX_THREADS, MAX_WHOLE = 1024, 2**31 - 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,7 +92,8 @@ def add_calibration(p: argparse.ArgumentParser) -> None:
     learn.add_argument(
         "--calibration",
         metavar="FILE",
-        help="as --text, of a dataset its split train; default: the second half of the embedded text",
+        help="as --text, of a dataset its split train; or self: a text that the model writes, which takes minutes once; default: "
+        "the second half of the embedded text",
     )
     learn.add_argument(
         "--calibration-sequences", type=positive, default=SEQUENCES, metavar="N", help="default: %(default)s"
@@ -105,7 +107,7 @@ def add_calibration(p: argparse.ArgumentParser) -> None:
 
 
 def calibration_text(args: argparse.Namespace, pipelines: Sequence[Pipeline]) -> Text | None:
-    """What `--calibration` names, read before anything slow runs; None where nothing is named or no pass learns from it.
+    """What `--calibration` names, read before anything slow runs; None where no text is named or no pass learns from it.
 
     DataError for a file that is not there, whether or not a pass learns.
     """
@@ -113,18 +115,23 @@ def calibration_text(args: argparse.Namespace, pipelines: Sequence[Pipeline]) ->
     if named is None:
         return None
     if any(pipeline.learning for pipeline in pipelines):
-        return load_text(named, split="train")
-    if not named.startswith(DATASET_PREFIX):  # which may be a download
+        return None if named == SELF else load_text(named, split="train")
+    if named != SELF and not named.startswith(DATASET_PREFIX):  # which may be a download
         load_text(named)
     print(f"notice: no pass learns from data, so --calibration {named} is not used", file=sys.stderr)
     return None
 
 
 def calibration(
-    loaded: LoadedModel, args: argparse.Namespace, pipelines: Sequence[Pipeline], text: Text | None
+    loaded: LoadedModel,
+    args: argparse.Namespace,
+    pipelines: Sequence[Pipeline],
+    text: Text | None,
+    progress: Progress | None = None,
 ) -> tuple[torch.Tensor, str] | None:
     """Tokens to calibrate on, drawn by `args.seed`, and where they come from; None where no pass learns from them."""
     if not any(pipeline.learning for pipeline in pipelines):
         return None
     sequences, length = args.calibration_sequences, args.calibration_length
-    return windows(text, loaded.tokenizer, sequences, length, args.seed, loaded.positions, args.bos)
+    drawn = (loaded.tokenizer, sequences, length, args.seed, loaded.positions, args.bos)
+    return own_text(loaded.model, *drawn, progress) if args.calibration == SELF else windows(text, *drawn)

@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace) -> None:
             loaded = [on_device(open_model(spec, dtype, progress), args.device) for spec in args.models or [None]]
         _check_kinds(loaded)
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded), bos=args.bos)
-        drawn = calibration(loaded[0], args, pipelines, learnt)
+        drawn = calibration(loaded[0], args, pipelines, learnt, progress)
         notes = [f"{each.name}: {note}" for each in loaded for note in each.notes]
         notes += [f"calibrated on {drawn[1]}"] if drawn is not None else []
         saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None

@@ -91,7 +91,7 @@ class Holding:
         self.graph, self._places = graph, list(places)
         self._guards: weakref.WeakKeyDictionary[Guard, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._visited: set[int] | None = None  # guards since the zeros were last looked at; None: they never were
-        self._trained: set[str] = set()  # weights that a gradient came for since then, and no step was seen that took it
+        self._trained: set[str] = set()  # weights that a gradient came for since then, and no step that took it
         self._watched: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
         me = weakref.ref(self)
 
@@ -177,23 +177,31 @@ class Holding:
 
     def _held_by(self, optimiser: Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
         theirs = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-        yield from (held for held in self._held() if id(held[1]) in theirs)
+        for name, parameter in self._present():
+            if parameter is None or id(parameter) not in theirs:
+                continue
+            if (mask := self._mask(name, parameter)) is not None:
+                yield name, parameter, mask
 
     def _held(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, parameter and mask of what there is to hold."""
+        """Name, parameter and mask of what there is to hold. MaskError for what is there no more."""
+        for name, parameter in self._present():
+            if parameter is None:
+                raise MaskError(_gone_text(name, "was taken away, computed from others or sharded"))
+            if (mask := self._mask(name, parameter)) is not None:
+                yield name, parameter, mask
+
+    def _present(self) -> Iterator[tuple[str, nn.Parameter | None]]:
+        """Each once; None for one that its module has no more."""
         seen = set[int]()
         for name, place, leaf in self._places:
             module = place()
-            if module is None:
-                continue
-            parameter = module._parameters.get(leaf)
-            if parameter is None:
-                raise MaskError(_gone_text(name, "was taken away, computed from others or sharded"))
-            if id(parameter) in seen or not isinstance(parameter, nn.Parameter) or parameter.is_meta:
-                continue  # a Tensor stands there for one call, of torch.func say
-            seen.add(id(parameter))
-            if (mask := self._mask(name, parameter)) is not None:
-                yield name, parameter, mask
+            parameter = None if module is None else module._parameters.get(leaf)
+            # A Tensor that is no Parameter stands there for one call, of torch.func say.
+            passes = parameter is None or (isinstance(parameter, nn.Parameter) and not parameter.is_meta)
+            if module is not None and passes and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
 
     def _mask(self, name: str, parameter: Any) -> Tensor | None:
         mask = self.graph.weights[name].mask

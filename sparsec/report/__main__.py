@@ -194,7 +194,7 @@ def _run(args: argparse.Namespace) -> None:
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
         pictured = drawable(args.picture, [name for name, p in loaded.model.named_parameters() if p.dim() > 1])
         planned = None if text is None else plan(loaded, text, effort(args), args.bos)
-        drawn = calibration(loaded, args, [pipeline, *beside], learnt)
+        drawn = calibration(loaded, args, [pipeline, *beside], learnt, progress)
         others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
         report, _ = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
         report = replace(report, beside=others, views=views.found())

@@ -218,7 +218,7 @@ def _run(args: argparse.Namespace) -> None:
                 "decoding, which it has not; give --passes and --grid"
             )
         planned = plan(loaded, text, _effort(args), args.bos)
-        drawn = calibration(loaded, args, pipelines, learnt)
+        drawn = calibration(loaded, args, pipelines, learnt, progress)
         here = machine()
         store = Store(
             _identity(args, loaded, planned, drawn, here), here, _notes(loaded, planned, args), _path(args.json)
