@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,30 @@ def test_an_encoder_is_studied_by_its_embeddings(
         assert row["cosine"] == by_spec[masked]["cosine"]
 
 
-@pytest.mark.parametrize("preset", ["seminar", "tipping", "patterns", "frontier"])
-def test_a_preset_refuses_an_encoder(folder: Path, preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_frontier_of_an_encoder_goes_by_its_embeddings(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(folder), "--preset", "frontier", "--grid", "method=magnitude", "--grid", "zeros=0.5,0.9", *LITTLE]
+    assert study.main([*words, "--json", str(tmp_path / "json")]) == 0
+    told = capsys.readouterr().out.split("== The fronts")[1]
+    assert "higher cosine" in told
+    assert "perplexity" not in told
+    assert "decoding" not in told
+    document = json.loads((tmp_path / "json").read_text())
+    cells = {cell["spec"]: cell["figures"] for cell in document["cells"]}
+    findings = document["findings"]
+    assert set(findings["compared"]) == set(cells)
+    for front, cost in (("by_bytes", lambda v: v["bytes"]), ("by_time", lambda v: -v["speedup_window"])):
+        own = {spec: (-v["cosine"], cost(v)) for spec, v in cells.items()}
+        beaten = {s for s, p in own.items() if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in own.values())}
+        assert set(findings[front]) == set(cells) - beaten
+
+
+@pytest.mark.parametrize("preset", ["seminar", "tipping", "patterns"])
+def test_a_preset_that_needs_decoding_refuses_an_encoder_and_names_another(
+    folder: Path, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert study.main([str(folder), "--preset", preset, *LITTLE]) == 2
-    assert "BertModel is an encoder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "BertModel is an encoder" in said
+    assert "--preset frontier goes by the cosine" in said

@@ -212,10 +212,10 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as progress:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
-        if loaded.is_encoder and args.preset:
+        if loaded.is_encoder and args.preset and (lacks := PRESETS[args.preset].lacks):
             raise DataError(
-                f"{loaded.name}: {type(loaded.model).__name__} is an encoder, and --preset {args.preset} tells by perplexity or "
-                "decoding, which it has not; give --passes and --grid"
+                f"{loaded.name}: {type(loaded.model).__name__} is an encoder, and --preset {args.preset} tells by {lacks}, which "
+                "it has not; --preset frontier goes by the cosine of its embeddings, and so do --passes with --grid"
             )
         planned = plan(loaded, text, _effort(args), args.bos)
         drawn = calibration(loaded, args, pipelines, learnt, progress)

@@ -54,23 +54,27 @@ class Fronts:
 
     def lines(self, results: Results, width: int) -> list[str]:
         """Every measured cell with its perplexity, bytes and speed, and on which front it is."""
+        done = [results[spec] for spec in self.compared]
+        encodes = any(r.figures is not None and r.figures.cosine is not None for r in done)
+        better, what = ("higher cosine", "a window") if encodes else ("lower perplexity", "decoding")
         lines = heading("The fronts of quality against bytes, and against time", width)
         lines += paragraph(
-            f"`{ON}`: no other cell has both a lower perplexity and fewer bytes (or less time a token). Time is told by the "
-            "speedup of decoding, which is measured by turns with dense.",
+            f"`{ON}`: no other cell has both a {better} and fewer bytes (or less time). Time is told by the speedup of {what}, "
+            "which is measured by turns with dense.",
             width=width,
         )
-        done = [results[spec] for spec in self.compared]
         keys, named = naming(done)
         rows = []
         for result, name in zip(done, named, strict=True):
             own = result.figures
             assert own is not None
-            perplexity = "-" if own.perplexity is None else short_perplexity(own.perplexity)
+            quality = "-" if own.perplexity is None else short_perplexity(own.perplexity)
+            if own.cosine is not None:
+                quality = f"{own.cosine:.4f}"
             speed = "-" if math.isnan(_time(result)) else times(1 / _time(result)) + ("?" if result.disturbed else "")
             small, fast = (ON if result.spec in front else "" for front in (self.by_bytes, self.by_time))
-            rows.append([*name, perplexity, mega(own.bytes, 1), small, speed, fast])
-        header = [*keys, "perplexity", "MB", "", "decoding", ""]
+            rows.append([*name, quality, mega(own.bytes, 1), small, speed, fast])
+        header = [*keys, "cosine" if encodes else "perplexity", "MB", "", what, ""]
         left = (*range(len(keys)), len(keys) + 2, len(keys) + 4)
         return [*lines, "", *fitted(header, rows, width, left=left, keys=len(keys))]
 
@@ -78,15 +82,18 @@ class Fronts:
 def fronts(results: Sequence[CellResult]) -> Fronts:
     """Of the cells that have figures."""
     done = [result for result in results if result.figures is not None]
-    small = pareto_front([(_perplexity(r), _bytes(r)) for r in done])
-    fast = pareto_front([(_perplexity(r), _time(r)) for r in done])
+    small = pareto_front([(_harm(r), _bytes(r)) for r in done])
+    fast = pareto_front([(_harm(r), _time(r)) for r in done])
     every = [r.spec for r in done]
     return Fronts(tuple(every), tuple(compress(every, small)), tuple(compress(every, fast)))
 
 
-def _perplexity(result: CellResult) -> float:
-    value = None if result.figures is None else result.figures.perplexity
-    return math.nan if value is None else value
+def _harm(result: CellResult) -> float:
+    """Less is better: the perplexity, of an encoder what the cosine of its embeddings to dense lacks of 1."""
+    own = result.figures
+    if own is None or (own.perplexity is None and own.cosine is None):
+        return math.nan
+    return 1 - own.cosine if own.cosine is not None else own.perplexity or math.nan
 
 
 def _bytes(result: CellResult) -> float:
@@ -94,6 +101,6 @@ def _bytes(result: CellResult) -> float:
 
 
 def _time(result: CellResult) -> float:
-    """Of a decoded token, as a share of dense."""
-    speed = None if result.figures is None else result.figures.speedup_decode
+    """Of a decoded token or of an encoder's window, as a share of dense."""
+    speed = None if result.figures is None else result.figures.speedup
     return math.nan if speed is None else 1 / speed.median
