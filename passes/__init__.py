@@ -7,13 +7,27 @@ from sparsec.passes.fuse import Fuse
 from sparsec.passes.lower import Lower
 from sparsec.passes.magnitude import Magnitude
 from sparsec.passes.mask import Mask
+from sparsec.passes.recover import Recover
 from sparsec.passes.sparsegpt import SparseGPT
 from sparsec.passes.sparsity import Sparsity
 from sparsec.passes.wanda import Wanda
 from sparsec.passes.zeros import Zeros
 from sparsec.pipeline.base import Pass
 
-PASSES: tuple[type[Pass], ...] = (Magnitude, Wanda, SparseGPT, ADMM, Zeros, Mask, Freeze, Sparsity, Flops, Fuse, Lower)
+PASSES: tuple[type[Pass], ...] = (
+    Magnitude,
+    Wanda,
+    SparseGPT,
+    ADMM,
+    Zeros,
+    Mask,
+    Freeze,
+    Recover,
+    Sparsity,
+    Flops,
+    Fuse,
+    Lower,
+)
 
 __all__ = [
     "ADMM",
@@ -24,6 +38,7 @@ __all__ = [
     "Lower",
     "Magnitude",
     "Mask",
+    "Recover",
     "SparseGPT",
     "Sparsity",
     "Wanda",

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from sparsec.arguments import checked_but
-from sparsec.calibrate import SELF, SEQUENCES, Sequences
+from sparsec.calibrate import SELF, SEQUENCES, CalibrationData, Sequences
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
@@ -97,7 +97,7 @@ def compile(
     unwanted = isinstance(calibration, str) and calibration == SELF and not pipeline.learning
     drawn = None if unwanted else draw.before_trace(calibration, plain=example_inputs is not None)
     if drawn is None and tokenizer is not None and pipeline.learning:
-        drawn = draw.from_text()
+        drawn = draw.drawn()
     _require_calibration(pipeline, drawn)
     shares = copy == "changed"
     elsewhere = {} if copy else held_elsewhere(model)
@@ -132,7 +132,7 @@ def compile(
         progress=progress,
     )
     records = pipeline.run(graph, context, verify, instruments)
-    learnt = {"source": data.source, "sha256": data.sha256} if data is not None and pipeline.learning else {}
+    learnt = _learnt(pipeline, data)
     return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)
 
 
@@ -141,6 +141,13 @@ def extend(
     compiled: Model,
     passes: Pipeline | str | Pass | Iterable[str | Pass],
     *,
+    calibration: CalibrationInput = None,
+    tokenizer: Any = None,
+    calibration_sequences: int = SEQUENCES,
+    calibration_length: int | None = None,
+    bos: bool = True,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
     copy: bool = True,
     verify: Verify = "structure",
     progress: Progress | None = None,
@@ -148,6 +155,8 @@ def extend(
 ) -> Model:
     """A copy of a compiled model that is not lowered yet, with more passes run on it; `compiled` stays what it is.
 
+    calibration, tokenizer, calibration_sequences, calibration_length, bos, seed: as of `compile`, for passes that learn.
+    teacher: the dense model, for passes such as `recover` that learn from it: the one that was compiled, or one of its shapes.
     copy: False consumes it: masks and dense weights are freed as they are packed.
 
     So one calibration serves several formats: `extend(pruned, "lower(bitmap)")`, `extend(pruned, "lower(csr)")`. Its `.sparsec`
@@ -161,10 +170,13 @@ def extend(
         )
     more = Pipeline.of(passes)
     more.validate(before.graph.facts)
-    if more.learning:
-        raise PipelineError(
-            f"extend gives no calibration data, which the pass {more.learning[0]!r} needs; name it in the passes of compile"
-        )
+    limit, pad = _positions_and_pad(compiled)
+    draw = Draw(tokenizer, calibration_sequences, calibration_length, seed, bos, limit, pad, teacher, progress)
+    drawn = draw.before_trace(calibration, plain=False)
+    if drawn is None and tokenizer is not None and more.learning:
+        drawn = draw.drawn()
+    _require_calibration(more, drawn)
+    dense = _teacher(more, before.graph, teacher)
     shares = before.shares
     elsewhere = {} if copy or shares else held_elsewhere(compiled)
     model = _copied(compiled, shares) if copy else compiled
@@ -181,12 +193,14 @@ def extend(
     notes += settle(graph)
     again = [p for p in own.pipeline.passes if p.produces & (before.graph.facts - graph.facts)]
     more = Pipeline((*dict.fromkeys(again), *more.passes))
-    context = _context(model, graph, not shares, elsewhere=elsewhere, progress=progress)
+    data = draw.calls(graph, drawn)
+    context = _context(model, graph, not shares, elsewhere=elsewhere, calibration=data, dense=dense, progress=progress)
     records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
+    learnt = _learnt(more, data) or own.calibration
     whole = Pipeline((*own.pipeline.passes, *more.passes))
     said_once = tuple(dict.fromkeys(notes))
     done = (*own.records, *records)
-    made = _emitted(model, graph, whole, done, own.trace_seconds, said_once, context, own.calibration)
+    made = _emitted(model, graph, whole, done, own.trace_seconds, said_once, context, learnt)
     if own.holding is not None and "lowered" not in graph.facts:
         vars(made)["sparsec"].holding = Holding(graph, made)
     return made
@@ -272,6 +286,37 @@ def _emitted(
     object.__setattr__(model, "sparsec", compiled)
     guard_saving(model, compiled)
     return model
+
+
+def _learnt(pipeline: Pipeline, data: CalibrationData | None) -> dict[str, str]:
+    """What a model was calibrated on, for those that it is given to."""
+    return {"source": data.source, "sha256": data.sha256} if data is not None and pipeline.learning else {}
+
+
+def _teacher(pipeline: Pipeline, graph: Graph, teacher: nn.Module | None) -> dict[str, Tensor]:
+    """Its parameters by their names in the graph. CompileError without one that is needed, and for one of other shapes."""
+    needing = next((p.name for p in pipeline.passes if p.needs_dense), None)
+    if teacher is None:
+        if needing is not None:
+            raise CompileError(
+                f"the pass {needing!r} learns from the dense model, which extend does not have: give it as teacher=, for instance "
+                "the model that was compiled"
+            )
+        return {}
+    if any(isinstance(m, SparseLinear) for m in teacher.modules()):
+        raise CompileError("teacher must be the dense model, and this one is lowered; give the model that was compiled")
+    held = _parameters(teacher)
+    for weight in graph.weights.values():
+        found = next((held[name] for name in (weight.name, *weight.aliases) if name in held), None)
+        if found is None or tuple(found.shape) != weight.shape:
+            has = "has none of that name" if found is None else f"has {list(found.shape)}"
+            what = " (another vocabulary)" if weight.group in ("embedding", "lm_head") and found is not None else ""
+            raise CompileError(
+                f"teacher: {weight.name} is {list(weight.shape)} in the pruned model, and the teacher {has}{what}; the teacher "
+                "must be the dense model that was pruned, or one of its shapes"
+            )
+        held[weight.name] = found
+    return held
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

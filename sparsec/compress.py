@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparsec.calibrate import Sequences
 from sparsec.checkpoint.folder import read_config
 from sparsec.checkpoint.places import saved_folder
 from sparsec.checkpoint.writing import shard_bytes
@@ -212,7 +213,7 @@ def _compiled(
     pipeline: Pipeline,
     args: argparse.Namespace,
     text: Text | None,
-    drawn: tuple[torch.Tensor, str] | None,
+    drawn: Sequences | None,
     progress: Progress,
 ) -> tuple[Any, Report, list[str]]:
     """The model, what is counted of it, and lines that show what it writes."""
@@ -265,7 +266,7 @@ def _measured(
     pipeline: Pipeline,
     args: argparse.Namespace,
     text: Text | None,
-    drawn: tuple[torch.Tensor, str] | None,
+    drawn: Sequences | None,
     progress: Progress,
 ) -> tuple[Any, Report, list[str]]:
     """The same with a report that was measured."""

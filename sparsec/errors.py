@@ -44,6 +44,10 @@ class ActivationError(SparsecError, ValueError):
     """Activations that nothing can be learned from, such as NaN while calibrating; names the block."""
 
 
+class RecoverError(SparsecError, RuntimeError):
+    """Training under masks that cannot go on: no masks, no teacher, no memory, a loss that is NaN, a state of another run."""
+
+
 class FormatError(SparsecError, ValueError):
     """Packed tensors that do not form a valid matrix, or a matrix that a format cannot hold."""
 

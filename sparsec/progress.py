@@ -2,11 +2,22 @@
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total): a stage begins with the first call of its name and ends when done reaches total."""
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """A Progress that also takes notes on a stage, such as the loss of a training."""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """As every Progress."""
+
+    def note(self, what: str, text: str) -> None:
+        """Before a step of that stage."""
 
 
 @contextmanager

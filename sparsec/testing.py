@@ -149,13 +149,16 @@ def check_pass(
     """Runs a pass on a model and raises unless it keeps its contract; returns the graph and the pass's record.
 
     Held: the declared effect, on `inputs`; facts true when computed again; the given model untouched by a bit; masked weights
-    zero when frozen; a second run changes no mask. `after`: passes to run first. A pass that needs calibration gets `inputs`.
+    zero when frozen; a second run changes no mask. `after`: passes to run first. A pass that needs calibration gets `inputs`,
+    twice, and one that needs the dense model gets its parameters.
     """
     untouched = state_of(model)
     graph = trace(model, inputs)
     context = context or Context()
     if p.needs_calibration and context.calibration is None:
-        context.calibration = CalibrationData((tuple(graph.bind(inputs, {})),), "the example inputs")
+        context.calibration = CalibrationData((tuple(graph.bind(inputs, {})),) * 2, "the example inputs, twice")
+    if p.needs_dense and not context.dense:
+        context.dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     context.probe = graph.bind(inputs, {}) if len(inputs) == len(graph.inputs) else graph.example  # type: ignore[assignment]
     if after:
         Pipeline.parse(after).run(graph, context, verify="probe")

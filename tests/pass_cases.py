@@ -51,7 +51,7 @@ def varied(draw: st.DrawFn, p: Pass, common: bool = False) -> Pass:
         elif type(value) is float:
             changes[option.name] = draw(st.floats(value / 100, value))
         elif type(value) is int:
-            changes[option.name] = draw(st.integers(1, value))
+            changes[option.name] = draw(st.integers(min(1, value), value))
     if isinstance(p, PruningPass) and Pattern.parse(changes.get("pattern", p.pattern)).sparsity is not None:
         changes["sparsity"] = None
     try:

@@ -60,7 +60,9 @@ def test_text_of_the_graph_before_and_after_a_pass(
     monkeypatch.setattr(loader, "status", lambda: missing)
     x = torch.arange(16.0).reshape(4, 4) % 5 - 1
     context = Context(
-        masks={"up": torch.arange(32).reshape(8, 4) % 3 > 0}, calibration=CalibrationData(((x,),), "the example")
+        masks={"up": torch.arange(32).reshape(8, 4) % 3 > 0},
+        calibration=CalibrationData(((x,), (x,)), "the example, twice"),
+        dense={name: parameter.detach().clone() for name, parameter in traced.module.named_parameters()},
     )
     graph = traced.copy()
     *earlier, p = Pipeline.parse(cls.examples[0]).passes

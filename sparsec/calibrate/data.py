@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from sparsec.arguments import check_seed, checked
-from sparsec.calibrate.sequences import LENGTH
-from sparsec.data.text import Text, load_text
+from sparsec.calibrate.sequences import LENGTH, MOST, Sequences
+from sparsec.data.text import Text, load_text, second_text
 from sparsec.data.tokens import cut_text
 from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
 
 SEQUENCES = 32
+BESIDE = 2
+"""Sequences of another text than the one that is trained on, to tell how that fares."""
 _TOKENS_PER_CALL = 1024
 _NO_LABEL = -100
 INPUTS = frozenset({"input_ids", "attention_mask"})
@@ -35,6 +37,8 @@ class CalibrationData:
 
     calls: tuple[tuple[Tensor, ...], ...]
     source: str
+    training: CalibrationData | None = None  # what to train on, where that is more
+    beside: Callable[[], CalibrationData | None] = lambda: None  # some of another text, where there is a tokenizer
 
     @property
     def uniform(self) -> bool:
@@ -66,7 +70,23 @@ def windows(
     limit: int | None = None,
     bos: bool = True,
 ) -> tuple[Tensor, str]:
-    """Token ids [sequences, length] out of a text, and in words where they come from.
+    """Token ids [sequences, length] out of a text, and in words where they come from: those of `from_text`."""
+    found = from_text(text, tokenizer, sequences, length, seed, limit, bos)
+    assert isinstance(found.tokens, Tensor)
+    return found.tokens, found.source
+
+
+@checked
+def from_text(
+    text: str | Text | None,
+    tokenizer: Any,
+    sequences: int = SEQUENCES,
+    length: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    bos: bool = True,
+) -> Sequences:
+    """Token ids [sequences, length] drawn from a text, and with them the whole text as such sequences.
 
     text: a file, `dataset:NAME[,...]` (of its split train, if none is named), a Text, or None for the second half of the embedded
     text (its first half is what evaluation starts with). It is tokenised as one string; windows do not overlap and are drawn at
@@ -95,7 +115,28 @@ def windows(
     generator = torch.Generator().manual_seed(check_seed(seed))
     chosen = torch.randperm(len(cut.windows), generator=generator)[:sequences].sort().values
     source = f"{sequences} sequences of {length} tokens of {name} (sha256 {read.sha256[:16]}, seed {seed})"
-    return cut.windows[chosen], f"{source}, {cut.beginning.protocol}"
+    whole = cut.windows[: MOST // length]
+    named = f"{len(whole)} sequences of {length} tokens, all of {name} (sha256 {read.sha256[:16]}), {cut.beginning.protocol}"
+
+    return Sequences(
+        cut.windows[chosen],
+        f"{source}, {cut.beginning.protocol}",
+        text=(whole, named),
+        beside=another_text(read.name, tokenizer, length, bos),
+    )
+
+
+def another_text(name: str, tokenizer: Any, length: int, bos: bool) -> Callable[[], tuple[Tensor, str]] | None:
+    """Gives a few sequences of another text than the one of that name, and what they are; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+
+    def some() -> tuple[Tensor, str]:
+        other = second_text(name)
+        tokens = cut_text(other.content, tokenizer, length, bos).windows[:BESIDE]
+        return tokens, f"{len(tokens)} sequences of {length} tokens of {other.name} (sha256 {other.sha256[:16]})"
+
+    return some
 
 
 @checked

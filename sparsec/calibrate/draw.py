@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import IOBase
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from sparsec.calibrate.data import SEQUENCES, CalibrationData, samples, takes_tokens, windows
+from sparsec.calibrate.data import SEQUENCES, CalibrationData, another_text, from_text, samples, takes_tokens
 from sparsec.calibrate.self_written import SELF, own_text
 from sparsec.calibrate.sequences import Sequences, sequences
 from sparsec.data.text import Text
@@ -48,13 +48,10 @@ class Draw:
 
     def before_trace(self, given: CalibrationInput, plain: bool) -> CalibrationData | Sequences | Unread | None:
         """plain: a module with example inputs. Raises DataError."""
-        if given is None or isinstance(given, CalibrationData):
+        if given is None or isinstance(given, CalibrationData | Sequences):
             return given
-        if isinstance(given, str) and given == SELF:
-            return Sequences(*self._own_text())
         if isinstance(given, str | Path | Text):
-            text = given if isinstance(given, Text) else str(given)
-            return Sequences(*self._windows(text))
+            return self.drawn(given if isinstance(given, Text) else str(given))
         if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str) and not isinstance(given[0], str):
             return Sequences(self._read(given[0]).tokens, given[1])  # as `windows` gives them
         if plain:
@@ -64,9 +61,11 @@ class Draw:
             return Unread(list(given) if once else given)
         return self._read(given)
 
-    def from_text(self) -> Sequences:
-        """Out of the embedded text."""
-        return Sequences(*self._windows(None))
+    def drawn(self, text: str | Text | None = None) -> Sequences:
+        """From a text, by default the embedded one, or `self`: what the dense model writes. Raises DataError."""
+        if text == SELF:
+            return self._own_text()
+        return from_text(text, self.tokenizer, self.number, self.length, self.seed, self.limit, self.bos)
 
     def calls(self, graph: Graph, drawn: CalibrationData | Sequences | Unread | None) -> CalibrationData | None:
         """Raises DataError for what the graph cannot be called with."""
@@ -77,19 +76,27 @@ class Draw:
         if not isinstance(drawn, Sequences):
             return drawn
         graph.notes += [note for note in drawn.notes if note not in graph.notes]
-        return samples(graph, drawn.tokens, drawn.source)
+        data = samples(graph, drawn.tokens, drawn.source)
+        if drawn.text is not None:
+            data = replace(data, training=samples(graph, *drawn.text))
+        if (beside := drawn.beside) is None:
+            return data
 
-    def _own_text(self) -> tuple[Tensor, str]:
+        def others() -> CalibrationData | None:
+            tokens, source = beside()
+            return samples(graph, tokens, source) if len(tokens) else None
+
+        return replace(data, beside=others)
+
+    def _own_text(self) -> Sequences:
         if self.model is None:
             raise DataError(
                 "calibration='self' needs the dense model, which is not at hand here; give token ids or a text"
             )
-        return own_text(
+        tokens, source = own_text(
             self.model, self.tokenizer, self.number, self.length, self.seed, self.limit, self.bos, self.progress
         )
-
-    def _windows(self, text: str | Text | None) -> tuple[Tensor, str]:
-        return windows(text, self.tokenizer, self.number, self.length, self.seed, self.limit, self.bos)
+        return Sequences(tokens, source, beside=another_text("", self.tokenizer, tokens.shape[1], self.bos))
 
     def _read(self, given: Any) -> Sequences:
         return sequences(given, self.tokenizer, self.length, self.limit, self.bos, self.pad)

@@ -7,7 +7,7 @@ ever see padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import IOBase
 from typing import Any
@@ -31,11 +31,17 @@ FORMS = (
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """tokens: int64 vectors, none of them empty, or [sequences, length]. source: in words. notes: what the user should hear."""
+    """tokens: int64 vectors, none of them empty, or [sequences, length]. source: in words. notes: what the user should hear.
+
+    text: of tokens drawn from one, all of its sequences [sequences, length] and what it is: what training uses. beside: gives some
+    of another text, to tell what training on this one does to others.
+    """
 
     tokens: Tensor | Sequence[Tensor]
     source: str
     notes: tuple[str, ...] = ()
+    text: tuple[Tensor, str] | None = None
+    beside: Callable[[], tuple[Tensor, str]] | None = None
 
 
 @checked

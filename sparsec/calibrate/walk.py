@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsec.arguments import checked
+from sparsec.calibrate.attention import CausalAttention
 from sparsec.calibrate.data import CalibrationData
 from sparsec.calibrate.dataflow import varying, views_of_weights, writes
 from sparsec.calibrate.sites import Operand, Site, find_sites, spans_by_block, spans_by_value, steps_of
@@ -25,7 +26,6 @@ from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
 from sparsec.memory import trim
 
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _Due = dict[fx.Node, list[tuple[Operand, Sequence[Sequence[Statistics]]]]]
 """What can be looked at once a node is computed: for each read the statistics of the sites that it belongs to."""
 FEEDS = ("pruned", "dense")
@@ -145,8 +145,7 @@ class _Walker:
                 self.lives[p] += node in self.varying
         self.shared: dict[fx.Node, Any] = {}
         self.states: list[dict[fx.Node, Any]] = [{} for _ in data.calls]
-        # The last attention mask seen, and whether it only hides the future.
-        self.mask: tuple[Tensor, bool] | None = None
+        self.attention = CausalAttention()
         self.rooms: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
     def run(self, start: int, end: int, watched: Mapping[Operand, Sequence[Sequence[Statistics]]], keep: bool) -> None:
@@ -212,8 +211,7 @@ class _Walker:
                     result = inputs[str(node.target)]
                 else:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-                    if node.target is _ATTENTION:
-                        args, kwargs = self._causal(args, kwargs)
+                    args, kwargs = self.attention.arguments(node, args, kwargs)
                     try:
                         result = node.target(*args, **kwargs)  # type: ignore[operator]
                     except (IndexError, RuntimeError) as error:
@@ -227,18 +225,6 @@ class _Walker:
             for used in node.all_input_nodes:
                 if forget.get(used, -1) == self.position[node]:
                     values.pop(used, None)
-
-    def _causal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same attention without its mask, where that only hides the future: the kernel then skips that half of the work."""
-        mask: Any = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        if len(args) > 4 or kwargs.get("is_causal") or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            return args, kwargs
-        if self.mask is None or self.mask[0] is not mask:
-            hides = mask.shape[-1] == mask.shape[-2] and torch.equal(mask, torch.ones_like(mask).tril())
-            self.mask = (mask, hides)
-        if not self.mask[1]:
-            return args, kwargs
-        return args[:3], {**kwargs, "attn_mask": None, "is_causal": True}
 
     def _stored(self, call: int, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
         """What is alive after a span, in the memory of what was alive before it where that fits.

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from sparsec import memory
-from sparsec.calibrate import LENGTH, SELF, SEQUENCES, own_text, windows
+from sparsec.calibrate import LENGTH, SELF, SEQUENCES, Sequences
+from sparsec.calibrate.draw import Draw
 from sparsec.data import LoadedModel, Text, load_text
 from sparsec.data.text import DATASET_PREFIX
 from sparsec.errors import DataError
@@ -128,10 +129,12 @@ def calibration(
     pipelines: Sequence[Pipeline],
     text: Text | None,
     progress: Progress | None = None,
-) -> tuple[torch.Tensor, str] | None:
+) -> Sequences | None:
     """Tokens to calibrate on, drawn by `args.seed`, and where they come from; None where no pass learns from them."""
     if not any(pipeline.learning for pipeline in pipelines):
         return None
     sequences, length = args.calibration_sequences, args.calibration_length
-    drawn = (loaded.tokenizer, sequences, length, args.seed, loaded.positions, args.bos)
-    return own_text(loaded.model, *drawn, progress) if args.calibration == SELF else windows(text, *drawn)
+    draw = Draw(
+        loaded.tokenizer, sequences, length, args.seed, args.bos, loaded.positions, None, loaded.model, progress
+    )
+    return draw.drawn(SELF if args.calibration == SELF else text)

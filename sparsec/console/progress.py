@@ -75,6 +75,11 @@ class StageLines:
         self._running: dict[str, Pace] = {}  # the outermost first
         self._said: dict[str, float] = {}  # when it last said something
         self._line = ""  # the stage whose line has no end yet
+        self._notes: dict[str, str] = {}
+
+    def note(self, what: str, text: str) -> None:
+        """Said with the next line of that stage."""
+        self._notes[what] = text
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """One step. A stage that ends takes those within it along."""
@@ -90,7 +95,7 @@ class StageLines:
             for name in reversed(names[names.index(what) :]):
                 self._end(name, now)
         elif what in self._said and now - self._said[what] >= SAY_EVERY:
-            parts = (f"{done} of {total}", _seconds(now - began), pace.left(now))
+            parts = (f"{done} of {total}", _seconds(now - began), pace.left(now), self._notes.get(what, ""))
             self._finish(what, ", ".join(part for part in parts if part))
             self._said[what] = now
 
@@ -110,6 +115,7 @@ class StageLines:
                 self._write(f"{'  ' * list(self._running).index(what)}  {seconds} in all\n")
             del self._said[what]
         del self._running[what]
+        self._notes.pop(what, None)
 
     def _finish(self, what: str, text: str) -> None:
         if self._line != what:
@@ -133,6 +139,20 @@ class _LeftColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         pace: Pace = task.fields["pace"]
         return Text(pace.left(perf_counter()))
+
+
+@dataclass
+class _Shown:
+    """The two halves of a `Noted`."""
+
+    step: Progress
+    put: Callable[[str, str], None]
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.step(what, done, total)
+
+    def note(self, what: str, text: str) -> None:
+        self.put(what, text)
 
 
 @contextmanager
@@ -162,7 +182,11 @@ def _bars(stream: TextIO) -> Iterator[Progress]:
                 for name in reversed(names[names.index(what) :]):  # it takes those within it along
                     end(name)
 
-        yield show
+        def note(what: str, text: str) -> None:
+            if what in tasks:
+                bars.update(tasks[what][0], description=f"{what}, {text}".replace("[", r"\["))
+
+        yield _Shown(show, note)
 
 
 def _seconds(seconds: float) -> str:

@@ -6,6 +6,7 @@ tokenising: the same text from Windows and from Linux must give the same number.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from sparsec.arguments import checked
 from sparsec.errors import DataError, MissingExtraError
 
 DATASET_PREFIX = "dataset:"
+EMBEDDED = "pydoc_data.topics"
 WAY_OUT = "give a UTF-8 text file, dataset:NAME[,CONFIG[,SPLIT[,COLUMN]]], or nothing for the embedded text"
 
 
@@ -43,6 +45,21 @@ def load_text(spec: str | None = None, split: str = "test") -> Text:
     if not text.content.strip():
         raise DataError(f"{text.name}: a text needs words, this one is empty; {WAY_OUT}")
     return text
+
+
+@checked
+def second_text(first: str) -> Text:
+    """Another text than the one of that name, of another kind: the embedded one, or beside that what the modules of Python's
+    standard library say of themselves."""
+    if not first.startswith(EMBEDDED):
+        return _embedded()
+    found = []
+    for path in sorted(Path(ast.__file__).parent.glob("*.py")):
+        try:
+            found.append(ast.get_docstring(ast.parse(path.read_bytes())) or "")
+        except (OSError, SyntaxError, ValueError):
+            continue
+    return Text("docstrings of the standard library", _normalise("\n\n".join(text for text in found if text)))
 
 
 def _normalise(text: str) -> str:
@@ -97,7 +114,7 @@ def _embedded() -> Text:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError("this Python comes without pydoc_data, the embedded text; give a UTF-8 text file") from error
-    return Text("pydoc_data.topics", _normalise("\n\n".join(topics[key] for key in sorted(topics))))
+    return Text(EMBEDDED, _normalise("\n\n".join(topics[key] for key in sorted(topics))))
 
 
 def _first_line(error: BaseException) -> str:

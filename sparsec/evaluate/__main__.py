@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparsec.calibrate import Sequences
 from sparsec.command_line import CommandLine
 from sparsec.console.command import (
     DTYPES,
@@ -118,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
         windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded), bos=args.bos)
         drawn = calibration(loaded[0], args, pipelines, learnt, progress)
         notes = [f"{each.name}: {note}" for each in loaded for note in each.notes]
-        notes += [f"calibrated on {drawn[1]}"] if drawn is not None else []
+        notes += [f"calibrated on {drawn.source}"] if drawn is not None else []
         saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None
         if saved is not None and saved.done:
             notes.append(f"{saved.done} windows were taken over from {saved.path}")
@@ -187,7 +188,7 @@ def _identity(
     loaded: Sequence[LoadedModel],
     windows: Windows,
     pipelines: Sequence[Pipeline],
-    drawn: tuple[torch.Tensor, str] | None,
+    drawn: Sequences | None,
 ) -> dict[str, Any]:
     """What a saved evaluation must be of, to be gone on with."""
     return {
@@ -199,7 +200,7 @@ def _identity(
         "device": args.device,
         "models": [f"{each.name} {fingerprint(each.model)}" for each in loaded],
         "passes": [str(pipeline) for pipeline in pipelines],
-        "calibration": None if drawn is None else drawn[1],
+        "calibration": None if drawn is None else drawn.source,
     }
 
 

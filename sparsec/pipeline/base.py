@@ -15,7 +15,7 @@ from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.memory import is_own, page_out
-from sparsec.progress import Progress, each_of
+from sparsec.progress import Noted, Progress, each_of
 
 T = TypeVar("T")
 
@@ -67,9 +67,11 @@ class Context:
             self.put(weight, new)
             page_out([old])
 
-    def step(self, what: str, done: int, total: int) -> None:
-        """Reports progress, where somebody listens."""
+    def step(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Reports progress, where somebody listens; a note, such as a loss, to those who take notes."""
         if self.progress is not None:
+            if note and isinstance(self.progress, Noted):
+                self.progress.note(what, note)
             self.progress(what, done, total)
 
     def each_of(self, what: str, items: Collection[T]) -> Iterator[T]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from sparsec.calibrate import Sequences
 from sparsec.command_line import CommandLine
 from sparsec.compiler import DEFAULT_PASSES, compile
 from sparsec.console.command import (
@@ -243,7 +244,7 @@ def _quality(
     loaded: LoadedModel,
     pipeline: Pipeline,
     planned: StudyPlan,
-    drawn: tuple[torch.Tensor, str] | None,
+    drawn: Sequences | None,
     progress: Progress,
 ) -> float:
     """The perplexity, of an encoder the cosine, that other passes give on the same windows; it does not matter how they lower."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from sparsec.calibrate import Sequences
 from sparsec.command_line import CommandLine
 from sparsec.console.command import (
     DTYPES,
@@ -257,7 +258,7 @@ def _identity(
     args: argparse.Namespace,
     loaded: LoadedModel,
     planned: StudyPlan,
-    drawn: tuple[torch.Tensor, str] | None,
+    drawn: Sequences | None,
     here: Machine,
 ) -> dict[str, Any]:
     """What the results depend on, beside the passes."""
@@ -272,7 +273,7 @@ def _identity(
         "window_length": planned.windows.length,
         "bos": planned.windows.beginning.token,
         "prompt_tokens": args.prompt_tokens,
-        "calibration": None if drawn is None else drawn[1],
+        "calibration": None if drawn is None else drawn.source,
         "cpu": here.cpu,
         "threads": torch.get_num_threads(),
     }

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparsec import memory
+from sparsec.calibrate import Sequences
 from sparsec.cost import machine_constants
 from sparsec.cost.constants import Found
 from sparsec.data import LoadedModel
@@ -47,7 +48,7 @@ def measured_report(
     planned: StudyPlan | None,
     instruments: Sequence[Instrument] = (),
     progress: Progress | None = None,
-    calibration: tuple[torch.Tensor, str] | None = None,
+    calibration: Sequences | None = None,
 ) -> tuple[Report, Any]:
     """Compiles the model and compares dense, masked, dense on sparsec's kernels and lowered; returns what it made, too.
 

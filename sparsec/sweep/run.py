@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from sparsec import memory
+from sparsec.calibrate import Sequences
 from sparsec.compiler import compile, extend
 from sparsec.data import LoadedModel
 from sparsec.errors import SparsecError
@@ -94,7 +95,7 @@ def measure_cells(
     loaded: LoadedModel,
     planner: Planner,
     planned: StudyPlan,
-    calibration: tuple[torch.Tensor, str] | None,
+    calibration: Sequences | None,
     done: Mapping[str, CellResult],
     keep: Callable[[CellResult], None],
     progress: Progress | None = None,
@@ -145,7 +146,7 @@ class _Run:
         self,
         loaded: LoadedModel,
         planned: StudyPlan,
-        calibration: tuple[torch.Tensor, str] | None,
+        calibration: Sequences | None,
         progress: Progress | None,
     ) -> None:
         self.model, self.planned, self.calibration, self.progress = loaded.model, planned, calibration, progress

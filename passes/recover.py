@@ -1,0 +1,350 @@
+"""Recover: trains what pruning left, under the masks, towards the dense model.
+
+Every mask stays exactly what it is: a pruned weight has no gradient and no moment in the optimiser, and is zero after every step.
+Sources: distillation with hidden states (arXiv:2310.06927), block by block (arXiv:2402.12419), norms alone and low-rank products
+under the mask (arXiv:2312.15230).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsec.calibrate import CalibrationData
+from sparsec.calibrate.dataflow import varying
+from sparsec.errors import PipelineError, RecoverError, SpecError, some
+from sparsec.ir.graph import Graph
+from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.options import check_choice, check_positive
+from sparsec.pipeline.pruning import NO_CALIBRATION
+from sparsec.recover.blocks import BlockByBlock
+from sparsec.recover.loop import OPTIMIZERS, SCHEDULES, Progressed, Settings, Training, resume, training_state
+from sparsec.recover.precision import DTYPES, Compute, precision
+from sparsec.recover.regrow import WAYS, Regrowth
+from sparsec.recover.state import StateFolder
+from sparsec.recover.stretches import Read, Stretches
+from sparsec.recover.student import LowRank, Student, Whole, write_trained
+from sparsec.recover.text import Call, TrainingText, training_text
+from sparsec.recover.whole import Towards, WholeModel
+
+METHODS = ("distill", "blocks", "norms", "lora")
+RATES = {"distill": 2e-4, "blocks": 2e-4, "norms": 1e-3, "lora": 5e-4}
+MINUTES = 10.0
+ACTIVATIONS = 1 << 30
+"""Bytes of activations from which they are computed again for their gradients, and not kept."""
+
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Recover(Pass):
+    """Trains the masked weights, norms and biases towards the dense model, on the calibration text.
+
+    method: `distill` trains the whole model towards the dense one's logits; `blocks` each block's attention and MLP towards the
+    dense one's outputs, one after the other, in little memory; `norms` trains norms and biases alone, towards the logits;
+    `lora` low-rank products under the masks, merged in the end. steps or minutes: how long (10 minutes; of `blocks`, steps are
+    those of each half of a block). learning_rate: at its highest, after a short warm-up; schedule: how it falls. batch:
+    sequences of a step; length: sequences are cut to so many tokens. cross_entropy: share of what comes next in the text beside
+    the dense model's logits; hidden: weight of the hidden states' relative error; temperature: of both distributions. rank,
+    alpha: of `lora`. regrow: masks move while training (`distill` alone): every regrow_every steps the weakest weights go and
+    others come, where the gradient is largest (`rigl`) or at random (`set`); regrow_share of the kept ones at first, fewer
+    later. dtype: to compute products in; auto: bfloat16 where that is faster here. recompute: activations are computed twice
+    instead of kept; None: where they take more than 1 GB. checkpoint: a folder that keeps the state; a run that was stopped
+    goes on from it.
+    """
+
+    name: ClassVar[str] = "recover"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    examples: ClassVar[tuple[str, ...]] = (
+        "magnitude(0.5),freeze,recover(steps=2)",
+        "wanda(0.5),freeze,recover(method='blocks', steps=2)",
+        "magnitude(0.5),freeze,recover(method='norms', steps=2, batch=2, optimizer='sgd')",
+        "magnitude(0.5),freeze,recover(method='lora', rank=2, steps=2)",
+    )
+    wants: ClassVar[str] = "a text to train on"
+
+    method: str = "distill"
+    steps: int | None = field(default=None, kw_only=True)
+    minutes: float | None = field(default=None, kw_only=True)
+    learning_rate: float | None = field(default=None, kw_only=True)
+    schedule: str = field(default="cosine", kw_only=True)
+    batch: int = field(default=1, kw_only=True)
+    length: int | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    optimizer: str = field(default="adamw", kw_only=True)
+    weight_decay: float = field(default=0.0, kw_only=True)
+    cross_entropy: float = field(default=0.0, kw_only=True)
+    hidden: float = field(default=0.0, kw_only=True)
+    temperature: float = field(default=1.0, kw_only=True)
+    rank: int = field(default=16, kw_only=True)
+    alpha: float = field(default=32.0, kw_only=True)
+    regrow: str | None = field(default=None, kw_only=True)
+    regrow_share: float = field(default=0.3, kw_only=True)
+    regrow_every: int = field(default=20, kw_only=True)
+    dtype: str = field(default="auto", kw_only=True)
+    recompute: bool | None = field(default=None, kw_only=True)
+    checkpoint: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_choice(self.method, "method", METHODS)
+        check_choice(self.schedule, "schedule", SCHEDULES)
+        check_choice(self.optimizer, "optimizer", OPTIMIZERS)
+        check_choice(self.dtype, "dtype", DTYPES)
+        check_choice(self.recompute, "recompute", (None, True, False))
+        check_choice(self.regrow, "regrow", (None, *WAYS))
+        if self.regrow is not None and self.method != "distill":
+            raise SpecError(
+                f"regrow={self.regrow!r} moves masks while the whole model trains: method='distill', got {self.method!r}"
+            )
+        _check_number(self.regrow_share, "regrow_share", above=0.0, most=1.0)
+        for name in ("batch", "rank", "regrow_every"):
+            check_positive(getattr(self, name), name)
+        for name in ("steps", "length"):
+            if getattr(self, name) is not None:
+                check_positive(getattr(self, name), name)
+        if self.length == 1:
+            raise SpecError("length must be at least 2 tokens, got 1: each token is learned from those before it")
+        if self.steps is not None and self.minutes is not None:
+            raise SpecError(f"steps={self.steps} and minutes={self.minutes} both say how long to train; leave one out")
+        if self.minutes is not None:
+            _check_number(self.minutes, "minutes", above=0.0)
+        if self.learning_rate is not None:
+            _check_number(self.learning_rate, "learning_rate", above=0.0)
+        _check_number(self.weight_decay, "weight_decay")
+        _check_number(self.cross_entropy, "cross_entropy", most=1.0)
+        _check_number(self.hidden, "hidden")
+        _check_number(self.temperature, "temperature", above=0.0)
+        _check_number(self.alpha, "alpha", above=0.0)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise SpecError(f"seed must be a whole number from 0 on, got {self.seed!r}")
+        if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
+            raise SpecError(f"checkpoint must be the path of a folder, got {self.checkpoint!r}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def needs_dense(self) -> bool:
+        """Unless it only learns what comes next in the text."""
+        return self.method == "blocks" or self.cross_entropy < 1 or self.hidden > 0
+
+    @property
+    def settings(self) -> Settings:
+        """For the loop."""
+        return Settings(
+            steps=self.steps,
+            minutes=None if self.steps is not None else float(MINUTES if self.minutes is None else self.minutes),
+            learning_rate=RATES[self.method] if self.learning_rate is None else self.learning_rate,
+            schedule=self.schedule,
+            batch=self.batch,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            regrowth=None
+            if self.regrow is None
+            else Regrowth(self.regrow, self.regrow_share, self.regrow_every, self.seed),
+        )
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Raises PipelineError without calibration data or a dense model, DataError, RecoverError."""
+        if context.calibration is None:
+            raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
+        teacher = _teacher(graph, context) if self.needs_dense else None
+        names = _trained(graph, self.method)
+        text = training_text(graph, context.calibration, self.length, self.batch)
+        compute = precision(self.dtype, graph)
+        work = _Work(self, graph, context, text, teacher, names, Stretches(graph), compute)
+        try:
+            return work.run()
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise RecoverError(
+                f"recover ran out of memory: {str(error).splitlines()[0]}; take a smaller batch= (now {self.batch}), a shorter "
+                "length=, recompute=True, or method='blocks', which holds one block's activations"
+            ) from error
+
+
+@dataclass
+class _Work:
+    """One run of the pass."""
+
+    options: Recover
+    graph: Graph
+    context: Context
+    text: TrainingText
+    teacher: Read | None
+    names: list[str]
+    stretches: Stretches
+    compute: tuple[str, Compute]
+
+    def run(self) -> PassResult:
+        options, text = self.options, self.text
+        folder = None
+        if options.checkpoint is not None:
+            told = f"{replace(options, checkpoint=None)} {self.compute[0]}"
+            folder = StateFolder.open(options.checkpoint, self.graph, self.names, text, told)
+        self._looking = self._model(self.graph.read, (*text.held, *text.second), Towards())
+        before = self._figures()
+        at = self._blocks(folder) if options.method == "blocks" else self._whole(folder)
+        after = self._figures()
+        how = f"{at.steps} steps, {at.tokens:,} tokens, {at.seconds / 60:.1f} min, {self.compute[0]}"
+        summary = f"{options.method}: {_told(before[0], after[0])} on {len(text.held)} sequences held out of {text.source}; {how}"
+        notes = [f"recover: {note}" for note in at.notes]
+        if text.second:
+            notes.append(
+                f"recover: on a text that was not trained on, {text.second_source}: {_told(before[1], after[1])}"
+            )
+        elif text.stackable:
+            notes.append(
+                "recover: no second text was looked at, since token ids came without one; calibrate on a text with tokenizer= to "
+                "see what training on it does to others"
+            )
+        return PassResult(changed=at.steps > 0, summary=summary, notes=tuple(notes))
+
+    def _whole(self, folder: StateFolder | None) -> Progressed:
+        options = self.options
+        student = self._student(self.names)
+        model = self._model(student.read, (*self.text.trained, *self.text.held))
+        count = len(self.text.trained)
+        held = range(count, count + len(self.text.held))
+        model.recompute = self._recomputes(model) if options.recompute is None else options.recompute
+        training = Training(
+            student, options.settings, count, model.gradients, lambda: model.loss(held), tell=self._tell
+        )
+        if folder is not None:
+            found = folder.load()
+            if found is not None:
+                resume(training, *found)
+                training.at.notes.append(f"went on from step {training.at.steps}, from {options.checkpoint}")
+            training.keep = lambda now: folder.save(*training_state(now))
+        at = training.run()
+        student.settle(self.context)
+        return at
+
+    def _blocks(self, folder: StateFolder | None) -> Progressed:
+        work = BlockByBlock(
+            self.stretches,
+            self.text,
+            self.names,
+            self._student,
+            lambda student: student.settle(self.context),
+            self.graph.read,
+            self._teaching(),
+            self.options.settings,
+            self.compute[1],
+            varying(self.stretches.steps, CalibrationData((*self.text.trained, *self.text.held), ""), set()),
+            self._tell,
+        )
+        found = None if folder is None else folder.load()
+        if found is not None:
+            tensors, numbers = found
+            write_trained(self.graph, tensors, self.context)
+            work.done = numbers["stretches"]
+            work.at = Progressed(**{name: numbers[name] for name in ("steps", "tokens", "seconds", "notes")})
+            work.at.notes.append(f"went on from stretch {work.done}, from {self.options.checkpoint}")
+        if folder is not None:
+            work.keep = lambda done, at: folder.save(
+                {name: self.graph.tensor(name) for name in self.names},
+                {"stretches": done, "steps": at.steps, "tokens": at.tokens, "seconds": at.seconds, "notes": at.notes},
+            )
+        return work.run()
+
+    def _student(self, names: Sequence[str]) -> Student:
+        if self.options.method == "lora":
+            return LowRank(self.graph, names, self.options.rank, self.options.alpha, self.options.seed)
+        return Whole(self.graph, names, self.context)
+
+    def _teaching(self) -> Read:
+        assert self.teacher is not None
+        return self.teacher
+
+    def _model(self, student: Read, sequences: Sequence[Call], towards: Towards | None = None) -> WholeModel:
+        options = self.options
+        wanted = Towards(options.cross_entropy, options.hidden, options.temperature) if towards is None else towards
+        stackable = self.text.stackable
+        return WholeModel(
+            self.stretches, sequences, student, self.teacher, wanted, self.compute[1], stackable=stackable
+        )
+
+    def _figures(self) -> tuple[Figures, Figures]:
+        """Of the graph as it is, on what is held out and on the second text."""
+        held = range(len(self.text.held))
+        return self._figures_on(held), self._figures_on(range(len(held), len(held) + len(self.text.second)))
+
+    def _figures_on(self, numbers: range) -> Figures:
+        if not numbers:
+            return {}
+        losses = self._looking.losses(numbers)
+        if self.stretches.head() is None:
+            return {"relative error of the outputs": losses.error}
+        perplexity = {"perplexity": math.exp(min(losses.cross_entropy, 700.0))}
+        return perplexity if self.teacher is None else {"KL from the dense model": losses.divergence, **perplexity}
+
+    def _recomputes(self, model: WholeModel) -> bool:
+        return model.activations(0) > ACTIVATIONS
+
+    def _tell(self, share: float, text: str) -> None:
+        self.context.step(f"recover {self.options.method}", round(1000 * share), 1000, text)
+
+
+def _told(before: Figures, after: Figures) -> str:
+    return ", ".join(f"{what} {value:.4g} -> {after[what]:.4g}" for what, value in before.items())
+
+
+def _teacher(graph: Graph, context: Context) -> Read:
+    """Reads the dense model's parameters by their names in the graph."""
+    dense = context.dense
+    missing = [w.name for w in graph.masked() if w.name not in dense]
+    if missing:
+        raise RecoverError(
+            f"recover needs the dense model to learn from, and {some(missing)} of it is no longer held; give it as "
+            "teacher= to sparsec.extend, or put recover into the passes of sparsec.compile; "
+            "recover(cross_entropy=1.0) learns from the text alone"
+        )
+
+    def read(target: str) -> Any:
+        if target in dense:
+            return dense[target]
+        value = graph.read(target)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    return read
+
+
+def _trained(graph: Graph, method: str) -> list[str]:
+    """Weights with masks, and what has one dimension: norms and biases."""
+    masked = [w.name for w in graph.masked()]
+    if not masked:
+        raise RecoverError(
+            "recover trains under masks, and no weight has one; prune first, for instance with wanda(0.5),freeze"
+        )
+    spare = [w.name for w in graph.weights.values() if len(w.shape) == 1 and w.dtype.is_floating_point]
+    if method == "norms" and not spare:
+        raise RecoverError(
+            "recover(method='norms') trains norms and biases, and this model has none; take method='distill'"
+        )
+    return {"norms": spare, "lora": masked}.get(method, [*masked, *spare])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    texts = ("not enough memory", "out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error).lower() for t in texts)
+
+
+def _check_number(value: Any, name: str, above: float | None = None, most: float = math.inf) -> None:
+    """Finite, at least 0 or more than `above`, at most `most`."""
+    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not number or value < 0 or value > most or (above is not None and value <= above):
+        rule = f"above {above:g}" if above is not None else f"from 0 to {most:g}" if most < math.inf else "0 or more"
+        raise SpecError(f"{name} must be a number {rule}, got {value!r}")

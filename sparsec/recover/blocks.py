@@ -1,0 +1,159 @@
+"""Stretch by stretch: each block's attention, then its MLP, is trained to make what the dense one makes, on what the recovered
+ones before it give it. Only the activations between two stretches are held.
+
+After EBFT (arXiv:2402.12419), whose blocks are whole ones; halves of a block do as well (arXiv:2510.14444).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsec.recover.loop import Progressed, Settings, Training
+from sparsec.recover.losses import relative_error
+from sparsec.recover.precision import Compute
+from sparsec.recover.stretches import Read, Stretch, Stretches, Values
+from sparsec.recover.student import Student
+from sparsec.recover.text import TrainingText
+
+
+@dataclass
+class BlockByBlock:
+    """student: makes the one that trains some weights; its result is put into the graph before the next stretch. names: weights to
+    train. varying: nodes whose values differ from call to call. done: stretches that are trained already, by number."""
+
+    stretches: Stretches
+    text: TrainingText
+    names: Sequence[str]
+    student: Callable[[Sequence[str]], Student]
+    settle: Callable[[Student], None]
+    stored: Read
+    teacher: Read
+    settings: Settings
+    precision: Compute
+    varying: set[fx.Node]
+    tell: Callable[[float, str], None]
+    keep: Callable[[int, Progressed], None] = lambda number, at: None
+    done: int = 0
+    at: Progressed = field(default_factory=Progressed)
+
+    def run(self) -> Progressed:
+        """Trains every stretch that has something to train."""
+        begun = perf_counter() - self.at.seconds
+        calls = [*self.text.trained, *self.text.held]
+        mine: list[Values] = [{} for _ in calls]
+        theirs: list[Values] = [{} for _ in calls]
+        stretches = self.stretches.stretches
+        own = [self._trained(stretch) for stretch in stretches]
+        sizes = [sum(self.stretches.graph.weights[name].numel for name in names) for names in own]
+        for i, stretch in enumerate(stretches):
+            if not any(own[i:]):
+                break
+            first = perf_counter()
+            theirs = self._moved(stretch, calls, theirs, self.teacher)
+            if own[i] and i >= self.done and not self.at.stopped:
+                moving = perf_counter() - first  # once for the teacher, once for the student, in each stretch to come
+                settings = self._settings(begun, 2 * moving * (len(stretches) - i), sizes[i] / max(1, sum(sizes[i:])))
+                if settings is not None:
+                    self._train(stretch, own[i], calls, mine, theirs, settings, (sum(sizes[:i]), sizes[i], sum(sizes)))
+                self.at.seconds = perf_counter() - begun
+                self.keep(i + 1, self.at)
+            mine = self._moved(stretch, calls, mine, self.stored)
+        self.at.seconds = perf_counter() - begun
+        return self.at
+
+    def _settings(self, begun: float, moving: float, share: float) -> Settings | None:
+        """Of one stretch: its share of the minutes that are left; None where none are."""
+        if self.settings.minutes is None:
+            return self.settings
+        left = (60 * self.settings.minutes - (perf_counter() - begun) - moving) * share
+        return replace(self.settings, minutes=left / 60) if left > 0 else None
+
+    def _trained(self, stretch: Stretch) -> list[str]:
+        """What is trained and read there: matrices with masks, and the norms and biases beside them."""
+        steps = self.stretches.steps[stretch.start : stretch.end]
+        read = {str(n.target) for step in steps for n in _stored(step)}
+        weights = self.stretches.graph.weights
+        found = [name for name in self.names if name in read]
+        return found if any(weights[name].mask is not None for name in found) else []
+
+    @torch.no_grad()
+    def _moved(
+        self, stretch: Stretch, calls: Sequence[tuple[Tensor, ...]], states: list[Values], read: Read
+    ) -> list[Values]:
+        """The states after a stretch. What does not differ from call to call is held once."""
+        shared: dict[tuple[torch.Size, ...], Values] = {}
+        moved = []
+        for call, values in zip(calls, states, strict=True):
+            with self.precision():
+                made = self.stretches.run(stretch.start, stretch.end, call, values, read)
+            same = shared.setdefault(tuple(t.shape for t in call), made)
+            moved.append({node: value if node in self.varying else same[node] for node, value in made.items()})
+        return moved
+
+    def _train(
+        self,
+        stretch: Stretch,
+        names: Sequence[str],
+        calls: Sequence[tuple[Tensor, ...]],
+        mine: Sequence[Values],
+        theirs: Sequence[Values],
+        settings: Settings,
+        weighed: tuple[int, int, int],
+    ) -> None:
+        student = self.student(names)
+        count = len(self.text.trained)
+        before, size, whole = weighed
+
+        def loss(number: int) -> Tensor:
+            with self.precision():
+                made = self.stretches.run(stretch.start, stretch.end, calls[number], mine[number], student.read)
+                goal = theirs[number]
+                nodes = [n for n in made if _floating(goal[n]) and n not in mine[number]]
+                return relative_error([made[n] for n in nodes], [goal[n] for n in nodes])
+
+        def gradients(numbers: Sequence[int]) -> tuple[float, int]:
+            total, tokens = 0.0, 0
+            for number in numbers:
+                found = loss(number) / len(numbers)
+                torch.autograd.backward(found)
+                total += float(found.detach())
+                tokens += calls[number][0].numel() if self.text.stackable else 1
+            return total, tokens
+
+        def held_out() -> float:
+            with torch.no_grad():
+                return sum(float(loss(i)) for i in range(count, len(calls))) / (len(calls) - count)
+
+        def tell(share: float, text: str) -> None:
+            self.tell((before + share * size) / max(1, whole), f"{stretch.name}, {text}")
+
+        training = Training(student, settings, count, gradients, held_out, tell)
+        found = training.run()
+        self.settle(student)
+        self.at.steps += found.steps
+        self.at.tokens += found.tokens
+        self.at.stopped |= found.stopped
+        self.at.notes += [f"{stretch.name}: {note}" for note in found.notes]
+
+
+def _stored(node: fx.Node) -> list[fx.Node]:
+    """Stored tensors that a node reads, through views of them too."""
+    found: list[fx.Node] = []
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        used = waiting.pop()
+        if used.op == "get_attr":
+            found.append(used)
+        elif used.all_input_nodes and all(n.op == "get_attr" for n in used.all_input_nodes):
+            waiting += used.all_input_nodes
+    return found
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,248 @@
+"""The training loop: steps or minutes, a learning rate that falls, gradients of a batch, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import RecoverError
+from sparsec.recover.losses import finite
+from sparsec.recover.regrow import Regrowth
+from sparsec.recover.student import Student
+
+LOOKS = 8
+"""How often the loss on the sequences that are held out is taken."""
+SAVE_EVERY = 180.0
+"""Seconds, at least, between two saved states."""
+_WARM = 0.05
+_LOWER = 0.5
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda leaves, rate, decay: torch.optim.AdamW(
+        leaves, lr=rate, betas=(0.9, 0.95), weight_decay=decay, fused=True
+    ),
+    "sgd": lambda leaves, rate, decay: torch.optim.SGD(leaves, lr=rate, momentum=0.9, weight_decay=decay, fused=True),
+}
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+    "linear": lambda share: 1 - share,
+    "constant": lambda share: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. steps or minutes: one of them. batch: sequences of a step. clip: of the gradients' norm."""
+
+    steps: int | None = None
+    minutes: float | None = None
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    batch: int = 1
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    regrowth: Regrowth | None = None
+
+
+@dataclass
+class Progressed:
+    """How far a training is: what is saved, and what is told of it in the end."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: float = math.nan
+    after: float = math.nan
+    lowered: float = 1.0  # what the learning rate is multiplied with since a loss was NaN
+    notes: list[str] = field(default_factory=list)
+    stopped: bool = False  # by the user
+
+
+@dataclass
+class Training:
+    """One training of a student.
+
+    gradients: adds the gradients of some sequences, by their numbers, and returns (loss, tokens). held_out: the loss on what is not
+    trained on. count: of sequences. tell: called with (share done, text). keep: called now and then, to save what there is.
+    changed: called after every step, with its number and the share done.
+    """
+
+    student: Student
+    settings: Settings
+    count: int
+    gradients: Callable[[Sequence[int]], tuple[float, int]]
+    held_out: Callable[[], float]
+    tell: Callable[[float, str], None] = lambda share, text: None
+    keep: Callable[[Training], None] = lambda training: None
+    changed: Callable[[int, float], None] = lambda step, share: None
+    at: Progressed = field(default_factory=Progressed)
+    best: tuple[float, dict[str, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        self._optimize()
+
+    def _optimize(self) -> None:
+        settings = self.settings
+        self.optimizer = OPTIMIZERS[settings.optimizer](
+            list(self.student.leaves.values()), settings.learning_rate, settings.weight_decay
+        )
+
+    @property
+    def share(self) -> float:
+        """Done of the steps, or of the minutes."""
+        if self.settings.steps is not None:
+            return min(1.0, self.at.steps / self.settings.steps)
+        return min(1.0, self.at.seconds / (60 * (self.settings.minutes or 0.0)))
+
+    def run(self) -> Progressed:
+        """Trains to the end, or until the user interrupts; the student then has the best weights that were seen."""
+        start = perf_counter() - self.at.seconds
+        if self.best is None:
+            self.at.before = self.held_out()
+            if not finite(self.at.before):
+                raise RecoverError(
+                    "the loss is NaN or inf before the first step: the pruned model or its teacher computes no numbers; "
+                    "look for inf or NaN in the weights, or train in float32 (dtype='fp32')"
+                )
+            self.best = (self.at.before, self.student.kept())
+        saved = perf_counter()
+        try:
+            for batch in self._batches():
+                if self.share >= 1:
+                    break
+                place = int(self.share * LOOKS)
+                fine = self._step(batch)
+                self.at.seconds = perf_counter() - start
+                if not fine and not self._again():
+                    break
+                if int(self.share * LOOKS) > place:
+                    self._look()
+                if int(self.share * LOOKS) > place or perf_counter() - saved > SAVE_EVERY:
+                    self.at.seconds = perf_counter() - start
+                    self.keep(self)
+                    saved = perf_counter()
+        except KeyboardInterrupt:
+            self.at.stopped = True
+            self.at.notes.append(f"interrupted after {self.at.steps} steps; the best weights so far stay")
+            self._look()
+            self.keep(self)
+        assert self.best is not None
+        self.at.seconds = perf_counter() - start
+        self.at.after = self.best[0]
+        self.student.restore(self.best[1])
+        return self.at
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Numbers of sequences, all of them before one comes again; the same for the same seed, from the step that is next."""
+        size = min(self.settings.batch, self.count)
+        return islice(_batches(self.count, size, self.settings.seed), self.at.steps, None)
+
+    def _step(self, batch: Sequence[int]) -> bool:
+        """Whether it was taken: not where a loss or gradient is NaN."""
+        factor = SCHEDULES[self.settings.schedule](self.share) * min(1.0, (self.share + 1e-3) / _WARM)
+        rate = self.settings.learning_rate * self.at.lowered * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        began = perf_counter()
+        loss, tokens = self.gradients(batch)
+        regrowth = self.settings.regrowth
+        if regrowth is not None and finite(loss) and regrowth.due(self.at.steps, self.share):
+            self.student.move(regrowth, self.at.steps, self.share, self.optimizer)
+        self.student.clean()
+        leaves = [leaf for leaf in self.student.leaves.values() if leaf.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(leaves, self.settings.clip)
+        fine = finite(loss, norm)
+        if fine:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if fine:
+            self.at.steps += 1
+            self.at.tokens += tokens
+            self.changed(self.at.steps, self.share)
+            pace = tokens / max(1e-9, perf_counter() - began)
+            self.tell(self.share, f"loss {loss:.4g}, {pace:,.0f} tokens/s")
+        return fine
+
+    def _again(self) -> bool:
+        """After a NaN: from the last good weights with a lower rate, once."""
+        assert self.best is not None
+        self.student.restore(self.best[1])
+        where = f"the loss was NaN or inf in step {self.at.steps + 1}"
+        if self.at.lowered < 1:
+            self.at.notes.append(f"{where}, again: training ended, with the last good weights")
+            return False
+        self.at.lowered = _LOWER
+        self._optimize()
+        self.at.notes.append(
+            f"{where}: back to the last good weights, and on with a learning rate of "
+            f"{self.settings.learning_rate * _LOWER:g}"
+        )
+        return True
+
+    def _look(self) -> None:
+        loss = self.held_out()
+        assert self.best is not None
+        if finite(loss) and loss <= self.best[0]:
+            self.best = (loss, {})  # the old copy goes before the new one is made
+            self.best = (loss, self.student.kept())
+
+
+def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    epoch = 0
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            generator = torch.Generator().manual_seed(seed + epoch)
+            waiting += torch.randperm(count, generator=generator).tolist()
+            epoch += 1
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def training_state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, numbers) from which `resume` goes on: leaves, the optimiser's moments, and the best weights."""
+    assert training.best is not None
+    tensors = {f"now {name}": tensor for name, tensor in training.student.kept().items()}
+    tensors |= {f"best {name}": tensor for name, tensor in training.best[1].items()}
+    states = training.optimizer.state_dict()["state"]
+    for i, name in enumerate(training.student.leaves):
+        tensors |= {f"{what} {name}": torch.as_tensor(value) for what, value in states.get(i, {}).items()}
+    at = training.at
+    return tensors, {
+        "steps": at.steps,
+        "tokens": at.tokens,
+        "seconds": at.seconds,
+        "before": at.before,
+        "best": training.best[0],
+        "lowered": at.lowered,
+        "notes": list(at.notes),
+    }
+
+
+def resume(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Puts a training where `training_state` found it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        what, _, name = key.partition(" ")
+        found.setdefault(what, {})[name] = tensor
+    training.student.restore(found.pop("now"))
+    training.best = (numbers["best"], found.pop("best"))
+    names = list(training.student.leaves)
+    state = {
+        i: {what: held[name] for what, held in found.items() if name in held}
+        for i, name in enumerate(names)
+        if any(name in held for held in found.values())
+    }
+    whole = training.optimizer.state_dict()
+    training.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    at = training.at
+    at.steps, at.tokens, at.seconds = numbers["steps"], numbers["tokens"], numbers["seconds"]
+    at.before, at.lowered, at.notes = numbers["before"], numbers["lowered"], list(numbers["notes"])

@@ -1,0 +1,49 @@
+"""What products are computed in while training: float32, or bfloat16 by autocast where the machine is faster at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sparsec.ir.graph import Graph
+
+Compute = Callable[[], AbstractContextManager[Any]]
+"""Gives a context to compute in."""
+DTYPES = ("auto", "fp32", "bf16")
+_PAYS = 1.2
+_SIZE, _TIMES = 768, 5
+
+
+def precision(dtype: str, graph: Graph) -> tuple[str, Compute]:
+    """(name, what gives a context to compute in). A model stored in 16 bits computes in its own dtype."""
+    tensor = next(graph.module.parameters())
+    held = {w.dtype for w in graph.weights.values()}
+    if held != {torch.float32}:
+        return ", ".join(sorted(str(d).removeprefix("torch.") for d in held)), nullcontext
+    if dtype == "fp32" or (dtype == "auto" and not bf16_pays(tensor.device.type)):
+        return "float32", nullcontext
+    return "bfloat16 products", lambda: torch.autocast(tensor.device.type, torch.bfloat16)
+
+
+@cache
+def bf16_pays(device: str) -> bool:
+    """Whether products of bfloat16 matrices, with their gradients, take clearly less time here than float32. Measured once."""
+    if device != "cpu":
+        return bool(torch.cuda.is_bf16_supported())
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(_SIZE, _SIZE, dtype=dtype)
+        found = []
+        for _ in range(_TIMES):
+            start = perf_counter()
+            torch.nn.functional.linear(a, a)  # forward, by the input and by the weight
+            torch.mm(a, a)
+            torch.mm(a.t(), a)
+            found.append(perf_counter() - start)
+        times[dtype] = min(found)
+    return times[torch.float32] > _PAYS * times[torch.bfloat16]
