@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from architectures import tiny_model
 from peft import LoraConfig, get_peft_model
-from test_masked import Noise, X, came_back, fresh, masks
-from torch import nn
+from test_masked import Noise, X, came_back, fresh, masks, step
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -104,6 +104,33 @@ def test_an_optimiser_that_steps_within_the_backward() -> None:
     model(X).square().sum().backward()
     assert came_back(model, kept) == 0
     assert not any(each[model.get_parameter(n)].state_dict()["state"][0]["exp_avg"][~m].any() for n, m in kept.items())
+
+
+def test_a_tie_that_breaks_leaves_two_weights_under_one_mask() -> None:
+    """Regression: each run of the model gave both of them one more hook."""
+
+    class Twice(nn.Module):
+        """Two linears of one weight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            """x: [rows, 16]."""
+            result: Tensor = self.b(torch.relu(self.a(x)))
+            return result
+
+    model = sparsec.masked(sparsec.compile(Twice(), "magnitude(0.5),freeze", example_inputs=X))
+    kept = masks(model)["a.weight"]
+    model.b.weight = nn.Parameter(model.a.weight.detach().clone())
+    for _ in range(3):
+        step(model, Noise(model.parameters()))
+    for weight in (model.a.weight, model.b.weight):
+        assert not weight[~kept].any()
+        assert not weight.grad[~kept].any()
+        assert len(weight._backward_hooks) == 1
 
 
 def trainer(model: Any, folder: Path, **options: Any) -> Trainer:

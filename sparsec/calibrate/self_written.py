@@ -25,7 +25,7 @@ from sparsec.calibrate.sequences import LENGTH, MOST
 from sparsec.data.quiet import quiet
 from sparsec.data.tokens import NOTHING, beginning
 from sparsec.errors import CacheError, DataError, SparsecWarning, briefly
-from sparsec.ir.parts import is_encoder, is_encoder_decoder
+from sparsec.ir.parts import is_encoder, is_encoder_decoder, is_hugging_face
 from sparsec.progress import Progress
 
 SELF = "self"
@@ -92,10 +92,10 @@ def _refuse(model: nn.Module) -> None:
     if is_encoder(model) or is_encoder_decoder(model):
         what = "encodes text and writes none" if is_encoder(model) else "answers a text and writes none by itself"
         raise DataError(f"calibration='self': a {kind} {what}; {_WAY_OUT}")
-    if not callable(getattr(model, "generate", None)) or getattr(model, "config", None) is None:
+    if not is_hugging_face(model) or not callable(getattr(model, "generate", None)):
         raise DataError(
-            f"calibration='self' is for language models of transformers, and a {kind} has no generate; give calibration= what the "
-            "model is called with"
+            f"calibration='self' is for language models of transformers, whose generate writes, and a {kind} is none; give "
+            "calibration= what the model is called with"
         )
 
 

@@ -92,7 +92,7 @@ class Holding:
         self._guards: weakref.WeakKeyDictionary[Guard, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._visited: set[int] | None = None  # guards since the zeros were last looked at; None: they never were
         self._trained: set[str] = set()  # weights that a gradient came for since then, and no step that took it
-        self._watched: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
+        self._watched: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # by id: a tie that broke leaves two of one name
         me = weakref.ref(self)
 
         def before(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
@@ -220,7 +220,7 @@ class Holding:
 
     def _watch(self, name: str, parameter: Any) -> None:
         """Has the gradients of a parameter masked from now on."""
-        known = self._watched.get(name)
+        known = self._watched.get(id(parameter))
         if not parameter.requires_grad or (known is not None and known[0]() is parameter):
             return
         me = weakref.ref(self)
@@ -229,7 +229,7 @@ class Holding:
             holding = me()
             return gradient if holding is None else holding.masked_gradient(name, gradient)
 
-        self._watched[name] = weakref.ref(parameter), parameter.register_hook(mask)
+        self._watched[id(parameter)] = weakref.ref(parameter), parameter.register_hook(mask)
 
     def masked_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """A gradient of the weight `name`, exactly zero where that is pruned, whatever stood there."""
