@@ -262,8 +262,8 @@ def _strange_text(back: Mapping[str, int]) -> str:
     where = some([f"{n:,} in {name}" for name, n in back.items()])
     return (
         f"{sum(back.values()):,} pruned values were written past every optimiser, as by a merged adapter or a loaded state, and "
-        f"are zero again: {where}. So the model is not what was merged or loaded. An adapter loses nothing where it stays beside "
-        "the lowered model: sparsec.extend(model, 'lower(auto)') takes both"
+        f"are zero again: {where}. So the model is not what was merged or loaded. The pass recover(method='lora') trains an "
+        "adapter that merges without loss; another one keeps what it learnt beside the lowered model: sparsec.extend takes both"
     )
 
 
