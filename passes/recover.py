@@ -7,6 +7,7 @@ under the mask (arXiv:2312.15230).
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,13 +31,13 @@ from sparsec.recover.state import StateFolder
 from sparsec.recover.stretches import Read, Stretches
 from sparsec.recover.student import LowRank, Student, Whole, write_trained
 from sparsec.recover.text import Call, TrainingText, training_text
-from sparsec.recover.whole import Towards, WholeModel
+from sparsec.recover.whole import TOGETHER, Towards, WholeModel
 
 METHODS = ("distill", "blocks", "norms", "lora")
 RATES = {"distill": 2e-4, "blocks": 2e-4, "norms": 1e-3, "lora": 5e-4}
 MINUTES = 10.0
-ACTIVATIONS = 1 << 30
-"""Bytes of activations from which they are computed again for their gradients, and not kept."""
+ACTIVATIONS = 3 << 27
+"""Bytes of activations that are kept; further ones are computed again for their gradients."""
 
 
 Figures = dict[str, float]
@@ -55,7 +56,7 @@ class Recover(Pass):
     alpha: of `lora`. regrow: masks move while training (`distill` alone): every regrow_every steps the weakest weights go and
     others come, where the gradient is largest (`rigl`) or at random (`set`); regrow_share of the kept ones at first, fewer
     later. dtype: to compute products in; auto: bfloat16 where that is faster here. recompute: activations are computed twice
-    instead of kept; None: where they take more than 1 GB. checkpoint: a folder that keeps the state; a run that was stopped
+    instead of kept; None: those beyond 0.4 GB. checkpoint: a folder that keeps the state; a run that was stopped
     goes on from it.
     """
 
@@ -215,10 +216,11 @@ class _Work:
     def _whole(self, folder: StateFolder | None) -> Progressed:
         options = self.options
         student = self._student(self.names)
+        gc.collect()  # tracing leaves modules in circles, which would hold the weights as they were
         model = self._model(student.read, (*self.text.trained, *self.text.held))
         count = len(self.text.trained)
         held = range(count, count + len(self.text.held))
-        model.recompute = self._recomputes(model) if options.recompute is None else options.recompute
+        model.recompute = self._recomputed(model) if options.recompute is None else float(options.recompute)
         training = Training(
             student, options.settings, count, model.gradients, lambda: model.loss(held), tell=self._tell
         )
@@ -291,8 +293,13 @@ class _Work:
         perplexity = {"perplexity": math.exp(min(losses.cross_entropy, 700.0))}
         return perplexity if self.teacher is None else {"KL from the dense model": losses.divergence, **perplexity}
 
-    def _recomputes(self, model: WholeModel) -> bool:
-        return model.activations(0) > ACTIVATIONS
+    def _recomputed(self, model: WholeModel) -> float:
+        """So much that about ACTIVATIONS bytes are kept at once."""
+        batch = min(
+            len(self.text.trained), self.options.batch, max(1, TOGETHER // max(1, self.text.trained[0][0].numel()))
+        )
+        wanted = model.activations(0) * batch
+        return max(0.0, 1 - ACTIVATIONS / wanted) if wanted else 0.0
 
     def _tell(self, share: float, text: str) -> None:
         self.context.step(f"recover {self.options.method}", round(1000 * share), 1000, text)

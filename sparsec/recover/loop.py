@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsec.errors import RecoverError
+from sparsec.memory import trim
 from sparsec.recover.losses import finite
 from sparsec.recover.regrow import Regrowth
 from sparsec.recover.student import Student
@@ -163,6 +164,7 @@ class Training:
         if fine:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        trim()  # gradients come and go between activations: without this the heap grows by a third
         if fine:
             self.at.steps += 1
             self.at.tokens += tokens

@@ -109,15 +109,21 @@ def write_trained(graph: Graph, trained: Mapping[str, Tensor], context: Context)
 
 
 class Whole(Student):
-    """Every trained tensor is a leaf: the graph's own where it may be overwritten and is float32, else a float32 copy, from which
-    the graph's dtype is made."""
+    """Every trained tensor is a leaf: the graph's own where that is owned and float32, else a float32 copy, from which the graph's
+    dtype is made."""
 
     def __init__(self, graph: Graph, names: Iterable[str], context: Context) -> None:
         super().__init__(graph, names)
         for name in self.weights:
-            stored = graph.tensor(name).detach()
-            own = stored.dtype == torch.float32 and context.may_overwrite(name, stored)
-            self.leaves[name] = (stored if own else stored.to(torch.float32, copy=True)).requires_grad_()
+            stored = graph.tensor(name)
+            own = stored.dtype == torch.float32 and context.owns(name)
+            if own and not context.may_overwrite(
+                name, stored
+            ):  # lent memory: the graph gets the copy, and nothing is held twice
+                graph.replace_tensor(name, stored.detach().clone())
+                context.replaced(self.weights[name], stored, graph.tensor(name))
+            leaf = graph.tensor(name).detach()
+            self.leaves[name] = (leaf if own else leaf.to(torch.float32, copy=True)).requires_grad_()
 
     def read(self, target: str) -> Any:
         """The leaf, or what the graph holds for what is not trained."""

@@ -20,7 +20,7 @@ TOGETHER = 2048
 """Tokens of sequences of one length that are computed at once."""
 
 
-KNOWN = 1 << 28
+KNOWN = 3 << 25
 """Bytes of the teacher's last hidden states that are kept, so that a sequence that comes again is not run through it again."""
 
 
@@ -53,8 +53,8 @@ class Towards:
 class WholeModel:
     """Gradients and losses of a student on sequences, each a call of the graph with one sequence.
 
-    student, teacher: read the tensors to compute with. precision: gives the context to compute in. recompute: activations within a
-    stretch are computed again for its gradients, so that only what lies between stretches is kept.
+    student, teacher: read the tensors to compute with. precision: gives the context to compute in. recompute: share of the
+    stretches whose activations are computed again for their gradients, so that only what lies between them is kept.
     """
 
     stretches: Stretches
@@ -63,7 +63,7 @@ class WholeModel:
     teacher: Read | None
     towards: Towards
     precision: Compute
-    recompute: bool = False
+    recompute: float = 0.0
     stackable: bool = True
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class WholeModel:
         with self.precision():
             wanted, reached = self._taught(numbers, call, deep)
             with torch.set_grad_enabled(trains):
-                values, states = self._forward(call, self.student, deep, self.recompute and trains)
+                values, states = self._forward(call, self.student, deep, self.recompute if trains else 0.0)
                 extra = relative_error(states, reached) if states and reached else torch.zeros(())
             if self._head is None:
                 with torch.set_grad_enabled(trains):
@@ -180,13 +180,13 @@ class WholeModel:
                     self._known_bytes += size
         return values, []
 
-    def _forward(self, call: Call, read: Read, states: bool, recompute: bool = False) -> tuple[Values, list[Tensor]]:
+    def _forward(self, call: Call, read: Read, states: bool, recompute: float = 0.0) -> tuple[Values, list[Tensor]]:
         """What is alive before the head, and hidden states after each stretch where they are asked for."""
         values: Values = {}
         found: list[Tensor] = []
         frozen = read is not self.student
-        for start, end in pairwise(self._cuts):
-            if recompute:
+        for number, (start, end) in enumerate(pairwise(self._cuts)):
+            if number < recompute * (len(self._cuts) - 1):
                 values = checkpoint(self.stretches.run, start, end, call, values, read, use_reentrant=False)
             elif frozen:
                 with torch.no_grad():
