@@ -7,8 +7,8 @@ VENV ?= .venv
 # pull some gigabytes of CUDA libraries. Any requirement that pip reads will do.
 TORCH ?= torch==2.13.0
 EXTRAS ?= gguf,data,test,dev
-# The demo prunes with SparseGPT, calibrated on the text that Python's standard library carries, and shows beside it what magnitude does.
-PASSES ?= sparsegpt(0.4),freeze,sparsity,flops,fuse,lower(auto)
+# The demo prunes with ADMM, calibrated on the text that Python's standard library carries, and shows beside it what magnitude does.
+PASSES ?= admm(0.4),freeze,sparsity,flops,fuse,lower(auto)
 BESIDE ?= magnitude(0.4)
 CALIBRATION ?= --calibration-sequences 8 --calibration-length 512
 MODEL ?=

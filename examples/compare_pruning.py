@@ -1,4 +1,4 @@
-"""Magnitude, Wanda and SparseGPT side by side at one sparsity: what each does to a model's perplexity.
+"""Magnitude, Wanda, SparseGPT and ADMM side by side at one sparsity: what each does to a model's perplexity.
 
 python examples/compare_pruning.py                       # a small random model, which has nothing to lose
 python examples/compare_pruning.py MODEL                 # a folder, a GGUF file, a hub id
@@ -27,7 +27,7 @@ def main(
     held_out = cut(load_text(text), loaded.tokenizer, length, 2 if small else 16)
     models = {"dense": loaded.model}
     told = {}
-    for spec in (f"magnitude({share}, scope='layer')", f"wanda({share})", f"sparsegpt({share})"):
+    for spec in (f"magnitude({share}, scope='layer')", f"wanda({share})", f"sparsegpt({share})", f"admm({share})"):
         pruned = sparsec.compile(loaded.model, f"{spec},freeze", calibration=tokens)
         errors = [w.pruned.error for w in pruned.sparsec.graph.masked() if w.pruned.error is not None]
         told[spec] = f", layers err by {sum(errors) / len(errors):.4f} of their outputs" if errors else ""

@@ -178,9 +178,7 @@ def _better(pipeline: Pipeline) -> list[str]:
     """What loses less quality, where the weights were pruned without a look at data."""
     if all(each.name != "magnitude" for each in pipeline.passes):
         return []
-    return paragraph(
-        "magnitude looks at no data; sparsegpt(...) in its place takes minutes, and the text suffers far less"
-    )
+    return paragraph("magnitude looks at no data; admm(...) in its place takes minutes, and the text suffers far less")
 
 
 def _check_places(model: str, folder: str) -> None:

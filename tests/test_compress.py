@@ -46,7 +46,7 @@ def test_it_shows_what_is_written_before_and_after(tmp_path: Path, capsys: pytes
     assert "before" in out
     assert "after" in out
     assert "14 as bitmap" in out
-    assert "sparsegpt(...) in its place" in out
+    assert "admm(...) in its place" in out
     assert f"sparsec generate {tmp_path / 'm'}" in out
     assert "writing ..." in err
 

@@ -88,7 +88,7 @@ def test_the_summary_names_every_baseline_and_the_price(full: Any) -> None:
         in text
     )
     assert "quality perplexity 96.50 before, 1234 after; 2346 by magnitude(0.4) (8 x 64 tokens of a text)" in text
-    assert "to lose less, prune with sparsegpt" in text
+    assert "to lose less, prune with admm" in text
     assert "- a toy this small cannot show a gain" in text
 
 

@@ -89,7 +89,7 @@ def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
 
 def add_calibration(p: argparse.ArgumentParser) -> None:
     """The options of `calibration`."""
-    learn = p.add_argument_group("calibration, for passes such as wanda and sparsegpt")
+    learn = p.add_argument_group("calibration, for passes such as wanda and admm")
     learn.add_argument(
         "--calibration",
         metavar="FILE",

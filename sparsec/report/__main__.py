@@ -57,7 +57,7 @@ examples:
   python -m sparsec.report tiny --quick    # a small random model, in seconds
   python -m sparsec.report facebook/opt-125m --passes "magnitude(0.3),freeze,sparsity,flops,lower(csr32)"
   python -m sparsec.report my-model.gguf --print-ir changed --no-measure
-  python -m sparsec.report --passes "sparsegpt(0.5),freeze,sparsity,flops,fuse,lower(auto)" --calibration my.txt
+  python -m sparsec.report --passes "admm(0.5),freeze,sparsity,flops,fuse,lower(auto)" --calibration my.txt
   python -m sparsec.report --passes "wanda(0.4),freeze,sparsity,flops,fuse,lower(auto)" --beside "magnitude(0.4)"
   python -m sparsec.report tiny --no-measure --picture "layers.0.self_attn.*"
   python -m sparsec.report my-folder --device cuda --dtype bf16 --passes "wanda(0.7),freeze,sparsity,flops,lower(auto)"

@@ -129,7 +129,7 @@ def for_quality(report: ReportData) -> str | None:
     if not encodes and not predicts:
         return None
     if any(p.name == "magnitude" for p in report.passes) and not any(
-        p.name in ("wanda", "sparsegpt") for p in report.passes
+        p.name in ("wanda", "sparsegpt", "admm") for p in report.passes
     ):
-        return "to lose less, prune with sparsegpt(...) instead of magnitude(...)"
+        return "to lose less, prune with admm(...) instead of magnitude(...)"
     return None

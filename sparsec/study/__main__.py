@@ -56,7 +56,7 @@ examples:
   python -m sparsec.study tiny --passes "magnitude({zeros}),freeze,lower({layout})" --grid zeros=0.5,0.9 --grid layout=csr,bitmap
   python -m sparsec.study --preset seminar --json seminar.json             # SmolLM2-135M; stopped? run it again
   python -m sparsec.study --preset tipping --passes "wanda({zeros}, pattern='block:16x16'),freeze"
-  python -m sparsec.study my-model --passes "{method}(0.5),freeze,fuse,lower(auto)" --grid method=magnitude,wanda,sparsegpt
+  python -m sparsec.study my-model --passes "{method}(0.5),freeze,fuse,lower(auto)" --grid method=magnitude,wanda,admm
   python -m sparsec.study --preset seminar --html seminar.html --svg figures
   python -m sparsec.study --plan study.yaml --csv cells.csv --markdown cells.md
 

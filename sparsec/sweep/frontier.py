@@ -15,7 +15,7 @@ from sparsec.sweep.run import DENSE, CellResult
 from sparsec.sweep.tables import naming
 
 PASSES = ("{method}({zeros}),freeze,fuse,lower(auto)",)
-AXES = {"method": ("magnitude", "wanda", "sparsegpt"), "zeros": ("0.3", "0.4", "0.5", "0.6", "0.7")}
+AXES = {"method": ("magnitude", "wanda", "admm"), "zeros": ("0.3", "0.4", "0.5", "0.6", "0.7")}
 ON = "front"
 """Stands behind a figure by which a cell is on a front."""
 

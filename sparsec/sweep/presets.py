@@ -48,7 +48,7 @@ PRESETS = {
         "perplexity and the speed of decoding",
     ),
     "frontier": Preset(
-        "magnitude, wanda and sparsegpt at 30 to 70 % zeros, and the cells that no other one beats in quality and bytes, or time",
+        "magnitude, wanda and admm at 30 to 70 % zeros, and the cells that no other one beats in quality and bytes, or time",
         frontier,
     ),
 }

@@ -101,7 +101,7 @@ def _found(setup: str, zeros: str, cell: str, own: Variant, dense: Variant) -> S
         missed["time"] = _why_time(found.name, slow, times)
     if sizes is not None and (ratio := _over(own, dense)) is not None and ratio > NEAR:
         missed["perplexity"] = (
-            f"perplexity: magnitude looks at no data; {found.name} has {ratio:.1f} times that of dense. wanda and sparsegpt lose "
+            f"perplexity: magnitude looks at no data; {found.name} has {ratio:.1f} times that of dense. wanda and admm lose "
             "less"
         )
     return replace(found, missed=tuple(missed), reasons=tuple(missed.values()))

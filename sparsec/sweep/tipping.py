@@ -16,7 +16,7 @@ PLACE = "zeros"
 LADDER = tuple(f"{percent / 100:.2f}" for percent in range(5, 96, 2))
 """The sparsities among which a search looks: six cells tell 46 of them apart, and `never` from them."""
 PASSES = ("{method}({zeros}),freeze",)
-AXES = {"method": ("magnitude", "wanda", "sparsegpt")}
+AXES = {"method": ("magnitude", "wanda", "admm")}
 WORSE = 2.0
 """Times the dense model's perplexity: with more it has collapsed."""
 AGREES = 0.5
