@@ -67,8 +67,11 @@ class Recover(Pass):
     examples: ClassVar[tuple[str, ...]] = (
         "magnitude(0.5),freeze,recover(steps=2)",
         "wanda(0.5),freeze,recover(method='blocks', steps=2)",
-        "magnitude(0.5),freeze,recover(method='norms', steps=2, batch=2, optimizer='sgd')",
-        "magnitude(0.5),freeze,recover(method='lora', rank=2, steps=2)",
+        "magnitude(0.5),freeze,recover(steps=2, batch=2, optimizer='sgd')",
+        "magnitude(0.5),freeze,recover(method='lora', rank=2, alpha=4.0, steps=2, schedule='linear', weight_decay=0.1)",
+        "magnitude(0.5),freeze,recover(minutes=0.001, length=8, seed=1, temperature=2.0, dtype='fp32', recompute=True)",
+        "magnitude(0.5),freeze,recover(steps=2, learning_rate=0.001, cross_entropy=0.5, hidden=0.1)",
+        "magnitude(0.5),freeze,recover(steps=2, regrow='rigl', regrow_share=0.1, regrow_every=9)",
     )
     wants: ClassVar[str] = "a text to train on"
 

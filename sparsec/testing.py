@@ -150,13 +150,15 @@ def check_pass(
 
     Held: the declared effect, on `inputs`; facts true when computed again; the given model untouched by a bit; masked weights
     zero when frozen; a second run changes no mask. `after`: passes to run first. A pass that needs calibration gets `inputs`,
-    twice, and one that needs the dense model gets its parameters.
+    four times, and one that needs the dense model gets its parameters.
     """
     untouched = state_of(model)
     graph = trace(model, inputs)
     context = context or Context()
     if p.needs_calibration and context.calibration is None:
-        context.calibration = CalibrationData((tuple(graph.bind(inputs, {})),) * 2, "the example inputs, twice")
+        context.calibration = CalibrationData(
+            (tuple(graph.bind(inputs, {})),) * 4, "the example inputs, again and again"
+        )
     if p.needs_dense and not context.dense:
         context.dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     context.probe = graph.bind(inputs, {}) if len(inputs) == len(graph.inputs) else graph.example  # type: ignore[assignment]

@@ -332,7 +332,7 @@ def test_the_output_marks_which_cells_are_on_which_front(
     grid = ["--grid", "method=magnitude,wanda", "--grid", "zeros=0.25,0.5"]
     assert study.main(["tiny", "--preset", "frontier", *grid, *LITTLE]) == 0
     out = capsys.readouterr().out.split("== The fronts")[1]
-    rows = [line.split() for line in out.splitlines() if line.startswith(("dense", "magnitude", "wanda"))]
+    rows = [line.split() for line in out.splitlines() if line.startswith(("dense ", "magnitude ", "wanda "))]
     assert rows == [
         ["dense", "20.00", "0.0", "front", "1.00x", "front"],
         ["magnitude", "0.25", "45.00", "0.0", "1.33x", "front"],
@@ -368,7 +368,7 @@ def test_what_a_preset_found_stands_in_the_json(
             assert ("bytes" in setup["missed"]) == any(each.startswith("bytes") for each in setup["reasons"])
     elif preset == "tipping":
         assert (findings["perplexity_times"], findings["top1"]) == (2.0, 0.5)
-        assert [point["name"] for point in findings["points"]] == ["magnitude", "wanda", "sparsegpt"]
+        assert [point["name"] for point in findings["points"]] == ["magnitude", "wanda", "admm"]
         for point in findings["points"]:
             assert (point["sparsity_stands"], point["sparsity_collapses"]) == (0.49, 0.51)
             assert cells[point["stands"]]["values"]["zeros"] == "0.49"

@@ -17,6 +17,7 @@ from report_cases import model, report
 
 import sparsec
 import sparsec.report.__main__ as report_command
+from sparsec.console.table import terminal_width
 from sparsec.errors import CheckpointError, DataError
 from sparsec.page.report_charts import report_charts
 from sparsec.report.reread import reread
@@ -173,7 +174,7 @@ def test_the_command_shows_the_report_that_was_saved(
     measured = report()
     compiled.save_pretrained(tmp_path / "model", report=measured)
     assert report_command.main([str(tmp_path / "model"), "--json", str(tmp_path / "out.json")]) == 0
-    assert measured.text() in capsys.readouterr().out
+    assert measured.text(width=terminal_width()) in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_bytes())["summary"] == written(measured)["summary"]
     assert report_command.main([str(tmp_path / "model"), "--quick", "--passes", "freeze"]) == 2
     assert "leave out --passes, --quick" in capsys.readouterr().err
