@@ -28,7 +28,7 @@ from sparsec.patterns import CHUNK, Pattern
 from sparsec.pipeline.allocation import Share
 from sparsec.pipeline.base import Context, PassResult
 from sparsec.pipeline.options import check_positive
-from sparsec.pipeline.pruning import CalibratedPruning, check_finite
+from sparsec.pipeline.pruning import CalibratedPruning, check_finite, joined_masks
 
 RELAXATION = 1.5
 CHOOSING = 0.8
@@ -149,10 +149,7 @@ class ADMM(CalibratedPruning):
             return masks, [serial.masked(w.detach(), m) for w, m in zip(matrices, masks, strict=True)], []
         norms, inverse, notes = scaled_inverse(statistics.gram, self.damping, self.rho)
         weights = torch.cat([m.detach() for m in matrices]).float()
-        before = None
-        if any(m is not None for m in old):
-            pairs = zip(matrices, old, strict=True)
-            before = torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in pairs])
+        before = joined_masks(matrices, old)
         rows = [len(m) for m in matrices]
         chosen = None if self.keeps else shares
         solved, mask = alternate(weights * norms, inverse, chosen, pattern, rows, self.rounds, before)

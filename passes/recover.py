@@ -1,6 +1,6 @@
 """Recover: trains what pruning left, under the masks, towards the dense model.
 
-Every mask stays exactly what it is: a pruned weight has no gradient and no moment in the optimiser, and is zero after every step.
+Every mask stays exactly what it is, unless `regrow` moves it: a pruned weight has no gradient and no moment in the optimiser, and is zero after every step.
 Sources: distillation with hidden states (arXiv:2310.06927), block by block (arXiv:2402.12419), norms alone and low-rank products
 under the mask (arXiv:2312.15230).
 """
@@ -21,25 +21,25 @@ from sparsec.calibrate.dataflow import varying
 from sparsec.errors import PipelineError, RecoverError, SpecError, some
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_choice, check_positive
+from sparsec.pipeline.options import check_choice, check_number, check_positive
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.recover.blocks import BlockByBlock
-from sparsec.recover.loop import OPTIMIZERS, SCHEDULES, Progressed, Settings, Training, resume, training_state
+from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
 from sparsec.recover.precision import DTYPES, Compute, precision
 from sparsec.recover.regrow import WAYS, Regrowth
 from sparsec.recover.state import StateFolder
 from sparsec.recover.stretches import Read, Stretches
 from sparsec.recover.student import LowRank, Student, Whole, write_trained
 from sparsec.recover.text import Call, TrainingText, training_text
-from sparsec.recover.whole import TOGETHER, Towards, WholeModel
+from sparsec.recover.whole import Towards, WholeModel
 
 METHODS = ("distill", "blocks", "norms", "lora")
 RATES = {"distill": 2e-4, "blocks": 2e-4, "norms": 1e-3, "lora": 5e-4}
 MINUTES = 10.0
 ACTIVATIONS = 3 << 27
 """Bytes of activations that are kept; further ones are computed again for their gradients."""
-
-
+_COUNTED = ("steps", "tokens", "seconds", "notes")
+"""What a training block by block has done so far."""
 Figures = dict[str, float]
 
 
@@ -108,7 +108,7 @@ class Recover(Pass):
             raise SpecError(
                 f"regrow={self.regrow!r} moves masks while the whole model trains: method='distill', got {self.method!r}"
             )
-        _check_number(self.regrow_share, "regrow_share", above=0.0, most=1.0)
+        check_number(self.regrow_share, "regrow_share", above=0.0, most=1.0)
         for name in ("batch", "rank", "regrow_every"):
             check_positive(getattr(self, name), name)
         for name in ("steps", "length"):
@@ -119,14 +119,14 @@ class Recover(Pass):
         if self.steps is not None and self.minutes is not None:
             raise SpecError(f"steps={self.steps} and minutes={self.minutes} both say how long to train; leave one out")
         if self.minutes is not None:
-            _check_number(self.minutes, "minutes", above=0.0)
+            check_number(self.minutes, "minutes", above=0.0)
         if self.learning_rate is not None:
-            _check_number(self.learning_rate, "learning_rate", above=0.0)
-        _check_number(self.weight_decay, "weight_decay")
-        _check_number(self.cross_entropy, "cross_entropy", most=1.0)
-        _check_number(self.hidden, "hidden")
-        _check_number(self.temperature, "temperature", above=0.0)
-        _check_number(self.alpha, "alpha", above=0.0)
+            check_number(self.learning_rate, "learning_rate", above=0.0)
+        check_number(self.weight_decay, "weight_decay")
+        check_number(self.cross_entropy, "cross_entropy", most=1.0)
+        check_number(self.hidden, "hidden")
+        check_number(self.temperature, "temperature", above=0.0)
+        check_number(self.alpha, "alpha", above=0.0)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise SpecError(f"seed must be a whole number from 0 on, got {self.seed!r}")
         if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
@@ -228,7 +228,7 @@ class _Work:
             student, options.settings, count, model.gradients, lambda: model.loss(held), tell=self._tell
         )
         if folder is not None:
-            found = folder.load()
+            found = folder.load(*SAVED)
             if found is not None:
                 resume(training, *found)
                 training.at.notes.append(f"went on from step {training.at.steps}, from {options.checkpoint}")
@@ -251,17 +251,17 @@ class _Work:
             varying(self.stretches.steps, CalibrationData((*self.text.trained, *self.text.held), ""), set()),
             self._tell,
         )
-        found = None if folder is None else folder.load()
+        found = None if folder is None else folder.load("stretches", *_COUNTED)
         if found is not None:
             tensors, numbers = found
             write_trained(self.graph, tensors, self.context)
             work.done = numbers["stretches"]
-            work.at = Progressed(**{name: numbers[name] for name in ("steps", "tokens", "seconds", "notes")})
+            work.at = Progressed(**{name: numbers[name] for name in _COUNTED})
             work.at.notes.append(f"went on from stretch {work.done}, from {self.options.checkpoint}")
         if folder is not None:
             work.keep = lambda done, at: folder.save(
                 {name: self.graph.tensor(name) for name in self.names},
-                {"stretches": done, "steps": at.steps, "tokens": at.tokens, "seconds": at.seconds, "notes": at.notes},
+                {"stretches": done, **{name: getattr(at, name) for name in _COUNTED}},
             )
         return work.run()
 
@@ -298,10 +298,7 @@ class _Work:
 
     def _recomputed(self, model: WholeModel) -> float:
         """So much that about ACTIVATIONS bytes are kept at once."""
-        batch = min(
-            len(self.text.trained), self.options.batch, max(1, TOGETHER // max(1, self.text.trained[0][0].numel()))
-        )
-        wanted = model.activations(0) * batch
+        wanted = model.activations(0) * min(self.options.batch, model.together(0))
         return max(0.0, 1 - ACTIVATIONS / wanted) if wanted else 0.0
 
     def _tell(self, share: float, text: str) -> None:
@@ -350,11 +347,3 @@ def _trained(graph: Graph, method: str) -> list[str]:
 def _out_of_memory(error: BaseException) -> bool:
     texts = ("not enough memory", "out of memory", "can't allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error).lower() for t in texts)
-
-
-def _check_number(value: Any, name: str, above: float | None = None, most: float = math.inf) -> None:
-    """Finite, at least 0 or more than `above`, at most `most`."""
-    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if not number or value < 0 or value > most or (above is not None and value <= above):
-        rule = f"above {above:g}" if above is not None else f"from 0 to {most:g}" if most < math.inf else "0 or more"
-        raise SpecError(f"{name} must be a number {rule}, got {value!r}")

@@ -18,7 +18,7 @@ from sparsec.calibrate import Statistics
 from sparsec.errors import ActivationError, SpecError
 from sparsec.patterns import Pattern
 from sparsec.pipeline.options import check_positive
-from sparsec.pipeline.pruning import CalibratedPruning
+from sparsec.pipeline.pruning import CalibratedPruning, joined_masks
 
 BLOCK_SIZE = 128
 """The paper's."""
@@ -76,10 +76,7 @@ class SparseGPT(CalibratedPruning):
         rows = [len(m) for m in matrices]
         weights = torch.cat([m.detach() for m in matrices]).float()
         weights[:, dead] = 0
-        before = None
-        if any(m is not None for m in old):
-            pairs = zip(matrices, old, strict=True)
-            before = torch.cat([torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in pairs])
+        before = joined_masks(matrices, old)
         pattern, upper = Pattern.parse(self.pattern), factor.to(weights.dtype)
         mask = solve(weights, upper, shares, pattern, self._columns, rows, before)
         return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes

@@ -273,10 +273,6 @@ def targets() -> dict[str, Target]:
                 "step": None,
             },
         ),
-        "calibrate.from_text": Target(
-            calibrate.from_text,
-            lambda: {"text": TEXT, "tokenizer": tokenizer(), "sequences": 2, "length": 8, "seed": 0, "limit": None},
-        ),
         "calibrate.own_text": Target(
             calibrate.own_text,
             lambda: {

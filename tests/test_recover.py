@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,40 @@ def test_a_killed_run_goes_on_to_the_same_result(method: str, after: int, tmp_pa
     assert figures(again) == figures(whole)
 
 
+def test_a_killed_run_goes_on_after_a_loss_of_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Poisoned(Training):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            fine = self.gradients
+
+            def gradients(numbers: Any) -> tuple[float, int]:
+                loss, tokens = fine(numbers)
+                return (math.nan if (self.at.steps, self.at.skipped) == (2, 0) else loss), tokens
+
+            self.gradients = gradients
+
+    monkeypatch.setattr(recover_pass, "Training", Poisoned)
+    at = f", checkpoint={str(tmp_path / 'state')!r}"
+    whole = recovered("recover(steps=8, batch=2, learning_rate=0.003)")
+    saved, left = recover_pass.StateFolder.save, 5
+
+    def save(self: Any, *given: Any) -> None:
+        nonlocal left
+        saved(self, *given)
+        left -= 1
+        if not left:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover_pass.StateFolder, "save", save)
+        with pytest.raises(KilledError):
+            recovered(f"recover(steps=8, batch=2, learning_rate=0.003{at})")
+    again = recovered(f"recover(steps=8, batch=2, learning_rate=0.003{at})")
+    assert "NaN or inf in step 3" in told(again)
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_a_state_of_another_run_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     at = str(tmp_path / "state")
     recovered(f"recover(steps=2, checkpoint={at!r})")
@@ -305,6 +340,10 @@ def test_a_state_of_another_run_and_a_damaged_one_are_refused(tmp_path: Path) ->
     with pytest.raises(RecoverError, match="the state of another training"):
         recovered(f"recover(steps=2, checkpoint={at!r})", calibration=text(9))
     state = tmp_path / "state" / "recover.json"
+    whole = json.loads(state.read_text())
+    state.write_text(json.dumps({key: value for key, value in whole.items() if key != "skipped"}))
+    with pytest.raises(RecoverError, match="it has no 'skipped'"):
+        recovered(f"recover(steps=2, checkpoint={at!r})")
     state.write_text("{")
     with pytest.raises(RecoverError, match="no state of a training"):
         recovered(f"recover(steps=2, checkpoint={at!r})")

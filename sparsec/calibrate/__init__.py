@@ -1,6 +1,6 @@
 """Calibration of pruning: what every linear of a model is given, block by block, on some text."""
 
-from sparsec.calibrate.data import SEQUENCES, CalibrationData, from_text, samples, takes_tokens, windows
+from sparsec.calibrate.data import SEQUENCES, CalibrationData, samples, takes_tokens, windows
 from sparsec.calibrate.self_written import SELF, own_text
 from sparsec.calibrate.sequences import LENGTH, Sequences, sequences, strings
 from sparsec.calibrate.sites import Site
@@ -21,7 +21,6 @@ __all__ = [
     "Standing",
     "Statistics",
     "calibrate",
-    "from_text",
     "own_text",
     "samples",
     "sequences",

@@ -70,23 +70,7 @@ def windows(
     limit: int | None = None,
     bos: bool = True,
 ) -> tuple[Tensor, str]:
-    """Token ids [sequences, length] out of a text, and in words where they come from: those of `from_text`."""
-    found = from_text(text, tokenizer, sequences, length, seed, limit, bos)
-    assert isinstance(found.tokens, Tensor)
-    return found.tokens, found.source
-
-
-@checked
-def from_text(
-    text: str | Text | None,
-    tokenizer: Any,
-    sequences: int = SEQUENCES,
-    length: int | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    bos: bool = True,
-) -> Sequences:
-    """Token ids [sequences, length] drawn from a text, and with them the whole text as such sequences.
+    """Token ids [sequences, length] out of a text, and in words where they come from.
 
     text: a file, `dataset:NAME[,...]` (of its split train, if none is named), a Text, or None for the second half of the embedded
     text (its first half is what evaluation starts with). It is tokenised as one string; windows do not overlap and are drawn at
@@ -94,6 +78,15 @@ def from_text(
     length: None takes 1024, or what the model takes (`limit`) if that is less. bos: where the tokenizer begins texts with a BOS, so
     does every window. Raises DataError when the text is too short.
     """
+    found = from_text(text, tokenizer, sequences, length, seed, limit, bos)
+    assert isinstance(found.tokens, Tensor)
+    return found.tokens, found.source
+
+
+def from_text(
+    text: str | Text | None, tokenizer: Any, sequences: int, length: int | None, seed: int, limit: int | None, bos: bool
+) -> Sequences:
+    """As `windows`; and with them the whole text as such sequences, and some of another text."""
     if tokenizer is None:
         raise DataError("calibration on a text needs a tokenizer: give tokenizer=..., or token ids [sequences, length]")
     if limit is not None and length is not None and length > limit:
@@ -117,7 +110,6 @@ def from_text(
     source = f"{sequences} sequences of {length} tokens of {name} (sha256 {read.sha256[:16]}, seed {seed})"
     whole = cut.windows[: MOST // length]
     named = f"{len(whole)} sequences of {length} tokens, all of {name} (sha256 {read.sha256[:16]}), {cut.beginning.protocol}"
-
     return Sequences(
         cut.windows[chosen],
         f"{source}, {cut.beginning.protocol}",

@@ -39,9 +39,7 @@ class Context:
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # given by the user, by weight or module name
     calibration: CalibrationData | None = None  # calls to learn from, for passes that need them
-    dense: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # parameters as the model came in, by name, where they are still held or a pass needs them
+    dense: Mapping[str, Tensor] = field(default_factory=dict)  # parameters as the model came in, where they are held
     progress: Progress | None = None
     keep_dense: Mapping[str, str] = field(default_factory=dict)  # weight -> why it cannot be lowered
     unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is

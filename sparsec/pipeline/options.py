@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,6 +29,15 @@ def check_positive(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise SpecError(f"{name} must be a whole number above 0, got {value!r}")
     return value
+
+
+def check_number(value: Any, name: str, above: float | None = None, most: float = math.inf) -> float:
+    """Finite, at least 0 or more than `above`, at most `most`."""
+    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not number or value < 0 or value > most or (above is not None and value <= above):
+        rule = f"above {above:g}" if above is not None else f"from 0 to {most:g}" if most < math.inf else "0 or more"
+        raise SpecError(f"{name} must be a number {rule}, got {value!r}")
+    return float(value)
 
 
 def check_ignore(value: str | Sequence[str], name: str = "ignore") -> tuple[str, ...]:

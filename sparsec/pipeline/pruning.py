@@ -335,6 +335,14 @@ def _owner(weight: Weight) -> str:
     return weight.owners[0] if weight.owners else weight.name
 
 
+def joined_masks(matrices: Sequence[Tensor], old: Sequence[Tensor | None]) -> Tensor | None:
+    """Earlier masks of matrices [out, in], one below the other, for those that are solved together; None where there is none."""
+    if all(mask is None for mask in old):
+        return None
+    pairs = zip(matrices, old, strict=True)
+    return torch.cat([torch.ones_like(w, dtype=torch.bool) if mask is None else mask for w, mask in pairs])
+
+
 def _masked(matrix: Tensor, mask: Tensor | None) -> Tensor:
     return matrix if mask is None else serial.masked(matrix, mask)
 

@@ -58,6 +58,7 @@ class Progressed:
     """How far a training is: what is saved, and what is told of it in the end."""
 
     steps: int = 0
+    skipped: int = 0  # batches whose loss was NaN
     tokens: int = 0
     seconds: float = 0.0
     before: float = math.nan
@@ -144,7 +145,7 @@ class Training:
     def _batches(self) -> Iterator[list[int]]:
         """Numbers of sequences, all of them before one comes again; the same for the same seed, from the step that is next."""
         size = min(self.settings.batch, self.count)
-        return islice(_batches(self.count, size, self.settings.seed), self.at.steps, None)
+        return islice(_batches(self.count, size, self.settings.seed), self.at.steps + self.at.skipped, None)
 
     def _step(self, batch: Sequence[int]) -> bool:
         """Whether it was taken: not where a loss or gradient is NaN."""
@@ -176,6 +177,7 @@ class Training:
     def _again(self) -> bool:
         """After a NaN: from the last good weights with a lower rate, once."""
         assert self.best is not None
+        self.at.skipped += 1
         self.student.restore(self.best[1])
         where = f"the loss was NaN or inf in step {self.at.steps + 1}"
         if self.at.lowered < 1:
@@ -209,6 +211,10 @@ def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
         waiting = waiting[size:]
 
 
+SAVED = ("steps", "skipped", "tokens", "seconds", "before", "best", "lowered", "notes")
+"""The numbers of a saved state."""
+
+
 def training_state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, numbers) from which `resume` goes on: leaves, the optimiser's moments, and the best weights."""
     assert training.best is not None
@@ -220,6 +226,7 @@ def training_state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any
     at = training.at
     return tensors, {
         "steps": at.steps,
+        "skipped": at.skipped,
         "tokens": at.tokens,
         "seconds": at.seconds,
         "before": at.before,
@@ -246,5 +253,6 @@ def resume(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[s
     whole = training.optimizer.state_dict()
     training.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
     at = training.at
-    at.steps, at.tokens, at.seconds = numbers["steps"], numbers["tokens"], numbers["seconds"]
-    at.before, at.lowered, at.notes = numbers["before"], numbers["lowered"], list(numbers["notes"])
+    at.steps, at.skipped, at.tokens = numbers["steps"], numbers["skipped"], numbers["tokens"]
+    at.seconds, at.before, at.lowered = numbers["seconds"], numbers["before"], numbers["lowered"]
+    at.notes = list(numbers["notes"])

@@ -40,14 +40,16 @@ class StateFolder:
             raise RecoverError(f"checkpoint={path!r}: this folder cannot be made: {briefly(error)}") from error
         return folder
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, numbers) as they were saved; None where nothing was. Raises RecoverError."""
+    def load(self, *needed: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, numbers) as they were saved; None where nothing was. needed: what must be there. Raises RecoverError."""
         state = self.path / _STATE
         if not state.exists():
             return None
         try:
             numbers = json.loads(state.read_text("utf-8"))
             version, run, name = numbers["version"], numbers["run"], numbers["tensors"]
+            if lacking := [each for each in needed if version == VERSION and each not in numbers]:
+                raise ValueError(f"it has no {lacking[0]!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecoverError(
                 f"{state}: this is no state of a training: {briefly(error)}; take another folder"
@@ -74,7 +76,7 @@ class StateFolder:
         made = self.path / f".{name}.tmp"
         try:
             # Names of tensors hold spaces and dots, which safetensors takes.
-            save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, made)
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, made)
             files.put_in_place(made, self.path / name)
             told = {"version": VERSION, "run": self.run, "tensors": name, **numbers}
             files.write(self.path / _STATE, json.dumps(told, indent=1).encode())

@@ -117,9 +117,8 @@ class Whole(Student):
         for name in self.weights:
             stored = graph.tensor(name)
             own = stored.dtype == torch.float32 and context.owns(name)
-            if own and not context.may_overwrite(
-                name, stored
-            ):  # lent memory: the graph gets the copy, and nothing is held twice
+            if own and not context.may_overwrite(name, stored):
+                # Lent memory: the graph gets the copy, so that nothing is held twice.
                 graph.replace_tensor(name, stored.detach().clone())
                 context.replaced(self.weights[name], stored, graph.tensor(name))
             leaf = graph.tensor(name).detach()

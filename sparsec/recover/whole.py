@@ -100,6 +100,10 @@ class WholeModel:
             return found.error + self.towards.hidden * found.hidden
         return (1 - share) * found.divergence + share * found.cross_entropy + self.towards.hidden * found.hidden
 
+    def together(self, number: int) -> int:
+        """How many sequences of this one's length are computed at once."""
+        return max(1, TOGETHER // max(1, _tokens(self.sequences[number]))) if self.stackable else 1
+
     def activations(self, number: int) -> int:
         """About how many bytes a backward through a call wants kept, by what half of one block and its neighbour keep."""
         held: dict[int, int] = {}
@@ -124,7 +128,7 @@ class WholeModel:
         for number in numbers:
             lengths.setdefault(tuple(t.shape for t in self.sequences[number]), []).append(number)
         for alike in lengths.values():
-            most = max(1, TOGETHER // max(1, _tokens(self.sequences[alike[0]]))) if self.stackable else 1
+            most = self.together(alike[0])
             for i in range(0, len(alike), most):
                 some = alike[i : i + most]
                 parts = zip(*(self.sequences[number] for number in some), strict=True)
