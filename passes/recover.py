@@ -1,6 +1,7 @@
 """Recover: trains what pruning left, under the masks, towards the dense model.
 
-Every mask stays exactly what it is, unless `regrow` moves it: a pruned weight has no gradient and no moment in the optimiser, and is zero after every step.
+Every mask stays exactly what it is, unless `regrow` moves it: a pruned weight has no gradient and no moment in the optimiser, and
+is zero after every step.
 Sources: distillation with hidden states (arXiv:2310.06927), block by block (arXiv:2402.12419), norms alone and low-rank products
 under the mask (arXiv:2312.15230).
 """
