@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 import subprocess
 import sys
 import warnings
@@ -253,50 +254,57 @@ def test_an_adapter_that_is_merged_for_a_while() -> None:
 
 
 PARALLEL = """
-import copy, sys
+import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, sys.argv[1])
-from architectures import Mlp
+rank, port, tests = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+sys.path.insert(0, tests)
 from test_masked import came_back, fresh, masks
 
-def work(rank, port):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = fresh()
-    kept = masks(model)
-    both = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimiser = torch.optim.AdamW(both.parameters(), lr=0.1)
-    for n in range(3):
-        optimiser.zero_grad()
-        with both.no_sync():
-            both(torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * n + rank))).square().sum().backward()
-        both(torch.randn(4, 16, generator=torch.Generator().manual_seed(20 * n + rank))).square().sum().backward()
-        optimiser.step()
-        assert came_back(model, kept) == 0
-        for name, mask in kept.items():
-            assert not optimiser.state[model.get_parameter(name)]["exp_avg"][~mask].any()
-    total = torch.stack([p.detach().double().sum() for p in model.parameters()])
-    other = total.clone()
-    dist.broadcast(other, 0)
-    assert torch.equal(total, other)
-    print("done", flush=True)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    import socket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(work, args=(port,), nprocs=2, start_method="fork")
+torch.set_num_threads(1)
+torch.manual_seed(0)  # both processes start from the same model, and so from the same masks
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+model = fresh()
+kept = masks(model)
+both = DistributedDataParallel(model, gradient_as_bucket_view=True)
+optimiser = torch.optim.AdamW(both.parameters(), lr=0.1)
+for n in range(3):
+    optimiser.zero_grad()
+    with both.no_sync():
+        both(torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * n + rank))).square().sum().backward()
+    both(torch.randn(4, 16, generator=torch.Generator().manual_seed(20 * n + rank))).square().sum().backward()
+    optimiser.step()
+    assert came_back(model, kept) == 0
+    for name, mask in kept.items():
+        assert not optimiser.state[model.get_parameter(name)]["exp_avg"][~mask].any()
+total = torch.stack([p.detach().double().sum() for p in model.parameters()])
+other = total.clone()
+dist.broadcast(other, 0)
+assert torch.equal(total, other)
+print("done", flush=True)
+dist.destroy_process_group()
 """
 
 
 def test_two_processes_that_average_their_gradients(tmp_path: Path) -> None:
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL)
-    done = subprocess.run(
-        [sys.executable, script, Path(__file__).parent], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.stdout.count("done") == 2, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), port, Path(__file__).parent],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [each.communicate(timeout=300) for each in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
+    assert [out for out, _ in told] == ["done\n"] * 2, told
