@@ -24,11 +24,29 @@ def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
     return total
 
 
-def kl_sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Sum over rows of KL(teacher || student), times temperature**2, in nats. Logits [rows, vocabulary]."""
-    p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    q = F.log_softmax(student.float() / temperature, dim=-1)
-    return F.kl_div(q, p, reduction="sum", log_target=True) * temperature**2
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[float, Tensor]:
+    """Sum over rows of KL(teacher || student), times temperature**2, in nats, and its gradient by the student's logits.
+
+    Logits [rows, vocabulary]. The gradient is written down: autograd would go over the vocabulary twice as often.
+    """
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    p, q = F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1)
+    chance = p.exp()
+    apart = torch.dot(chance.flatten(), p.sub_(q).flatten())
+    return float(apart) * temperature**2, q.exp_().sub_(chance).mul_(temperature)
+
+
+def _missed(student: Tensor, following: Tensor) -> tuple[float, Tensor]:
+    """Sum of the cross-entropy, in nats, and its gradient by logits [rows, vocabulary]. following: ids [rows]; negative: none."""
+    q = F.log_softmax(student.float(), dim=-1)
+    rows = (following >= 0).nonzero().squeeze(1)
+    ids = following[rows]
+    missed = -float(q[rows, ids].sum())
+    gradient = q.exp_()
+    gradient[rows, ids] -= 1
+    gradient[following < 0] = 0
+    return missed, gradient
 
 
 def head_loss(
@@ -54,32 +72,33 @@ def head_loss(
     tokens = sequences * length
     following = torch.full((sequences, length), -100, dtype=torch.int64, device=hidden.device)
     following[:, :-1] = next_ids
-    rows = hidden.detach().reshape(1, tokens, features)
-    others = None if of_teacher is None else of_teacher.reshape(1, tokens, features)
+    rows = hidden.detach().reshape(tokens, features)
+    others = None if of_teacher is None else of_teacher.reshape(tokens, features)
     flat = following.reshape(tokens)
     predicted = max(1, sequences * (length - 1))
-    gradient = torch.empty_like(rows) if scale is not None else None
-    looks = scale is None
+    trains = scale is not None
+    gradient = torch.empty_like(rows) if trains else None
     apart, unseen, at, step = 0.0, 0.0, 0, 0
     while at < tokens:
-        with torch.set_grad_enabled(scale is not None):
-            end = min(tokens, at + (step or 64))
-            part = rows[:, at:end].clone().requires_grad_(scale is not None)
+        end = min(tokens, at + (step or 64))
+        part = rows[at:end].clone()[None].requires_grad_(trains)
+        with torch.set_grad_enabled(trains):
             logits = student(part).flatten(0, -2)
-            step = max(16, LOGITS // logits.shape[-1])
-            here = logits.new_zeros((), dtype=torch.float32)
-            if (cross_entropy < 1 or looks) and others is not None and teacher is not None:
-                with torch.no_grad():
-                    wanted = teacher(others[:, at:end]).flatten(0, -2)
-                away = kl_sum(logits, wanted, temperature) / tokens
-                here, apart = here + (1 - cross_entropy) * away, apart + float(away.detach())
-            if cross_entropy > 0 or looks:
-                missed = F.cross_entropy(logits.float(), flat[at:end], ignore_index=-100, reduction="sum") / predicted
-                here, unseen = here + cross_entropy * missed, unseen + float(missed.detach())
-            if gradient is not None and scale is not None:
-                torch.autograd.backward(here * scale)
-                assert part.grad is not None
-                gradient[:, at:end] = part.grad
+        step = max(16, LOGITS // logits.shape[-1])
+        with torch.no_grad():
+            steepest = torch.zeros((), device=hidden.device)
+            if (cross_entropy < 1 or not trains) and others is not None and teacher is not None:
+                value, by_logits = _divergence(logits, teacher(others[at:end][None]).flatten(0, -2), temperature)
+                apart += value / tokens
+                steepest = by_logits.mul_((1 - cross_entropy) / tokens)
+            if cross_entropy > 0 or not trains:
+                value, by_logits = _missed(logits, flat[at:end])
+                unseen += value / predicted
+                steepest = by_logits.mul_(cross_entropy / predicted).add_(steepest)
+        if gradient is not None and scale is not None:
+            torch.autograd.backward(logits, steepest.mul_(scale).to(logits.dtype))
+            assert part.grad is not None
+            gradient[at:end] = part.grad[0]
         at = end
     return apart, unseen, None if gradient is None else gradient.reshape(hidden.shape)
 
