@@ -51,14 +51,14 @@ class Recover(Pass):
     method: `distill` trains the whole model towards the dense one's logits; `blocks` each block's attention and MLP towards the
     dense one's outputs, one after the other, in little memory; `norms` trains norms and biases alone, towards the logits;
     `lora` low-rank products under the masks, merged in the end. steps or minutes: how long (10 minutes; of `blocks`, steps are
-    those of each half of a block). learning_rate: at its highest, after a short warm-up; schedule: how it falls. batch:
-    sequences of a step; length: sequences are cut to so many tokens. cross_entropy: share of what comes next in the text beside
-    the dense model's logits; hidden: weight of the hidden states' relative error; temperature: of both distributions. rank,
-    alpha: of `lora`. regrow: masks move while training (`distill` alone): every regrow_every steps the weakest weights go and
-    others come, where the gradient is largest (`rigl`) or at random (`set`); regrow_share of the kept ones at first, fewer
-    later. dtype: to compute products in; auto: bfloat16 where that is faster here. recompute: activations are computed twice
-    instead of kept; None: those beyond 0.4 GB. checkpoint: a folder that keeps the state; a run that was stopped
-    goes on from it.
+    those of each half of a block). learning_rate: at its highest, after a short warm-up; schedule: how it falls. batch: pieces
+    of a step; length: sequences are cut into pieces of so many tokens, None leaves them whole. cross_entropy: share of what
+    comes next in the text beside the dense model's logits; hidden: weight of the hidden states' relative error; temperature: of
+    both distributions. rank, alpha: of `lora`. regrow: masks move while training (`distill` alone): every regrow_every steps
+    the weakest weights go and others come, where the gradient is largest (`rigl`) or at random (`set`); regrow_share of the
+    kept ones at first, fewer later. dtype: to compute products in; auto: bfloat16 where that is faster here. recompute:
+    activations are computed twice instead of kept; None: those beyond 0.4 GB. checkpoint: a folder that keeps the state; a run
+    that was stopped goes on from it.
     """
 
     name: ClassVar[str] = "recover"
@@ -82,7 +82,7 @@ class Recover(Pass):
     learning_rate: float | None = field(default=None, kw_only=True)
     schedule: str = field(default="cosine", kw_only=True)
     batch: int = field(default=1, kw_only=True)
-    length: int | None = field(default=None, kw_only=True)
+    length: int | None = field(default=256, kw_only=True)
     seed: int = field(default=0, kw_only=True)
     optimizer: str = field(default="adamw", kw_only=True)
     weight_decay: float = field(default=0.0, kw_only=True)

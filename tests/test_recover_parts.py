@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsec
+from sparsec.calibrate import CalibrationData
+from sparsec.errors import DataError
+from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
 from sparsec.metrics import first_tensor
 from sparsec.patterns import Pattern
@@ -21,6 +25,7 @@ from sparsec.recover.precision import precision
 from sparsec.recover.regrow import moved
 from sparsec.recover.stretches import Stretches
 from sparsec.recover.student import Whole
+from sparsec.recover.text import training_text
 from sparsec.recover.whole import Towards, WholeModel
 
 
@@ -174,3 +179,35 @@ def test_moved_masks_are_the_graphs_and_what_went_is_zero(way: str, pattern: str
     ids = text(2)
     with torch.no_grad():
         assert torch.allclose(fast(ids).logits, after(ids).logits, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 20), st.integers(2, 40), st.integers(2, 50) | st.none())
+def test_a_text_is_cut_for_training_and_whole_where_it_is_looked_at(
+    sequences: int, long: int, length: int | None
+) -> None:
+    graph = _tiny_graph()
+    rows = torch.arange(sequences * long).view(sequences, long)
+    call = tuple(rows if name == "input_ids" else torch.ones_like(rows) for name in graph.inputs)
+    place = graph.inputs.index("input_ids")
+    short = length is None or length >= long
+    if sequences == 1 and (short or long < 2 * (length or 0)):
+        with pytest.raises(DataError, match="at least 2"):
+            training_text(graph, CalibrationData((call,), "a text"), length, 1)
+        return
+    text = training_text(graph, CalibrationData((call,), "a text"), length, 1)
+    held = [c[place].flatten().tolist() for c in text.held]
+    trained = [c[place].flatten().tolist() for c in text.trained]
+    size = length if sequences == 1 or not short else long
+    assert all(len(each) == (size if sequences == 1 else long) for each in held)
+    assert all(len(each) == size for each in trained)
+    seen = [token for each in held + trained for token in each]
+    assert len(seen) == len(set(seen))
+    lost = sequences * long - len(seen)  # what is left over of sequences that were cut
+    assert lost == (0 if short else long % (length or 1)) * (sequences - len(held) if sequences > 1 else 1)
+
+
+@cache
+def _tiny_graph() -> Graph:
+    model, example = tiny_model("llama")
+    return trace(model, example())

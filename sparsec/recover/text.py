@@ -33,11 +33,16 @@ class TrainingText:
 
 
 def training_text(graph: Graph, data: CalibrationData, length: int | None, batch: int) -> TrainingText:
-    """Sequences are cut into pieces of `length` tokens. Raises DataError for a text too short to train on and to hold some out."""
+    """Sequences that are trained on are cut into pieces of `length` tokens; those that are looked at stay whole.
+
+    Raises DataError for a text too short to train on and to hold some out.
+    """
     stackable = takes_tokens(graph)
     other = data.beside() if stackable else None
     data = data.training or data
-    calls = _sequences(graph, data, length) if stackable else list(data.calls)
+    calls = _sequences(graph, data) if stackable else list(data.calls)
+    if stackable and len(calls) < 2:
+        calls = _cut(calls, length)
     if len(calls) < 2:
         raise DataError(
             f"recover: {data.source} gives {len(calls)} sequence, and training needs at least 2, one of them to be held out; take "
@@ -45,34 +50,41 @@ def training_text(graph: Graph, data: CalibrationData, length: int | None, batch
         )
     tokens = max(1, sum(c[0].numel() if stackable else 1 for c in calls) // len(calls))
     held = max(1, min(len(calls) // 8, _HELD // tokens))
-    if len(calls) - held < batch:
-        raise DataError(
-            f"recover: a batch of {batch} sequences is more than the {len(calls) - held} that {data.source} leaves for training; "
-            "lower batch=, or take a longer text"
-        )
     # Held out from all over the text, the same ones for the same data.
     chosen = {round((i + 0.5) * len(calls) / held) for i in range(held)}
+    trained = [c for i, c in enumerate(calls) if i not in chosen]
+    trained = _cut(trained, length) if stackable else trained
+    if len(trained) < batch:
+        raise DataError(
+            f"recover: a batch of {batch} sequences is more than the {len(trained)} that {data.source} leaves for training; "
+            "lower batch= or length=, or take a longer text"
+        )
     return TrainingText(
-        tuple(c for i, c in enumerate(calls) if i not in chosen),
+        tuple(trained),
         tuple(c for i, c in enumerate(calls) if i in chosen),
         data.source,
         stackable,
-        () if other is None else tuple(_sequences(graph, other, length)),
+        () if other is None else tuple(_sequences(graph, other)),
         "" if other is None else other.source,
     )
 
 
-def _sequences(graph: Graph, data: CalibrationData, length: int | None) -> list[Call]:
+def _sequences(graph: Graph, data: CalibrationData) -> list[Call]:
     place = graph.inputs.index("input_ids")
     ones: dict[torch.Size, Tensor] = {}
     found = []
     for call in data.calls:
-        for ids in call[place]:
-            pieces = torch.split(ids, length or len(ids))
-            for piece in pieces:
-                if len(piece) < 2 or (len(piece) < (length or 0) and len(pieces) > 1):
-                    continue  # the rest of a sequence
-                row = piece[None]
+        for row in call[place].split(1):
+            if row.shape[1] > 1:
                 mask = ones.setdefault(row.shape, torch.ones_like(row))
                 found.append(tuple(row if name == "input_ids" else mask for name in graph.inputs))
+    return found
+
+
+def _cut(calls: list[Call], length: int | None) -> list[Call]:
+    """What is left over of a sequence goes, where more than that was cut from it."""
+    found = []
+    for call in calls:
+        pieces = list(zip(*(tensor.split(length or tensor.shape[1], dim=1) for tensor in call), strict=True))
+        found += [piece for piece in pieces if len(pieces) == 1 or piece[0].shape[1] == length]
     return found
