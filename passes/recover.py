@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sparsec.calibrate import CalibrationData
 from sparsec.calibrate.dataflow import varying
-from sparsec.errors import PipelineError, RecoverError, SpecError, some
+from sparsec.errors import PipelineError, RecoverError, SparsecWarning, SpecError
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_number, check_positive
@@ -31,6 +32,7 @@ from sparsec.recover.regrow import WAYS, Regrowth
 from sparsec.recover.state import StateFolder
 from sparsec.recover.stretches import Read, Stretches
 from sparsec.recover.student import LowRank, Student, Whole, write_trained
+from sparsec.recover.teacher import dense_reader
 from sparsec.recover.text import Call, TrainingText, training_text
 from sparsec.recover.whole import Towards, WholeModel
 
@@ -128,10 +130,29 @@ class Recover(Pass):
         check_number(self.hidden, "hidden")
         check_number(self.temperature, "temperature", above=0.0)
         check_number(self.alpha, "alpha", above=0.0)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise SpecError(f"seed must be a whole number from 0 on, got {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
+            raise SpecError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}")
+        self._check_unused()
         if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
             raise SpecError(f"checkpoint must be the path of a folder, got {self.checkpoint!r}")
+
+    def _check_unused(self) -> None:
+        """Raises SpecError for an option that would do nothing."""
+        whole = () if self.method == "blocks" else ("cross_entropy", "hidden", "temperature", "recompute")
+        low_rank = ("rank", "alpha") if self.method == "lora" else ()
+        moving = () if self.regrow is None else ("regrow_share", "regrow_every")
+        for options, used, where in (
+            (
+                ("cross_entropy", "hidden", "temperature", "recompute"),
+                whole,
+                "trains the whole model: not method='blocks'",
+            ),
+            (("rank", "alpha"), low_rank, "is method='lora'"),
+            (("regrow_share", "regrow_every"), moving, "has regrow='rigl' or 'set'"),
+        ):
+            for option in options:
+                if option not in used and getattr(self, option) != self.__dataclass_fields__[option].default:
+                    raise SpecError(f"{option} is of a training that {where}; leave it out, or change that")
 
     @property
     def needs_calibration(self) -> bool:
@@ -164,11 +185,23 @@ class Recover(Pass):
         """Raises PipelineError without calibration data or a dense model, DataError, RecoverError."""
         if context.calibration is None:
             raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
-        teacher = _teacher(graph, context) if self.needs_dense else None
+        if torch.is_inference_mode_enabled():
+            raise RecoverError(
+                "recover trains, and torch.inference_mode() lets nothing be trained; call sparsec outside of it"
+            )
+        device = next(graph.module.parameters()).device.type
+        # The caller's own autocast would compute in another dtype than the one that is told.
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            return self._run(graph, context, context.calibration)
+
+    def _run(self, graph: Graph, context: Context, data: CalibrationData) -> PassResult:
+        teacher = dense_reader(graph, context) if self.needs_dense else None
         names = _trained(graph, self.method)
-        text = training_text(graph, context.calibration, self.length, self.batch)
+        text = training_text(graph, data, self.length, self.batch)
+        stretches = Stretches(graph)
+        self._check_head(stretches, context)
         compute = precision(self.dtype, graph)
-        work = _Work(self, graph, context, text, teacher, names, Stretches(graph), compute)
+        work = _Work(self, graph, context, text, teacher, names, stretches, compute)
         try:
             return work.run()
         except (RuntimeError, MemoryError) as error:
@@ -178,6 +211,19 @@ class Recover(Pass):
                 f"recover ran out of memory: {str(error).splitlines()[0]}; take a smaller batch= (now {self.batch}), a shorter "
                 "length=, recompute=True, or method='blocks', which holds one block's activations"
             ) from error
+
+    def _check_head(self, stretches: Stretches, context: Context) -> None:
+        """RecoverError for options of logits where there are none, or none of what comes next."""
+        head = stretches.head() is not None
+        if self.cross_entropy > 0 and not (head and context.generates):
+            raise RecoverError(
+                "recover: cross_entropy is the loss of the text's next token, which this model does not predict; leave it out, and "
+                "the dense model's outputs are what is learned"
+            )
+        if self.temperature != 1 and not head:
+            raise RecoverError(
+                "recover: temperature is of distributions over a vocabulary, and this model has no such head; leave it out"
+            )
 
 
 @dataclass
@@ -198,7 +244,7 @@ class _Work:
         folder = None
         if options.checkpoint is not None:
             told = f"{replace(options, checkpoint=None)} {self.compute[0]}"
-            folder = StateFolder.open(options.checkpoint, self.graph, self.names, text, told)
+            folder = StateFolder.open(options.checkpoint, self.graph, self.teacher, text, told)
         self._looking = self._model(self.graph.read, (*text.held, *text.second), Towards())
         before = self._figures()
         at = self._blocks(folder) if options.method == "blocks" else self._whole(folder)
@@ -215,7 +261,7 @@ class _Work:
                 "recover: no second text was looked at, since token ids came without one; calibrate on a text with tokenizer= to "
                 "see what training on it does to others"
             )
-        return PassResult(changed=at.steps > 0, summary=summary, notes=tuple(notes))
+        return PassResult(changed=True, summary=summary, notes=tuple(notes))
 
     def _whole(self, folder: StateFolder | None) -> Progressed:
         options = self.options
@@ -231,9 +277,10 @@ class _Work:
         if folder is not None:
             found = folder.load(*SAVED)
             if found is not None:
-                resume(training, *found)
+                with folder.fitting():
+                    resume(training, *found)
                 training.at.notes.append(f"went on from step {training.at.steps}, from {options.checkpoint}")
-            training.keep = lambda now: folder.save(*training_state(now))
+            training.keep = lambda now: self._save(folder, *training_state(now), now.at)
         at = training.run()
         student.settle(self.context)
         return at
@@ -255,16 +302,31 @@ class _Work:
         found = None if folder is None else folder.load("stretches", *_COUNTED)
         if found is not None:
             tensors, numbers = found
-            write_trained(self.graph, tensors, self.context)
+            with folder.fitting():
+                write_trained(self.graph, {name: tensors[name] for name in self.names}, self.context)
             work.done = numbers["stretches"]
             work.at = Progressed(**{name: numbers[name] for name in _COUNTED})
             work.at.notes.append(f"went on from stretch {work.done}, from {self.options.checkpoint}")
         if folder is not None:
-            work.keep = lambda done, at: folder.save(
+            work.keep = lambda done, at: self._save(
+                folder,
                 {name: self.graph.tensor(name) for name in self.names},
                 {"stretches": done, **{name: getattr(at, name) for name in _COUNTED}},
+                at,
             )
         return work.run()
+
+    def _save(
+        self, folder: StateFolder, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], at: Progressed
+    ) -> None:
+        """A state that cannot be saved costs the state, and not the training; it is said at once and in the end."""
+        try:
+            folder.save(tensors, numbers)
+        except RecoverError as error:
+            note = f"{error}; training goes on, and a stop now loses it"
+            if note not in at.notes:
+                at.notes.append(note)
+                warnings.warn(note, SparsecWarning, stacklevel=2)
 
     def _student(self, names: Sequence[str]) -> Student:
         if self.options.method == "lora":
@@ -294,7 +356,7 @@ class _Work:
         losses = self._looking.losses(numbers)
         if self.stretches.head() is None:
             return {"relative error of the outputs": losses.error}
-        perplexity = {"perplexity": math.exp(min(losses.cross_entropy, 700.0))}
+        perplexity = {"perplexity": math.exp(min(losses.cross_entropy, 700.0))} if self.context.generates else {}
         return perplexity if self.teacher is None else {"KL from the dense model": losses.divergence, **perplexity}
 
     def _recomputed(self, model: WholeModel) -> float:
@@ -308,26 +370,6 @@ class _Work:
 
 def _told(before: Figures, after: Figures) -> str:
     return ", ".join(f"{what} {value:.4g} -> {after[what]:.4g}" for what, value in before.items())
-
-
-def _teacher(graph: Graph, context: Context) -> Read:
-    """Reads the dense model's parameters by their names in the graph."""
-    dense = context.dense
-    missing = [w.name for w in graph.masked() if w.name not in dense]
-    if missing:
-        raise RecoverError(
-            f"recover needs the dense model to learn from, and {some(missing)} of it is no longer held; give it as "
-            "teacher= to sparsec.extend, or put recover into the passes of sparsec.compile; "
-            "recover(cross_entropy=1.0) learns from the text alone"
-        )
-
-    def read(target: str) -> Any:
-        if target in dense:
-            return dense[target]
-        value = graph.read(target)
-        return value.detach() if isinstance(value, Tensor) else value
-
-    return read
 
 
 def _trained(graph: Graph, method: str) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsec.arguments import checked_but
 from sparsec.calibrate import SELF, SEQUENCES, CalibrationData, Sequences
+from sparsec.calibrate.data import takes_tokens
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
@@ -23,7 +24,7 @@ from sparsec.holders import elsewhere_text, held_elsewhere
 from sparsec.ir.carry import rebind
 from sparsec.ir.foreign import refusal
 from sparsec.ir.graph import Graph
-from sparsec.ir.parts import positions, usual_rows
+from sparsec.ir.parts import is_encoder, positions, usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
 from sparsec.kernels import SparseLinear
@@ -172,7 +173,7 @@ def extend(
     more.validate(before.graph.facts)
     limit, pad = _positions_and_pad(compiled)
     draw = Draw(tokenizer, calibration_sequences, calibration_length, seed, bos, limit, pad, teacher, progress)
-    drawn = draw.before_trace(calibration, plain=False)
+    drawn = draw.before_trace(calibration, plain=not takes_tokens(before.graph))
     if drawn is None and tokenizer is not None and more.learning:
         drawn = draw.drawn()
     _require_calibration(more, drawn)
@@ -250,6 +251,7 @@ def _context(model: nn.Module, graph: Graph, owns_weights: bool, **given: Any) -
         unswappable=unswappable(model, graph),
         owns_weights=owns_weights,
         put=partial(put, model),
+        generates=not is_encoder(model),
         rows=usual_rows(model),
         probe=graph.example,
         **given,
@@ -294,7 +296,8 @@ def _learnt(pipeline: Pipeline, data: CalibrationData | None) -> dict[str, str]:
 
 
 def _teacher(pipeline: Pipeline, graph: Graph, teacher: nn.Module | None) -> dict[str, Tensor]:
-    """Its parameters by their names in the graph. CompileError without one that is needed, and for one of other shapes."""
+    """Its parameters by their names in the graph, in the graph's dtypes and on its device. CompileError without one that is needed,
+    and for one of other shapes."""
     needing = next((p.name for p in pipeline.passes if p.needs_dense), None)
     if teacher is None:
         if needing is not None:
@@ -305,6 +308,7 @@ def _teacher(pipeline: Pipeline, graph: Graph, teacher: nn.Module | None) -> dic
         return {}
     if any(isinstance(m, SparseLinear) for m in teacher.modules()):
         raise CompileError("teacher must be the dense model, and this one is lowered; give the model that was compiled")
+    refuse_meta(teacher)
     held = _parameters(teacher)
     for weight in graph.weights.values():
         found = next((held[name] for name in (weight.name, *weight.aliases) if name in held), None)
@@ -315,7 +319,8 @@ def _teacher(pipeline: Pipeline, graph: Graph, teacher: nn.Module | None) -> dic
                 f"teacher: {weight.name} is {list(weight.shape)} in the pruned model, and the teacher {has}{what}; the teacher "
                 "must be the dense model that was pruned, or one of its shapes"
             )
-        held[weight.name] = found
+        stored = graph.tensor(weight.name)
+        held[weight.name] = found.to(stored.device, stored.dtype)
     return held
 
 

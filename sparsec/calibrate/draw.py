@@ -91,7 +91,8 @@ class Draw:
     def _own_text(self) -> Sequences:
         if self.model is None:
             raise DataError(
-                "calibration='self' needs the dense model, which is not at hand here; give token ids or a text"
+                "calibration='self' needs the dense model, which is not at hand here; give it as teacher=, or give token ids or a "
+                "text"
             )
         tokens, source = own_text(
             self.model, self.tokenizer, self.number, self.length, self.seed, self.limit, self.bos, self.progress

@@ -44,6 +44,7 @@ class Context:
     keep_dense: Mapping[str, str] = field(default_factory=dict)  # weight -> why it cannot be lowered
     unswappable: Mapping[str, str] = field(default_factory=dict)  # weight -> why its module must stay what it is
     owns_weights: bool = False  # the graph's tensors may be overwritten and freed: nobody else needs them
+    generates: bool = True  # what the model is for is the next token; not an encoder
     rows: int = 1  # of x in a call of the model as it is mostly used: one token, or a batch of sequences
     elsewhere: Mapping[str, str] = field(default_factory=dict)  # weight -> who does need it all the same
     put: Callable[[Weight, Tensor], None] = lambda weight, tensor: (

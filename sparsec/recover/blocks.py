@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsec.errors import some
 from sparsec.recover.loop import Progressed, Settings, Training
 from sparsec.recover.losses import relative_error
 from sparsec.recover.precision import Compute
@@ -51,19 +52,34 @@ class BlockByBlock:
         stretches = self.stretches.stretches
         own = [self._trained(stretch) for stretch in stretches]
         sizes = [sum(self.stretches.graph.weights[name].numel for name in names) for names in own]
-        for i, stretch in enumerate(stretches):
-            if not any(own[i:]):
-                break
-            first = perf_counter()
-            theirs = self._moved(stretch, calls, theirs, self.teacher)
-            if own[i] and i >= self.done and not self.at.stopped:
-                moving = perf_counter() - first  # once for the teacher, once for the student, in each stretch to come
-                settings = self._settings(begun, 2 * moving * (len(stretches) - i), sizes[i] / max(1, sum(sizes[i:])))
-                if settings is not None:
-                    self._train(stretch, own[i], calls, mine, theirs, settings, (sum(sizes[:i]), sizes[i], sum(sizes)))
-                self.at.seconds = perf_counter() - begun
-                self.keep(i + 1, self.at)
-            mine = self._moved(stretch, calls, mine, self.stored)
+        late: list[str] = []
+        try:
+            for i, stretch in enumerate(stretches):
+                if self.at.stopped or not any(own[i:]):
+                    break
+                first = perf_counter()
+                theirs = self._moved(stretch, calls, theirs, self.teacher)
+                if own[i] and i >= self.done:
+                    moving = (
+                        perf_counter() - first
+                    )  # once for the teacher, once for the student, in each stretch to come
+                    share = sizes[i] / max(1, sum(sizes[i:]))
+                    settings = self._settings(begun, 2 * moving * (len(stretches) - i), share)
+                    if settings is None:
+                        late.append(stretch.name)
+                    else:
+                        self._train(
+                            stretch, own[i], calls, mine, theirs, settings, (sum(sizes[:i]), sizes[i], sum(sizes))
+                        )
+                    self.at.seconds = perf_counter() - begun
+                    if not self.at.stopped:  # else the stretch is trained anew when the run goes on
+                        self.keep(i + 1, self.at)
+                mine = self._moved(stretch, calls, mine, self.stored)
+        except KeyboardInterrupt:  # between two trainings, or before the first step of one
+            self.at.stopped = True
+            self.at.notes.append(f"interrupted after {self.at.steps} steps; what is trained so far stays")
+        if late:
+            self.at.notes.append(f"{some(late)}: not trained, since no time was left; give more minutes=")
         self.at.seconds = perf_counter() - begun
         return self.at
 

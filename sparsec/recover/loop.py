@@ -140,6 +140,11 @@ class Training:
         self.at.seconds = perf_counter() - start
         self.at.after = self.best[0]
         self.student.restore(self.best[1])
+        if self.at.steps and not self.at.after < self.at.before:
+            self.at.notes.append(
+                "training made nothing better on what is held out, so the weights stay what they were; take another learning_rate= "
+                f"than {self.settings.learning_rate:g}, or train longer"
+            )
         return self.at
 
     def _batches(self) -> Iterator[list[int]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,12 @@ from torch import Tensor
 from sparsec import files
 from sparsec.errors import RecoverError, briefly
 from sparsec.ir.graph import Graph
+from sparsec.recover.stretches import Read
 from sparsec.recover.text import TrainingText
 
 VERSION = 1
 _STATE = "recover.json"
+_WHOLE = frozenset({"steps", "skipped", "tokens", "stretches"})
 
 
 @dataclass
@@ -31,14 +36,32 @@ class StateFolder:
     run: str
 
     @classmethod
-    def open(cls, path: str, graph: Graph, names: Iterable[str], text: TrainingText, options: str) -> StateFolder:
-        """Raises RecoverError for a folder that holds the state of another run, or cannot be made."""
-        folder = cls(Path(path).expanduser(), _fingerprint(graph, names, text, options))
+    def open(cls, path: str, graph: Graph, teacher: Read | None, text: TrainingText, options: str) -> StateFolder:
+        """Raises RecoverError for a folder that cannot be made or written to."""
+        folder = cls(Path(path).expanduser(), "")
+        doing = "made"
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecoverError(f"checkpoint={path!r}: this folder cannot be made: {briefly(error)}") from error
+            doing = "written to"
+            with tempfile.NamedTemporaryFile(dir=folder.path, prefix=".recover-") as probe:
+                probe.write(b"sparsec")
+                probe.flush()
+        except (OSError, ValueError) as error:
+            raise RecoverError(
+                f"checkpoint={path!r}: this folder cannot be {doing}: {briefly(error)}; name another one"
+            ) from error
+        folder.run = _fingerprint(graph, teacher, text, options)
         return folder
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Around what uses a state that was loaded. Raises RecoverError where its tensors are not those of the training."""
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise RecoverError(
+                f"{self.path / _STATE}: the state does not fit the training: {briefly(error)}; empty the folder to begin anew"
+            ) from error
 
     def load(self, *needed: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, numbers) as they were saved; None where nothing was. needed: what must be there. Raises RecoverError."""
@@ -50,7 +73,9 @@ class StateFolder:
             version, run, name = numbers["version"], numbers["run"], numbers["tensors"]
             if lacking := [each for each in needed if version == VERSION and each not in numbers]:
                 raise ValueError(f"it has no {lacking[0]!r}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if wrong := [each for each in needed if version == VERSION and not _sound(each, numbers[each])]:
+                raise ValueError(f"its {wrong[0]!r} is {str(numbers[wrong[0]])[:40]!r}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecoverError(
                 f"{state}: this is no state of a training: {briefly(error)}; take another folder"
             ) from error
@@ -88,13 +113,33 @@ class StateFolder:
                 old.unlink(missing_ok=True)
 
 
-def _fingerprint(graph: Graph, names: Iterable[str], text: TrainingText, options: str) -> str:
+def _sound(name: str, value: Any) -> bool:
+    """Whether a number that was saved can be one."""
+    if name == "notes":
+        return isinstance(value, list) and all(isinstance(note, str) for note in value)
+    if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else int | float):
+        return False
+    return math.isfinite(value) and (value >= 0 or name in ("before", "best"))
+
+
+def _fingerprint(graph: Graph, teacher: Read | None, text: TrainingText, options: str) -> str:
+    """Of all weights and masks, trained or not, and of the teacher's where they differ."""
     found = hashlib.sha256(options.encode())
-    for name in names:
-        tensor = graph.tensor(name).detach()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def add(tensor: Tensor) -> None:
+        found.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    for name in graph.weights:
+        own, mask = graph.tensor(name), graph.mask(name)
+        taught = own if teacher is None else teacher(name)
+        found.update(name.encode())
+        add(own)
+        if mask is not None:
+            add(mask)
+        if taught is not own and not torch.equal(taught, own):
+            add(taught)
     for call in (*text.trained, *text.held):
         for tensor in call:
-            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            add(tensor)
     return found.hexdigest()
