@@ -300,7 +300,7 @@ class _Work:
             self._tell,
         )
         found = None if folder is None else folder.load("stretches", *_COUNTED)
-        if found is not None:
+        if folder is not None and found is not None:
             tensors, numbers = found
             with folder.fitting():
                 write_trained(self.graph, {name: tensors[name] for name in self.names}, self.context)

@@ -98,7 +98,11 @@ def test_extend_takes_the_calls_of_a_plain_module() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_callers_modes_change_no_training(method: str) -> None:
-    spec = f"recover('{method}', steps=2, dtype='fp32')"
+    for dtype in ("fp32", "bf16"):
+        _same_in_every_mode(f"recover('{method}', steps=2, learning_rate=0.01, dtype='{dtype}')")
+
+
+def _same_in_every_mode(spec: str) -> None:
     plain = recovered(spec)
     with torch.no_grad():
         quiet = recovered(spec)

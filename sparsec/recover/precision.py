@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from time import perf_counter
 from typing import Any
 
@@ -27,7 +27,17 @@ def precision(dtype: str, graph: Graph) -> tuple[str, Compute]:
         return ", ".join(sorted(str(d).removeprefix("torch.") for d in held)), nullcontext
     if dtype == "fp32" or (dtype == "auto" and not bf16_pays(tensor.device.type)):
         return "float32", nullcontext
-    return "bfloat16 products", lambda: torch.autocast(tensor.device.type, torch.bfloat16)
+    return "bfloat16 products", partial(_half, tensor.device.type)
+
+
+@contextmanager
+def _half(device: str) -> Iterator[None]:
+    """Inside of another autocast, torch would keep the weights' bfloat16 copies over the steps that change them."""
+    with torch.autocast(device, torch.bfloat16):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 @cache
