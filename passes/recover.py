@@ -23,7 +23,7 @@ from sparsec.calibrate.dataflow import varying
 from sparsec.errors import PipelineError, RecoverError, SparsecWarning, SpecError
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_choice, check_number, check_positive
+from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.recover.blocks import BlockByBlock
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
@@ -130,8 +130,7 @@ class Recover(Pass):
         check_number(self.hidden, "hidden")
         check_number(self.temperature, "temperature", above=0.0)
         check_number(self.alpha, "alpha", above=0.0)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
-            raise SpecError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}")
+        check_whole(self.seed, "seed")
         self._check_unused()
         if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
             raise SpecError(f"checkpoint must be the path of a folder, got {self.checkpoint!r}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsec.kernels import SparseLinear
     from sparsec.loading import load
     from sparsec.pipeline import Context, DumpIR, Effect, Pass, PassRecord, PassResult, Pipeline, PrintIR, Timing
+    from sparsec.recover.callback import RegrowCallback
     from sparsec.training import masked
 
 try:
@@ -48,6 +49,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "PrintIR",
+    "RegrowCallback",
     "SparseLinear",
     "SparsecError",
     "Timing",
@@ -74,6 +76,7 @@ _HOMES = {
     "sparsec.pipeline": (
         *("Context", "DumpIR", "Effect", "Pass", "PassRecord", "PassResult", "Pipeline", "PrintIR", "Timing"),
     ),
+    "sparsec.recover.callback": ("RegrowCallback",),
     "sparsec.training": ("masked",),
 }
 

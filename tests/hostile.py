@@ -228,6 +228,9 @@ def targets() -> dict[str, Target]:
             },
         ),
         "sparsec.masked": Target(sparsec.masked, lambda: {"model": copy.deepcopy(pruned())}),
+        "sparsec.RegrowCallback": Target(
+            sparsec.RegrowCallback, lambda: {"way": "rigl", "share": 0.3, "every": 20, "seed": 0}
+        ),
         "sparsec.save": Target(
             sparsec.save, lambda: {"module": pruned(), "folder": Path("saved"), "max_shard_size": "1GB"}
         ),

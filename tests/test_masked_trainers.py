@@ -257,10 +257,12 @@ PARALLEL = """
 import sys
 import torch
 import torch.distributed as dist
+from types import SimpleNamespace
 from torch.nn.parallel import DistributedDataParallel
 rank, port, tests = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 sys.path.insert(0, tests)
 from test_masked import came_back, fresh, masks
+import sparsec
 
 torch.set_num_threads(1)
 torch.manual_seed(0)  # both processes start from the same model, and so from the same masks
@@ -278,6 +280,26 @@ for n in range(3):
     assert came_back(model, kept) == 0
     for name, mask in kept.items():
         assert not optimiser.state[model.get_parameter(name)]["exp_avg"][~mask].any()
+for way in ("rigl", "set"):
+    callback, state = sparsec.RegrowCallback(way, every=1), SimpleNamespace(max_steps=9)
+    for state.global_step in (1, 2):
+        before = masks(model)
+        callback.on_step_begin(None, state, None, model=model)
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(30 * state.global_step + rank))
+        with both.no_sync():
+            both(x).square().mean().backward()
+        both(x.flip(0) + 1).square().mean().backward()
+        callback.on_pre_optimizer_step(None, state, None, model=model, optimizer=optimiser)
+        optimiser.step()
+        optimiser.zero_grad()
+        now = masks(model)
+        assert came_back(model, now) == 0
+        for name, mask in now.items():
+            assert not torch.equal(mask, before[name])
+            assert not optimiser.state[model.get_parameter(name)]["exp_avg"][~mask].any()
+            other = mask.clone()
+            dist.broadcast(other, 0)
+            assert torch.equal(mask, other)
 total = torch.stack([p.detach().double().sum() for p in model.parameters()])
 other = total.clone()
 dist.broadcast(other, 0)

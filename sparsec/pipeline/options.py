@@ -31,6 +31,13 @@ def check_positive(value: Any, name: str) -> int:
     return value
 
 
+def check_whole(value: Any, name: str) -> int:
+    """A whole number from 0 to 2**32 - 1, as a seed is."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+        raise SpecError(f"{name} must be a whole number from 0 to 2**32 - 1, got {value!r}")
+    return value
+
+
 def check_number(value: Any, name: str, above: float | None = None, most: float = math.inf) -> float:
     """Finite, at least 0 or more than `above`, at most `most`."""
     number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)

@@ -21,10 +21,11 @@ from torch.optim.optimizer import (
 )
 
 from sparsec import serial
-from sparsec.errors import MaskError, SparsecWarning, some
+from sparsec.errors import MaskError, RecoverError, SparsecWarning, some
 from sparsec.ir.foreign import quantised_kind
 from sparsec.ir.graph import Graph
 from sparsec.private import is_traceable_wrapper_subclass
+from sparsec.recover.regrow import under
 
 _TABLES = ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 """Where a module keeps the hooks that stand in for a Guard."""
@@ -35,7 +36,7 @@ _ORPHAN = (
 
 
 class Guard:
-    """A hook of a module: before it runs, before its state is read, and after a state was loaded into it.
+    """A hook of a module: before it runs, and before its state is read.
 
     A copy of it has no masks, until the copy of the whole model gives it some; so has one that comes from a pickle.
     """
@@ -52,18 +53,28 @@ class Guard:
             warnings.warn(_ORPHAN, SparsecWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
-        return Guard(None, self.of_whole)
+        return type(self)(None, self.of_whole)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Guard, (None, self.of_whole)
+        return type(self), (None, self.of_whole)
+
+
+class LoadGuard(Guard):
+    """The same after a state was loaded into the module, unless its masks are still to come."""
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if self.holding is None or not self.holding.waits:
+            super().__call__(module)
 
 
 class Holding:
     """Holds the zeros of one model. The masks are those of `graph`, as they are whenever they are needed.
 
     model: the one that the graph was traced from, or what became of it. Modules are known by themselves and not by name, so that
-    others may be put around them.
+    others may be put around them. waits: after a state was loaded, until the model runs or is read, since its masks are loaded too.
     """
+
+    waits: bool
 
     def __init__(self, graph: Graph, model: nn.Module) -> None:
         names = {id(graph.tensor(weight.name)): weight.name for weight in graph.masked()}
@@ -84,7 +95,9 @@ class Holding:
             module.register_forward_pre_hook(guard)
             module.register_state_dict_pre_hook(guard)
             if guard.of_whole:
-                module.register_load_state_dict_post_hook(guard)
+                loaded = LoadGuard(self, of_whole=True)
+                self._guards[loaded] = weakref.ref(module)
+                module.register_load_state_dict_post_hook(loaded)
         self.hold()
 
     def _start(self, graph: Graph, places: Sequence[tuple[str, weakref.ref[nn.Module], str]]) -> None:
@@ -92,6 +105,10 @@ class Holding:
         self._guards: weakref.WeakKeyDictionary[Guard, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._visited: set[int] | None = None  # guards since the zeros were last looked at; None: they never were
         self._trained: set[str] = set()  # weights that a gradient came for since then, and no step that took it
+        self.waits = False
+        self._dense: dict[str, Tensor] | None = (
+            None  # sums of gradients before they are masked; None: nobody wants them
+        )
         self._watched: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # by id: a tie that broke leaves two of one name
         me = weakref.ref(self)
 
@@ -147,7 +164,7 @@ class Holding:
         Warns where something came back and no gradient had been there: a merged adapter, a loaded state. Raises MaskError for a
         weight that is no longer there to be held.
         """
-        held = list(self._held())
+        held = list(self.held())
         for name, parameter, _ in held:
             self._watch(name, parameter)
         found = [serial.grown(parameter, mask) for _, parameter, mask in held]
@@ -183,7 +200,7 @@ class Holding:
             if (mask := self._mask(name, parameter)) is not None:
                 yield name, parameter, mask
 
-    def _held(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def held(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, parameter and mask of what there is to hold. MaskError for what is there no more."""
         for name, parameter in self._present():
             if parameter is None:
@@ -237,12 +254,30 @@ class Holding:
         mask = self.graph.weights[name].mask
         if mask is None:
             return gradient
-        mask = mask.to(gradient.device)
-        if gradient.layout == torch.strided:
-            return torch.where(mask, gradient, 0)
-        rows = gradient.coalesce()  # of an embedding
-        values = torch.where(mask[rows.indices()[0]], rows.values(), 0)
-        return torch.sparse_coo_tensor(rows.indices(), values, rows.shape, is_coalesced=True, check_invariants=False)
+        if self._dense is not None:
+            before, whole = self._dense.get(name), gradient.detach().to_dense()
+            self._dense[name] = whole if before is None else before + whole
+        return under(mask.to(gradient.device), gradient)
+
+    def record(self, on: bool = True) -> dict[str, Tensor]:
+        """From now on, gradients are added up as they were before they are masked, or no more. Gives the sums so far, by name."""
+        found, self._dense = self._dense or {}, {} if on else None
+        return found
+
+
+def holding_of(model: nn.Module) -> Holding:
+    """What holds the zeros of a model, or of the one in it. RecoverError where nothing does."""
+    hooks = [
+        hook for module in model.modules() for hook in module._forward_pre_hooks.values() if isinstance(hook, Guard)
+    ]
+    found = {id(hook.holding): hook.holding for hook in hooks if hook.holding is not None}
+    if len(found) != 1:
+        what = "holds several masked models; train each by itself" if found else "has no masks that are held"
+        raise RecoverError(
+            f"this model ({type(model).__name__}) {what}: RegrowCallback moves the masks of what sparsec.masked gave back, as in "
+            "model = sparsec.masked(sparsec.compile(model, 'magnitude(0.9),freeze'))"
+        )
+    return next(iter(found.values()))
 
 
 def strip(model: nn.Module) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.ir.facts import Weight
 from sparsec.patterns import Pattern
+from sparsec.private import is_traceable_wrapper_subclass
 
 WAYS = ("rigl", "set")
 _UNTIL = 0.75
@@ -43,6 +46,53 @@ class Regrowth:
             return gradient.abs()
         generator = torch.Generator().manual_seed(hash((self.seed, step, number)) % (1 << 63))
         return torch.rand(gradient.shape, generator=generator).to(gradient.device)
+
+    @torch.no_grad()
+    def move(
+        self,
+        weight: Weight,
+        mask: Tensor,
+        leaf: Tensor,
+        gradient: Tensor,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        number: int,
+        done: float,
+    ) -> Tensor:
+        """The new mask of one weight; what went is zero in `leaf`, which is trained, in its gradient and in its moments.
+
+        gradient: of all of the weight, before it is masked; `set` reads its shape alone.
+        """
+        new = moved_weight(weight, mask, leaf, self.growth(gradient, step, number), self.moving(done))
+        forget(leaf, new, optimizer)
+        return new
+
+
+@torch.no_grad()
+def forget(leaf: Tensor, mask: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Makes zero what a mask prunes: in a leaf, its gradient and an optimiser's moments of it. Moments that a library keeps in
+    other numbers than floats, or in tensors of its own kind, stay."""
+    if leaf.grad is not None and leaf.grad.layout != torch.strided:
+        leaf.grad = under(mask, leaf.grad)
+    for tensor in (leaf, leaf.grad, *optimizer.state.get(leaf, {}).values()):
+        if _plain(tensor) and tensor.shape == mask.shape:
+            serial.masked(tensor, mask.to(tensor.device), out=tensor)
+
+
+def _plain(value: Any) -> bool:
+    if is_traceable_wrapper_subclass(value) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.is_floating_point()
+
+
+def under(mask: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient, of all of a weight or of rows of it, exactly zero where the mask prunes, whatever stood there."""
+    if gradient.layout == torch.strided:
+        return torch.where(mask, gradient, 0)
+    rows = gradient.coalesce()  # of an embedding
+    values = torch.where(mask[rows.indices()[0]], rows.values(), 0)
+    return torch.sparse_coo_tensor(rows.indices(), values, rows.shape, is_coalesced=True, check_invariants=False)
 
 
 def moved_weight(weight: Weight, mask: Tensor, values: Tensor, growth: Tensor, share: float) -> Tensor:

@@ -16,7 +16,7 @@ from sparsec import serial
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context
-from sparsec.recover.regrow import Regrowth, moved_weight
+from sparsec.recover.regrow import Regrowth
 
 _MASK = "mask "
 
@@ -57,12 +57,10 @@ class Student(ABC):
             leaf = self.leaves[name]
             if leaf.grad is None:
                 continue
-            growth = regrowth.growth(leaf.grad, step, number)
-            self.masks[name] = moved_weight(self.weights[name], mask, leaf, growth, regrowth.moving(done))
+            self.masks[name] = regrowth.move(
+                self.weights[name], mask, leaf, leaf.grad, optimizer, step=step, number=number, done=done
+            )
             self.moves = True
-            for tensor in (leaf, *optimizer.state.get(leaf, {}).values()):
-                if isinstance(tensor, Tensor) and tensor.shape == mask.shape:
-                    serial.masked(tensor, self.masks[name], out=tensor)
 
     def kept(self) -> dict[str, Tensor]:
         """A copy of the leaves, of those with a mask the values that it keeps, one after the other; of masks where they move."""
