@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -170,13 +171,18 @@ def test_a_state_that_does_not_fit_is_refused(method: str, tmp_path: Path) -> No
     state = tmp_path / "recover.json"
     whole = json.loads(state.read_text())
     tensors = next(tmp_path.glob("*.safetensors"))
-    held = load_file(tensors)
+    held, saved = load_file(tensors), tensors.read_bytes()
     name = next(key for key in sorted(held, reverse=True) if "up_proj" in key and (method == "blocks" or "now" in key))
     for broken in ({k: t for k, t in held.items() if k != name}, held | {name: held[name][:-1].contiguous()}):
         save_file(broken, tensors)
-        with pytest.raises(RecoverError, match="empty the folder"):
+        state.write_text(json.dumps(whole | {"sha256": hashlib.sha256(tensors.read_bytes()).hexdigest()}))
+        with pytest.raises(RecoverError, match=r"does not fit the training.*empty the folder"):
             recovered(spec)
-    save_file(held, tensors)
+    state.write_text(json.dumps(whole))
+    tensors.write_bytes(saved[:-1] + bytes([saved[-1] ^ 1]))
+    with pytest.raises(RecoverError, match="not those that were saved; empty the folder"):
+        recovered(spec)
+    tensors.write_bytes(saved)
     for key, value in (("steps", "x"), ("steps", -3), ("tokens", None), ("notes", 7), ("seconds", [1])):
         state.write_text(json.dumps(whole | {key: value}))
         with pytest.raises(RecoverError, match=f"no state of a training.*'{key}'"):

@@ -23,7 +23,7 @@ from sparsec.ir.graph import Graph
 from sparsec.recover.stretches import Read
 from sparsec.recover.text import TrainingText
 
-VERSION = 1
+VERSION = 2
 _STATE = "recover.json"
 _WHOLE = frozenset({"steps", "skipped", "tokens", "stretches"})
 
@@ -88,12 +88,13 @@ class StateFolder:
                 f"{state}: the state of another training (other weights, masks, text or options); give the options it was begun "
                 "with, or another checkpoint="
             )
+        held = self.path / Path(str(name)).name
         try:
-            return load_file(self.path / Path(str(name)).name), numbers
-        except (OSError, SafetensorError) as error:
-            raise RecoverError(
-                f"{self.path / str(name)}: cannot be read: {briefly(error)}; empty the folder to begin anew"
-            ) from error
+            if _sha256(held) != numbers.get("sha256"):
+                raise ValueError("its bytes are not those that were saved")
+            return load_file(held), numbers
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RecoverError(f"{held}: cannot be read: {briefly(error)}; empty the folder to begin anew") from error
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Replaces what was saved before. Raises RecoverError for a full disk and the like."""
@@ -102,8 +103,8 @@ class StateFolder:
         try:
             # Names of tensors hold spaces and dots, which safetensors takes.
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, made)
+            told = {"version": VERSION, "run": self.run, "tensors": name, "sha256": _sha256(made), **numbers}
             files.put_in_place(made, self.path / name)
-            told = {"version": VERSION, "run": self.run, "tensors": name, **numbers}
             files.write(self.path / _STATE, json.dumps(told, indent=1).encode())
         except (OSError, SafetensorError) as error:
             made.unlink(missing_ok=True)
@@ -111,6 +112,11 @@ class StateFolder:
         for old in self.path.glob("recover-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sound(name: str, value: Any) -> bool:
