@@ -74,7 +74,7 @@ def _sequences(graph: Graph, data: CalibrationData) -> list[Call]:
     ones: dict[torch.Size, Tensor] = {}
     found = []
     for call in data.calls:
-        for row in call[place].split(1):
+        for row in torch.split(call[place], 1):
             if row.shape[1] > 1:
                 mask = ones.setdefault(row.shape, torch.ones_like(row))
                 found.append(tuple(row if name == "input_ids" else mask for name in graph.inputs))
@@ -85,6 +85,6 @@ def _cut(calls: list[Call], length: int | None) -> list[Call]:
     """What is left over of a sequence goes, where more than that was cut from it."""
     found = []
     for call in calls:
-        pieces = list(zip(*(tensor.split(length or tensor.shape[1], dim=1) for tensor in call), strict=True))
+        pieces = list(zip(*(torch.split(tensor, length or tensor.shape[1], dim=1) for tensor in call), strict=True))
         found += [piece for piece in pieces if len(pieces) == 1 or piece[0].shape[1] == length]
     return found
