@@ -25,6 +25,7 @@ from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
+from sparsec.pipeline.trained import TextFigures, TrainingFigures
 from sparsec.recover.blocks import BlockByBlock
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
 from sparsec.recover.precision import DTYPES, Compute, precision
@@ -43,7 +44,7 @@ ACTIVATIONS = 3 << 27
 """Bytes of activations that are kept; further ones are computed again for their gradients."""
 _COUNTED = ("steps", "tokens", "seconds", "notes")
 """What a training block by block has done so far."""
-Figures = dict[str, float]
+_Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Recover(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
     excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    trains: ClassVar[bool] = True
     examples: ClassVar[tuple[str, ...]] = (
         "magnitude(0.5),freeze,recover(steps=2)",
         "wanda(0.5),freeze,recover(method='blocks', steps=2)",
@@ -249,18 +251,19 @@ class _Work:
         at = self._blocks(folder) if options.method == "blocks" else self._whole(folder)
         after = self._figures()
         how = f"{at.steps} steps, {at.tokens:,} tokens, {at.seconds / 60:.1f} min, {self.compute[0]}"
-        summary = f"{options.method}: {_told(before[0], after[0])} on {len(text.held)} sequences held out of {text.source}; {how}"
+        held = _on_text(text.source, len(text.held), before[0], after[0])
+        second = _on_text(text.second_source, len(text.second), before[1], after[1]) if text.second else None
+        told = f"{_told(held)} on {held.sequences} sequences held out of {text.source}"
+        if second is not None:
+            told += f"; {_told(second)} on {second.text}, which was not trained on"
         notes = [f"recover: {note}" for note in at.notes]
-        if text.second:
-            notes.append(
-                f"recover: on a text that was not trained on, {text.second_source}: {_told(before[1], after[1])}"
-            )
-        elif text.stackable:
+        if second is None and text.stackable:
             notes.append(
                 "recover: no second text was looked at, since token ids came without one; calibrate on a text with tokenizer= to "
                 "see what training on it does to others"
             )
-        return PassResult(changed=True, summary=summary, notes=tuple(notes))
+        trained = TrainingFigures(options.method, at.steps, at.tokens, at.seconds, self.compute[0], held, second)
+        return PassResult(changed=True, summary=f"{options.method}: {told}; {how}", notes=tuple(notes), training=trained)
 
     def _whole(self, folder: StateFolder | None) -> Progressed:
         options = self.options
@@ -344,19 +347,19 @@ class _Work:
             self.stretches, sequences, student, self.teacher, wanted, self.compute[1], stackable=stackable
         )
 
-    def _figures(self) -> tuple[Figures, Figures]:
+    def _figures(self) -> tuple[_Figures, _Figures]:
         """Of the graph as it is, on what is held out and on the second text."""
         held = range(len(self.text.held))
         return self._figures_on(held), self._figures_on(range(len(held), len(held) + len(self.text.second)))
 
-    def _figures_on(self, numbers: range) -> Figures:
+    def _figures_on(self, numbers: range) -> _Figures:
         if not numbers:
             return {}
         losses = self._looking.losses(numbers)
         if self.stretches.head() is None:
-            return {"relative error of the outputs": losses.error}
+            return {"error": losses.error}
         perplexity = {"perplexity": math.exp(min(losses.cross_entropy, 700.0))} if self.context.generates else {}
-        return perplexity if self.teacher is None else {"KL from the dense model": losses.divergence, **perplexity}
+        return perplexity if self.teacher is None else {"divergence": losses.divergence, **perplexity}
 
     def _recomputed(self, model: WholeModel) -> float:
         """So much that about ACTIVATIONS bytes are kept at once."""
@@ -367,8 +370,13 @@ class _Work:
         self.context.step(f"recover {self.options.method}", round(1000 * share), 1000, text)
 
 
-def _told(before: Figures, after: Figures) -> str:
-    return ", ".join(f"{what} {value:.4g} -> {after[what]:.4g}" for what, value in before.items())
+def _on_text(source: str, sequences: int, before: _Figures, after: _Figures) -> TextFigures:
+    found = {f"{name}_before": value for name, value in before.items()}
+    return TextFigures(source, sequences, **found, **{f"{name}_after": value for name, value in after.items()})
+
+
+def _told(found: TextFigures) -> str:
+    return ", ".join(f"{what} {before:.4g} -> {after:.4g}" for what, (before, after) in found.changes().items())
 
 
 def _trained(graph: Graph, method: str) -> list[str]:

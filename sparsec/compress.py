@@ -26,6 +26,7 @@ from sparsec.console.command import (
     positive,
     seed,
     threads,
+    untrained_text,
 )
 from sparsec.console.output import guarded, writable_folder
 from sparsec.console.progress import shown_progress
@@ -130,6 +131,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     text = load_text(args.text) if args.measure else None
     learnt = calibration_text(args, [pipeline])
+    second = None if text is None else untrained_text(args, [pipeline], text, learnt)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -137,8 +139,10 @@ def _run(args: argparse.Namespace) -> None:
         with stage(progress, "loading the model"):
             loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed)
         drawn = calibration(loaded, args, [pipeline], learnt, progress)
-        make = _measured if args.measure else _compiled
-        model, report, lines = make(loaded, pipeline, args, text, drawn, progress)
+        if text is not None:
+            model, report, lines = _measured(loaded, pipeline, args, (text, second), drawn, progress)
+        else:
+            model, report, lines = _compiled(loaded, pipeline, args, drawn, progress)
         model.sparsec.save_pretrained(
             Path(args.folder).expanduser(),
             tokenizer=loaded.tokenizer,
@@ -210,7 +214,6 @@ def _compiled(
     loaded: LoadedModel,
     pipeline: Pipeline,
     args: argparse.Namespace,
-    text: Text | None,
     drawn: Sequences | None,
     progress: Progress,
 ) -> tuple[Any, Report, list[str]]:
@@ -263,18 +266,18 @@ def _measured(
     loaded: LoadedModel,
     pipeline: Pipeline,
     args: argparse.Namespace,
-    text: Text | None,
+    texts: tuple[Text, Text | None],
     drawn: Sequences | None,
     progress: Progress,
 ) -> tuple[Any, Report, list[str]]:
-    """The same with a report that was measured."""
-    assert text is not None
+    """The same with a report that was measured on a text, and on a second one where a pass trains."""
     effort = (
         Effort(new_tokens=args.new_tokens)
         if args.prompt is None
         else Effort(prompt=args.prompt, new_tokens=args.new_tokens)
     )
-    report, model = measured_report(loaded, pipeline, plan(loaded, text, effort, args.bos), (), progress, drawn)
+    planned = plan(loaded, texts[0], effort, args.bos, texts[1])
+    report, model = measured_report(loaded, pipeline, planned, (), progress, drawn)
     lines = summary_lines(report)
     if report.sample is not None:
         lines += heading(f"Before and after, of {report.sample.prompt!r}")

@@ -6,6 +6,7 @@ from collections import Counter
 
 from sparsec.checkpoint.record import Record
 from sparsec.report.records import ReportData
+from sparsec.report.recovery import on_second_text
 from sparsec.report.variant import VARIANTS, metrics
 
 FIRST = "**This model loads with sparsec only"
@@ -76,6 +77,8 @@ def _figures(report: ReportData | None) -> list[str]:
     on, by = report.evaluation, report.latency
     if on is not None:
         lines += ["", f"Quality on {on.windows} windows of {on.window_length} tokens of {on.text}."]
+    if (second := on_second_text(report)) is not None:
+        lines += ["", f"The {second}."]
     if report.machine is not None:
         busy = "; the machine was busy, so times are doubtful" if by.disturbed else ""
         lines += [

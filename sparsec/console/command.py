@@ -13,7 +13,7 @@ from sparsec import memory
 from sparsec.calibrate import LENGTH, SELF, SEQUENCES, Sequences
 from sparsec.calibrate.draw import Draw
 from sparsec.data import LoadedModel, Text, load_text
-from sparsec.data.text import DATASET_PREFIX
+from sparsec.data.text import DATASET_PREFIX, EMBEDDED, second_text
 from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
@@ -121,6 +121,16 @@ def calibration_text(args: argparse.Namespace, pipelines: Sequence[Pipeline]) ->
         load_text(named)
     print(f"notice: no pass learns from data, so --calibration {named} is not used", file=sys.stderr)
     return None
+
+
+def untrained_text(
+    args: argparse.Namespace, pipelines: Sequence[Pipeline], text: Text, learnt: Text | None
+) -> Text | None:
+    """A text beside `text` to evaluate on, which no pass trains on; None where none trains. learnt: from `calibration_text`."""
+    if not any(pipeline.training for pipeline in pipelines):
+        return None
+    trained = learnt.name if learnt is not None else "" if args.calibration == SELF else EMBEDDED
+    return second_text(text.name, trained)
 
 
 def calibration(

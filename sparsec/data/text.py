@@ -48,10 +48,10 @@ def load_text(spec: str | None = None, split: str = "test") -> Text:
 
 
 @checked
-def second_text(first: str) -> Text:
-    """Another text than the one of that name, of another kind: the embedded one, or beside that what the modules of Python's
+def second_text(first: str, other: str = "") -> Text:
+    """Another text than those of the names given, of another kind: the embedded one, or beside that what the modules of Python's
     standard library say of themselves."""
-    if not first.startswith(EMBEDDED):
+    if not any(name.startswith(EMBEDDED) for name in (first, other)):
         return _embedded()
     found = []
     for path in sorted(Path(ast.__file__).parent.glob("*.py")):

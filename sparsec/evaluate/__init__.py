@@ -3,6 +3,6 @@ near their embeddings are to a reference's."""
 
 from sparsec.evaluate.compare import Evaluation, compare, evaluate
 from sparsec.evaluate.embeddings import Encoding, compare_embeddings
-from sparsec.evaluate.windows import Windows, cut
+from sparsec.evaluate.windows import Windows, cut, cut_second
 
-__all__ = ["Encoding", "Evaluation", "Windows", "compare", "compare_embeddings", "cut", "evaluate"]
+__all__ = ["Encoding", "Evaluation", "Windows", "compare", "compare_embeddings", "cut", "cut_second", "evaluate"]

@@ -25,6 +25,7 @@ from sparsec.console.command import (
     positive,
     seed,
     threads,
+    untrained_text,
 )
 from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
@@ -34,7 +35,7 @@ from sparsec.evaluate.compare import Evaluation, compare
 from sparsec.evaluate.embeddings import Encoding, compare_embeddings
 from sparsec.evaluate.output import document, text
 from sparsec.evaluate.saved import Saved, fingerprint
-from sparsec.evaluate.windows import Windows, cut
+from sparsec.evaluate.windows import Windows, cut, cut_second
 from sparsec.opened import open_model
 from sparsec.pipeline import Pipeline
 from sparsec.progress import stage
@@ -86,7 +87,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add_device(p)
     p.add_argument("--threads", type=threads, metavar="N", help="threads of torch; default: as torch chooses")
     p.add_argument("--seed", type=seed, default=0, help="seed of what is drawn to calibrate on; default: %(default)s")
-    p.add_argument("--resume", metavar="FILE", help="kept up to date window by window; goes on from there if it exists")
+    p.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="kept up to date window by window; goes on from there if it exists; of a second text in FILE.second",
+    )
     p.add_argument("--json", metavar="FILE", help="all figures, every window and position; - is the standard output")
     add_calibration(p)
     p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
@@ -109,6 +114,7 @@ def _run(args: argparse.Namespace) -> None:
             writable(path)
     content = _first_half(load_text()) if args.text is None else load_text(args.text)
     learnt = calibration_text(args, pipelines)
+    untrained = untrained_text(args, pipelines, content, learnt)
     if args.threads:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress:
@@ -116,16 +122,23 @@ def _run(args: argparse.Namespace) -> None:
             dtype = None if args.dtype is None else DTYPES[args.dtype]
             loaded = [on_device(open_model(spec, dtype, progress), args.device) for spec in args.models or [None]]
         _check_kinds(loaded)
-        windows = cut(content, _tokenizer(loaded), *_sizes(args, loaded), bos=args.bos)
+        tokenizer, sizes = _tokenizer(loaded), _sizes(args, loaded)
+        windows = cut(content, tokenizer, *sizes, bos=args.bos)
+        second = None if untrained is None else cut_second(untrained, tokenizer, *sizes, bos=args.bos)
         drawn = calibration(loaded[0], args, pipelines, learnt, progress)
         notes = [f"{each.name}: {note}" for each in loaded for note in each.notes]
         notes += [f"calibrated on {drawn.source}"] if drawn is not None else []
-        saved = Saved(args.resume, _identity(args, loaded, windows, pipelines, drawn)) if args.resume else None
-        if saved is not None and saved.done:
-            notes.append(f"{saved.done} windows were taken over from {saved.path}")
+        texts = [windows] if second is None else [windows, second]
+        kept: list[Saved | None] = [None] * len(texts)
+        if args.resume:
+            kept = [
+                Saved(f"{args.resume}{end}", _identity(args, loaded, each, pipelines, drawn))
+                for each, end in zip(texts, ("", ".second"), strict=False)
+            ]
+        notes += [f"{s.done} windows were taken over from {s.path}" for s in kept if s is not None and s.done]
         names = _names(loaded, pipelines)
         models: Mapping[str, Any] = dict(zip(names, [each.model for each in loaded], strict=False))
-        if saved is None or saved.done < windows.count:
+        if any(s is None or s.done < each.count for s, each in zip(kept, texts, strict=True)):
             specs = dict(zip(names[len(loaded) :], pipelines, strict=True))
             built = compiled_by(specs, loaded[0].model, drawn, progress)
             models = {**models, **built}
@@ -134,10 +147,13 @@ def _run(args: argparse.Namespace) -> None:
             models = dict.fromkeys(names)  # nothing is left to run
         measure: Callable[..., Mapping[str, Evaluation | Encoding]]
         measure = compare_embeddings if loaded[0].is_encoder else compare
-        found = measure(models, windows, progress, "evaluating windows", saved)
-    print(text(found, windows, notes))
+        found = measure(models, windows, progress, "evaluating windows", kept[0])
+        beside = None
+        if second is not None:
+            beside = second, measure(models, second, progress, "evaluating windows of a second text", kept[1])
+    print(text(found, windows, notes, beside))
     if args.json:
-        write_text(args.json, json.dumps(document(found, windows, notes), indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(document(found, windows, notes, beside), indent=1, allow_nan=False) + "\n")
         print(f"\nwritten: {args.json}")
 
 

@@ -26,27 +26,53 @@ _KEYS = {name: name for name in _NUMBERS} | _SERIES
 """Of a model in the JSON, and where they come from."""
 
 
-def text(found: Mapping[str, Evaluation | Encoding], windows: Windows, notes: Sequence[str]) -> str:
-    """Tables for a terminal. found: by model, the reference first; all of one kind."""
+Found = Mapping[str, Evaluation | Encoding]
+"""By model, the reference first; all of one kind."""
+Second = tuple[Windows, Found]
+"""The same on a text that was not trained on, where a pass trains."""
+
+
+def text(found: Found, windows: Windows, notes: Sequence[str], second: Second | None = None) -> str:
+    """Tables for a terminal."""
     dtypes = ", ".join(dict.fromkeys(e.dtype for e in found.values()))
     lines = heading("Evaluation")
     lines += paragraph(
         f"{windows.text_name} (sha256 {windows.text_sha256[:16]}, {windows.tokens_in_text:,} tokens): {windows.count} windows of "
         f"{windows.length} tokens that do not overlap, {dtypes}; {windows.beginning.protocol}"
     )
+    if second is not None:
+        lines += paragraph(
+            f"second text, not trained on: {second[0].text_name} (sha256 {second[0].text_sha256[:16]}, "
+            f"{second[0].tokens_in_text:,} tokens): {second[0].count} windows of {second[0].length} tokens"
+        )
     lines += [line for note in notes for line in paragraph(note)]
     letters = {name: chr(ord("A") + i) if i < 26 else str(i) for i, name in enumerate(found)}
     causal = {name: e for name, e in found.items() if isinstance(e, Evaluation)}
     encoders = {name: e for name, e in found.items() if isinstance(e, Encoding)}
-    return "\n".join([*lines[1:], *(_causal(causal, letters, windows) if causal else _encoders(encoders, letters))])
+    beside = {} if second is None else {name: _second(e) for name, e in second[1].items()}
+    rest = _causal(causal, letters, windows, beside) if causal else _encoders(encoders, letters, beside)
+    return "\n".join([*lines[1:], *rest])
 
 
-def _causal(found: Mapping[str, Evaluation], letters: Mapping[str, str], windows: Windows) -> list[str]:
+def _second(e: Evaluation | Encoding) -> str:
+    return perplexity(e.perplexity) if isinstance(e, Evaluation) else f"{e.cosine:.4f}"
+
+
+def _causal(
+    found: Mapping[str, Evaluation], letters: Mapping[str, str], windows: Windows, second: Mapping[str, str]
+) -> list[str]:
     rows = [
-        (letters[name], name, perplexity(e.perplexity), *_against(e, reference=i == 0))
+        (
+            letters[name],
+            name,
+            perplexity(e.perplexity),
+            *([second[name]] if second else []),
+            *_against(e, reference=i == 0),
+        )
         for i, (name, e) in enumerate(found.items())
     ]
-    lines = ["", *table(("", "model", "perplexity", "top-1", "top-5", "KL, nats"), rows, left=(0, 1))]
+    header = ("", "model", "perplexity", *(["second text"] if second else []), "top-1", "top-5", "KL, nats")
+    lines = ["", *table(header, rows, left=(0, 1))]
     lines += paragraph(
         "perplexity: exp of the mean over windows of the mean loss; against A, at every position: top-1, the most likely next "
         "token is the same; top-5, that of A is among the five most likely; KL(A || model) of the next-token distributions"
@@ -60,16 +86,13 @@ def _causal(found: Mapping[str, Evaluation], letters: Mapping[str, str], windows
     return lines
 
 
-def _encoders(found: Mapping[str, Encoding], letters: Mapping[str, str]) -> list[str]:
-    rows = [
-        (
-            letters[n],
-            n,
-            *(("-", "-", "-") if i == 0 else (f"{e.cosine:.4f}", f"{e.cosine_min:.4f}", f"{e.embedding_error:.4g}")),
-        )
-        for i, (n, e) in enumerate(found.items())
-    ]
-    lines = ["", *table(("", "model", "cosine", "least", "error"), rows, left=(0, 1))]
+def _encoders(found: Mapping[str, Encoding], letters: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    rows = []
+    for i, (n, e) in enumerate(found.items()):
+        cells = [f"{e.cosine:.4f}", *([second[n]] if second else []), f"{e.cosine_min:.4f}", f"{e.embedding_error:.4g}"]
+        rows.append((letters[n], n, *(["-"] * len(cells) if i == 0 else cells)))
+    header = ("", "model", "cosine", *(["second text"] if second else []), "least", "error")
+    lines = ["", *table(header, rows, left=(0, 1))]
     return lines + paragraph(
         f"{PROTOCOL}; against A: cosine of the two, its mean over windows and the least; error, |difference| / |A|, mean over "
         "windows. Encoders predict no next token, so there is no perplexity"
@@ -85,10 +108,22 @@ def _by_position(columns: Mapping[str, Sequence[float]], length: int) -> list[st
     return table(("tokens seen", *columns), body)
 
 
-def document(found: Mapping[str, Evaluation | Encoding], windows: Windows, notes: Sequence[str]) -> dict[str, Any]:
+def document(found: Found, windows: Windows, notes: Sequence[str], second: Second | None = None) -> dict[str, Any]:
     """For JSON; what is no finite number is null."""
     return {
         "schema": "sparsec.evaluation/1",
+        **_on(windows),
+        "notes": list(notes),
+        "reference": next(iter(found)),
+        "models": {name: _model(e) for name, e in found.items()},
+        "second": None
+        if second is None
+        else {**_on(second[0]), "models": {name: _model(e) for name, e in second[1].items()}},
+    }
+
+
+def _on(windows: Windows) -> dict[str, Any]:
+    return {
         "text": windows.text_name,
         "text_sha256": windows.text_sha256,
         "text_tokens": windows.tokens_in_text,
@@ -96,9 +131,6 @@ def document(found: Mapping[str, Evaluation | Encoding], windows: Windows, notes
         "window_length": windows.length,
         "bos": windows.beginning.token,
         "protocol": windows.beginning.protocol,
-        "notes": list(notes),
-        "reference": next(iter(found)),
-        "models": {name: _model(e) for name, e in found.items()},
     }
 
 

@@ -5,7 +5,7 @@ Each window begins with the BOS that the tokenizer begins texts with, if it does
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -63,3 +63,11 @@ def cut(
             f"{found.need(max(1, wanted))}; take fewer or shorter windows, or a longer text"
         )
     return Windows(found.windows[:wanted], text.name, text.sha256, found.tokens, found.beginning)
+
+
+def cut_second(
+    text: Text, tokenizer: Any, length: int, most: int | None, limit: int | None = None, bos: bool = True
+) -> Windows:
+    """As `cut`, of a text that stands beside the one that was asked for: at most so many windows, however short it is."""
+    every = cut(text, tokenizer, length, None, limit, bos)
+    return replace(every, tokens=every.tokens[:most])

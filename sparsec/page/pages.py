@@ -21,6 +21,7 @@ from sparsec.page.study_charts import study_charts
 from sparsec.progress import Progress, stage
 from sparsec.report.notes import all_notes
 from sparsec.report.records import ReportData
+from sparsec.report.recovery import on_second_text, recovery_tables, recovery_texts
 from sparsec.report.summary import summary_rows
 from sparsec.report.text import compared_rows, machine_rows, never_trained
 from sparsec.report.variant import VARIANTS, short_perplexity
@@ -81,6 +82,9 @@ def report_page(report: ReportData, ir: KeptIR | None, progress: Progress | None
             traced=ir.traced if ir is not None else "",
             final=ir.final if ir is not None else "",
             figures_table=_figures(report),
+            recovery=recovery_tables(report),
+            recovery_texts=recovery_texts(report),
+            second=on_second_text(report),
             prompt=report.sample.prompt if report.sample else "",
             samples=list(report.sample.texts.items()) if report.sample and not never_trained(report) else [],
             notes=all_notes(report),
@@ -221,6 +225,9 @@ def _report_tiles(report: ReportData) -> list[Tile]:
         tiles.append(
             Tile("Perplexity", short_perplexity(last.perplexity), f"dense {short_perplexity(dense.perplexity)}")
         )
+    if last.perplexity_second is not None and dense.perplexity_second is not None:
+        value, before = short_perplexity(last.perplexity_second), short_perplexity(dense.perplexity_second)
+        tiles.append(Tile("Perplexity, second text", value, f"not trained on; dense {before}"))
     if last.cosine is not None:
         tiles.append(Tile("Cosine", f"{last.cosine:.4f}", "of the embeddings to dense"))
     return tiles

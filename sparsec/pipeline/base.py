@@ -15,6 +15,7 @@ from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.memory import is_own, page_out
+from sparsec.pipeline.trained import TrainingFigures
 from sparsec.progress import Noted, Progress, each_of
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ class PassResult:
     changed: bool
     summary: str  # one line
     notes: tuple[str, ...] = ()  # what was left alone, and why
+    training: TrainingFigures | None = None  # of a pass that trains
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class PassRecord:
     changed: bool
     summary: str
     notes: tuple[str, ...]
+    training: TrainingFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Pass(ABC):
         frozenset()
     )  # facts that must not hold yet: pruning needs weights not yet packed
 
+    trains: ClassVar[bool] = False
+    """Whether it learns from a text what it will be asked on: then a second text is looked at beside it."""
     examples: ClassVar[tuple[str, ...]] = ()
     """Pipelines that end in it, its options in use, for listings and tests: on any model, whatever its shapes and names."""
     wants: ClassVar[str] = ""

@@ -19,6 +19,7 @@ from sparsec.pipeline.base import FACTS, Context, Effect, Pass, PassRecord, Pass
 from sparsec.pipeline.instruments import Instrument, Timing
 from sparsec.pipeline.spec import parse, unparse, unparse_one
 from sparsec.pipeline.table import known_passes
+from sparsec.pipeline.trained import TrainingFigures
 from sparsec.progress import stage
 
 Verify = Literal["none", "structure", "facts", "probe"]
@@ -78,6 +79,11 @@ class Pipeline:
     def learning(self) -> tuple[str, ...]:
         """Names of the passes that need calibration data."""
         return tuple(p.name for p in self.passes if p.needs_calibration)
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Names of the passes that train."""
+        return tuple(p.name for p in self.passes if p.trains)
 
     @checked
     def before(self, name: str) -> Pipeline:
@@ -175,6 +181,7 @@ class Pipeline:
                     changed=result.changed,
                     summary=result.summary,
                     notes=result.notes if records else (*said, *result.notes),
+                    training=result.training,
                 )
             )
         return tuple(records)
@@ -241,10 +248,11 @@ def _said(p: Pass, index: int, result: Any) -> PassResult:
         if isinstance(result, PassResult) and isinstance(result.notes, tuple)
         else [None]
     )
-    if not all(isinstance(text, str) for text in texts):
+    known = isinstance(getattr(result, "training", None), TrainingFigures | None)
+    if not known or not all(isinstance(text, str) for text in texts):
         raise VerifyError(
-            f"pass {index} {p.name!r} must give a PassResult with one line of text and a tuple of notes, got {result!r}; this is a "
-            "defect of the pass"
+            f"pass {index} {p.name!r} must give a PassResult with one line of text and a tuple of notes, and TrainingFigures where "
+            f"it trains, got {result!r}; this is a defect of the pass"
         )
     told: PassResult = result
     return told

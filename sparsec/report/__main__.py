@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,13 +25,14 @@ from sparsec.console.command import (
     positive,
     seed,
     threads,
+    untrained_text,
 )
 from sparsec.console.output import guarded, writable, writable_folder, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import paragraph, terminal_width
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError
-from sparsec.evaluate import compare_embeddings, evaluate
+from sparsec.evaluate import Windows, compare_embeddings, evaluate
 from sparsec.opened import stored_report
 from sparsec.page.ir import KeptIR
 from sparsec.page.options import add_pages, check_pages, write_pages
@@ -44,6 +45,7 @@ from sparsec.report.picture import drawable, pictures
 from sparsec.report.schema import document, layers_csv
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import ALONE, QUICK, Effort, StudyPlan, plan
+from sparsec.study.sample import continuation
 from sparsec.study.views import LayerViews
 
 PROG = "python -m sparsec.report"
@@ -90,7 +92,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SPEC",
-        help="also measure the quality that these passes give, and nothing else; may be given several times",
+        help="also measure the quality that these passes give, show what the model then writes, and nothing else; may be given "
+        "several times",
     )
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="to compute in; default: %(default)s")
     add_device(p)
@@ -179,6 +182,7 @@ def _run(args: argparse.Namespace) -> None:
     drawing = check_pages(args)
     text = None if args.no_measure else load_text(args.text)
     learnt = calibration_text(args, [pipeline, *beside])
+    second = None if text is None else untrained_text(args, [pipeline, *beside], text, learnt)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -194,11 +198,11 @@ def _run(args: argparse.Namespace) -> None:
         with stage(progress, "loading the model"):
             loaded = on_device(load_model(args.model, DTYPES[args.dtype], progress, args.seed), args.device)
         pictured = drawable(args.picture, [name for name, p in loaded.model.named_parameters() if p.dim() > 1])
-        planned = None if text is None else plan(loaded, text, effort(args), args.bos)
+        planned = None if text is None else plan(loaded, text, effort(args), args.bos, second)
         drawn = calibration(loaded, args, [pipeline, *beside], learnt, progress)
-        others = {} if planned is None else {str(p): _quality(loaded, p, planned, drawn, progress) for p in beside}
+        others = {} if planned is None else {str(p): _beside(loaded, p, planned, drawn, progress) for p in beside}
         report, _ = measured_report(loaded, pipeline, planned, instruments, progress, drawn)
-        report = replace(report, beside=others, views=views.found())
+        report = replace(_with(report, others), views=views.found())
     print("\n".join([report.text(args.layers, terminal_width()), *pictures(report.views, pictured)]))
     _write(args, report)
     with shown_progress(sys.stderr) as progress:  # last: what could not be drawn takes nothing else along
@@ -240,20 +244,53 @@ def _named(outputs: Sequence[str]) -> None:
         print(f"\nwritten: {', '.join(outputs)}")
 
 
-def _quality(
+@dataclass(frozen=True)
+class _Beside:
+    """Of other passes: the perplexity, of an encoder the cosine; the same on the second text; what the model writes."""
+
+    quality: float
+    second: float | None
+    text: str | None
+
+
+def _beside(
     loaded: LoadedModel,
     pipeline: Pipeline,
     planned: StudyPlan,
     drawn: Sequences | None,
     progress: Progress,
-) -> float:
-    """The perplexity, of an encoder the cosine, that other passes give on the same windows; it does not matter how they lower."""
+) -> _Beside:
+    """What other passes give on the same windows and after the same prompt; it does not matter how they lower."""
     with stage(progress, f"beside it: {pipeline}"):
         pruned = compile(loaded.model, pipeline.before("lower"), calibration=drawn, progress=progress)
-        if loaded.is_encoder:
-            both = {"dense": loaded.model, "pruned": pruned}
-            return compare_embeddings(both, planned.windows, progress, "its embeddings")["pruned"].cosine
-        return evaluate(pruned, planned.windows, progress, "its perplexity").perplexity
+
+        def quality(windows: Windows) -> float:
+            if loaded.is_encoder:
+                both = {"dense": loaded.model, "pruned": pruned}
+                return compare_embeddings(both, windows, progress, "its embeddings")["pruned"].cosine
+            return evaluate(pruned, windows, progress, "its perplexity").perplexity
+
+        text = None
+        if planned.prompt is not None:
+            tokens, count = planned.prompt.tokens, planned.effort.new_tokens
+            text = continuation(pruned, loaded.tokenizer, tokens, count, planned.effort.seconds)
+        second = None if planned.second is None else quality(planned.second)
+        return _Beside(quality(planned.windows), second, text)
+
+
+def _with(report: Report, others: Mapping[str, _Beside]) -> Report:
+    """The report with what other passes give; their texts stand behind that of the dense model."""
+    sample = report.sample
+    if sample is not None:
+        dense, rest = {"dense": sample.texts["dense"]}, {n: t for n, t in sample.texts.items() if n != "dense"}
+        written = {spec: other.text for spec, other in others.items() if other.text is not None}
+        sample = replace(sample, texts=dense | written | rest)
+    return replace(
+        report,
+        sample=sample,
+        beside={spec: other.quality for spec, other in others.items()},
+        beside_second={spec: other.second for spec, other in others.items() if other.second is not None},
+    )
 
 
 def effort(args: argparse.Namespace) -> Effort:

@@ -106,7 +106,7 @@ class Sample:
     prompt: str
     chat: bool  # went through the model's chat template
     new_tokens: int
-    texts: dict[str, str]  # by variant
+    texts: dict[str, str]  # by variant, and by the specification of what was measured beside it
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ class ReportData:
     beside: dict[str, float] = field(
         default_factory=dict
     )  # perplexity on the same windows by other passes; of encoders the cosine
+    second: EvaluationFacts | None = None  # where a pass trained: of a text that was not trained on
+    beside_second: dict[str, float] = field(default_factory=dict)  # as `beside`, on that text
     roofs: Roofs | None = None
     views: tuple[LayerView, ...] = ()  # of what was pruned, where they were asked for
 

@@ -12,6 +12,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from sparsec.pipeline.base import PassRecord
+from sparsec.pipeline.trained import FIGURES
 from sparsec.report.layer import LayerRow, figures
 from sparsec.report.records import GroupRow, ReportData
 from sparsec.report.variant import Variant, metrics
@@ -33,6 +35,31 @@ PASS: Keys = {
     "changed": ((bool,), "whether the computation or its masks changed"),
     "summary": ((str,), "one line"),
     "notes": ((list,), "strings: what was left alone, and why"),
+    "training": ((dict, NONE), "of TRAINING, of a pass that trains"),
+}
+TRAINING: Keys = {
+    "method": ((str,), "as in the pass's options"),
+    "steps": ((int,), "of the optimiser"),
+    "tokens": ((int,), "trained on, as often as they came"),
+    "seconds": (NUMBER, "of training, without what is looked at before and after"),
+    "dtype": ((str,), "of the products"),
+    "held_out": (
+        (dict,),
+        "of TRAINED_TEXT: sequences of the text that was trained on, which were not trained on themselves",
+    ),
+    "second": (
+        (dict, NONE),
+        "of TRAINED_TEXT: another text, which was not trained on; null where there was no tokenizer",
+    ),
+}
+TRAINED_TEXT: Keys = {
+    "text": ((str,), "what it is"),
+    "sequences": ((int,), "looked at"),
+    **{
+        f"{name}_{when}": ((*NUMBER, NONE), f"{title}, {when} training; null where not known or not finite")
+        for name, title in FIGURES.items()
+        for when in ("before", "after")
+    },
 }
 
 
@@ -105,7 +132,7 @@ SCHEMA: Keys = {
         (bool,),
         "whether the variants took turns; false: one after another, since memory does not hold them together",
     ),
-    "sample": ((dict, NONE), "prompt, chat, new_tokens, texts by variant"),
+    "sample": ((dict, NONE), "prompt, chat, new_tokens, texts by variant and by specification of beside"),
     "stages": ((list,), "of STAGE, in order"),
     "notes": ((list,), "strings of tracing and emission"),
     "remarks": ((list,), "strings on how it was measured"),
@@ -113,6 +140,11 @@ SCHEMA: Keys = {
         (dict,),
         "perplexity (of encoders: cosine) on the same windows by other passes, by their specification; null beyond floating point",
     ),
+    "second": (
+        (dict, NONE),
+        "where a pass trained: as evaluation, of a text that was not trained on, for the figures of VARIANT that end in _second",
+    ),
+    "beside_second": ((dict,), "as beside, on that text"),
 }
 
 
@@ -122,7 +154,7 @@ def document(report: ReportData) -> dict[str, Any]:
         "schema": VERSION,
         "machine": asdict(report.machine) if report.machine is not None else None,
         "model": asdict(report.model) if report.model is not None else None,
-        "passes": [asdict(p) | {"effect": p.effect.value, "notes": list(p.notes)} for p in report.passes],
+        "passes": [_pass(p) for p in report.passes],
         "layers": [_layer(row) for row in report.layers],
         "groups": [_group(row) for row in report.groups],
         "bytes_buffers": report.bytes_buffers,
@@ -137,7 +169,9 @@ def document(report: ReportData) -> dict[str, Any]:
         "stages": [asdict(stage) for stage in report.stages],
         "notes": list(report.notes),
         "remarks": list(report.remarks),
-        "beside": {spec: value if math.isfinite(value) else None for spec, value in report.beside.items()},
+        "beside": {spec: _finite(value) for spec, value in report.beside.items()},
+        "second": asdict(report.second) if report.second is not None else None,
+        "beside_second": {spec: _finite(value) for spec, value in report.beside_second.items()},
     }
 
 
@@ -162,9 +196,18 @@ def check_report(found: Any) -> list[str]:
     for part, keys in (("passes", PASS), ("layers", LAYER), ("groups", GROUP), ("stages", STAGE)):
         for i, item in enumerate(found[part]):
             problems += _check(f"{part}[{i}]", item, keys)
+    for i, item in enumerate(found["passes"]):
+        if isinstance(item, dict) and item.get("training") is not None:
+            problems += _check_training(f"passes[{i}].training", item["training"])
     for name, item in found["summary"].items():
         problems += _check(f"summary.{name}", item, VARIANT)
     return problems
+
+
+def _check_training(where: str, found: Any) -> list[str]:
+    problems = _check(where, found, TRAINING)
+    texts = {} if problems else {name: found[name] for name in ("held_out", "second") if found[name] is not None}
+    return problems + [p for name, text in texts.items() for p in _check(f"{where}.{name}", text, TRAINED_TEXT)]
 
 
 def _check(where: str, found: Any, keys: Keys) -> list[str]:
@@ -182,6 +225,19 @@ def _check(where: str, found: Any, keys: Keys) -> list[str]:
     return problems
 
 
+def _pass(p: PassRecord) -> dict[str, Any]:
+    found = asdict(p) | {"effect": p.effect.value, "notes": list(p.notes)}
+    for text in ("held_out", "second") if p.training is not None else ():
+        if found["training"][text] is not None:
+            found["training"][text] = {k: _finite(v) for k, v in found["training"][text].items()}
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """null is what JSON has for what is beyond floating point."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _layer(row: LayerRow) -> dict[str, Any]:
     cells = {key: getattr(row, key) for key in LAYER}
     return cells | {"aliases": list(row.aliases), "shape": list(row.shape), "reason": dense_reason(row) or row.reason}
@@ -195,9 +251,7 @@ def variant_document(v: Variant) -> dict[str, Any]:
     """One of the compared models, as `VARIANT` has it."""
     cells: dict[str, Any] = {}
     for key in metrics():
-        value = getattr(v, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            value = None
+        value = _finite(getattr(v, key))
         cells[key] = value.median if isinstance(value, Spread) else value
         if f"{key}_quartiles" in VARIANT:
             cells[f"{key}_quartiles"] = [value.lower, value.upper] if isinstance(value, Spread) else None

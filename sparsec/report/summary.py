@@ -23,8 +23,10 @@ def summary_lines(report: ReportData) -> list[str]:
     lines += [*(_bytes(report) if not report.summary else ()), *_speed(report), *_quality(report)]
     notes, bars = all_notes(report), depth_lines(report.layers)
     count = SHOWN
-    while bars and len(lines) + len(bars) + min(count, len(notes)) + (len(notes) > count) > LINES:
-        if count > LEAST:
+    while len(lines) + len(bars) + min(count, len(notes)) + (len(notes) > count) > LINES:
+        if count > LEAST or not bars:
+            if count == 1:
+                break
             count -= 1
         else:
             bars.pop()
@@ -74,7 +76,9 @@ def summary_rows(report: ReportData) -> list[tuple[str, ...]]:
         )
         row("  speed against dense", [_times(v.speedup_window, report.doubt) for v in variants])
     row("perplexity", [_perplexity(v.perplexity) for v in variants])
-    row("cosine of embeddings", ["-" if v.cosine is None else f"{v.cosine:.4f}" for v in variants])
+    row("perplexity, second text", [_perplexity(v.perplexity_second) for v in variants])
+    row("cosine of embeddings", [_cosine(v.cosine) for v in variants])
+    row("cosine, second text", [_cosine(v.cosine_second) for v in variants])
     return rows
 
 
@@ -113,9 +117,17 @@ def _quality(report: ReportData) -> list[str]:
         text = f"perplexity {_perplexity(dense.perplexity)} before, {_perplexity(pruned.perplexity)} after"
         text += "".join(f"; {_perplexity(other)} by {spec}" for spec, other in report.beside.items())
         lines += _wrapped(f"{text} ({on.windows} x {on.window_length} tokens of {on.text})", f"{'quality':<9}", lines=2)
+    if report.beside_second:
+        shown = _cosine if report.encoder else _perplexity
+        text = "; ".join(f"{shown(other)} by {spec}" for spec, other in report.beside_second.items())
+        lines += _wrapped(f"on the second text {text}", " " * 9, lines=1)
     if (add := for_quality(report)) is not None:
         lines += _wrapped(add, " " * 9 if lines else f"{'quality':<9}", lines=2)
     return lines
+
+
+def _cosine(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _perplexity(value: float | None) -> str:

@@ -13,6 +13,7 @@ from sparsec.report.layer import LayerRow, known_ratio, total
 from sparsec.report.notes import all_notes, merged, said_under_layers
 from sparsec.report.pruning import pruning_lines
 from sparsec.report.records import GroupRow, ReportData
+from sparsec.report.recovery import on_second_text, recovery_tables, recovery_texts
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import summary_lines
 from sparsec.report.variant import metrics
@@ -29,7 +30,8 @@ def render(report: ReportData, layers: bool = False, width: int = WIDTH) -> str:
     becomes several, and a name that no comma parts may be.
     """
     lines = summary_lines(report)
-    lines += _passes(report, width) + _layers(report, layers, width) + pruning_lines(report.layers, layers, width)
+    lines += _passes(report, width) + _recovery(report, width)
+    lines += _layers(report, layers, width) + pruning_lines(report.layers, layers, width)
     lines += (depth_table(report.layers, width) if layers else []) + _groups(report, width)
     if report.summary:
         lines += _compared(report, width)
@@ -93,6 +95,14 @@ def _passes(report: ReportData, width: int) -> list[str]:
         if elsewhere:
             lines.append("      - what stays dense says why under Layers")
     return lines
+
+
+def _recovery(report: ReportData, width: int) -> list[str]:
+    tables = recovery_tables(report)
+    lines = heading("Recovery: before and after training", width) if tables else []
+    for how, (header, rows) in tables:
+        lines += [*paragraph(how, width=width), *fitted(header, rows, width)]
+    return lines + [line for text in recovery_texts(report) for line in paragraph(text, width=width)]
 
 
 def _layers(report: ReportData, every: bool, width: int) -> list[str]:
@@ -225,6 +235,8 @@ def _footnotes(report: ReportData) -> list[str]:
             f"{what} on {e.text} (sha256 {e.text_sha256[:16]}, {e.text_tokens:,} tokens): "
             f"{e.windows} windows of {e.window_length} tokens, {e.dtype}{'; ' * bool(e.protocol)}{e.protocol}"
         )
+    if (second := on_second_text(report)) is not None:
+        notes.append(second)
     if (t := report.latency) is not None:
         rest = f"{t.prefill_repeats} prefills of {t.prompt_tokens} tokens and of {t.decode_repeats} tokens decoded after them"
         if report.encoder:
@@ -247,7 +259,10 @@ def _sample(report: ReportData, width: int) -> list[str]:
     assert sample is not None
     template = " (through the chat template)" if sample.chat else ""
     lines = heading(f"Sample: greedy, up to {sample.new_tokens} new tokens{template}", width)
-    lines += paragraph(repr(sample.prompt), f"{'prompt':<9}", width=width)
-    for name, text in sample.texts.items():
-        lines += paragraph(repr(text), f"{name:<9}", width=width)
+    room = min(24, max(map(len, sample.texts), default=0))  # for names, which are short, or those of other passes
+    for name, text in {"prompt": sample.prompt, **sample.texts}.items():
+        if len(name) > room:
+            lines += paragraph(name, width=width)
+        first = name if len(name) <= room else ""
+        lines += paragraph(repr(text), f"{first:<{max(7, room)}}  ", width=width)
     return lines

@@ -32,9 +32,12 @@ class Metric:
     """Of quality: from the evaluation of dense, or of what was pruned."""
     encoded: Callable[[Encoding], Any] | None = None
     """The same of an encoder."""
+    second: bool = False  # of quality: on the second text
 
-    def quality(self, found: Evaluation | Encoding) -> Any:
-        """Of one model; None where this has no meaning for it."""
+    def quality(self, found: Evaluation | Encoding | None) -> Any:
+        """Of one model; None where this has no meaning for it, and where nothing was found."""
+        if found is None:
+            return None
         if isinstance(found, Encoding):
             return None if self.encoded is None else self.encoded(found)
         return None if self.measured is None else self.measured(found)
@@ -56,9 +59,10 @@ def metric(
     show: Callable[[Any], str],
     measured: Callable[[Evaluation], Any] | None = None,
     encoded: Callable[[Encoding], Any] | None = None,
+    second: bool = False,
 ) -> dict[str, Metric]:
     """The metadata of a field of Variant."""
-    return {"metric": Metric(doc, title, show, measured, encoded)}
+    return {"metric": Metric(doc, title, show, measured, encoded, second)}
 
 
 _count, _mb, _speed, _ms = "{:,}".format, mega, partial(_spread, "x"), partial(_spread, "")
@@ -153,6 +157,32 @@ class Variant:
             "relative error of embeddings",
             "{:.4g}".format,
             encoded=lambda e: e.embedding_error,
+        ),
+    )
+    perplexity_second: float | None = field(
+        default=None,
+        metadata=metric(
+            "as perplexity, on a text that was not trained on, see second; null where no pass trained",
+            "perplexity, second text",
+            short_perplexity,
+            lambda e: e.perplexity,
+            second=True,
+        ),
+    )
+    top1_second: float | None = field(
+        default=None,
+        metadata=metric(
+            "as top1, on that text",
+            "top-1 agreement, second text",
+            "{:.4f}".format,
+            lambda e: e.top1,
+            second=True,
+        ),
+    )
+    cosine_second: float | None = field(
+        default=None,
+        metadata=metric(
+            "as cosine, on that text", "cosine, second text", "{:.4f}".format, encoded=lambda e: e.cosine, second=True
         ),
     )
     flops_per_token: float | None = field(

@@ -53,13 +53,14 @@ def with_measurements(
     times: Comparison | None,
     longer: Comparison | None,
     dense_linears_ms: float | None,
+    second: Mapping[str, Evaluation | Encoding] | None = None,
 ) -> Variant:
-    """times: None leaves all that the clock tells unknown."""
+    """times: None leaves all that the clock tells unknown. second: as evaluations, on the second text."""
     if times is not None and name not in times.latencies:
         return variant
-    quality = evaluations["dense" if name in ("dense", "dense_on_sparsec") else "pruned"]
+    of = "dense" if name in ("dense", "dense_on_sparsec") else "pruned"
     known: dict[str, Any] = {
-        key: metric.quality(quality)
+        key: metric.quality((second or {}).get(of) if metric.second else evaluations[of])
         for key, (_, metric) in metrics().items()
         if metric.measured is not None or metric.encoded is not None
     }

@@ -109,6 +109,31 @@ def measured_report(
 
 
 @dataclass(eq=False)
+class _Quality:
+    """What is found on one text."""
+
+    stage: str
+    windows: Windows
+    part: float  # of the time that is left
+    found: dict[str, Evaluation | Encoding] = field(default_factory=dict)  # dense, pruned
+
+    @property
+    def facts(self) -> EvaluationFacts:
+        """What it was found on."""
+        windows, dense = self.windows, self.found["dense"]
+        return EvaluationFacts(
+            text=windows.text_name,
+            text_sha256=windows.text_sha256,
+            text_tokens=windows.tokens_in_text,
+            windows=dense.windows,
+            window_length=windows.length,
+            bos=windows.beginning.token,
+            protocol=windows.beginning.protocol,
+            dtype=dense.dtype,
+        )
+
+
+@dataclass(eq=False)
 class _Run:
     """What is found while variants come and go."""
 
@@ -116,7 +141,7 @@ class _Run:
     planned: StudyPlan | None
     progress: Progress | None
     clock: Clock
-    evaluations: dict[str, Evaluation | Encoding] = field(default_factory=dict)  # dense, pruned
+    qualities: tuple[_Quality, ...] = field(init=False)  # on the text, and on a second one where a pass trains
     times: Comparison | None = None
     longer: Comparison | None = None  # of encoders, on a whole window
     layers: LayerTimes | None = None
@@ -124,21 +149,24 @@ class _Run:
     texts: dict[str, str] = field(default_factory=dict)
     made: Any = None  # by all the passes
 
-    def evaluate(self, models: Mapping[str, Any], windows: Windows | None = None) -> None:
-        """Of the function; where `windows` are given, of these without a look at the time."""
-        if self.planned is None:
-            return
-        wanted = windows or self.planned.windows
-        with self.clock.stage("evaluating", budgeted=True):
-            seconds = self.clock.share(0.5) if windows is None else None
+    def __post_init__(self) -> None:
+        found = () if self.planned is None else (_Quality("evaluating", self.planned.windows, 0.5),)
+        if self.planned is not None and self.planned.second is not None:
+            found = (*found, _Quality("evaluating on a second text", self.planned.second, 0.4))
+        self.qualities = found
+
+    def evaluate(self, quality: _Quality, models: Mapping[str, Any], count: int | None = None) -> None:
+        """Of the function; where `count` is given, on so many windows without a look at the time."""
+        wanted = quality.windows if count is None else replace(quality.windows, tokens=quality.windows.tokens[:count])
+        with self.clock.stage(quality.stage, budgeted=True):
+            seconds = self.clock.share(quality.part) if count is None else None
             if self.loaded.is_encoder:
-                self.evaluations |= compare_embeddings(models, wanted, self.progress, "embeddings", seconds=seconds)
+                quality.found |= compare_embeddings(models, wanted, self.progress, "embeddings", seconds=seconds)
             else:
-                self.evaluations |= compare_outputs(models, wanted, self.progress, "perplexity", seconds=seconds)
+                quality.found |= compare_outputs(models, wanted, self.progress, "perplexity", seconds=seconds)
         memory.trim()  # of a large vocabulary's logits, before more variants are built
-        if windows is None:
-            done = self.evaluations["dense"].windows
-            self.clock.counted("evaluating", done, wanted.count, "windows")
+        if count is None:
+            self.clock.counted(quality.stage, quality.found["dense"].windows, wanted.count, "windows")
 
     def time(self, models: Mapping[str, Any], part: float = 0.7) -> None:
         """Prefill and decoding, by turns."""
@@ -191,8 +219,11 @@ class _Run:
         assert self.times is not None
         windows, effort, times = planned.windows, planned.effort, self.times
         expected = report.linears_dense_ms
+        first, *others = self.qualities
+        second = others[0] if others else None
+        on_second = None if second is None else second.found
         summary = {
-            n: with_measurements(v, n, self.evaluations, times, self.longer, expected)
+            n: with_measurements(v, n, first.found, times, self.longer, expected, on_second)
             for n, v in report.summary.items()
         }
         remarks = [*report.remarks, *times.notes]
@@ -224,16 +255,8 @@ class _Run:
             report,
             layers=layers,
             summary=summary,
-            evaluation=EvaluationFacts(
-                text=windows.text_name,
-                text_sha256=windows.text_sha256,
-                text_tokens=windows.tokens_in_text,
-                windows=self.evaluations["dense"].windows,
-                window_length=windows.length,
-                bos=windows.beginning.token,
-                protocol=windows.beginning.protocol,
-                dtype=self.evaluations["dense"].dtype,
-            ),
+            evaluation=first.facts,
+            second=None if second is None else second.facts,
             latency=LatencyFacts(
                 planned.timed.shape[1],
                 torch.get_num_threads(),
@@ -261,7 +284,8 @@ def _together(run: _Run, builder: Builder) -> None:
         del pruned  # a lowered one took its place
     run.made = made
     last = "masked" if builder.rest is None else "lowered"
-    run.evaluate({"dense": builder.dense, "pruned": made})
+    for quality in run.qualities:
+        run.evaluate(quality, {"dense": builder.dense, "pruned": made})
     if run.planned is None:
         return
     with run.clock.stage("compiling"):
@@ -283,18 +307,16 @@ def _one_after_another(run: _Run, builder: Builder) -> None:
     """The dense model is measured, pruned in place and measured, lowered in place and measured."""
     dense = builder.dense
     keep: Any = KeptEmbeddings if run.loaded.is_encoder else KeptLogits
-    kept = None if run.planned is None else keep(dense)
-    windows = None
-    if run.planned is not None and kept is not None:
-        run.evaluate({"dense": kept})
-        kept.forget()
+    kept = [keep(dense) for _ in run.qualities]
+    for quality, each in zip(run.qualities, kept, strict=True):
+        run.evaluate(quality, {"dense": each})
+        each.forget()
+    if run.planned is not None:
         own = builder.on_sparsec()
         run.time({"dense": dense} | ({} if own is None else {"dense_on_sparsec": own}), 0.4)
         del own
         memory.page_out(dense.parameters())
         run.say("dense", dense)
-        count = run.evaluations["dense"].windows
-        windows = replace(run.planned.windows, tokens=run.planned.windows.tokens[:count])
     stock = without_values(dense)  # its modules, which run on torch's kernels
     with run.clock.stage("compiling"):
         pruned = builder.prune(copy=False)
@@ -304,8 +326,8 @@ def _one_after_another(run: _Run, builder: Builder) -> None:
     if builder.rest is not None:
         with run.clock.stage("compiling"):
             made = builder.lower(pruned)
-    if windows is not None:
-        run.evaluate({"dense": kept, "pruned": made}, windows)
+    for quality, each in zip(run.qualities, kept, strict=True):
+        run.evaluate(quality, {"dense": each, "pruned": made}, quality.found["dense"].windows)
     if builder.rest is not None:
         run.time({"lowered": made}, 0.4)
         run.time_layers(made, None)

@@ -8,7 +8,7 @@ import torch
 
 from sparsec.data import LoadedModel, Text
 from sparsec.errors import DataError
-from sparsec.evaluate import Windows, cut
+from sparsec.evaluate import Windows, cut, cut_second
 from sparsec.study.sample import Prompt, read_prompt
 from sparsec.timing.turns import WARM_UP
 
@@ -44,10 +44,13 @@ class StudyPlan:
     prompt: Prompt | None  # of the sample; None where the model writes no text
     effort: Effort
     alone: Windows | None = None  # for the sensitivity of each weight; None where it is not asked for
+    second: Windows | None = None  # of a text that was not trained on, where a pass trains
 
 
-def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> StudyPlan:
-    """bos: as in `cut`. An encoder has no prompt to continue.
+def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True, second: Text | None = None) -> StudyPlan:
+    """bos: as in `cut`. second: another text, of which as many windows are taken as there are, or as of the first.
+
+    An encoder has no prompt to continue.
 
     Raises DataError when the model has no tokenizer, or the text, the prompt or the model's positions do not suffice.
     """
@@ -58,6 +61,7 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> S
     limit = loaded.positions
     length = effort.length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     windows = cut(text, loaded.tokenizer, length, effort.windows, limit, bos)
+    other = None if second is None else cut_second(second, loaded.tokenizer, length, effort.windows, limit, bos)
     alone = None
     if effort.sensitivity:
         short = min(ALONE, limit or ALONE)
@@ -73,11 +77,11 @@ def plan(loaded: LoadedModel, text: Text, effort: Effort, bos: bool = True) -> S
             f"a prompt of {effort.prompt_tokens} tokens needs as many positions, the model has {limit}; take fewer"
         )
     if loaded.is_encoder:
-        return StudyPlan(windows, tokens[: effort.prompt_tokens][None], None, effort, alone)
+        return StudyPlan(windows, tokens[: effort.prompt_tokens][None], None, effort, alone, other)
     needed = effort.prompt_tokens + WARM_UP + max(effort.repeats, effort.new_tokens) + 1
     if limit is not None and needed > limit:
         raise DataError(
             f"prompt and decoded tokens need {needed} positions, the model has {limit}; take fewer of either"
         )
     prompt = read_prompt(loaded.tokenizer, effort.prompt, effort.new_tokens, limit)
-    return StudyPlan(windows, tokens[: effort.prompt_tokens][None], prompt, effort, alone)
+    return StudyPlan(windows, tokens[: effort.prompt_tokens][None], prompt, effort, alone, other)
