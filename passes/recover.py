@@ -263,7 +263,8 @@ class _Work:
                 "see what training on it does to others"
             )
         trained = TrainingFigures(options.method, at.steps, at.tokens, at.seconds, self.compute[0], held, second)
-        return PassResult(changed=True, summary=f"{options.method}: {told}; {how}", notes=tuple(notes), training=trained)
+        summary = f"{options.method}: {told}; {how}"
+        return PassResult(changed=True, summary=summary, notes=tuple(notes), training=trained)
 
     def _whole(self, folder: StateFolder | None) -> Progressed:
         options = self.options
@@ -342,10 +343,8 @@ class _Work:
     def _model(self, student: Read, sequences: Sequence[Call], towards: Towards | None = None) -> WholeModel:
         options = self.options
         wanted = Towards(options.cross_entropy, options.hidden, options.temperature) if towards is None else towards
-        stackable = self.text.stackable
-        return WholeModel(
-            self.stretches, sequences, student, self.teacher, wanted, self.compute[1], stackable=stackable
-        )
+        fixed = (wanted, self.compute[1])
+        return WholeModel(self.stretches, sequences, student, self.teacher, *fixed, stackable=self.text.stackable)
 
     def _figures(self) -> tuple[_Figures, _Figures]:
         """Of the graph as it is, on what is held out and on the second text."""
