@@ -317,6 +317,9 @@ def targets() -> dict[str, Target]:
         "evaluate.cut": Target(
             evaluate.cut, lambda: {"text": TEXT, "tokenizer": tokenizer(), "length": 8, "count": 2, "limit": 16}
         ),
+        "evaluate.cut_second": Target(
+            evaluate.cut_second, lambda: {"text": TEXT, "tokenizer": tokenizer(), "length": 8, "most": 2, "limit": 16}
+        ),
         "evaluate.evaluate": Target(
             evaluate.evaluate,
             lambda: {

@@ -135,7 +135,7 @@ def test_every_option_of_measuring_is_obeyed(measured: Done) -> None:
     assert found["latency"] == found["latency"] | how
     sample = found["sample"]
     assert (sample["prompt"], sample["chat"], sample["new_tokens"]) == ("Why is it dense?", False, 4)
-    assert list(sample["texts"]) == ["dense", "lowered"]
+    assert list(sample["texts"]) == ["dense", "magnitude(0.9)", "lowered"]
     assert all(len(said) <= 4 for said in sample["texts"].values())  # a token is a byte
     for words in ("random weights, seed 3", "bfloat16", "1 windows of 64"):
         assert words in measured.out

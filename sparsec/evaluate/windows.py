@@ -65,9 +65,12 @@ def cut(
     return Windows(found.windows[:wanted], text.name, text.sha256, found.tokens, found.beginning)
 
 
+@checked
 def cut_second(
     text: Text, tokenizer: Any, length: int, most: int | None, limit: int | None = None, bos: bool = True
 ) -> Windows:
     """As `cut`, of a text that stands beside the one that was asked for: at most so many windows, however short it is."""
+    if most is not None and most < 1:
+        raise DataError(f"the number of evaluation windows must be at least 1, got {most}")
     every = cut(text, tokenizer, length, None, limit, bos)
     return replace(every, tokens=every.tokens[:most])
