@@ -55,7 +55,7 @@ class Recover(Pass):
     dense one's outputs, one after the other, in little memory; `norms` trains norms and biases alone, towards the logits;
     `lora` low-rank products under the masks, merged in the end. steps or minutes: how long (10 minutes; of `blocks`, steps are
     those of each half of a block). learning_rate: at its highest, after a short warm-up; schedule: how it falls. batch: pieces
-    of a step; length: sequences are cut into pieces of so many tokens, None leaves them whole. cross_entropy: share of what
+    of a step; length: sequences are cut into pieces of at most so many tokens, None leaves them whole. cross_entropy: share of what
     comes next in the text beside the dense model's logits; hidden: weight of the hidden states' relative error; temperature: of
     both distributions. rank, alpha: of `lora`. regrow: masks move while training (`distill` alone): every regrow_every steps
     the weakest weights go and others come, where the gradient is largest (`rigl`) or at random (`set`); regrow_share of the
@@ -139,21 +139,15 @@ class Recover(Pass):
 
     def _check_unused(self) -> None:
         """Raises SpecError for an option that would do nothing."""
-        whole = () if self.method == "blocks" else ("cross_entropy", "hidden", "temperature", "recompute")
-        low_rank = ("rank", "alpha") if self.method == "lora" else ()
-        moving = () if self.regrow is None else ("regrow_share", "regrow_every")
-        for options, used, where in (
-            (
-                ("cross_entropy", "hidden", "temperature", "recompute"),
-                whole,
-                "trains the whole model: not method='blocks'",
-            ),
-            (("rank", "alpha"), low_rank, "is method='lora'"),
-            (("regrow_share", "regrow_every"), moving, "has regrow='rigl' or 'set'"),
+        whole = ("cross_entropy", "hidden", "temperature", "recompute")
+        for options, used, way_out in (
+            (whole, self.method != "blocks", "take another method than 'blocks'"),
+            (("rank", "alpha"), self.method == "lora", "take method='lora'"),
+            (("regrow_share", "regrow_every"), self.regrow is not None, "give regrow='rigl' or regrow='set'"),
         ):
-            for option in options:
-                if option not in used and getattr(self, option) != self.__dataclass_fields__[option].default:
-                    raise SpecError(f"{option} is of a training that {where}; leave it out, or change that")
+            for option in () if used else options:
+                if getattr(self, option) != self.__dataclass_fields__[option].default:
+                    raise SpecError(f"{option} does nothing in this training; leave it out, or {way_out}")
 
     @property
     def needs_calibration(self) -> bool:
@@ -341,10 +335,9 @@ class _Work:
         return self.teacher
 
     def _model(self, student: Read, sequences: Sequence[Call], towards: Towards | None = None) -> WholeModel:
-        options = self.options
-        wanted = Towards(options.cross_entropy, options.hidden, options.temperature) if towards is None else towards
-        fixed = (wanted, self.compute[1])
-        return WholeModel(self.stretches, sequences, student, self.teacher, *fixed, stackable=self.text.stackable)
+        options, text, compute = self.options, self.text, self.compute[1]
+        wanted = towards or Towards(options.cross_entropy, options.hidden, options.temperature)
+        return WholeModel(self.stretches, sequences, student, self.teacher, wanted, compute, stackable=text.stackable)
 
     def _figures(self) -> tuple[_Figures, _Figures]:
         """Of the graph as it is, on what is held out and on the second text."""

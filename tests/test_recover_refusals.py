@@ -49,7 +49,7 @@ def extended(pruned: Any, teacher: Any, spec: str = "recover(steps=2)", **option
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(spec: str) -> None:
-    with pytest.raises(SpecError, match=r"is of a training that|seed must be"):
+    with pytest.raises(SpecError, match=r"does nothing in this training; leave it out, or|seed must be"):
         recovered(spec)
 
 

@@ -60,9 +60,8 @@ class BlockByBlock:
                 first = perf_counter()
                 theirs = self._moved(stretch, calls, theirs, self.teacher)
                 if own[i] and i >= self.done:
-                    moving = (
-                        perf_counter() - first
-                    )  # once for the teacher, once for the student, in each stretch to come
+                    # Once for the teacher, once for the student, in each stretch to come.
+                    moving = perf_counter() - first
                     share = sizes[i] / max(1, sum(sizes[i:]))
                     settings = self._settings(begun, 2 * moving * (len(stretches) - i), share)
                     if settings is None:

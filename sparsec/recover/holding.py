@@ -106,9 +106,7 @@ class Holding:
         self._visited: set[int] | None = None  # guards since the zeros were last looked at; None: they never were
         self._trained: set[str] = set()  # weights that a gradient came for since then, and no step that took it
         self.waits = False
-        self._dense: dict[str, Tensor] | None = (
-            None  # sums of gradients before they are masked; None: nobody wants them
-        )
+        self._dense: dict[str, Tensor] | None = None  # sums of gradients before they are masked; None: nobody asked
         self._watched: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # by id: a tie that broke leaves two of one name
         me = weakref.ref(self)
 

@@ -82,9 +82,10 @@ def _sequences(graph: Graph, data: CalibrationData) -> list[Call]:
 
 
 def _cut(calls: list[Call], length: int | None) -> list[Call]:
-    """What is left over of a sequence goes, where more than that was cut from it."""
-    found = []
+    """As few pieces of each sequence as `length` tokens allow, as even as they can be: no token is lost, and none stands alone."""
+    found: list[Call] = []
     for call in calls:
-        pieces = list(zip(*(torch.split(tensor, length or tensor.shape[1], dim=1) for tensor in call), strict=True))
-        found += [piece for piece in pieces if len(pieces) == 1 or piece[0].shape[1] == length]
+        tokens = call[0].shape[1]
+        count = 1 if length is None else min(-(-tokens // length), tokens // 2)
+        found += zip(*(torch.tensor_split(tensor, count, dim=1) for tensor in call), strict=True)
     return found
