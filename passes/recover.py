@@ -28,7 +28,7 @@ from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.pipeline.trained import TextFigures, TrainingFigures
 from sparsec.recover.blocks import BlockByBlock
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
-from sparsec.recover.precision import DTYPES, Compute, precision
+from sparsec.recover.precision import DTYPES, Compute, loss_scale, precision
 from sparsec.recover.regrow import WAYS, Regrowth
 from sparsec.recover.state import StateFolder
 from sparsec.recover.stretches import Read, Stretches
@@ -268,9 +268,7 @@ class _Work:
         count = len(self.text.trained)
         held = range(count, count + len(self.text.held))
         model.recompute = self._recomputed(model) if options.recompute is None else float(options.recompute)
-        training = Training(
-            student, options.settings, count, model.gradients, lambda: model.loss(held), tell=self._tell
-        )
+        training = Training(student, self._settings, count, model.gradients, lambda: model.loss(held), tell=self._tell)
         if folder is not None:
             found = folder.load(*SAVED)
             if found is not None:
@@ -291,7 +289,7 @@ class _Work:
             lambda student: student.settle(self.context),
             self.graph.read,
             self._teaching(),
-            self.options.settings,
+            self._settings,
             self.compute[1],
             varying(self.stretches.steps, CalibrationData((*self.text.trained, *self.text.held), ""), set()),
             self._tell,
@@ -329,6 +327,10 @@ class _Work:
         if self.options.method == "lora":
             return LowRank(self.graph, names, self.options.rank, self.options.alpha, self.options.seed)
         return Whole(self.graph, names, self.context)
+
+    @property
+    def _settings(self) -> Settings:
+        return replace(self.options.settings, scale=loss_scale(self.graph))
 
     def _teaching(self) -> Read:
         assert self.teacher is not None

@@ -233,10 +233,10 @@ def _poisoned(steps: set[int]) -> Any:
             super().__post_init__()
             fine, count = self.gradients, 0
 
-            def gradients(numbers: Any) -> tuple[float, int]:
+            def gradients(numbers: Any, scale: float) -> tuple[float, int]:
                 nonlocal count
                 count += 1
-                loss, tokens = fine(numbers)
+                loss, tokens = fine(numbers, scale)
                 return (math.nan if count in steps else loss), tokens
 
             self.gradients = gradients
@@ -304,8 +304,8 @@ def test_a_killed_run_goes_on_after_a_loss_of_nan(tmp_path: Path, monkeypatch: p
             super().__post_init__()
             fine = self.gradients
 
-            def gradients(numbers: Any) -> tuple[float, int]:
-                loss, tokens = fine(numbers)
+            def gradients(numbers: Any, scale: float) -> tuple[float, int]:
+                loss, tokens = fine(numbers, scale)
                 return (math.nan if (self.at.steps, self.at.skipped) == (2, 0) else loss), tokens
 
             self.gradients = gradients
@@ -353,7 +353,7 @@ def test_a_state_of_another_run_and_a_damaged_one_are_refused(tmp_path: Path) ->
 
 
 def test_out_of_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any, numbers: Any) -> Any:
+    def fail(self: Any, numbers: Any, scale: float) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(WholeModel, "gradients", fail)

@@ -132,11 +132,11 @@ class BlockByBlock:
                 nodes = [n for n in made if _floating(goal[n]) and n not in mine[number]]
                 return relative_error([made[n] for n in nodes], [goal[n] for n in nodes])
 
-        def gradients(numbers: Sequence[int]) -> tuple[float, int]:
+        def gradients(numbers: Sequence[int], scale: float) -> tuple[float, int]:
             total, tokens = 0.0, 0
             for number in numbers:
                 found = loss(number) / len(numbers)
-                torch.autograd.backward(found)
+                torch.autograd.backward(found * scale)
                 total += float(found.detach())
                 tokens += calls[number][0].numel() if self.text.stackable else 1
             return total, tokens

@@ -22,6 +22,8 @@ LOOKS = 8
 """How often the loss on the sequences that are held out is taken."""
 SAVE_EVERY = 180.0
 """Seconds, at least, between two saved states."""
+RAISE_EVERY = 200
+"""Steps after which a loss scale that was halved is doubled again."""
 _WARM = 0.05
 _LOWER = 0.5
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -39,7 +41,8 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. steps or minutes: one of them. batch: sequences of a step. clip: of the gradients' norm."""
+    """How to train. steps or minutes: one of them. batch: sequences of a step. clip: of the gradients' norm. scale: what losses are
+    multiplied with before the backward, at most, and gradients divided by afterwards: float16 has no small numbers."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -49,6 +52,7 @@ class Settings:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0
+    scale: float = 1.0
     seed: int = 0
     regrowth: Regrowth | None = None
 
@@ -64,6 +68,7 @@ class Progressed:
     before: float = math.nan
     after: float = math.nan
     lowered: float = 1.0  # what the learning rate is multiplied with since a loss was NaN
+    scale: float = 1.0  # what losses are multiplied with now
     notes: list[str] = field(default_factory=list)
     stopped: bool = False  # by the user
 
@@ -72,15 +77,15 @@ class Progressed:
 class Training:
     """One training of a student.
 
-    gradients: adds the gradients of some sequences, by their numbers, and returns (loss, tokens). held_out: the loss on what is not
-    trained on. count: of sequences. tell: called with (share done, text). keep: called now and then, to save what there is.
-    changed: called after every step, with its number and the share done.
+    gradients: adds the gradients of some sequences, by their numbers, times a scale, and returns (loss, tokens). held_out: the loss
+    on what is not trained on. count: of sequences. tell: called with (share done, text). keep: called now and then, to save what
+    there is. changed: called after every step, with its number and the share done.
     """
 
     student: Student
     settings: Settings
     count: int
-    gradients: Callable[[Sequence[int]], tuple[float, int]]
+    gradients: Callable[[Sequence[int], float], tuple[float, int]]
     held_out: Callable[[], float]
     tell: Callable[[float, str], None] = lambda share, text: None
     keep: Callable[[Training], None] = lambda training: None
@@ -89,6 +94,7 @@ class Training:
     best: tuple[float, dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
+        self.at.scale = self.settings.scale
         self._optimize()
 
     def _optimize(self) -> None:
@@ -112,7 +118,7 @@ class Training:
             if not finite(self.at.before):
                 raise RecoverError(
                     "the loss is NaN or inf before the first step: the pruned model or its teacher computes no numbers; "
-                    "look for inf or NaN in the weights, or train in float32 (dtype='fp32')"
+                    "look for inf or NaN in the weights, or train in float32 (dtype='fp32'; of a model of 16 bits, model.float())"
                 )
             self.best = (self.at.before, self.student.kept())
         saved = perf_counter()
@@ -159,7 +165,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         began = perf_counter()
-        loss, tokens = self.gradients(batch)
+        loss, tokens = self._gradients(batch)
         regrowth = self.settings.regrowth
         if regrowth is not None and finite(loss) and regrowth.due(self.at.steps, self.share):
             self.student.move(regrowth, self.at.steps, self.share, self.optimizer)
@@ -178,6 +184,27 @@ class Training:
             pace = tokens / max(1e-9, perf_counter() - began)
             self.tell(self.share, f"loss {loss:.4g}, {pace:,.0f} tokens/s")
         return fine
+
+    def _gradients(self, batch: Sequence[int]) -> tuple[float, int]:
+        """(loss, tokens), and the leaves' gradients, by the largest scale at which they are finite."""
+        at = self.at
+        if at.steps % RAISE_EVERY == 0:
+            at.scale = min(2 * at.scale, self.settings.scale)
+        first = at.scale
+        loss, tokens = self.gradients(batch, at.scale)
+        while at.scale > 1 and finite(loss) and not finite(*self._found()):
+            self.optimizer.zero_grad()
+            at.scale /= 2
+            loss, tokens = self.gradients(batch, at.scale)
+        if at.scale > 1:
+            for gradient in self._found():
+                gradient.div_(at.scale)
+        elif first > 1 and not finite(*self._found()):
+            at.scale = first  # they are finite at no scale
+        return loss, tokens
+
+    def _found(self) -> list[Tensor]:
+        return [leaf.grad for leaf in self.student.leaves.values() if leaf.grad is not None]
 
     def _again(self) -> bool:
         """After a NaN: from the last good weights with a lower rate, once."""
@@ -237,6 +264,7 @@ def training_state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any
         "before": at.before,
         "best": training.best[0],
         "lowered": at.lowered,
+        "scale": at.scale,
         "notes": list(at.notes),
     }
 
@@ -260,4 +288,5 @@ def resume(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[s
     at = training.at
     at.steps, at.skipped, at.tokens = numbers["steps"], numbers["skipped"], numbers["tokens"]
     at.seconds, at.before, at.lowered = numbers["seconds"], numbers["before"], numbers["lowered"]
+    at.scale = min(float(numbers.get("scale", at.scale)), training.settings.scale)
     at.notes = list(numbers["notes"])

@@ -10,24 +10,38 @@ from typing import Any
 
 import torch
 
+from sparsec.errors import RecoverError
 from sparsec.ir.graph import Graph
 
 Compute = Callable[[], AbstractContextManager[Any]]
 """Gives a context to compute in."""
 DTYPES = ("auto", "fp32", "bf16")
+_NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PAYS = 1.2
+_SCALE = 2.0**16
 _SIZE, _TIMES = 768, 5
 
 
 def precision(dtype: str, graph: Graph) -> tuple[str, Compute]:
-    """(name, what gives a context to compute in). A model stored in 16 bits computes in its own dtype."""
+    """(name, what gives a context to compute in). A model stored in 16 bits computes in its own dtype; RecoverError for another."""
     tensor = next(graph.module.parameters())
     held = {w.dtype for w in graph.weights.values()}
     if held != {torch.float32}:
-        return ", ".join(sorted(str(d).removeprefix("torch.") for d in held)), nullcontext
+        named = ", ".join(sorted(str(d).removeprefix("torch.") for d in held))
+        if dtype != "auto" and held != {_NAMED[dtype]}:
+            raise RecoverError(
+                f"recover: dtype={dtype!r} is of models stored in float32, and this one is stored and computes in {named}; leave "
+                "it out, or convert the model first, as in model.float()"
+            )
+        return named, nullcontext
     if dtype == "fp32" or (dtype == "auto" and not bf16_pays(tensor.device.type)):
         return "float32", nullcontext
     return "bfloat16 products", partial(_half, tensor.device.type)
+
+
+def loss_scale(graph: Graph) -> float:
+    """What a loss is multiplied with for its gradients: most of them are below float16's smallest number, where it is used."""
+    return _SCALE if any(w.dtype == torch.float16 for w in graph.weights.values()) else 1.0
 
 
 @contextmanager

@@ -74,11 +74,11 @@ class WholeModel:
         self._known_bytes = 0
         self._cuts = [0, *(end for end in ends if end < stop), stop]
 
-    def gradients(self, numbers: Sequence[int]) -> tuple[float, int]:
-        """Adds the gradients of the mean loss over some sequences; returns (loss, tokens)."""
+    def gradients(self, numbers: Sequence[int], scale: float = 1.0) -> tuple[float, int]:
+        """Adds the gradients of the mean loss over some sequences, times a scale; returns (loss, tokens)."""
         total, tokens = 0.0, 0
         for some, call, share in self._together(numbers):
-            total += share * self._mixed(self._losses(some, call, share))
+            total += share * self._mixed(self._losses(some, call, share * scale))
             tokens += _tokens(call)
         return total, tokens
 
