@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsec import serial
 from sparsec.calibrate import Statistics
-from sparsec.errors import ActivationError, SelectionError, SpecError
+from sparsec.errors import ActivationError, SelectionError, SpecError, some
 from sparsec.ir.facts import Pruned, Weight
 from sparsec.ir.graph import Graph
 from sparsec.patterns import CHUNK, Pattern
@@ -30,10 +30,18 @@ from sparsec.pipeline.base import Context, PassResult
 from sparsec.pipeline.options import check_positive
 from sparsec.pipeline.pruning import CalibratedPruning, check_finite, joined_masks
 
+_WHAT_HOLDS = {
+    False: "compile(..., copy=True) holds them",
+    True: "after a training, prune and bring back in one pass, as in admm(0.7)",
+}
 RELAXATION = 1.5
 CHOOSING = 0.8
 """Share of the rounds after which the mask stays."""
 _MOST_DAMPING = 10.0
+_WEAK = 1e-2
+"""Of the median of the Gram matrix's diagonal: columns below it are damped more, so many times as they are smaller."""
+_STILL = 1e4
+"""Columns damped so many times more keep their weights as they are."""
 _SAMPLED = 1 << 16
 """Weights of a matrix that tell where to cut in a round whose mask is not kept."""
 
@@ -42,7 +50,8 @@ _SAMPLED = 1 << 16
 class ADMM(CalibratedPruning):
     """Chooses masks and the weights that stay together; without a sparsity it keeps earlier masks and updates the weights.
 
-    The weights as the model came in are what the outputs are brought back to, also where earlier passes changed them. rounds: each
+    The weights as the model came in are what the outputs are brought back to, also where earlier passes changed them; of those that
+    were trained since, the trained ones. rounds: each
     costs one product with the Gram matrix. rho: how strongly the mask pulls; below 0.6 the mask does not settle. damping: share of
     the mean of H's diagonal that is added to it; raised tenfold, and said so, while H cannot be factored.
     """
@@ -83,7 +92,7 @@ class ADMM(CalibratedPruning):
         return self.keeps
 
     def selected(self, graph: Graph) -> list[Weight]:
-        """Of the masks that are kept, those there are. Raises SelectionError where there is none."""
+        """Of the masks that are kept, those whose weights were not trained under them. SelectionError where there is no mask."""
         chosen = super().selected(graph)
         if not self.keeps:
             return chosen
@@ -94,7 +103,7 @@ class ADMM(CalibratedPruning):
                 f"admm without a sparsity keeps earlier masks, and none of what it selects has one ({names}); name what was "
                 "pruned with targets=, or give a share, as in admm(0.5)"
             )
-        return masked
+        return [w for w in masked if not _settled(w)]
 
     def shares(self, graph: Graph, chosen: Sequence[Weight], context: Context) -> dict[str, Share]:
         """Those of the masks that are kept, where they are. Raises WeightError for dense weights that hold NaN or inf."""
@@ -106,17 +115,31 @@ class ADMM(CalibratedPruning):
         return {w.name: Share(1 - graph.kept(w.name) / max(1, w.numel)) for w in chosen}
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """As the others; and says where the weights that earlier passes left were taken for the dense ones."""
-        replaced = [w for w in graph.masked() if (w.frozen or _updated(w)) and w.name not in context.dense]
+        """As the others; and says what outputs are brought back to, where those are not the dense weights' own."""
+        done = [w.name for w in super().selected(graph) if _settled(w)] if self.keeps else []
+        said = []
+        if done:
+            said.append(
+                f"{some(done)}: trained under the mask that admm without a sparsity keeps, so that there is nothing to bring back; "
+                "put admm before the training, or prune further, as in admm(0.7)"
+            )
+            if not self.selected(graph):
+                summary = f"{len(done)} matrices stay as they were trained"
+                return PassResult(changed=False, summary=summary, notes=tuple(said))
+        before = dict(graph.weights)
         result = super().run(graph, context)
-        taken = [w.name for w in replaced if graph.weights[w.name].pruned is not w.pruned]
-        if not taken:
-            return result
-        note = (
-            f"{', '.join(taken)}: an earlier pass replaced the dense weights, and they are not held any more, so outputs were "
-            "brought back to those of the weights that it left; compile(..., copy=True) holds them"
-        )
-        return replace(result, notes=(*result.notes, note))
+        taken = [w for w in before.values() if graph.weights[w.name].pruned is not w.pruned]
+        lost = [w for w in taken if _replaced(w) and (w.trained or w.name not in context.dense)]
+        trained = [w.name for w in taken if w.trained and w not in lost]
+        if trained:
+            said.append(f"{some(trained)}: outputs were brought back to those of the weights as they were trained")
+        if lost:
+            said.append(
+                f"{', '.join(w.name for w in lost)}: an earlier pass replaced the dense weights, and they are not held any more, "
+                "so outputs were brought back to those of the weights that it left; "
+                + _WHAT_HOLDS[any(w.trained for w in lost)]
+            )
+        return replace(result, notes=(*result.notes, *said))
 
     def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
         """A mask that is kept stays what it is, with its pattern; what is new are the errors."""
@@ -153,11 +176,12 @@ class ADMM(CalibratedPruning):
         rows = [len(m) for m in matrices]
         chosen = None if self.keeps else shares
         solved, mask = alternate(weights * norms, inverse, chosen, pattern, rows, self.rounds, before)
-        dead = norms == 0
+        dead, still = norms == 0, weakness(statistics.gram) == _STILL
         if dead.any():
             notes.append(f"{int(dead.sum())} of {len(dead)} input columns are zero in all of the text")
-            solved[:, dead] = weights[:, dead].masked_fill_(~mask[:, dead], 0)
         solved.div_(torch.where(dead, 1, norms))
+        if still.any():
+            solved[:, still] = weights[:, still].masked_fill_(~mask[:, still], 0)
         return list(torch.split(mask, rows)), list(torch.split(solved, rows)), notes
 
     def scratch(self, rows: int, in_features: int) -> int:
@@ -172,19 +196,19 @@ class ADMM(CalibratedPruning):
 def scaled_inverse(gram: Tensor, damping: float, rho: float) -> tuple[Tensor, Tensor, list[str]]:
     """(norms of the input columns [in], rho * (H + rho I)^-1 [in, in], notes), in fp32.
 
-    gram: [in, in], the sum of x.T @ x; H is it with the norms divided out, and damping added. No eigenvalue is below rho, so that
-    fp32 is enough: on SmolLM2 errors are those of fp64 in four digits. Raises ActivationError when H cannot be factored even with
-    ten times its mean diagonal added.
+    gram: [in, in], the sum of x.T @ x; H is it with the norms divided out, and damping added, `weakness` times. No eigenvalue is
+    below rho, so that fp32 is enough: on SmolLM2 errors are those of fp64 in four digits. Raises ActivationError when H cannot be
+    factored even with ten times its mean diagonal added.
     """
     gram = gram.float()
-    norms = gram.diagonal().sqrt()
+    weak, norms = weakness(gram), gram.diagonal().sqrt()
     divisors = torch.where(norms == 0, 1, norms)
     scaled = gram / divisors
     scaled.div_(divisors[:, None])
     diagonal = scaled.diagonal().clone()
     added, notes = damping, []
     while True:
-        scaled.diagonal().copy_(diagonal + (added + rho))
+        scaled.diagonal().copy_(diagonal + added * weak + rho)
         factor, failed = torch.linalg.cholesky_ex(scaled)
         if not failed and bool(factor.isfinite().all()):
             break
@@ -197,6 +221,16 @@ def scaled_inverse(gram: Tensor, damping: float, rho: float) -> tuple[Tensor, Te
     if added > damping:
         notes.append(f"the Gram matrix could not be factored; damping was raised from {damping:g} to {added:g}")
     return norms, torch.cholesky_inverse(factor).mul_(rho), notes
+
+
+def weakness(gram: Tensor) -> Tensor:
+    """How many times more each input column is damped [in], from 1 to _STILL. A column that is nearly zero in all of the text would
+    else do other columns' work with huge weights."""
+    squares = gram.diagonal()
+    alive = squares[squares > 0]
+    if not len(alive):
+        return torch.full_like(squares, _STILL)
+    return (_WEAK * alive.median() / squares).clamp(1, _STILL)
 
 
 def alternate(
@@ -283,6 +317,16 @@ def _pieces(matrix: Tensor) -> list[slice]:
     """Rows that are worked on together: on a CPU so few that they stay in its cache, and that torch takes one thread."""
     rows = max(1, CHUNK // max(1, matrix.shape[1])) if matrix.device.type == "cpu" else max(1, len(matrix))
     return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
+
+
+def _settled(weight: Weight) -> bool:
+    """Whether it was trained under its mask, and is zero where that prunes."""
+    return weight.trained == "under" and weight.frozen
+
+
+def _replaced(weight: Weight) -> bool:
+    """Whether the weight that outputs are to be brought back to has been overwritten: by a mask's zeros, or by updates."""
+    return (weight.frozen or _updated(weight)) and not _settled(weight)
 
 
 def _updated(weight: Weight) -> bool:

@@ -205,6 +205,32 @@ def test_dead_columns_are_named_go_first_and_keep_their_values_where_they_stay()
     assert bool((updated[0] == 0).all())
 
 
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 999),
+    size=st.floats(-30, -1.5).map(lambda x: 10**x),
+    kind=st.sampled_from(["small", "in one token", "another's shadow"]),
+    pattern=st.sampled_from(["unstructured", "2:4"]),
+    kept=st.booleans(),
+)
+def test_a_nearly_dead_column_gets_no_huge_weights(seed: int, size: float, kind: str, pattern: str, kept: bool) -> None:
+    weight, x = mixed(seed)
+    column = {"small": x[:, 5], "in one token": 0 * x[:, 5], "another's shadow": x[:, 6]}[kind] * size
+    column[0] = size
+    x[:, 5] = column
+    seen, second = statistics_of(x, gram=True), SparseGPT(**options(pattern, 0.5))
+    p = ADMM() if kept else ADMM(**options(pattern, 0.5))
+    masks = [Pattern.parse(pattern).mask(weight, 0.5) if kept else None]
+    _, (updated,), _ = p.prune([weight], masks, [0.5], seen)
+    _, (other,), _ = second.prune([weight], masks, [0.5], seen)
+    assert bool(updated.half().isfinite().all())
+    assert float(updated[:, 5].abs().max()) <= 60
+    elsewhere = x.clone()  # a text in which it does something else
+    elsewhere[:, 5] = torch.randn(len(x), generator=torch.Generator().manual_seed(seed)) * 30 * size
+    for text in (x, elsewhere) if size < 1e-3 else (x,):
+        assert error(weight, updated, text) < error(weight, other, text)
+
+
 def test_fewer_tokens_than_columns_are_enough_to_solve_and_too_few_to_trust() -> None:
     x = torch.randn(3, 16)
     weight = torch.randn(8, 16)

@@ -88,6 +88,7 @@ def carry(old: Graph, new: Graph) -> list[str]:
                 pruned=known.pruned,
                 frozen=known.frozen,
                 grown=known.grown,
+                trained=known.trained,
             )
     new.facts |= old.facts & KEPT
     return [weight.name for weight in masked.values()]

@@ -74,6 +74,9 @@ class Weight:
     pruned: Pruned | None = None  # how its mask was made
     frozen: bool = False  # the mask's zeros were written into the stored tensor
     grown: int = 0  # values that came back under its mask since, and were found to be kept
+    trained: Literal["", "under", "before"] = (
+        ""  # under its mask, or before that was made: the weight as the model came in is not what it stands for any more
+    )
     nnz: int | None = None  # how many values are kept, once the sparsity pass (or a format) has counted them
     packed: Packed | None = None  # once lowered; then mask is None and the dense tensor is gone
     reason: str | None = None  # why it was left dense, where that needs saying

@@ -117,7 +117,17 @@ class PruningPass(Pass):
     def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
         """Writes the masks [out, in] of one weight's matrices down."""
         stored = stored_mask(weight, masks)
-        graph.update(weight.name, mask=stored, pattern=self.pattern, frozen=False, grown=0, nnz=None, pruned=pruned)
+        trained = weight.trained and "before"
+        graph.update(
+            weight.name,
+            mask=stored,
+            pattern=self.pattern,
+            frozen=False,
+            grown=0,
+            trained=trained,
+            nnz=None,
+            pruned=pruned,
+        )
 
     def result(self, graph: Graph, chosen: Sequence[Weight], how: str, notes: Sequence[str] = ()) -> PassResult:
         """What was masked."""
@@ -157,7 +167,9 @@ class CalibratedPruning(PruningPass):
 
     wants: ClassVar[str] = "a text to calibrate on"
     gram: ClassVar[bool] = False  # whether the statistics hold the Gram matrix
-    dense: ClassVar[bool] = False  # whether `prune` is given the weights as the model came in, where they are held
+    dense: ClassVar[bool] = (
+        False  # whether `prune` is given the weights as the model came in, where they are held and were not trained since
+    )
 
     feed: str = field(default="pruned", kw_only=True)
     order: str = field(default="block", kw_only=True)
@@ -216,8 +228,11 @@ class CalibratedPruning(PruningPass):
 
         def prune(site: Site, statistics: Sequence[Statistics]) -> None:
             nonlocal scratch
-            dense = context.dense if self.dense else {}
-            settled = [_Settled(graph, name, shares[name].sparsity, dense.get(name)) for name in site.weights]
+            known = [graph.weights[name] for name in site.weights]
+            dense = [context.dense.get(w.name) if self.dense and not w.trained else None for w in known]
+            settled = [
+                _Settled(graph, w.name, shares[w.name].sparsity, held) for w, held in zip(known, dense, strict=True)
+            ]
             for e, each in enumerate(statistics):
                 old = [s.old[e] for s in settled]
                 before = [

@@ -249,6 +249,8 @@ class Holding:
     def masked_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """A gradient of the weight `name`, exactly zero where that is pruned, whatever stood there."""
         self._trained.add(name)
+        if self.graph.weights[name].trained != "under":
+            self.graph.update(name, trained="under")
         mask = self.graph.weights[name].mask
         if mask is None:
             return gradient

@@ -104,6 +104,7 @@ def write_trained(graph: Graph, trained: Mapping[str, Tensor], context: Context)
         else:
             graph.replace_tensor(name, value.contiguous())
             context.replaced(graph.weights[name], before, graph.tensor(name))
+        graph.update(name, trained="under")
 
 
 class Whole(Student):
