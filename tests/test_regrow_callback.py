@@ -87,6 +87,60 @@ def test_rigl_grows_where_the_gradient_of_all_micro_batches_is_largest() -> None
         assert gradient[came].min() >= gradient[~mask & ~before[name]].max()
 
 
+@pytest.mark.parametrize("way", ["rigl", "set"])
+@pytest.mark.parametrize(
+    ("make", "squares"),
+    [
+        (lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True), ("exp_avg_sq", "max_exp_avg_sq")),
+        (lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9), ("square_avg",)),
+    ],
+    ids=["AdamW", "RMSprop"],
+)
+def test_what_comes_has_the_mean_second_moment_of_what_stayed(way: str, make: Any, squares: tuple[str, ...]) -> None:
+    model = fresh("magnitude(0.5, scope='layer')")
+    optimiser, callback = make(list(model.parameters())), sparsec.RegrowCallback(way, 0.2, 5)
+    for number in range(5):
+        step(callback, model, optimiser, number, [torch.randn(4, 16)], of=40)
+    before, seen = masks(model), 0
+    optimiser.step = lambda: None  # to look at what it finds
+    step(callback, model, optimiser, 5, [torch.randn(4, 16)], of=40)
+    for name, mask in masks(model).items():
+        came, stayed, state = (
+            mask & ~before[name],
+            mask & before[name],
+            optimiser.state[model.get_parameter(name)],
+        )
+        seen += int(came.sum())
+        for moment in (value for value in state.values() if value.shape == mask.shape):
+            assert not moment[~mask].any()
+        for square in (state[each] for each in squares):
+            torch.testing.assert_close(square[came], square[stayed].mean().expand(int(came.sum())), rtol=1e-5, atol=0)
+            assert (square[came] > 0).all()
+        for first in (state[each] for each in ("exp_avg", "momentum_buffer") if each in state):
+            assert not first[came].any()
+    assert seen
+
+
+@pytest.mark.parametrize("way", ["rigl", "set"])
+def test_what_comes_takes_no_longer_steps_than_what_stayed(way: str) -> None:
+    """Regression: its second moment began at zero, and AdamW's steps for it were several times the learning rate."""
+    torch.manual_seed(0)
+    model = fresh("magnitude(0.5, scope='layer')")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    callback, x = sparsec.RegrowCallback(way, 0.2, 400), torch.randn(64, 16)
+    for number in range(400):
+        step(callback, model, optimiser, number, [x], of=4000)
+    before = masks(model)
+    step(callback, model, optimiser, 400, [x], of=4000)
+    for number in range(401, 416):
+        held = {name: model.get_parameter(name).detach().clone() for name in before}
+        step(callback, model, optimiser, number, [x], of=4000)
+        for name, mask in masks(model).items():
+            steps = (model.get_parameter(name).detach() - held[name]).abs()[mask & ~before[name]]
+            assert len(steps)
+            assert float(steps.median()) < 2e-4
+
+
 def test_masks_stay_where_a_gradient_is_not_finite_and_that_is_said() -> None:
     model = fresh()
     before = masks(model)

@@ -21,7 +21,7 @@ from sparsec import files, serial
 from sparsec.errors import RecoverError, SparsecWarning, briefly, some
 from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.recover.holding import Holding, holding_of
-from sparsec.recover.regrow import WAYS, Regrowth, forget
+from sparsec.recover.regrow import WAYS, Regrowth, forget, receive
 
 MASKS = "sparsec_masks.safetensors"
 """Beside the weights of a checkpoint: bool tensors, True where a weight is kept, by the weights' names."""
@@ -33,7 +33,8 @@ class RegrowCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
     way: every `every` steps the weakest of the kept weights go, and as many others come: where the gradient is largest (`'rigl'`,
     Evci et al. 2020, arXiv:1911.11134), or at random (`'set'`, Mocanu et al. 2018, arXiv:1707.04780; `seed`). share: of the kept
     weights, at first; it falls as a cosine and is zero after three quarters of the steps. The count of every matrix stays, N:M
-    groups and blocks stay legal. What comes begins at zero, and learns from the next step on.
+    groups and blocks stay legal. What comes begins at zero and learns from the next step on, with the mean of the second moments
+    of what stayed, where the optimiser has such (Adam).
 
     A checkpoint gets its masks in `sparsec_masks.safetensors`; resuming from it, and `load_best_model_at_end`, read them. Several
     processes of DistributedDataParallel have the same masks. Where a gradient is not finite, a mask stays and a SparsecWarning says
@@ -97,6 +98,7 @@ class RegrowCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         for name, parameter, mask in list(holding.held()):
             if name in moved:  # a tie that broke: another parameter under the same mask
                 forget(parameter, moved[name], optimizer)
+                receive(parameter, mask, moved[name], optimizer)
                 continue
             if not parameter.requires_grad:
                 continue

@@ -1,7 +1,8 @@
 """Masks that move while training: the weakest of the kept weights go, and as many others come, where the gradient is largest
 (RigL, Evci et al. 2020, arXiv:1911.11134) or at random (SET, Mocanu et al. 2018, arXiv:1707.04780).
 
-Counts stay exact in every matrix and, of N:M patterns, in every group; blocks go and come whole. What comes begins at zero.
+Counts stay exact in every matrix and, of N:M patterns, in every group; blocks go and come whole. What comes begins at zero, and
+`receive` tells which moments it begins with.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sparsec.private import is_traceable_wrapper_subclass
 WAYS = ("rigl", "set")
 _UNTIL = 0.75
 """Share of the training after which masks stay as they are."""
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+"""Averages of squared gradients in torch's optimisers, by whose root a step is divided."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,24 @@ class Regrowth:
         """
         new = moved_weight(weight, mask, leaf, self.growth(gradient, step, number), self.moving(done))
         forget(leaf, new, optimizer)
+        receive(leaf, mask, new, optimizer)
         return new
+
+
+@torch.no_grad()
+def receive(leaf: Tensor, before: Tensor, now: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Gives what came into a mask the mean of the second moments of what stayed.
+
+    Zero would make Adam's steps up to six times the learning rate, for dozens of steps: the second moment rises more slowly than
+    the first (beta2 0.999 and beta1 0.9), and what corrects for that counts the steps of the whole tensor.
+    """
+    came, stayed = now & ~before, now & before
+    if not bool(came.any()) or not bool(stayed.any()):
+        return
+    for name in _SQUARES:
+        moment = optimizer.state.get(leaf, {}).get(name)
+        if _plain(moment) and moment.shape == now.shape:
+            moment[came.to(moment.device)] = moment[stayed.to(moment.device)].float().mean().to(moment.dtype)
 
 
 @torch.no_grad()
