@@ -301,6 +301,25 @@ def test_the_commands_look_at_a_second_text_where_a_pass_trains_and_only_there(
     assert not any("second" in stage["name"] for stage in found["stages"])
 
 
+def test_where_time_is_short_what_stands_beside_is_of_the_same_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: other passes were measured on all windows, what was pruned on those for which there was time."""
+    monkeypatch.setattr(report_command, "QUICK", replace(QUICK, seconds=0.0))
+    words = ["tiny", *LITTLE, *DRAWN, "--passes", f"{RECOVER},lower(bitmap)", "--beside", "wanda(0.5)"]
+    found = {}
+    for windows in ("1", "2"):
+        out = tmp_path / f"{windows}.json"
+        assert report_command.main([*words, "--eval-windows", windows, "--json", str(out)]) == 0
+        found[windows] = json.loads(out.read_bytes())
+    looked = [(each["done"], each["wanted"]) for each in found["2"]["stages"] if each["name"].startswith("evaluating")]
+    assert looked == [(1, 2), (1, 2)]
+    for each in found.values():
+        assert each["evaluation"]["windows"] == each["second"]["windows"] == 1
+    assert found["1"]["beside"] == found["2"]["beside"]
+    assert found["1"]["beside_second"] == found["2"]["beside_second"]
+
+
 def test_evaluate_has_the_second_text_and_goes_on_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

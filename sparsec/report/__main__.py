@@ -32,7 +32,7 @@ from sparsec.console.progress import shown_progress
 from sparsec.console.table import paragraph, terminal_width
 from sparsec.data import LoadedModel, load_model, load_text
 from sparsec.errors import DataError
-from sparsec.evaluate import Windows, compare_embeddings, evaluate
+from sparsec.evaluate import Encoding, Evaluation, Windows, compare_embeddings, evaluate
 from sparsec.opened import stored_report
 from sparsec.page.ir import KeptIR
 from sparsec.page.options import add_pages, check_pages, write_pages
@@ -42,6 +42,7 @@ from sparsec.pipeline import DumpIR, Instrument, Pipeline, PrintIR
 from sparsec.progress import Progress, stage
 from sparsec.report.collect import Report
 from sparsec.report.picture import drawable, pictures
+from sparsec.report.records import EvaluationFacts
 from sparsec.report.schema import document, layers_csv
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import ALONE, QUICK, Effort, StudyPlan, plan
@@ -246,11 +247,19 @@ def _named(outputs: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Beside:
-    """Of other passes: the perplexity, of an encoder the cosine; the same on the second text; what the model writes."""
+    """Of other passes: what was found on the text and on the second one; what the model writes."""
 
-    quality: float
-    second: float | None
+    found: Evaluation | Encoding
+    second: Evaluation | Encoding | None
     text: str | None
+
+
+def _quality(found: Evaluation | Encoding, windows: EvaluationFacts) -> float:
+    """The perplexity, of an encoder the cosine, on the windows that the report's own models were run on: where time was short, the
+    first few."""
+    if isinstance(found, Encoding):
+        return replace(found, cosines=found.cosines[: windows.windows]).cosine
+    return replace(found, losses=found.losses[: windows.windows]).perplexity
 
 
 def _beside(
@@ -264,18 +273,18 @@ def _beside(
     with stage(progress, f"beside it: {pipeline}"):
         pruned = compile(loaded.model, pipeline.before("lower"), calibration=drawn, progress=progress)
 
-        def quality(windows: Windows) -> float:
+        def found(windows: Windows) -> Evaluation | Encoding:
             if loaded.is_encoder:
                 both = {"dense": loaded.model, "pruned": pruned}
-                return compare_embeddings(both, windows, progress, "its embeddings")["pruned"].cosine
-            return evaluate(pruned, windows, progress, "its perplexity").perplexity
+                return compare_embeddings(both, windows, progress, "its embeddings")["pruned"]
+            return evaluate(pruned, windows, progress, "its perplexity")
 
         text = None
         if planned.prompt is not None:
             tokens, count = planned.prompt.tokens, planned.effort.new_tokens
             text = continuation(pruned, loaded.tokenizer, tokens, count, planned.effort.seconds)
-        second = None if planned.second is None else quality(planned.second)
-        return _Beside(quality(planned.windows), second, text)
+        second = None if planned.second is None else found(planned.second)
+        return _Beside(found(planned.windows), second, text)
 
 
 def _with(report: Report, others: Mapping[str, _Beside]) -> Report:
@@ -285,11 +294,16 @@ def _with(report: Report, others: Mapping[str, _Beside]) -> Report:
         dense, rest = {"dense": sample.texts["dense"]}, {n: t for n, t in sample.texts.items() if n != "dense"}
         written = {spec: other.text for spec, other in others.items() if other.text is not None}
         sample = replace(sample, texts=dense | written | rest)
+    first, second = report.evaluation, report.second
     return replace(
         report,
         sample=sample,
-        beside={spec: other.quality for spec, other in others.items()},
-        beside_second={spec: other.second for spec, other in others.items() if other.second is not None},
+        beside={} if first is None else {spec: _quality(other.found, first) for spec, other in others.items()},
+        beside_second={
+            spec: _quality(other.second, second)
+            for spec, other in others.items()
+            if second is not None and other.second is not None
+        },
     )
 
 
