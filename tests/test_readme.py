@@ -17,6 +17,7 @@ from project import ROOT
 
 from sparsec.__main__ import main
 from sparsec.passes import PASSES
+from sparsec.pipeline import Pipeline
 
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,6 +65,20 @@ def test_commands_of_the_readme_run(
 def test_make_targets_of_the_readme_exist(words: list[str]) -> None:
     done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("given", "training"), [([], "minutes=2"), (["MODEL=tiny", "ARGS=--quick"], "steps=5")])
+def test_the_demo_trains_for_minutes_and_a_small_random_model_for_a_moment(given: list[str], training: str) -> None:
+    """Its pair is what shows recovery: the same pruning with it and without."""
+    done = subprocess.run(["make", "-n", "demo", *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if "sparsec.report" in line)
+    words = shlex.split(line)
+    passes, beside = (Pipeline.parse(words[words.index(option) + 1]) for option in ("--passes", "--beside"))
+    passes.validate()
+    assert passes.training == ("recover",)
+    assert f"recover(distill, {training})" in str(passes)
+    assert str(passes).startswith(f"{beside},freeze,recover")
+    assert "--quick" in words or not given
 
 
 def test_everything_that_can_be_run_is_run() -> None:
