@@ -43,7 +43,7 @@ def check_dense_call(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{list(weight.stride())}; call .contiguous() on it"
         )
     check_x(NAME, x, weight.shape[1])
-    check_operands(NAME, x, weight, bias, weight.shape[0])
+    check_operands(NAME, x, (weight.dtype, weight.device), bias, weight.shape[0])
 
 
 def _implementation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

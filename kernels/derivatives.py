@@ -84,7 +84,7 @@ def product_gradients(grad: Tensor, packed: Packed, of_x: bool, of_bias: bool) -
     flat = grad.reshape(math.prod(grad.shape[:-1]), out_features).to(wide)
     grad_x = grad_bias = None
     if of_x:
-        grad_x = (flat @ packed.unpack().to(wide)).to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+        grad_x = (flat @ packed.exact().to(wide)).to(grad.dtype).reshape(*grad.shape[:-1], in_features)
     if of_bias:
         grad_bias = flat.sum(0).to(grad.dtype)
     return grad_x, grad_bias

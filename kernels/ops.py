@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsec import private
 from sparsec.arguments import checked
 from sparsec.errors import KernelError
-from sparsec.formats import FORMATS
+from sparsec.formats import kinds
 from sparsec.formats.base import Packed
 from sparsec.kernels import autocast
 from sparsec.kernels.derivatives import Argument, Product, mapped, refuse_constants, transformed
@@ -42,9 +42,9 @@ def operator(packed: Packed) -> OpOverload:
 def operator_of(format_name: str) -> OpOverload:
     """That of a format; the first question about a format that a package offers defines it."""
     if format_name not in OPERATORS:
-        if format_name not in FORMATS:
+        if format_name not in kinds():
             raise KernelError(f"format {format_name!r} has no operator; those with one: {', '.join(OPERATORS)}")
-        OPERATORS[format_name] = _define(FORMATS[format_name])
+        OPERATORS[format_name] = _define(kinds()[format_name])
     if foreign(format_name, "cpu"):
         _ask_table(format_name)
     return OPERATORS[format_name]
@@ -70,7 +70,7 @@ def operator_args(packed: Packed, bias: Tensor | None) -> tuple[Argument, ...]:
 
 def packed_and_bias(format_name: str, args: Sequence[Argument]) -> tuple[Packed, Tensor | None]:
     """The inverse of `operator_args`; does not check."""
-    kind = FORMATS[format_name]
+    kind = kinds()[format_name]
     at = len(kind.tensor_names)
     tensors = dict(zip(kind.tensor_names, cast(Sequence[Tensor], args[:at]), strict=True))
     scalars = dict(zip(kind.scalar_names, cast(Sequence[int], args[at + 1 :]), strict=True))
@@ -138,7 +138,7 @@ def _define(kind: type[Packed]) -> OpOverload:
     return op
 
 
-OPERATORS: dict[str, OpOverload] = {name: _define(kind) for name, kind in FORMATS.items()}
+OPERATORS: dict[str, OpOverload] = {name: _define(kind) for name, kind in kinds().items()}
 """By the format's name."""
 
 

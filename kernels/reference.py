@@ -29,7 +29,7 @@ def check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
     faults = packed.layout_faults()
     if faults:
         raise KernelError(f"{name}: {'; '.join(faults)}; pack the matrix again from its dense weight")
-    check_operands(name, x, packed.values, bias, out_features)
+    check_operands(name, x, (packed.dtype, packed.values.device), bias, out_features)
 
 
 def check_x(name: str, x: Tensor, in_features: int) -> None:
@@ -42,25 +42,26 @@ def check_x(name: str, x: Tensor, in_features: int) -> None:
         raise KernelError(f"{name}: x must be [..., in_features={in_features}], got {list(x.shape)}")
 
 
-def check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
-    """Raises KernelError unless x and bias have the dtype and the device of the weight's values, and bias its size."""
-    if x.dtype != weight.dtype:
+def check_operands(name: str, x: Tensor, weight: tuple[torch.dtype, torch.device], bias: Tensor | None, out_features: int) -> None:
+    """Raises KernelError unless x and bias have the dtype and the device of the weight, and bias its size."""
+    dtype, device = weight
+    if x.dtype != dtype:
         raise KernelError(
-            f"{name}: x must have the dtype of the weights, {weight.dtype}, got {x.dtype}; convert x, or the model "
+            f"{name}: x must have the dtype of the weights, {dtype}, got {x.dtype}; convert x, or the model "
             f"before compiling it, model.to({x.dtype}); under torch.autocast x is converted by itself"
         )
-    if x.device != weight.device:
+    if x.device != device:
         raise KernelError(
-            f"{name}: x and the packed weight must be on one device, got {x.device} and {weight.device}; "
+            f"{name}: x and the packed weight must be on one device, got {x.device} and {device}; "
             "move the model with .to(device)"
         )
     if bias is None:
         return
-    if bias.dtype != weight.dtype or tuple(bias.shape) != (out_features,):
-        raise KernelError(f"{name}: bias must be {weight.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
-    if bias.device != weight.device:
+    if bias.dtype != dtype or tuple(bias.shape) != (out_features,):
+        raise KernelError(f"{name}: bias must be {dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
+    if bias.device != device:
         raise KernelError(
-            f"{name}: bias and the packed weight must be on one device, got {bias.device} and {weight.device}; "
+            f"{name}: bias and the packed weight must be on one device, got {bias.device} and {device}; "
             "move the model with .to(device)"
         )
 
@@ -68,7 +69,7 @@ def check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, ou
 def reference_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] @ W.T + bias -> [..., out], W [out, in] packed in any format."""
     check_call(x, packed, bias)
-    return dense_product(x, packed.unpack(), bias)
+    return dense_product(x, packed.exact(), bias)
 
 
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

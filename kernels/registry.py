@@ -28,7 +28,7 @@ from torch import Tensor
 from sparsec import private
 from sparsec.arguments import checked
 from sparsec.errors import KernelError, OfferedError, SparsecError
-from sparsec.formats import BSR, CSR, FORMATS, NM, Bitmap, WarpCSR
+from sparsec.formats import BSR, CSR, NM, Bitmap, WarpCSR, kinds
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import for_device
 from sparsec.formats.parts import DENSE, Part, flatten
@@ -170,7 +170,7 @@ def _native(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _reference(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    return dense_product(x, packed.unpack(), bias)
+    return dense_product(x, packed.exact(), bias)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -220,7 +220,7 @@ KERNELS: tuple[Kernel, ...] = (
     *(_on_cpu(BSR), _on_gpu(BSR)),
     *(_on_cpu(NM), _semi_structured(), _on_gpu(NM)),
     _on_gpu(WarpCSR),
-    *(reference_kernel(kind) for kind in FORMATS.values()),
+    *(reference_kernel(kind) for kind in kinds().values()),
     Kernel("dense_cpu", DENSE, _FLOATS, ("cpu",), _dense, native_missing("dense_linear")),
     Kernel("dense_torch", DENSE, _FLOATS, None, F.linear),
 )
@@ -247,13 +247,13 @@ def add(kernel: Kernel) -> None:
 
 def known() -> tuple[Kernel, ...]:
     """Every kernel, in the order in which they are asked: those of other packages, then sparsec's own."""
-    return _table(tuple(FORMATS))
+    return _table(tuple(kinds()))
 
 
 @functools.cache
 def _table(formats: tuple[str, ...]) -> tuple[Kernel, ...]:
     own = {kernel.format for kernel in KERNELS}
-    references = [reference_kernel(FORMATS[name]) for name in formats if name not in own]
+    references = [reference_kernel(kinds()[name]) for name in formats if name not in own]
     return (*others(), *KERNELS, *references)
 
 

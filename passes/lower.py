@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import torch
+
 from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout, for_device
@@ -44,6 +46,11 @@ class Lower(Pass):
     blocks, `nm` (N and M as the mask has them), `'nm2:4'`; on a GPU `wcsr8` and `wcsr16`, which CSR becomes there too. `dense`
     packs nothing and needs no mask: every selected weight stays what it is, zeros included, and runs on sparsec's own dense
     kernel where that serves it (with `fuse` before it, several in one call).
+
+    values: how values are stored: "" as they are, "int8" in 8 bits with a scale for every row, "int8g64" with one for every row and
+    group of 64 columns, "int4g64" in 4 bits, "int4mg64" in 4 bits about a middle of its own for every row and group; other groups
+    are of a multiple of 32 columns. `lower('bitmap:int8')` says the same as `lower(bitmap, values='int8')`. With `dense` every
+    selected weight is packed whole, masked or not. Weights are rounded to the nearest value.
     """
 
     name: ClassVar[str] = "lower"
@@ -55,6 +62,8 @@ class Lower(Pass):
         "magnitude(0.5),freeze,lower(objective='bytes', tokens=64)",
         "magnitude(0.5),freeze,lower(prompt_tokens=64, new_tokens=16)",
         "lower(dense)",
+        "lower(dense, values='int8')",
+        "magnitude(0.5),freeze,lower(bitmap, values='int4g64')",
     )
     effect: ClassVar[Effect] = Effect.NUMERIC
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
@@ -67,6 +76,7 @@ class Lower(Pass):
     }
 
     layout: str = AUTO
+    values: str = field(default="", kw_only=True)
     objective: Literal["latency", "bytes"] = field(default="latency", kw_only=True)
     tokens: int | None = field(default=None, kw_only=True)
     prompt_tokens: int | None = field(default=None, kw_only=True)
@@ -76,8 +86,8 @@ class Lower(Pass):
 
     def __post_init__(self) -> None:
         if self.layout != AUTO:
-            object.__setattr__(self, "layout", str(Layout.parse(self.layout)))
-        if self.layout == DENSE:
+            object.__setattr__(self, "layout", str(self._layout()))
+        if self.layout == DENSE or self.layout.startswith(f"{DENSE}:"):
             object.__setattr__(self, "requires", frozenset())  # of this instance: masks mean nothing to it
         check_choice(self.objective, "objective", OBJECTIVES)
         for option in ("tokens", "prompt_tokens", "new_tokens"):
@@ -103,11 +113,25 @@ class Lower(Pass):
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
 
+    def _layout(self) -> Layout:
+        """The one that was asked for, its values among it. SpecError where these are said twice, and not the same."""
+        layout = Layout.parse(self.layout)
+        if not self.values or layout.values == self.values:
+            return layout
+        if layout.values:
+            raise SpecError(
+                f"lower('{self.layout}', values='{self.values}') names two kinds of values; leave values out, or write "
+                f"lower({replace(layout, values='')}, values='{self.values}')"
+            )
+        return Layout.parse(f"{layout}:{self.values}")
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for what the format that was asked for cannot serve."""
         if self.layout == DENSE:
             return self._on_dense_kernel(graph, context)
-        chosen = self._masked(graph)
+        whole = self.layout.startswith(f"{DENSE}:")
+        chosen = select_weights(graph, self.targets, self.ignore) if whole else self._masked(graph)
+        chosen = [w for w in chosen if w.packed is None]
         reasons = {w.name: context.keep_dense.get(w.name) or _stays_dense(graph, w) for w in chosen}
         packable = [w for w in chosen if not reasons[w.name]]
         notes: list[str] = [] if chosen else ["no selected weight has a mask, so nothing was packed"]
@@ -119,7 +143,7 @@ class Lower(Pass):
                     reasons[name] = "; ".join(filter(None, (reasons.get(name), plan.reason)))
         else:
             for weight in packable:  # what will be refused is refused before any dense weight is gone
-                self._check(graph, weight, self._rows(context))
+                self._check(graph, weight, self._rows(context), whole)
             plans = {}
         if sum(w.nbytes_dense for w in packable if context.owns(w.name)) >= LARGE:
             gc.collect()  # tracing leaves cycles that hold the weights: SmolLM2's peak lies 419 MB above the model, so 184
@@ -174,7 +198,7 @@ class Lower(Pass):
         dense = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
         weights = [w for w in dense if self._selected(graph, w)]
         rows = self._rows(context)
-        setting = Setting(self.objective, rows, prompt_tokens=self.prompt_tokens or 0, new_tokens=self.new_tokens or 1)
+        setting = Setting(self.objective, rows, values=self.values, prompt_tokens=self.prompt_tokens or 0, new_tokens=self.new_tokens or 1)
         notes: list[str] = []
         if self.objective == "latency":
             constants, notes = constants_for(graph, weights, context.progress)
@@ -204,6 +228,8 @@ class Lower(Pass):
     def _lower(self, graph: Graph, weight: Weight, plan: Choice | None, context: Context) -> Weight:
         layout = Layout.parse(self.layout) if plan is None else plan.best.layout
         matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
+        if layout.format == DENSE:
+            mask = torch.ones_like(matrix, dtype=torch.bool)
         assert mask is not None
         packed = layout.pack(matrix, mask)
         packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
@@ -215,9 +241,12 @@ class Lower(Pass):
             context.put(weight, graph.tensor(weight.name).detach().new_empty(0))
         return lower_weight(graph, weight.name, packed, kernel.name)
 
-    def _check(self, graph: Graph, weight: Weight, rows: int) -> None:
-        """Whether format and kernel serve this weight, asked of the mask alone."""
-        mask, device = graph.mask_matrix(weight.name), graph.tensor(weight.name).device.type
+    def _check(self, graph: Graph, weight: Weight, rows: int, whole: bool) -> None:
+        """Whether format and kernel serve this weight, asked of the mask alone. whole: where all of it is stored."""
+        tensor = graph.tensor(weight.name)
+        mask, device = graph.mask_matrix(weight.name), tensor.device.type
+        if whole:
+            mask = torch.ones(1, 1, dtype=torch.bool, device=tensor.device).expand(weight.matrix_shape)
         assert mask is not None
         wanted = Layout.parse(self.layout)
         if wanted.kind.devices is not None and device not in wanted.kind.devices:
@@ -234,7 +263,7 @@ class Lower(Pass):
             )
         try:
             layout, _ = wanted.planned(mask, weight.dtype)
-            problem = Problem(layout.format, *weight.matrix_shape, rows, weight.dtype, device, layout=str(layout))
+            problem = Problem(layout.kind.format, *weight.matrix_shape, rows, weight.dtype, device, layout=str(layout))
             select_kernel(problem)
         except (FormatError, KernelError) as error:
             owner = weight.owners[0] if weight.owners else weight.name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsec.errors import FormatError
-from sparsec.formats import FORMATS
+from sparsec.formats import kinds
 from sparsec.formats.base import Packed, check_order
 
 
@@ -42,10 +42,10 @@ def loadable(
         faults = [fault for name, new in given.items() if (fault := _misfit(name, new, like[name], assign))]
     new_bias = state.get(f"{prefix}bias")
     if not faults and assign and bias is not None:
-        values = given["values"]
+        values, dtype = given["values"], type(held).from_parts(given, held.scalars()).dtype
         after = new_bias if isinstance(new_bias, Tensor) else bias
-        if after.dtype != values.dtype or after.device != values.device:
-            faults = [f"values and bias would be {values.dtype} on {values.device} and {after.dtype} on {after.device}"]
+        if after.dtype != dtype or after.device != values.device:
+            faults = [f"values and bias would be {dtype} on {values.device} and {after.dtype} on {after.device}"]
     if not faults and bias is not None and isinstance(new_bias, Tensor) and new_bias.shape != bias.shape:
         faults = [f"bias must be {list(bias.shape)}, got {list(new_bias.shape)}"]
     if faults:
@@ -71,7 +71,7 @@ def unpickled(state: dict[str, Any]) -> Packed:
     """
     layer = state.get("path") or "SparseLinear"
     kind, order = state.get("_packed_type"), state.pop("order", 1)
-    if not (isinstance(kind, type) and issubclass(kind, Packed) and FORMATS.get(kind.format) is kind):
+    if not (isinstance(kind, type) and issubclass(kind, Packed) and kinds().get(kind.format) is kind):
         raise FormatError(f"{layer}: its pickle names {kind!r}, which is no packed format that is known")
     check_order(kind, order)
     buffers, scalars, bias = (

@@ -181,7 +181,7 @@ class SparseLinear(Grouped, nn.Module):
 
         Then the matrix is laid out for the device that it is on.
         """
-        self._check_dtype(fn(self._buffers["values"].new_empty(0)).dtype)
+        self._check_dtype(fn(self._buffers["values"].new_empty(0, dtype=self.packed.dtype)).dtype)
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(self.packed.ordered().tensors())
@@ -193,7 +193,7 @@ class SparseLinear(Grouped, nn.Module):
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
         known, held = self._packed_type.dtypes, self.packed.dtype
-        if dtype != self._buffers["values"].dtype and dtype not in known:
+        if dtype != held and dtype not in known:
             raise FormatError(
                 f"{self.path or 'SparseLinear'}: {self._packed_type.title} holds {', '.join(map(_plain, known))}, and cannot be "
                 f"converted to {_plain(dtype)}; take the model back with .to({held}), or convert the original and compile it "

@@ -15,7 +15,6 @@ from typing import Any, Self, TypeVar
 import torch
 
 from sparsec.errors import CheckpointError, FormatError, SpecError
-from sparsec.formats import FORMATS
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.transformers_hook import METHOD
@@ -59,7 +58,7 @@ class Stored:
     @property
     def kind(self) -> type[Packed]:
         """The class of the matrix."""
-        return FORMATS[Layout.parse(self.layout, offered=False).format]
+        return Layout.parse(self.layout, offered=False).kind
 
     def on_meta(self) -> Packed:
         """The matrix without contents."""

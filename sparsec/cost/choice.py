@@ -69,6 +69,7 @@ class Setting:
     fused: bool = False  # a part of a fused product, whose call all parts share, whatever their formats
     prompt_tokens: int = 0  # rows of x before; 0: no prompt
     new_tokens: int = 1
+    values: str = ""  # the codec of packed values; empty: plain
 
     @property
     def products(self) -> tuple[tuple[int, int], ...]:
@@ -110,11 +111,11 @@ def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -
 def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Iterator[Candidate]:
     """Every layout worth a look that can hold the mask and has a kernel for it."""
     out_features, in_features = mask.shape
-    for open_layout in Layout.candidates(mask, setting.device):
+    for open_layout in Layout.candidates(mask, setting.device, setting.values):
         try:
             layout, plan = open_layout.planned(mask, dtype)
             problem = Problem(
-                layout.format, out_features, in_features, setting.rows, dtype, setting.device, layout=str(layout)
+                layout.kind.format, out_features, in_features, setting.rows, dtype, setting.device, layout=str(layout)
             )
             kernel = select(problem).name
         except (FormatError, KernelError):

@@ -23,12 +23,19 @@ from sparsec.formats.bsr import BSR
 from sparsec.formats.csr import CSR
 from sparsec.formats.nm import NM
 from sparsec.formats.promises import attribute_faults
+from sparsec.formats.quantised import QUANTISED, Quantised
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.offered import offered
 
 FORMATS: dict[str, type[Packed]] = {kind.format: kind for kind in (CSR, Bitmap, BSR, NM, WarpCSR)}
 
 ENTRY_POINTS = "sparsec.formats"
+
+
+def kinds() -> dict[str, type[Packed]]:
+    """Every class of packed matrices by its own `format`, which its operator and kernels are named after: those of FORMATS, and
+    those with quantised values."""
+    return {**FORMATS, **{kind.format: kind for kind in QUANTISED.values()}}
 
 
 def add(kind: type[Packed]) -> None:
@@ -39,8 +46,8 @@ def add(kind: type[Packed]) -> None:
         raise FormatError(f"{kind.__qualname__} is no format: {'; '.join(faults)}")
     if re.fullmatch("[a-z_]+", kind.format) is None or kind.format == "dense":
         raise FormatError(f"the format {kind.format!r} must be called by small letters, and not dense")
-    if FORMATS.get(kind.format, kind) is not kind:
-        raise FormatError(f"the name {kind.format!r} is taken by {FORMATS[kind.format].__name__}")
+    if (other := kinds().get(kind.format, kind)) is not kind:
+        raise FormatError(f"the name {kind.format!r} is taken by {other.__name__}")
     FORMATS[kind.format] = kind
 
 
@@ -54,4 +61,4 @@ def take_offered() -> None:
             warnings.warn(f"{what} is left out: {error}", stacklevel=2)
 
 
-__all__ = ["BSR", "CSR", "FORMATS", "NM", "Bitmap", "Packed", "WarpCSR", "add"]
+__all__ = ["BSR", "CSR", "FORMATS", "NM", "QUANTISED", "Bitmap", "Packed", "Quantised", "WarpCSR", "add", "kinds"]

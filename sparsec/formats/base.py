@@ -143,8 +143,12 @@ class Packed(ABC):
         return PLAIN
 
     def unpack(self) -> Tensor:
-        """The dense matrix [out, in]: `where(mask, weight, 0)`, bit for bit where values are plain."""
-        return self.codec.decode(self.scatter())
+        """The dense matrix [out, in] in its dtype: `where(mask, weight, 0)`, bit for bit where values are plain."""
+        return self.scatter()
+
+    def exact(self) -> Tensor:
+        """The dense matrix [out, in] that kernels multiply by: where values are quantised, in fp32."""
+        return self.unpack()
 
     @abstractmethod
     def fields(self) -> list[Field]:
@@ -175,7 +179,7 @@ class Packed(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Of x, bias and result."""
-        return self.codec.dtype(self.values.dtype)
+        return self.values.dtype
 
     @property
     def nbytes(self) -> int:

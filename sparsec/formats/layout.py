@@ -3,7 +3,7 @@
     csr8 csr16 csr32 csr   bitmap   bsr16x16 bsr   nm2:4 nm   wcsr8 wcsr16   dense
 
 A format without its parameters leaves them to the mask: `nm` reads N and M, `csr` takes the fewest bits that reach all columns.
-Values that are not plain would follow a colon (sparsec/formats/values.py).
+Values that are not plain follow a colon, `bitmap:int8`, `dense:int4g64` (sparsec/formats/values.py).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from sparsec.errors import FormatError, OfferedError, SpecError
-from sparsec.formats import FORMATS, take_offered
+from sparsec.formats import FORMATS, QUANTISED, kinds, take_offered
 from sparsec.formats.base import Packed, Plan
 from sparsec.formats.faults import check_pack
 from sparsec.formats.parts import DENSE
 from sparsec.formats.positions import bits_of
 from sparsec.formats.promises import kept, sound
-from sparsec.formats.values import CODECS
+from sparsec.formats.values import EXAMPLES, Codec, Codes
 from sparsec.patterns import Pattern
 
 NEAR = 0.15
@@ -43,7 +43,7 @@ class Layout:
 
     format: str  # a key of FORMATS, or "dense"
     parameters: str = ""  # 8, 16x16, 2:4; empty where the format has none or leaves them to the mask
-    values: str = ""  # a key of CODECS; empty where they are plain
+    values: str = ""  # the name of a codec; empty where they are plain
 
     @classmethod
     def parse(cls, text: str, *, offered: bool = True) -> Self:
@@ -61,9 +61,13 @@ class Layout:
             listed = dict.fromkeys((*FORMATS, *spellings(offered)))  # without parameters too: the mask settles them
             raise SpecError(f"{text!r} is no layout{hint}; layouts: {', '.join(listed)}")
         layout = cls(name, found["parameters"] or "", found["values"] or "")
-        if layout.values not in CODECS:
-            plain = str(replace(layout, values=""))
-            raise SpecError(f"{text!r}: there are no {layout.values!r} values, only plain ones; write {plain!r}")
+        try:
+            layout = replace(layout, values=Codec.parse(layout.values).name)
+        except SpecError as error:
+            raise SpecError(f"{text!r}: {error}") from error
+        if layout.values and name not in QUANTISED:
+            held = ", ".join(QUANTISED)
+            raise SpecError(f"{text!r}: {name} holds plain values only; layouts with quantised values: {held}")
         if name == DENSE and layout.parameters:
             raise SpecError(f"dense has no parameters, got {text!r}")
         _ = layout.options  # refuses wrong parameters
@@ -73,19 +77,19 @@ class Layout:
     def of(cls, packed: Packed) -> Self:
         """That of a packed matrix."""
         # Its format is there: what packages offer is imported for a name alone that nobody knows.
-        return replace(cls.parse(packed.describe(), offered=packed.format not in FORMATS), values=packed.codec.name)
+        return cls.parse(packed.describe(), offered=packed.format not in kinds())
 
     @classmethod
-    def candidates(cls, mask: Tensor, device: str) -> Iterator[Self]:
-        """Those worth a look for a mask [out, in] on a type of device, where the best is to be chosen."""
+    def candidates(cls, mask: Tensor, device: str, values: str = "") -> Iterator[Self]:
+        """Those worth a look for a mask [out, in] on a type of device, where the best is to be chosen. values: of their codec."""
         take_offered()
-        for name, kind in FORMATS.items():
+        for name, kind in (QUANTISED if values else FORMATS).items():
             try:
                 found = kept(kind, "candidates", lambda kind=kind: tuple(kind.candidates(mask, device)), tuple)  # type: ignore[misc]
             except OfferedError as error:
                 warnings.warn(f"{error}; no layout of it is considered", stacklevel=2)
                 continue
-            yield from (cls(name, parameters) for parameters in found)
+            yield from (cls(name, parameters, values) for parameters in found)
 
     @classmethod
     def calibrated(cls, device: str, sparsity: float) -> Iterator[Self]:
@@ -107,16 +111,33 @@ class Layout:
 
     @property
     def kind(self) -> type[Packed]:
-        """The class of its packed matrices. FormatError for dense, which packs nothing."""
-        if self.format == DENSE:
+        """The class of its packed matrices. FormatError for plain dense, which packs nothing."""
+        if self.values:
+            return QUANTISED[self.format]
+        if self.stays:
             raise FormatError("dense packs nothing: the weight stays what it is")
         return FORMATS[self.format]
+
+    @property
+    def stays(self) -> bool:
+        """Whether it packs nothing: dense with plain values."""
+        return self.format == DENSE and not self.values
+
+    @property
+    def codec(self) -> Codec:
+        """How values are stored."""
+        return Codec.parse(self.values)
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """What its format's `pack` and `plan` take. SpecError for parameters that the format does not know."""
         return (
-            {} if self.format == DENSE else kept(self.kind, "options", lambda: self.kind.options(self.parameters), dict)
+            {}
+            if self.stays
+            else {
+                **kept(self.kind, "options", lambda: self.kind.options(self.parameters), dict),
+                **({"codec": self.codec} if self.values else {}),
+            }
         )
 
     @property
@@ -124,14 +145,14 @@ class Layout:
         """What a mask must follow; nothing but the free one where any mask can be held."""
         return (
             Pattern()
-            if self.format == DENSE
+            if self.stays
             else kept(self.kind, "pattern", lambda: self.kind.pattern(self.parameters), Pattern)
         )
 
     @property
     def cost_family(self) -> str:
         """The layouts that share its constants in the cost model."""
-        return self.format if self.format != DENSE and self.kind.one_cost else str(self)
+        return self.format if not self.stays and self.kind.one_cost else str(self)
 
     def plan(self, mask: Tensor, dtype: torch.dtype) -> Plan:
         """What packing a weight of `dtype` with this mask [out, in] would give. FormatError for what `pack` would refuse."""
@@ -144,12 +165,12 @@ class Layout:
         plan = self.plan(mask, dtype)
         return replace(self, parameters=plan.parameters), plan
 
-    def pack(self, weight: Tensor, mask: Tensor) -> Packed:
-        """weight [out, in] where mask [out, in] is True, bit for bit. FormatError for what the layout cannot hold."""
-        codes = CODECS[self.values].encode(weight, mask)
+    def pack(self, weight: Tensor, mask: Tensor, like: Codes | None = None) -> Packed:
+        """weight [out, in] where mask [out, in] is True: bit for bit, or in the nearest codes. FormatError for what the layout
+        cannot hold. like: of a weight that was rounded before, its codes' scale and table."""
+        more = {} if like is None else {"like": like}
         pack: Any = self.kind.pack  # type: ignore[attr-defined]
-        packed = sound(kept(self.kind, "pack", lambda: pack(codes, mask, **self.options), self.kind), tuple(mask.shape))
-        assert packed.codec.name == self.values, f"{packed.title} holds no {self.values} values"
+        packed = sound(kept(self.kind, "pack", lambda: pack(weight, mask, **self.options, **more), self.kind), tuple(mask.shape))
         return packed
 
     def misfits(self, weight: Tensor, mask: Tensor) -> list[str]:
@@ -201,4 +222,5 @@ def spellings(offered: bool = True) -> tuple[str, ...]:
     if offered:
         take_offered()
     named = [f"{name}{parameters}" for name, kind in FORMATS.items() for parameters in kind.parameters]
-    return (*named, DENSE)
+    coded = [f"{name}:{values}" for name in QUANTISED for values in EXAMPLES[:: 2 if name == "bitmap" else 4]]
+    return (*named, DENSE, *coded)

@@ -76,9 +76,9 @@ class NM(Packed):
         """
         check_pack(cls.title, cls.dtypes, weight, mask)
         out_features, in_features = weight.shape
-        n, m = _pattern(mask, weight.element_size(), nm)
+        n, m = nm_of(mask, weight.element_size(), nm)
         # Every row keeps exactly n columns of a group once those without a weight are counted in.
-        slots = flat_positions(_filled(mask, n, m))
+        slots = flat_positions(with_full_groups(mask, n, m))
         values = serial.masked(weight.detach(), mask).reshape(-1).index_select(0, slots)
         columns = slots.bitwise_and_(m - 1).to(torch.uint8)
         slots_of_row = in_features // m * n
@@ -90,7 +90,7 @@ class NM(Packed):
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, nm: tuple[int, int] | None = None) -> Plan:
         """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
-        n, m = _pattern(mask, dtype.itemsize, nm)
+        n, m = nm_of(mask, dtype.itemsize, nm)
         panels, slots = panel_count(mask.shape[0]), mask.shape[1] // m * n
         stored = panels * step_count(slots, dtype) * lane_columns(dtype) * LANES
         return Plan(stored * dtype.itemsize + panels * slots * 2 * INDEX_BITS[m] + PADDING, stored, f"{n}:{m}")
@@ -182,7 +182,7 @@ class NM(Packed):
         return [f"index must ascend within a group, but does not in row {row}, group {group}"]
 
 
-def _pattern(mask: Tensor, value_bytes: int, wanted: tuple[int, int] | None) -> tuple[int, int]:
+def nm_of(mask: Tensor, value_bytes: int, wanted: tuple[int, int] | None) -> tuple[int, int]:
     """n and m of the packing with the fewest bytes that holds the mask; of equal ones m = 4. FormatError for none.
 
     wanted: these, where the mask fits into them.
@@ -246,7 +246,7 @@ def _group_counts(mask: Tensor, m: int) -> Tensor:
     return _words(mask, m) * ones >> 8 * (m - 1)
 
 
-def _filled(mask: Tensor, n: int, m: int) -> Tensor:
+def with_full_groups(mask: Tensor, n: int, m: int) -> Tensor:
     """The mask with exactly n columns in every group, the lowest that were not kept added: bool [out, in]."""
     flags = torch.arange(2**m, device=mask.device).unsqueeze(1) >> torch.arange(m, device=mask.device) & 1
     missing = (n - flags.sum(1, keepdim=True)).clamp(min=0)
@@ -255,7 +255,7 @@ def _filled(mask: Tensor, n: int, m: int) -> Tensor:
     low_bits = sum(1 << 8 * (m - 1) - 7 * lane for lane in range(m))
     # The top byte of the product has the flags side by side.
     codes = (_words(mask, m) * low_bits >> 8 * (m - 1) & 2**m - 1).to(torch.int64)
-    return _words(table, m).view(-1)[codes.view(-1)].view(torch.bool)
+    return _words(table, m).view(-1)[codes.view(-1)].view(torch.bool).view(mask.shape)
 
 
 def _pack_index(columns: Tensor, bits: int) -> Tensor:

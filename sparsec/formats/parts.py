@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from sparsec.errors import FormatError
-from sparsec.formats import FORMATS
+from sparsec.formats import kinds
 
 DENSE = "dense"
 FORMAT_NUMBERS: dict[str, int] = {DENSE: 0, "csr": 1, "bitmap": 2, "bsr": 3, "nm": 4, "wcsr": 5}
@@ -48,12 +48,12 @@ def format_number(format_name: str) -> int:
 
 def tensor_count(format_name: str) -> int:
     """How many tensors a part of this format has, without the bias."""
-    return 1 if format_name == DENSE else len(FORMATS[format_name].tensor_names)
+    return 1 if format_name == DENSE else len(kinds()[format_name].tensor_names)
 
 
 def scalar_count(format_name: str) -> int:
     """How many integers a part of this format has."""
-    return 0 if format_name == DENSE else len(FORMATS[format_name].scalar_names)
+    return 0 if format_name == DENSE else len(kinds()[format_name].scalar_names)
 
 
 def flatten(parts: Iterable[Part[T]]) -> tuple[list[T], list[int]]:
@@ -70,12 +70,13 @@ def flatten(parts: Iterable[Part[T]]) -> tuple[list[T], list[int]]:
 
 def unflatten(tensors: Sequence[T], layout: Sequence[int]) -> list[Part[T]]:
     """The inverse of `flatten`. FormatError, with the place, for a layout that is none or does not fit the tensors."""
-    names = {format_number(name): name for name in (*FORMAT_NUMBERS, *FORMATS)}
+    known = kinds()
+    names = {format_number(name): name for name in (*FORMAT_NUMBERS, *known)}
     parts: list[Part[T]] = []
     at = word = 0
     while word < len(layout):
         name = names.get(layout[word])
-        if name is None or (name != DENSE and name not in FORMATS):
+        if name is None or (name != DENSE and name not in known):
             raise FormatError(
                 f"fused_linear: layout[{word}] must be the number of a format ({_listed(names)}), got {layout[word]}"
             )
