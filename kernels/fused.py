@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from sparsec import private
-from sparsec.formats.parts import DENSE, Part, unflatten
+from sparsec.formats.parts import DENSE, Part, in_library, part_formats, unflatten
 from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.derivatives import mapped, transformed, without_derivatives
 from sparsec.kernels.ops import LIBRARY, loads_native, operator_of
-from sparsec.kernels.registry import foreign, others
+from sparsec.kernels.registry import foreign
 from sparsec.private import OpOverload
 
 NAME = "fused_linear"
@@ -42,6 +42,12 @@ inference_single: OpOverload = torch.ops.sparsec.inference_single.default
 def part_operator(part: Part[Tensor]) -> OpOverload:
     """The operator that computes one part by itself."""
     return dense_linear if part.format == DENSE else operator_of(part.format)
+
+
+def alone(format_name: str) -> bool:
+    """Whether a part of this format computes by itself on a CPU: the native library does not know it, or would pass by another
+    package's kernel."""
+    return not in_library(format_name) or foreign(format_name, "cpu")
 
 
 def _separately(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
@@ -67,11 +73,16 @@ def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int])
     """Each part's own gradients: x and bias of a packed part, the weight too of a dense one."""
     if transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
         return _separately(x, tensors, layout)
-    # Another package's kernel, which the native library would pass by.
-    if others() and any(foreign(part.format, "cpu") for part in unflatten(tensors, layout)):
-        return _separately(x, tensors, layout)
     with private.below_autograd():
         out: list[Tensor] = fused_linear(x, tensors, layout)
+    return out
+
+
+def _whole_or_apart(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int]) -> list[Tensor]:
+    """In one call of the native library, where it is the one that multiplies by every part."""
+    if not x.is_cpu or any(alone(name) for name in part_formats(tuple(layout))):
+        return _separately(x, tensors, layout)
+    out: list[Tensor] = inference_linear(x, tensors, layout)
     return out
 
 
@@ -96,6 +107,7 @@ for _key in DEVICES.values():
 torch.library.impl(LIBRARY, SINGLE, "CompositeExplicitAutograd")(_single)
 torch.library.register_fake(f"sparsec::{SINGLE}", _single, lib=LIBRARY)
 torch.library.impl(LIBRARY, NAME, "Autograd")(_with_gradients)
+torch.library.impl(LIBRARY, NAME, "BackendSelect")(_whole_or_apart)
 torch.library.register_vmap(f"sparsec::{NAME}", _mapped, lib=LIBRARY)
 for _op in (inference_linear, inference_single):
     without_derivatives(LIBRARY, _op)

@@ -42,7 +42,9 @@ def check_x(name: str, x: Tensor, in_features: int) -> None:
         raise KernelError(f"{name}: x must be [..., in_features={in_features}], got {list(x.shape)}")
 
 
-def check_operands(name: str, x: Tensor, weight: tuple[torch.dtype, torch.device], bias: Tensor | None, out_features: int) -> None:
+def check_operands(
+    name: str, x: Tensor, weight: tuple[torch.dtype, torch.device], bias: Tensor | None, out_features: int
+) -> None:
     """Raises KernelError unless x and bias have the dtype and the device of the weight, and bias its size."""
     dtype, device = weight
     if x.dtype != dtype:

@@ -198,7 +198,13 @@ class Lower(Pass):
         dense = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
         weights = [w for w in dense if self._selected(graph, w)]
         rows = self._rows(context)
-        setting = Setting(self.objective, rows, values=self.values, prompt_tokens=self.prompt_tokens or 0, new_tokens=self.new_tokens or 1)
+        setting = Setting(
+            self.objective,
+            rows,
+            values=self.values,
+            prompt_tokens=self.prompt_tokens or 0,
+            new_tokens=self.new_tokens or 1,
+        )
         notes: list[str] = []
         if self.objective == "latency":
             constants, notes = constants_for(graph, weights, context.progress)

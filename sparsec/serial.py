@@ -52,6 +52,20 @@ def count(mask: Tensor) -> int:
     return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.count_nonzero())
 
 
+def looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """table[places], places being whole numbers of 0 and more."""
+    if places.device.type == "cpu":
+        return torch.from_numpy(np.take(table.numpy(), places.numpy()))
+    return table[places.int()]
+
+
+def chosen(tensor: Tensor, mask: Tensor) -> Tensor:
+    """tensor[mask], in order."""
+    if tensor.device.type == "cpu":
+        return torch.from_numpy(_bits(tensor)[mask.numpy()]).view(tensor.dtype)
+    return tensor[mask]
+
+
 def contiguous(tensor: Tensor) -> Tensor:
     """What `tensor.contiguous()` gives."""
     if tensor.is_contiguous() or tensor.device.type != "cpu":

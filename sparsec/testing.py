@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from sparsec.calibrate import CalibrationData
 from sparsec.errors import MissingExtraError
-from sparsec.formats import Packed
+from sparsec.formats import Packed, Quantised
 from sparsec.formats.layout import Layout
+from sparsec.formats.parts import DENSE
+from sparsec.formats.values import Codes
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
 from sparsec.kernels import Kernel, Problem, tolerance
@@ -182,7 +184,8 @@ def check_pass(
 def check_format(layout: Layout | str, weight: Tensor, mask: Tensor) -> Packed:
     """Packs weight [out, in] where mask [out, in] is True, and raises unless the format keeps its promises; returns what it holds.
 
-    Held: what comes back is `where(mask, weight, 0)` bit for bit; bytes, number of values and parameters are those foretold; the
+    Held: what comes back is `where(mask, weight, 0)` bit for bit, or in codes, and 0.0 where nothing is kept, which packed again
+    with the same scales are the same; bytes, number of values and parameters are those foretold; the
     tensors and scalars make the same matrix again; its own check finds nothing wrong.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
@@ -192,8 +195,13 @@ def check_format(layout: Layout | str, weight: Tensor, mask: Tensor) -> Packed:
     packed.check()
     assert Layout.of(packed) == settled, f"{packed.describe()} is not {settled}"
     assert (packed.nbytes, packed.values.numel()) == (plan.nbytes, plan.stored), f"foretold: {plan}"
+    if layout.format == DENSE:
+        mask = torch.ones_like(mask)
     assert packed.nnz == int(mask.sum())
     kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
+    if isinstance(packed, Quantised):
+        again = layout.pack(weight, mask, Codes(packed.scatter(), packed.scale, packed.table))
+        kept = torch.where(mask, again.unpack(), torch.zeros((), dtype=weight.dtype))
     for found in (packed, type(packed).from_parts(packed.tensors(), packed.scalars())):
         assert (found.shape, found.dtype) == (tuple(weight.shape), weight.dtype)
         assert torch.equal(_bits(found.unpack()), _bits(kept)), "other values came back"
@@ -213,6 +221,7 @@ def check_kernel(
     for dtype in kernel.dtypes:
         weight = torch.randn(shape, generator=generator).to(dtype).masked_fill_(~mask, 0)
         packed = layout.pack(weight, mask)
+        held = packed.exact() if layout.values else weight
         for count in rows:
             if kernel.unfit(Problem.of(packed, count)):
                 continue
@@ -221,8 +230,8 @@ def check_kernel(
             for bias in (None, torch.randn(shape[0], generator=generator).to(dtype)):
                 found = kernel.run(x, packed, bias)
                 assert (found.shape, found.dtype) == ((count, shape[0]), dtype)
-                exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-                wrong = ~((found.double() - exact).abs() <= tolerance(x, weight, bias))
+                exact = x.double() @ held.double().t() + (0 if bias is None else bias.double())
+                wrong = ~((found.double() - exact).abs() <= tolerance(x, held, bias))
                 assert not wrong.any(), f"{kernel.name}: {dtype}, {count} rows: {wrong.nonzero()[:5].tolist()}"
     assert served, f"{kernel.name} refuses every product with {layout}"
 

@@ -15,6 +15,7 @@ from sparsec import formats, kernels
 from sparsec.cost.choice import Setting, sparse_candidates
 from sparsec.errors import ArgumentError, FormatError, KernelError, OfferedError
 from sparsec.formats.layout import Layout
+from sparsec.formats.values import EXAMPLES
 from sparsec.kernels import registry
 from sparsec.testing import check_format, check_kernel
 
@@ -265,9 +266,11 @@ def test_a_format_without_what_every_format_has_is_refused() -> None:
 def test_own_kernels_keep_what_others_are_held_to(kernel: kernels.Kernel) -> None:
     if kernel.available():
         pytest.skip(f"no native kernels: {kernel.available()[0]}")
-    kind = formats.FORMATS[kernel.format]
-    for parameters in kind.parameters:
-        check_kernel(kernel, Layout(kernel.format, parameters))
+    coded = kernel.format.removesuffix("_int")
+    for parameters in formats.kinds()[kernel.format].parameters:
+        for values in EXAMPLES if coded != kernel.format else ("",):
+            if not (values == "int4mg64" and coded in ("csr", "bsr", "nm")):  # which store what is not kept
+                check_kernel(kernel, Layout(coded, parameters, values))
 
 
 def test_a_kernel_and_a_format_that_break_their_promises_are_found() -> None:

@@ -29,7 +29,7 @@ from sparsec import private
 from sparsec.errors import FormatError
 from sparsec.kernels.dense import native_serves
 from sparsec.kernels.derivatives import transformed
-from sparsec.kernels.fused import NAME, fused_linear
+from sparsec.kernels.fused import INFERENCE, fused_linear, inference_linear
 from sparsec.kernels.registry import added
 
 
@@ -159,7 +159,7 @@ class Group:
             return None
         if index:
             return self._take(index, member, x)
-        if x.is_inference() or not x.is_cpu or not native_serves(NAME):
+        if x.is_inference() or not x.is_cpu or not native_serves(INFERENCE):
             return None
         return self._lead(member, x)
 
@@ -171,7 +171,9 @@ class Group:
         version, memory = x._version, 0 if torch.compiler.is_compiling() else x.data_ptr()
         try:
             with private.below_autograd():
-                results: list[Any] = fused_linear(x, plan.tensors, plan.layout)
+                # The same, but that the other one also asks whether the library knows all formats; exported graphs have it.
+                product = fused_linear if torch.compiler.is_compiling() else inference_linear
+                results: list[Any] = product(x, plan.tensors, plan.layout)
         except RuntimeError:
             # A member on another device or of another dtype, say. Whose fault it is shows where that one is called.
             self._plans.clear()

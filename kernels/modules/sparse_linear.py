@@ -15,11 +15,12 @@ from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
+from sparsec.kernels.fused import alone
 from sparsec.kernels.modules.group import Grouped
 from sparsec.kernels.modules.loading import loadable, unpickled
 from sparsec.kernels.modules.weight_view import WeightView, write_error
 from sparsec.kernels.ops import explain, operator
-from sparsec.kernels.registry import Problem, foreign, select
+from sparsec.kernels.registry import Problem, select
 
 
 class SparseLinear(Grouped, nn.Module):
@@ -130,7 +131,7 @@ class SparseLinear(Grouped, nn.Module):
 
     def part(self) -> tuple[list[Tensor], tuple[int, ...]]:
         """What a group multiplies by for this module. KeyError where it has to compute by itself."""
-        if foreign(self.format, "cpu"):  # another package's kernel, which the native library would pass by
+        if alone(self.format):
             raise KeyError(self.format)
         buffers = self._buffers
         tensors = [buffers[n] for n in self._names]

@@ -20,10 +20,11 @@ from sparsec.errors import FormatError
 from sparsec.formats.base import Packed
 from sparsec.formats.bitmap import Bitmap
 from sparsec.formats.bsr import BSR
+from sparsec.formats.coded import QUANTISED
 from sparsec.formats.csr import CSR
 from sparsec.formats.nm import NM
 from sparsec.formats.promises import attribute_faults
-from sparsec.formats.quantised import QUANTISED, Quantised
+from sparsec.formats.quantised import Quantised
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.offered import offered
 

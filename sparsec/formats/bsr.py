@@ -194,9 +194,9 @@ class BSR(Packed):
 
 
 def _lane(c: int, dtype: torch.dtype, device: str) -> int:
-    """Columns of a lane in blocks of c columns on a type of device: no block is padded."""
+    """Columns of a lane in blocks of c columns on a type of device: no block is padded. Codes lie alike on all."""
     lane = lane_columns(dtype)
-    return lane if c % lane == 0 and device != "cuda" else 1
+    return lane if c % lane == 0 and (device != "cuda" or dtype == torch.uint8) else 1
 
 
 def _check_block(mask: Tensor, block: tuple[int, int]) -> tuple[int, int]:

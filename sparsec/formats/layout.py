@@ -131,23 +131,17 @@ class Layout:
     @cached_property
     def options(self) -> dict[str, Any]:
         """What its format's `pack` and `plan` take. SpecError for parameters that the format does not know."""
-        return (
-            {}
-            if self.stays
-            else {
-                **kept(self.kind, "options", lambda: self.kind.options(self.parameters), dict),
-                **({"codec": self.codec} if self.values else {}),
-            }
-        )
+        if self.stays:
+            return {}
+        options = kept(self.kind, "options", lambda: self.kind.options(self.parameters), dict)
+        return {**options, "codec": self.codec} if self.values else options
 
     @property
     def pattern(self) -> Pattern:
         """What a mask must follow; nothing but the free one where any mask can be held."""
-        return (
-            Pattern()
-            if self.stays
-            else kept(self.kind, "pattern", lambda: self.kind.pattern(self.parameters), Pattern)
-        )
+        if self.stays:
+            return Pattern()
+        return kept(self.kind, "pattern", lambda: self.kind.pattern(self.parameters), Pattern)
 
     @property
     def cost_family(self) -> str:
@@ -168,10 +162,9 @@ class Layout:
     def pack(self, weight: Tensor, mask: Tensor, like: Codes | None = None) -> Packed:
         """weight [out, in] where mask [out, in] is True: bit for bit, or in the nearest codes. FormatError for what the layout
         cannot hold. like: of a weight that was rounded before, its codes' scale and table."""
-        more = {} if like is None else {"like": like}
         pack: Any = self.kind.pack  # type: ignore[attr-defined]
-        packed = sound(kept(self.kind, "pack", lambda: pack(weight, mask, **self.options, **more), self.kind), tuple(mask.shape))
-        return packed
+        options = self.options if like is None else {**self.options, "like": like}
+        return sound(kept(self.kind, "pack", lambda: pack(weight, mask, **options), self.kind), tuple(mask.shape))
 
     def misfits(self, weight: Tensor, mask: Tensor) -> list[str]:
         """Why a weight [out, in] with this mask cannot be held; empty when it can."""

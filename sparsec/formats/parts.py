@@ -7,8 +7,9 @@ functions serve the operator (whose tensors are tensors) and the graph (whose te
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,7 +20,7 @@ DENSE = "dense"
 FORMAT_NUMBERS: dict[str, int] = {DENSE: 0, "csr": 1, "bitmap": 2, "bsr": 3, "nm": 4, "wcsr": 5}
 """Part of the operator's interface: the native library has the same numbers, all but that of wcsr, which is for GPUs."""
 _FOREIGN = 1 << 30
-"""Numbers of other packages' formats begin here: the native library knows none of them, so that each computes by itself."""
+"""Numbers of other formats begin here: the native library knows none of them, so that each computes by itself."""
 
 T = TypeVar("T")
 
@@ -46,6 +47,11 @@ def format_number(format_name: str) -> int:
     return _FOREIGN | zlib.crc32(format_name.encode()) >> 2
 
 
+def in_library(format_name: str) -> bool:
+    """Whether the native library multiplies by a format, so that it may be a part of one of its calls."""
+    return format_name == DENSE or (format_name in FORMAT_NUMBERS and kinds()[format_name].devices is None)
+
+
 def tensor_count(format_name: str) -> int:
     """How many tensors a part of this format has, without the bias."""
     return 1 if format_name == DENSE else len(kinds()[format_name].tensor_names)
@@ -70,22 +76,9 @@ def flatten(parts: Iterable[Part[T]]) -> tuple[list[T], list[int]]:
 
 def unflatten(tensors: Sequence[T], layout: Sequence[int]) -> list[Part[T]]:
     """The inverse of `flatten`. FormatError, with the place, for a layout that is none or does not fit the tensors."""
-    known = kinds()
-    names = {format_number(name): name for name in (*FORMAT_NUMBERS, *known)}
     parts: list[Part[T]] = []
-    at = word = 0
-    while word < len(layout):
-        name = names.get(layout[word])
-        if name is None or (name != DENSE and name not in known):
-            raise FormatError(
-                f"fused_linear: layout[{word}] must be the number of a format ({_listed(names)}), got {layout[word]}"
-            )
-        scalars_at, end = word + 2, word + 2 + scalar_count(name)
-        if end > len(layout) or layout[word + 1] not in (0, 1):
-            raise FormatError(
-                f"fused_linear: part {len(parts)} ({name}) needs {scalar_count(name) + 2} entries of layout from {word} on, the "
-                f"second of them 0 or 1 (whether it has a bias), got {list(layout[word:])}"
-            )
+    at = 0
+    for name, word, end in _walk(layout):
         bias_at = at + tensor_count(name)
         last = bias_at + layout[word + 1]
         if last > len(tensors):
@@ -93,11 +86,38 @@ def unflatten(tensors: Sequence[T], layout: Sequence[int]) -> list[Part[T]]:
                 f"fused_linear: part {len(parts)} ({name}) needs {last - at} tensors from {at} on, got {len(tensors) - at}"
             )
         bias = tensors[bias_at] if last > bias_at else None
-        parts.append(Part(name, tuple(tensors[at:bias_at]), bias, tuple(layout[scalars_at:end])))
-        at, word = last, end
+        parts.append(Part(name, tuple(tensors[at:bias_at]), bias, tuple(layout[word + 2 : end])))
+        at = last
     if at != len(tensors):
         raise FormatError(f"fused_linear: the layout's {len(parts)} parts have {at} tensors, got {len(tensors)}")
     return parts
+
+
+@functools.lru_cache(1024)
+def part_formats(layout: tuple[int, ...]) -> frozenset[str]:
+    """The formats of the parts of a layout. FormatError for one that is none."""
+    return frozenset(name for name, _, _ in _walk(layout))
+
+
+def _walk(layout: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+    """The format of every part, and where its entries of the layout begin and end. FormatError for one that is none."""
+    known = kinds()
+    names = {format_number(name): name for name in (*FORMAT_NUMBERS, *known)}
+    count = word = 0
+    while word < len(layout):
+        name = names.get(layout[word])
+        if name is None or (name != DENSE and name not in known):
+            raise FormatError(
+                f"fused_linear: layout[{word}] must be the number of a format ({_listed(names)}), got {layout[word]}"
+            )
+        end = word + 2 + scalar_count(name)
+        if end > len(layout) or layout[word + 1] not in (0, 1):
+            raise FormatError(
+                f"fused_linear: part {count} ({name}) needs {scalar_count(name) + 2} entries of layout from {word} on, the "
+                f"second of them 0 or 1 (whether it has a bias), got {list(layout[word:])}"
+            )
+        yield name, word, end
+        count, word = count + 1, end
 
 
 def _listed(names: dict[int, str]) -> str:

@@ -18,10 +18,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsec import serial
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats.panels import LANES, panel_count
 
@@ -33,9 +35,17 @@ GROUP_STEP = 32
 """Columns that a group is a multiple of: activations are scaled by as many, or twice as many."""
 TABLE = 16
 """Codes that 4 bits choose among."""
+SMALLEST = 2.0**-126
+"""The smallest scale but 0: those below are numbers that kernels may take for 0."""
+LIMIT = 2.0**126
+"""The largest weight: twice that, and the error of a rounded scale, still are numbers of fp32."""
 _SAMPLE = 1 << 18
 """Weights that a table is fitted to, at most."""
-_ROUNDS = 24
+_ROUNDS = 64
+_STILL = 1 / 64
+"""Of one step: what moves less has come to rest."""
+_CELLS = 32
+"""Of one step, into which the numbers are sorted that a table is fitted to."""
 _NAME = re.compile(r"int(?:(8)|(8)g([1-9][0-9]{0,5})|(4)(m?)g([1-9][0-9]{0,5}))")
 
 
@@ -65,7 +75,8 @@ class Codec:
         if found is None:
             known = ", ".join(map(repr, EXAMPLES))
             raise SpecError(
-                f"there are no {name!r} values; known are {known}, and other sizes of groups, as in int4g128; plain values are left out"
+                f"there are no {name!r} values; known are {known}, and groups of other sizes, as in int4g128; plain values are "
+                "left out"
             )
         if found[1]:
             return cls(8)
@@ -92,53 +103,55 @@ class Codec:
     def encode(self, weight: Tensor, mask: Tensor, like: Codes | None = None, *, zero: bool = False) -> Codes:
         """The nearest codes of a weight [out, in] where mask [out, in] is True; others do not matter.
 
-        like: takes scale and table from these, as where a weight was rounded before. zero: 0.0 has a code,
-        whatever that costs. FormatError for a kept weight that is inf or NaN.
+        like: scale and table are of these, as where a weight was rounded before. zero: 0.0 has a code,
+        whatever that costs. FormatError for a kept weight that is inf, NaN or larger than `LIMIT`.
         """
-        wide = weight.detach().float().masked_fill(~mask, 0.0)
-        check_finite(wide)
-        if like is None:
-            scale, middle = self.scales(wide, mask)
-            table = self.fit(wide, mask, scale, middle)
-        else:
-            scale, middle = self.spread(like.scale, *wide.shape)
-            table = like.table
+        wide = serial.masked(weight.detach(), mask).float()
+        check_in_reach(wide)
+        scale, middle = self.scales(wide, mask) if like is None else self.spread(like.scale, *wide.shape)
+        numbers = self._in_steps(wide, scale, middle)
+        table = self.fit(numbers, mask, scale) if like is None else like.table
         if zero and self.bits == 4 and not bool((table == ZERO).any()):
             table = table.clone()
             table[(table.int() - ZERO).abs().argmin()] = ZERO
-        numbers = self._by_group(wide, middle, scale)
-        return Codes(self._nearest(numbers, table).masked_fill_(~mask, 0), self.pack_scales(scale, middle), table)
+        codes = _nearest(numbers, table)
+        return Codes(serial.masked(codes, mask, out=codes), self.pack_scales(scale, middle), table)
 
     def decode(self, codes: Codes) -> Tensor:
         """The weight [out, in], fp32, that codes stand for."""
         scale, middle = self.spread(codes.scale, *codes.codes.shape)
-        width = codes.codes.shape[1]
-        numbers = self._grouped(codes.codes.float() - ZERO)
-        numbers = numbers * scale[..., None] + middle[..., None]
-        return numbers.flatten(1)[:, :width].masked_fill(codes.codes == 0, 0.0)
+        numbers = self._grouped(codes.codes.float().sub_(ZERO)) * scale[..., None]
+        if self.middle:
+            numbers += middle[..., None]
+        return numbers.flatten(1)[:, : codes.codes.shape[1]].masked_fill(codes.codes == 0, 0.0)
 
     def scales(self, wide: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and middle [out, groups], fp32 numbers that bf16 holds, so that every kept weight is in reach."""
-        values, kept = self._grouped(wide), self._grouped(mask)
-        if self.middle:
-            low = values.masked_fill(~kept, float("inf")).amin(2)
-            high = values.masked_fill(~kept, float("-inf")).amax(2)
-            middle = ((low + high) / 2).nan_to_num(0.0, 0.0, 0.0).bfloat16().float()
-        else:
-            middle = values.new_zeros(values.shape[:2])
-        reach = (values - middle[..., None]).abs().masked_fill(~kept, 0.0).amax(2) if values.numel() else middle
+        values = self._grouped(wide)
+        middle = values.new_zeros(values.shape[:2])
+        if not values.numel():
+            return middle, middle
+        if not self.middle:
+            return rounded_up(values.abs().amax(2) / LARGEST), middle
+        dropped = ~self._grouped(mask)
+        low = values.masked_fill(dropped, float("inf")).amin(2)
+        high = values.masked_fill(dropped, float("-inf")).amax(2)
+        middle = ((low + high) / 2).nan_to_num(0.0, 0.0, 0.0).bfloat16().float()
+        reach = torch.maximum(high - middle, middle - low).clamp(min=0.0)  # -inf where nothing is kept
         return rounded_up(reach / LARGEST), middle
 
-    def fit(self, wide: Tensor, mask: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
-        """The table of a matrix: of 8 bits none, of 4 the 16 numbers with the least squared error (Lloyd 1982, Max 1960)."""
+    def fit(self, numbers: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        """The table of a matrix of which `numbers` [out, in] are the weights in steps: of 8 bits none, of 4 that of `lloyd`.
+
+        At most `_SAMPLE` weights are looked at, of rows that are evenly spread among those that keep any.
+        """
         if self.bits == 8:
-            return torch.empty(0, dtype=torch.uint8, device=wide.device)
-        numbers = self._by_group(wide, middle, scale)[mask]
-        weights = scale.repeat_interleave(self.group or wide.shape[1], 1)[:, : wide.shape[1]][mask].square()
-        if not numbers.numel():
-            return torch.linspace(1, 255, TABLE, device=wide.device).round().to(torch.uint8)
-        step = -(-numbers.numel() // _SAMPLE)
-        return lloyd(numbers[::step], weights[::step])
+            return torch.empty(0, dtype=torch.uint8, device=numbers.device)
+        rows = mask.any(1).nonzero()[:, 0]
+        rows = rows[:: max(1, -(-len(rows) * numbers.shape[1] // _SAMPLE))]
+        kept = mask[rows]
+        weights = scale[rows].square().repeat_interleave(self.group, 1)[:, : numbers.shape[1]]
+        return lloyd(numbers[rows][kept], weights[kept])
 
     def spread(self, scale: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         """Scale and middle [out, groups], fp32, of those of a packed matrix."""
@@ -159,16 +172,13 @@ class Codec:
         across = self.group or max(in_features, 1)
         return F.pad(matrix, (0, self.groups(in_features) * across - in_features)).view(out_features, -1, across)
 
-    def _by_group(self, wide: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
-        """Weights [out, in] in units of their scale, from their middle."""
-        numbers = (self._grouped(wide) - middle[..., None]) / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-        return numbers.flatten(1)[:, : wide.shape[1]].contiguous()
-
-    def _nearest(self, numbers: Tensor, table: Tensor) -> Tensor:
-        if self.bits == 8:
-            return (numbers.round().clamp(-LARGEST, LARGEST) + ZERO).to(torch.uint8)
-        levels = table.float() - ZERO
-        return table[torch.bucketize(numbers, (levels[1:] + levels[:-1]) / 2)]
+    def _in_steps(self, wide: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+        """Weights [out, in] in steps of their scale from their middle, -127 to 127."""
+        numbers = self._grouped(wide)
+        if self.middle:
+            numbers = numbers - middle[..., None]
+        numbers = numbers / scale.clamp(min=SMALLEST)[..., None]
+        return numbers.clamp_(-LARGEST, LARGEST).flatten(1)[:, : wide.shape[1]]
 
 
 PLAIN = Codec()
@@ -176,38 +186,56 @@ EXAMPLES = ("int8", "int8g64", "int4g64", "int4mg64")
 """Those that lists and messages name."""
 
 
-def check_finite(weight: Tensor) -> None:
-    """FormatError for a weight [out, in] that holds inf or NaN."""
-    bad = ~weight.isfinite()
-    if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise FormatError(
-            f"quantised values hold finite weights, but row {row}, column {column} is {float(weight[row, column])}; "
-            "use plain values, or mend the weight"
-        )
+def check_in_reach(weight: Tensor) -> None:
+    """FormatError for a weight [out, in] that holds inf, NaN, or what no step reaches."""
+    if not weight.numel() or bool(weight.abs().amax() <= LIMIT):
+        return
+    row, column = (~(weight.abs() <= LIMIT)).nonzero()[0].tolist()
+    raise FormatError(
+        f"quantised values hold finite weights of at most {LIMIT:.0e}, but row {row}, column {column} is "
+        f"{float(weight[row, column])}; use plain values, or mend the weight"
+    )
 
 
 def rounded_up(numbers: Tensor) -> Tensor:
-    """Numbers of 0 and more as the least of bf16 that are not smaller."""
-    bits = numbers.float().view(torch.int32)
+    """Numbers of 0 and more as the least of bf16 that are not smaller; those above 0 at least as `SMALLEST`."""
+    bits = torch.where(numbers > 0, numbers.clamp(min=SMALLEST), 0.0).view(torch.int32)
     return (bits + 0xFFFF & -0x10000).view(torch.float32)
 
 
+def _nearest(numbers: Tensor, table: Tensor) -> Tensor:
+    """The nearest codes of numbers in -127 to 127, of a table where there is one: uint8."""
+    if not table.numel():
+        return numbers.round().add_(ZERO).to(torch.uint8)
+    # Twice the number that lies between two codes is whole, so that a list by twice the number, rounded up, tells the nearer one.
+    levels = table.int() - ZERO
+    twice = torch.arange(-2 * LARGEST, 2 * LARGEST + 1, dtype=torch.int32, device=table.device)
+    nearest = table[torch.bucketize(twice, levels[1:] + levels[:-1])]
+    return serial.looked_up(nearest, (numbers * 2).ceil_().add_(2 * LARGEST).to(torch.int16))
+
+
 def lloyd(numbers: Tensor, weights: Tensor) -> Tensor:
-    """16 codes [16] uint8, ascending and all different, with little weighted squared error on numbers in -127 to 127."""
-    numbers, order = numbers.double().sort()
-    weights = weights.double()[order].clamp(min=1e-300)
-    mass, moment = weights.cumsum(0), (weights * numbers).cumsum(0)
-    levels = numbers[torch.linspace(0, len(numbers) - 1, 2 * TABLE + 1, device=numbers.device).long()[1::2]]
+    """16 codes [16] uint8, ascending and all different, with little squared error on numbers [n] in -127 to 127.
+
+    weights [n]: of each number's squared error (Lloyd 1982, Max 1960).
+    """
+    if not numbers.numel():
+        return torch.linspace(1, 255, TABLE).round().to(torch.uint8).to(numbers.device)
+    held, shares = numbers.cpu().double().numpy(), weights.cpu().double().numpy()
+    shares = shares / shares.max() if shares.max() > 0 else np.ones_like(shares)
+    cells = ((held + LARGEST) * _CELLS).astype(np.int64)
+    count = 2 * LARGEST * _CELLS + 1
+    mass = np.append(np.bincount(cells, shares, count).cumsum(), 0.0)
+    moment = np.append(np.bincount(cells, shares * held, count).cumsum(), 0.0)
+    quantiles = (np.arange(TABLE) + 0.5) / TABLE * mass[-2]
+    levels = np.searchsorted(mass[:-1], quantiles) / _CELLS - LARGEST
     for _ in range(_ROUNDS):
-        ends = torch.searchsorted(numbers, (levels[1:] + levels[:-1]) / 2).sub_(1)
-        ends = torch.cat((ends, ends.new_full((1,), len(numbers) - 1)))
-        held, sums = (
-            torch.where(ends < 0, 0.0, total[ends.clamp(min=0)]).diff(prepend=total.new_zeros(1)) for total in (mass, moment)
-        )
-        levels = torch.where(held > 0, sums / held.clamp(min=1e-300), levels)
-    codes = (levels.round().clamp(-LARGEST, LARGEST) + ZERO).long().unique()
-    if len(codes) < TABLE:
-        others = torch.tensor([c for c in range(1, 256) if c not in set(codes.tolist())], device=codes.device)
-        codes = torch.cat((codes, others[: TABLE - len(codes)]))
-    return codes.sort().values.to(torch.uint8)
+        ends = np.floor(((levels[1:] + levels[:-1]) / 2 + LARGEST) * _CELLS).astype(np.int64)
+        bounds = np.concatenate(([-1], ends, [count - 1]))  # the sums have a 0 at -1 too
+        own, sums = mass[bounds[1:]] - mass[bounds[:-1]], moment[bounds[1:]] - moment[bounds[:-1]]
+        before, levels = levels, np.where(own > 0, sums / np.where(own > 0, own, 1.0), levels)
+        if np.abs(levels - before).max() < _STILL:
+            break
+    codes = np.unique(np.clip(np.rint(levels), -LARGEST, LARGEST).astype(np.int64) + ZERO)
+    others = np.setdiff1d(np.arange(1, 256), codes)[: TABLE - len(codes)]
+    return torch.from_numpy(np.sort(np.concatenate((codes, others))).astype(np.uint8)).to(numbers.device)

@@ -22,8 +22,8 @@ from torch import fx
 
 from sparsec import kernels, private
 from sparsec.errors import CompileError, KernelError
-from sparsec.formats import kinds, parts
-from sparsec.formats.parts import DENSE, Part, flatten, tensor_count
+from sparsec.formats import parts
+from sparsec.formats.parts import DENSE, Part, flatten, in_library, tensor_count
 from sparsec.inductor import attention, chains
 from sparsec.inductor.names import CustomGraphPass, InductorError, compile_fx, get_hash_for_files, list_mode_options
 from sparsec.kernels.attention import NAME as ATTENTION
@@ -39,8 +39,7 @@ from sparsec.private import OpOverload
 SLOT = "post_grad_custom_pre_pass"
 _FORMATS: dict[Any, str] = {
     dense_linear: DENSE,
-    # Those of GPUs alone stay out: one call of several products saves nothing there, and the library computes them on CPUs.
-    **{op: name for name, op in OPERATORS.items() if kinds()[name].devices is None},
+    **{op: name for name, op in OPERATORS.items() if in_library(name)},
 }
 
 
