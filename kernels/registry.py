@@ -28,7 +28,7 @@ from torch import Tensor
 from sparsec import private
 from sparsec.arguments import checked
 from sparsec.errors import KernelError, OfferedError, SparsecError
-from sparsec.formats import BSR, CSR, NM, Bitmap, WarpCSR, kinds
+from sparsec.formats import BSR, CSR, NM, QUANTISED, Bitmap, WarpCSR, kinds
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import for_device
 from sparsec.formats.parts import DENSE, Part, flatten
@@ -220,6 +220,7 @@ KERNELS: tuple[Kernel, ...] = (
     *(_on_cpu(BSR), _on_gpu(BSR)),
     *(_on_cpu(NM), _semi_structured(), _on_gpu(NM)),
     _on_gpu(WarpCSR),
+    *(_on_cpu(QUANTISED[name]) for name in ("dense", "bitmap", "nm")),
     *(reference_kernel(kind) for kind in kinds().values()),
     Kernel("dense_cpu", DENSE, _FLOATS, ("cpu",), _dense, native_missing("dense_linear")),
     Kernel("dense_torch", DENSE, _FLOATS, None, F.linear),

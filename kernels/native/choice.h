@@ -43,7 +43,7 @@ bool cpu_has(const InstructionSet& isa) {
 #if defined(SPARSEC_SIMDE)
   if (&isa == &sparsec::kVbmi2 || &isa == &sparsec::kAvx512Bf16 || &isa == &sparsec::kAmx) return avx512;
 #else
-  const bool vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
+  const bool vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
   if (&isa == &sparsec::kVbmi2) return vbmi2;
   const bool pairs = vbmi2 && isa.pairs && __builtin_cpu_supports("avx512bf16");
   if (&isa == &sparsec::kAvx512Bf16) return pairs;

@@ -39,6 +39,20 @@ struct TwoColumns {
   constexpr int first(int) const { return 0; }
 };
 
+// Eight lanes of a byte.
+struct Bytes {
+  constexpr int bit(int l) const { return l; }
+  constexpr int first(int) const { return 0; }
+};
+// The same from the upper half of a register.
+constexpr ExpandTable<8> in_upper_half(ExpandTable<8> table) {
+  for (auto& row : table.rows)
+    for (auto& byte : row) byte = static_cast<uint8_t>(byte | 8);
+  return table;
+}
+
+constexpr auto kExpandByte = expand_table<1, 1>(Bytes{});
+constexpr auto kExpandByteHigh = in_upper_half(kExpandByte);
 constexpr auto kExpandFloat = expand_table<4, 4>(OneColumn{});
 constexpr auto kExpandBFloat16 = expand_table<4, 2>(TwoColumns{});  // to the upper half of an fp32
 constexpr auto kExpandHalf = expand_table<2, 2>(TwoColumns{});

@@ -200,6 +200,87 @@ struct Nm {
   }
 };
 
+// Quantised values: like [0] tells x's type; the rest as in sparsec/formats/quantised.py.
+struct Quantised {
+  static Matrix read(const char* op, sparsec::Format format, const Tensor* tensors, const std::optional<Tensor>& bias, int64_t out_features,
+                     int64_t in_features, int64_t group) {
+    const Tensor &like = tensors[0], &values = tensors[1], &scale = tensors[2], &table = tensors[3];
+    Matrix w = matrix(op, format, like, out_features, in_features, bias);
+    check_plain(op, values);
+    check_plain(op, scale);
+    check_plain(op, table);
+    w.rows_per_unit = kPanel;
+    w.units = (out_features + kPanel - 1) / kPanel;
+    w.lane = 4;
+    STD_TORCH_CHECK(values.scalar_type() == ScalarType::Byte && table.scalar_type() == ScalarType::Byte &&
+                        (table.numel() == 0 || table.numel() == 16),
+                    op, ": values must be uint8, and table uint8 [0] or [16]");
+    w.bits = table.numel() ? 4 : 8;
+    w.table = static_cast<const uint8_t*>(table.const_data_ptr());
+    w.group = group;
+    STD_TORCH_CHECK(group >= 0 && group % 32 == 0, op, ": group must be a multiple of 32, got ", group);
+    w.groups = group ? (in_features + group - 1) / group : 1;
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Short && scale.dim() == 4 && scale.size(0) == w.units && scale.size(1) == w.groups &&
+                        (scale.size(2) == 1 || scale.size(2) == 2) && scale.size(3) == kPanel,
+                    op, ": scale must be int16 [", w.units, ", ", w.groups, ", 1 or 2, ", kPanel, "]");
+    w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
+    w.middle = scale.size(2) == 2;
+    w.values = values.const_data_ptr();
+    w.stored = values.numel();
+    return w;
+  }
+  static int64_t steps(const Matrix& w) { return (w.in_features + 3) / 4; }
+  // A step costs time beside its bytes.
+  static int64_t beside(const Matrix& w) { return 16 * steps(w) + 32 * w.groups * (1 + w.middle); }
+  static Way way(const Matrix&, int64_t, const InstructionSet&) { return Way::digits; }
+};
+
+struct DenseInt : Quantised {
+  static constexpr sparsec::Format kFormat = sparsec::kDenseInt;
+  static constexpr const char *kName = "dense_int", *kOp = "dense_int_linear";
+  static constexpr size_t kTensors = 4, kScalars = 6;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const Matrix w = Quantised::read(op, kFormat, tensors, bias, scalars[0], scalars[1], scalars[2]);
+    STD_TORCH_CHECK(w.stored == w.units * steps(w) * 8 * w.bits, op, ": values must hold ", w.units * steps(w) * 8 * w.bits, " bytes, got ", w.stored);
+    return w;
+  }
+  static Bytes bytes(const Matrix& w) { return {0, steps(w) * 8 * w.bits + beside(w), nullptr}; }
+};
+
+struct BitmapInt : Quantised {
+  static constexpr sparsec::Format kFormat = sparsec::kBitmapInt;
+  static constexpr const char *kName = "bitmap_int", *kOp = "bitmap_int_linear";
+  static constexpr size_t kTensors = 6, kScalars = 6;
+  static constexpr int64_t kSpare = 64;  // bytes
+
+  static Matrix read_as(const char* op, sparsec::Format format, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    Matrix w = Quantised::read(op, format, tensors, bias, scalars[0], scalars[1], scalars[2]);
+    const Tensor &bits = tensors[4], &panel_ptr = tensors[5];
+    check_plain(op, bits);
+    STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Long && bits.numel() == w.units * steps(w), op, ": bits must be int64 [", w.units, ", ",
+                    steps(w), "], got ", bits.numel(), " entries");
+    STD_TORCH_CHECK(w.stored >= kSpare, op, ": values must end with ", kSpare, " zeros, got ", w.stored, " bytes");
+    w.columns = bits.const_data_ptr();
+    w.start = starts(op, panel_ptr, w.units, w.stored - kSpare);
+    return w;
+  }
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    return read_as(op, kFormat, tensors, bias, scalars);
+  }
+  static Bytes bytes(const Matrix& w) { return {1, 8 * steps(w) + beside(w), w.start}; }
+};
+
+// A bitmap that keeps n of every m columns.
+struct NmInt : BitmapInt {
+  static constexpr sparsec::Format kFormat = sparsec::kNmInt;
+  static constexpr const char *kName = "nm_int", *kOp = "nm_int_linear";
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    return read_as(op, kFormat, tensors, bias, scalars);
+  }
+};
+
 // f(format), for the one of that number; false where there is none.
 template <class F>
 bool by_format(int64_t number, F f) {
@@ -208,7 +289,7 @@ bool by_format(int64_t number, F f) {
     f(format);
     return true;
   };
-  return is(Dense{}) || is(Csr{}) || is(Bitmap{}) || is(Bsr{}) || is(Nm{});
+  return is(Dense{}) || is(Csr{}) || is(Bitmap{}) || is(Bsr{}) || is(Nm{}) || is(DenseInt{}) || is(BitmapInt{}) || is(NmInt{});
 }
 
 Bytes bytes_of(const Matrix& w) {
@@ -218,7 +299,7 @@ Bytes bytes_of(const Matrix& w) {
 }
 
 Way way_of(const Matrix& w, int64_t tokens, const InstructionSet& isa) {
-  if (tokens == 1 && w.type != sparsec::kFloat64) return Way::one;
+  if (tokens == 1 && w.type != sparsec::kFloat64 && w.format < sparsec::kFormats) return Way::one;
   Way found = Way::one;
   by_format(w.format, [&](auto format) { found = format.way(w, tokens, isa); });
   return found;

@@ -1,9 +1,11 @@
 // x as the kernels read it: widened, or in groups of rows that lie side by side.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "convert.h"
 #include "kernels.h"
@@ -14,7 +16,8 @@ namespace {
 // How a product is done. `one`: a row of x. `rows`: dense and N:M, few rows. `lanes`: CSR, where multiplying only what is kept saves work.
 // `panels`: decode once, multiply with all rows. `half`: decode into the half type, for a CPU with matrix instructions for it.
 // `pairs`: the same by products of pairs of bf16. `amx`: decode into matrix tiles. `stock`: torch's own dense product.
-enum class Way { one, rows, lanes, panels, half, pairs, amx, stock };
+// `digits`: quantised values, any number of rows.
+enum class Way { one, rows, lanes, panels, half, pairs, amx, stock, digits };
 
 template <class F>
 void by_type(sparsec::ValueType type, F f) {
@@ -136,6 +139,37 @@ struct Paired {
   }
 };
 
+std::atomic<int64_t> digit_count{2};  // of a number of x, 1 to 3
+
+// x [tokens][in] as digits, in tiles of rows, for matrices whose groups have so many columns.
+struct Digits {
+  std::unique_ptr<uint32_t[]> numbers;
+  std::unique_ptr<float[]> scale;
+  std::unique_ptr<int32_t[]> begin;
+  int64_t count, columns, rows, tiles, steps, groups;
+
+  Digits(const float* x, int64_t tokens, int64_t in, int64_t columns_of_group, int64_t rows_of_tile, const sparsec::InstructionSet& isa)
+      : count(digit_count.load(std::memory_order_relaxed)),
+        columns(columns_of_group),
+        rows(rows_of_tile),
+        tiles((tokens + rows - 1) / rows),
+        steps((in + 3) / 4),
+        groups((in + columns - 1) / columns) {
+    numbers.reset(new uint32_t[std::max<int64_t>(1, tiles * steps * rows * count)]);
+    scale.reset(new float[std::max<int64_t>(1, tiles * groups * rows)]);
+    begin.reset(new int32_t[std::max<int64_t>(1, tiles * groups * rows * count)]);
+    const std::unique_ptr<float[]> absent(tokens < tiles * rows ? new float[std::max<int64_t>(1, in)]() : nullptr);
+    spread(tiles * rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, in)), [&](int64_t first, int64_t last) {
+      for (int64_t token = first; token < last; ++token) {
+        const int64_t tile = token / rows, row = token % rows;
+        isa.digitize(sparsec::DigitizeTask{token < tokens ? x + token * in : absent.get(), in, columns, count, rows,
+                                           numbers.get() + (tile * steps * rows + row) * count, scale.get() + tile * groups * rows + row,
+                                           begin.get() + (tile * groups * rows + row) * count});
+      }
+    });
+  }
+};
+
 struct Rows {
   sparsec::ValueType type;
   const void* data;
@@ -146,6 +180,25 @@ struct Rows {
   Grouped lanes, tiles;
   Paired paired;
   Tiled tiled;
+  std::vector<Digits> digits;
+
+  // Of a tile: a power of two, as many as registers serve at most.
+  static int64_t digit_rows(const sparsec::Matrix& w, int64_t tokens, const sparsec::InstructionSet& isa) {
+    const int64_t most = w.middle && isa.digit_rows > 2 ? isa.digit_rows / 2 : isa.digit_rows;
+    int64_t rows = 1;
+    while (rows < std::min(tokens, most)) rows *= 2;
+    return rows;
+  }
+  const Digits& digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) {
+    const int64_t columns = sparsec::digit_columns(w), rows = digit_rows(w, tokens, isa);
+    for (const Digits& known : digits)
+      if (known.columns == columns && known.rows == rows) return known;
+    digits.emplace_back(static_cast<const float*>(plain), tokens, in, columns, rows, isa);
+    return digits.back();
+  }
+  const Digits& digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) const {
+    return const_cast<Rows*>(this)->digits_of(w, isa);  // prepared by then
+  }
 
   void prepare(Way way, const sparsec::InstructionSet& isa) {
     by_type(type, [&](auto zero) {
@@ -154,7 +207,7 @@ struct Rows {
       if constexpr (std::is_same_v<T, double>) {
         plain = x;
       } else {
-        if ((way == Way::one || way == Way::rows) && !plain) widen_all(x);
+        if ((way == Way::one || way == Way::rows || way == Way::digits) && !plain) widen_all(x);
         if constexpr (sizeof(T) == 2) {
           if (way == Way::one && isa.pairs && !paired.memory) paired.fill(static_cast<const uint16_t*>(data), 1, in, 1);
           if (way == Way::pairs && !paired.memory) paired.fill(static_cast<const uint16_t*>(data), tokens, in, rows_at_once(isa));

@@ -246,8 +246,11 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 
 }  // namespace
 
+#define SPARSEC_DIGIT_PRIMITIVES "digits_avx2.h"
 #include "table.h"
 
 namespace sparsec {
+void avx2_digits(const DigitTask& t) { digits(t); }
+void avx2_digitize(const DigitizeTask& t) { digitize(t); }
 extern const InstructionSet kAvx2 = instruction_set("avx2");
 }

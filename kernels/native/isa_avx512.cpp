@@ -234,6 +234,11 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 }  // namespace
 
 #include "amx.h"
+#if defined(SPARSEC_SIMDE)
+#define SPARSEC_DIGIT_PRIMITIVES "digits_portable.h"
+#else
+#define SPARSEC_DIGIT_PRIMITIVES "digits_avx512.h"
+#endif
 #include "table.h"
 
 namespace sparsec {
@@ -241,10 +246,18 @@ namespace {
 constexpr InstructionSet with_lines(const char* name) {
   InstructionSet found = instruction_set(name);
   found.panels = panels_of_lines;
+#if !defined(SPARSEC_SIMDE)
+  found.digits = avx2_digits;
+  found.digitize = avx2_digitize;
+  found.digit_rows = 2;
+#endif
   return found;
 }
 constexpr InstructionSet with_words(const char* name) {
   InstructionSet found = with_lines(name);
+  found.digits = digits;
+  found.digitize = digitize;
+  found.digit_rows = SPARSEC_DIGIT_ROWS;
   found.formats[kBitmap].one[kPlain][kBFloat16] = bitmap_one_words<BFloat16>;
   found.formats[kBitmap].one[kPlain][kFloat16] = bitmap_one_words<Float16>;
   found.panels = panels_of_words;

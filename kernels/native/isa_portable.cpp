@@ -85,6 +85,7 @@ inline Lanes select8(const float* x, const uint8_t* positions) {
 
 }  // namespace
 
+#define SPARSEC_DIGIT_PRIMITIVES "digits_portable.h"
 #include "table.h"
 
 namespace sparsec {

@@ -11,7 +11,11 @@
 
 namespace sparsec {
 
-enum Format { kDense, kCsr, kBitmap, kBsr, kNm, kFormats };  // as numbered by the layout of fused_linear
+enum Format {  // as numbered by the layout of fused_linear
+  kDense, kCsr, kBitmap, kBsr, kNm, kFormats,
+  kDenseInt = 6, kBitmapInt, kNmInt,  // quantised values: products of digits alone serve them (digits.h)
+  kFormatNumbers
+};
 enum Codec { kPlain, kCodecs };                               // of stored values; plain ones are of x's type
 enum ValueType { kFloat32, kBFloat16, kFloat16, kFloat64, kValueTypes };
 enum IndexType { kUInt16, kInt32, kDelta8, kIndexTypes };
@@ -36,6 +40,12 @@ struct Matrix {
   int64_t stored;        // values held
   int64_t r, c;          // BSR: the block; N:M: n, m
   int64_t lane;          // columns of a lane of 32 bits
+  // Quantised values:
+  const uint16_t* scale;  // bf16 [panels][groups][1 or 2][16]: scales, then middles
+  const uint8_t* table;   // [16], the codes of 4 bits
+  int64_t group, groups;  // columns that share a scale, 0: all of a row; how many a row has
+  int64_t bits;           // 8 or 4
+  bool middle;            // whether groups have one
 };
 // Columns of a block, which a decoder gives as a whole; 0: it gives any columns.
 constexpr int64_t block_columns(const Matrix& w) { return w.format == kBsr ? w.c : 0; }
@@ -93,6 +103,39 @@ struct AmxTask {
   int64_t last;
   void* scratch;      // amx_scratch() bytes, at a multiple of 64
 };
+
+// Panels [first, last) of a quantised W times rows of x as digits.
+struct DigitTask {
+  const Matrix* matrix;
+  const uint32_t* x;     // [tiles][steps of four columns][rows_per_tile][digits], four digits in each, those of absent rows and columns 0
+  const float* scale;    // [tiles][groups of columns][rows_per_tile]
+  const int32_t* begin;  // [tiles][groups of columns][rows_per_tile][digits]: -128 times the sum of a group's digits
+  int64_t digits;        // 1 to 3
+  int64_t tiles;
+  int64_t rows_per_tile;
+  void* out;
+  int64_t out_stride;
+  int64_t tokens;
+  int64_t first;
+  int64_t last;
+  float* scratch;  // digit_scratch() floats
+};
+// One row of x to digits; what belongs to other rows of its tile lies between.
+struct DigitizeTask {
+  const float* x;  // [in]
+  int64_t in;
+  int64_t columns;  // of a group
+  int64_t digits;
+  int64_t rows;  // of the tile
+  uint32_t* out;
+  float* scale;
+  int32_t* begin;
+};
+// Columns of x that share a scale: 64, or 32 where the values of W have groups of an odd multiple of it.
+constexpr int64_t digit_columns(const Matrix& w) { return w.group % 64 ? 32 : 64; }
+constexpr int64_t digit_groups_of(const Matrix& w) { return (w.in_features + digit_columns(w) - 1) / digit_columns(w); }
+constexpr int64_t kDigitScratchSteps = 256;
+constexpr int64_t digit_scratch(int64_t rows_of_x) { return kPanel * (kDigitScratchSteps + rows_of_x); }
 
 // As numbered by kernels/chain.py.
 enum ElementOp {
@@ -179,11 +222,18 @@ struct InstructionSet {
   void (*expand)(const ExpandTask&);
   void (*pairs)(const PairTask&);             // bf16, two rows of x and more; null: there are no products of pairs
   void (*amx)(const AmxTask&);                // bf16, two rows of x and more; null: there are no tiles
+  void (*digits)(const DigitTask&);           // quantised values
+  void (*digitize)(const DigitizeTask&);
+  int64_t digit_rows;                         // at most, in DigitTask
   void (*elementwise)(const ElementTask&);
   void (*widen[kFloat64])(const void*, float*, int64_t);
   void (*narrow[kFloat64])(const float*, void*, int64_t);
   void (*attend[kFloat64])(const AttendTask&);
 };
+
+// AVX2's, which AVX-512 without VBMI2 and VNNI takes too.
+void avx2_digits(const DigitTask&);
+void avx2_digitize(const DigitizeTask&);
 
 extern const InstructionSet kPortable;
 #if defined(SPARSEC_X86)

@@ -58,6 +58,16 @@ Tensor nm_linear(Tensor x, Tensor values, Tensor index, Bias bias, int64_t out_f
   return single(Nm{}, x, {values, index}, bias, {out_features, in_features, n, m, nnz});
 }
 
+Tensor dense_int_linear(Tensor x, Tensor like, Tensor values, Tensor scale, Tensor table, Bias bias, int64_t out_features, int64_t in_features,
+                        int64_t group, int64_t kept, int64_t n, int64_t m) {
+  return single(DenseInt{}, x, {like, values, scale, table}, bias, {out_features, in_features, group, kept, n, m});
+}
+template <class F>
+Tensor quantised_bits(Tensor x, Tensor like, Tensor values, Tensor scale, Tensor table, Tensor bits, Tensor panel_ptr, Bias bias,
+                      int64_t out_features, int64_t in_features, int64_t group, int64_t kept, int64_t n, int64_t m) {
+  return single(F{}, x, {like, values, scale, table, bits, panel_ptr}, bias, {out_features, in_features, group, kept, n, m});
+}
+
 // Several matrices, one parallel region.
 std::vector<Tensor> several(const char* op, Tensor x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& layout) {
   std::vector<Matrix> matrices;
@@ -92,7 +102,7 @@ std::string numbers() {
   static_assert(sizeof(types) / sizeof(types[0]) == sparsec::kValueTypes, "one for each");
   static_assert(sizeof(instructions) / sizeof(instructions[0]) == sparsec::kElementOps, "one for each");
   std::string text = "panel " + std::to_string(kPanel) + "\n";
-  for (int i = 0; i < sparsec::kFormats; ++i)
+  for (int i = 0; i < sparsec::kFormatNumbers; ++i)
     by_format(i, [&](auto format) {
       text += std::string("format ") + format.kName + " " + std::to_string(i) + " " + std::to_string(format.kTensors) + " " +
               std::to_string(format.kScalars) + "\n";
@@ -117,6 +127,8 @@ SPARSEC_EXPORT const char* sparsec_numbers() {
   static const std::string text = numbers();
   return text.c_str();
 }
+// Digits of a number of x in products of quantised values.
+SPARSEC_EXPORT void sparsec_choose_digits(int64_t count) { digit_count.store(count); }
 SPARSEC_EXPORT void sparsec_force_half_product(int on) { half_product.store(on); }
 // Whether helpers run in place of torch's own threads: -1 as the machine needs it, 0, 1, or 2: they do, and come late.
 SPARSEC_EXPORT void sparsec_force_helpers(int on) {
@@ -130,6 +142,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("bitmap_linear", TORCH_BOX(&bitmap_linear));
   m.impl("bsr_linear", TORCH_BOX(&bsr_linear));
   m.impl("nm_linear", TORCH_BOX(&nm_linear));
+  m.impl("dense_int_linear", TORCH_BOX(&dense_int_linear));
+  m.impl("bitmap_int_linear", TORCH_BOX(&quantised_bits<BitmapInt>));
+  m.impl("nm_int_linear", TORCH_BOX(&quantised_bits<NmInt>));
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
   m.impl("inference_linear", TORCH_BOX(&fused_linear));
   m.impl("inference_single", TORCH_BOX(&inference_single));

@@ -74,6 +74,13 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Tar
       }
       return;
     }
+    case Way::digits: {
+      const Digits& d = x.digits_of(w, isa);
+      float* const memory = scratch(sparsec::digit_scratch(d.tiles * d.rows));
+      isa.digits(sparsec::DigitTask{&w, d.numbers.get(), d.scale.get(), d.begin.get(), d.count, d.tiles, d.rows, to.data, to.width, x.tokens,
+                                    piece.first, piece.last, memory});
+      return;
+    }
     default: {
       const sparsec::FormatKernels& kernels = isa.formats[w.format];
       (part.way == Way::rows ? kernels.rows : kernels.one)[w.codec][w.type](Task{&w, x.plain, x.paired.memory.get(), to.data, to.width, x.tokens, piece.first, piece.last});
@@ -141,7 +148,7 @@ class Products : public Job {
 void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>& weights) {
   const InstructionSet& isa = *chosen.load(std::memory_order_relaxed);
   const int64_t in = parts[0].matrix.in_features, tokens = x.tokens;
-  Rows rows{parts[0].matrix.type, x.data, tokens, in, x.wide, nullptr, {}, {}, {}, {}};
+  Rows rows{parts[0].matrix.type, x.data, tokens, in, x.wide, nullptr, {}, {}, {}, {}, {}};
   int64_t work = 0;
   bool any = false;  // also of no columns, where the bias is left
   for (Part& part : parts) {
@@ -153,6 +160,7 @@ void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>
       by_type(w.type, [&](auto zero) { stock_rows<decltype(zero)>(part, x); });
     } else {
       rows.prepare(part.way, isa);
+      if (part.way == Way::digits) rows.digits_of(w, isa);
       work += work_of(part, tokens);
       any = true;
     }

@@ -1,6 +1,7 @@
 // The kernels of one instruction set, included last by the file that defines its primitives.
 #pragma once
 #include "attend.h"
+#include "digits.h"
 #include "panels.h"
 
 // By x's type, with plain values; fp64 has kernels of its own.
@@ -26,6 +27,9 @@ constexpr sparsec::InstructionSet with_formats(const char* name, FormatList<F...
           expand,
           nullptr,
           nullptr,
+          digits,
+          digitize,
+          SPARSEC_DIGIT_ROWS,
           elementwise,
           {widen_many<float>, widen_many<BFloat16>, widen_many<Float16>},
           {narrow_many<float>, narrow_many<BFloat16>, narrow_many<Float16>},
