@@ -14,6 +14,7 @@ from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import DENSE
+from sparsec.formats.quantised import DIGITS
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem
@@ -50,7 +51,9 @@ class Lower(Pass):
     values: how values are stored: "" as they are, "int8" in 8 bits with a scale for every row, "int8g64" with one for every row and
     group of 64 columns, "int4g64" in 4 bits, "int4mg64" in 4 bits about a middle of its own for every row and group; other groups
     are of a multiple of 32 columns. `lower('bitmap:int8')` says the same as `lower(bitmap, values='int8')`. With `dense` every
-    selected weight is packed whole, masked or not. Weights are rounded to the nearest value.
+    selected weight is packed whole, masked or not. Weights are rounded to the nearest value. digits: native kernels multiply integers:
+    each number of x becomes a fixed-point one of so many digits of seven bits, scaled by token and group of 64 columns. Two err less
+    than rounding x to bf16 does, one (as others' int8 activations) a hundred times as much, three as little as sums in fp32.
     """
 
     name: ClassVar[str] = "lower"
@@ -63,7 +66,7 @@ class Lower(Pass):
         "magnitude(0.5),freeze,lower(prompt_tokens=64, new_tokens=16)",
         "lower(dense)",
         "lower(dense, values='int8')",
-        "magnitude(0.5),freeze,lower(bitmap, values='int4g64')",
+        "magnitude(0.5),freeze,lower(bitmap, values='int4g64', digits=3)",
     )
     effect: ClassVar[Effect] = Effect.NUMERIC
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
@@ -77,6 +80,7 @@ class Lower(Pass):
 
     layout: str = AUTO
     values: str = field(default="", kw_only=True)
+    digits: int = field(default=2, kw_only=True)
     objective: Literal["latency", "bytes"] = field(default="latency", kw_only=True)
     tokens: int | None = field(default=None, kw_only=True)
     prompt_tokens: int | None = field(default=None, kw_only=True)
@@ -89,6 +93,9 @@ class Lower(Pass):
             object.__setattr__(self, "layout", str(self._layout()))
         if self.layout == DENSE or self.layout.startswith(f"{DENSE}:"):
             object.__setattr__(self, "requires", frozenset())  # of this instance: masks mean nothing to it
+        check_choice(self.digits, "digits", DIGITS)
+        if self.digits != 2 and not self.values and ":int" not in self.layout:
+            raise SpecError(f"digits is an option of quantised values, as in lower(bitmap, values='int8', digits={self.digits})")
         check_choice(self.objective, "objective", OBJECTIVES)
         for option in ("tokens", "prompt_tokens", "new_tokens"):
             if getattr(self, option) is not None:
@@ -237,7 +244,7 @@ class Lower(Pass):
         if layout.format == DENSE:
             mask = torch.ones_like(matrix, dtype=torch.bool)
         assert mask is not None
-        packed = layout.pack(matrix, mask)
+        packed = layout.pack(matrix, mask, digits=self.digits)
         packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
         del matrix, mask  # the dense weight's memory goes back when nobody holds it
         kernel = select_kernel(Problem.of(packed, self._rows(context)))

@@ -30,7 +30,6 @@ SYMBOLS = (
     "sparsec_chosen",
     "sparsec_choose",
     "sparsec_numbers",
-    "sparsec_choose_digits",
     "sparsec_force_half_product",
     "sparsec_force_helpers",
 )
@@ -108,10 +107,6 @@ class Library:
                 f"set SPARSEC_ISA to one of these, or to {REFERENCE}, before the first use"
             )
         self._c.sparsec_choose(-1 if name is None else self.isas.index(name))
-
-    def choose_digits(self, count: int) -> None:
-        """How many digits of seven bits a number of x has in products of quantised values: 1, 2 or 3."""
-        self._c.sparsec_choose_digits(count)
 
     def force_half_product(self, on: bool | None) -> None:
         """Whether many rows of a half type go through the dense product of that type; None: as the CPU has it. For tests."""

@@ -202,8 +202,8 @@ struct Nm {
 
 // Quantised values: like [0] tells x's type; the rest as in sparsec/formats/quantised.py.
 struct Quantised {
-  static Matrix read(const char* op, sparsec::Format format, const Tensor* tensors, const std::optional<Tensor>& bias, int64_t out_features,
-                     int64_t in_features, int64_t group) {
+  static Matrix read(const char* op, sparsec::Format format, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const int64_t out_features = scalars[0], in_features = scalars[1], group = scalars[2];
     const Tensor &like = tensors[0], &values = tensors[1], &scale = tensors[2], &table = tensors[3];
     Matrix w = matrix(op, format, like, out_features, in_features, bias);
     check_plain(op, values);
@@ -227,6 +227,8 @@ struct Quantised {
     w.middle = scale.size(2) == 2;
     w.values = values.const_data_ptr();
     w.stored = values.numel();
+    w.digits = scalars[6];
+    STD_TORCH_CHECK(w.digits >= 1 && w.digits <= 3, op, ": digits must be 1, 2 or 3, got ", w.digits);
     return w;
   }
   static int64_t steps(const Matrix& w) { return (w.in_features + 3) / 4; }
@@ -238,10 +240,10 @@ struct Quantised {
 struct DenseInt : Quantised {
   static constexpr sparsec::Format kFormat = sparsec::kDenseInt;
   static constexpr const char *kName = "dense_int", *kOp = "dense_int_linear";
-  static constexpr size_t kTensors = 4, kScalars = 6;
+  static constexpr size_t kTensors = 4, kScalars = 7;
 
   static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
-    const Matrix w = Quantised::read(op, kFormat, tensors, bias, scalars[0], scalars[1], scalars[2]);
+    const Matrix w = Quantised::read(op, kFormat, tensors, bias, scalars);
     STD_TORCH_CHECK(w.stored == w.units * steps(w) * 8 * w.bits, op, ": values must hold ", w.units * steps(w) * 8 * w.bits, " bytes, got ", w.stored);
     return w;
   }
@@ -251,11 +253,11 @@ struct DenseInt : Quantised {
 struct BitmapInt : Quantised {
   static constexpr sparsec::Format kFormat = sparsec::kBitmapInt;
   static constexpr const char *kName = "bitmap_int", *kOp = "bitmap_int_linear";
-  static constexpr size_t kTensors = 6, kScalars = 6;
+  static constexpr size_t kTensors = 6, kScalars = 7;
   static constexpr int64_t kSpare = 64;  // bytes
 
   static Matrix read_as(const char* op, sparsec::Format format, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
-    Matrix w = Quantised::read(op, format, tensors, bias, scalars[0], scalars[1], scalars[2]);
+    Matrix w = Quantised::read(op, format, tensors, bias, scalars);
     const Tensor &bits = tensors[4], &panel_ptr = tensors[5];
     check_plain(op, bits);
     STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Long && bits.numel() == w.units * steps(w), op, ": bits must be int64 [", w.units, ", ",

@@ -1,7 +1,6 @@
 // x as the kernels read it: widened, or in groups of rows that lie side by side.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -139,18 +138,16 @@ struct Paired {
   }
 };
 
-std::atomic<int64_t> digit_count{2};  // of a number of x, 1 to 3
-
-// x [tokens][in] as digits, in tiles of rows, for matrices whose groups have so many columns.
+// x [tokens][in] as digits, in tiles of rows, for matrices like w.
 struct Digits {
   std::unique_ptr<uint32_t[]> numbers;
   std::unique_ptr<float[]> scale;
   std::unique_ptr<int32_t[]> begin;
   int64_t count, columns, rows, tiles, steps, groups;
 
-  Digits(const float* x, int64_t tokens, int64_t in, int64_t columns_of_group, int64_t rows_of_tile, const sparsec::InstructionSet& isa)
-      : count(digit_count.load(std::memory_order_relaxed)),
-        columns(columns_of_group),
+  Digits(const float* x, int64_t tokens, int64_t in, const sparsec::Matrix& w, int64_t rows_of_tile, const sparsec::InstructionSet& isa)
+      : count(w.digits),
+        columns(sparsec::digit_columns(w)),
         rows(rows_of_tile),
         tiles((tokens + rows - 1) / rows),
         steps((in + 3) / 4),
@@ -192,8 +189,8 @@ struct Rows {
   const Digits& digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) {
     const int64_t columns = sparsec::digit_columns(w), rows = digit_rows(w, tokens, isa);
     for (const Digits& known : digits)
-      if (known.columns == columns && known.rows == rows) return known;
-    digits.emplace_back(static_cast<const float*>(plain), tokens, in, columns, rows, isa);
+      if (known.columns == columns && known.rows == rows && known.count == w.digits) return known;
+    digits.emplace_back(static_cast<const float*>(plain), tokens, in, w, rows, isa);
     return digits.back();
   }
   const Digits& digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) const {

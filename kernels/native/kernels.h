@@ -46,6 +46,7 @@ struct Matrix {
   int64_t group, groups;  // columns that share a scale, 0: all of a row; how many a row has
   int64_t bits;           // 8 or 4
   bool middle;            // whether groups have one
+  int64_t digits;         // of a number of x, 1 to 3
 };
 // Columns of a block, which a decoder gives as a whole; 0: it gives any columns.
 constexpr int64_t block_columns(const Matrix& w) { return w.format == kBsr ? w.c : 0; }

@@ -59,13 +59,13 @@ Tensor nm_linear(Tensor x, Tensor values, Tensor index, Bias bias, int64_t out_f
 }
 
 Tensor dense_int_linear(Tensor x, Tensor like, Tensor values, Tensor scale, Tensor table, Bias bias, int64_t out_features, int64_t in_features,
-                        int64_t group, int64_t kept, int64_t n, int64_t m) {
-  return single(DenseInt{}, x, {like, values, scale, table}, bias, {out_features, in_features, group, kept, n, m});
+                        int64_t group, int64_t kept, int64_t n, int64_t m, int64_t digits) {
+  return single(DenseInt{}, x, {like, values, scale, table}, bias, {out_features, in_features, group, kept, n, m, digits});
 }
 template <class F>
 Tensor quantised_bits(Tensor x, Tensor like, Tensor values, Tensor scale, Tensor table, Tensor bits, Tensor panel_ptr, Bias bias,
-                      int64_t out_features, int64_t in_features, int64_t group, int64_t kept, int64_t n, int64_t m) {
-  return single(F{}, x, {like, values, scale, table, bits, panel_ptr}, bias, {out_features, in_features, group, kept, n, m});
+                      int64_t out_features, int64_t in_features, int64_t group, int64_t kept, int64_t n, int64_t m, int64_t digits) {
+  return single(F{}, x, {like, values, scale, table, bits, panel_ptr}, bias, {out_features, in_features, group, kept, n, m, digits});
 }
 
 // Several matrices, one parallel region.
@@ -127,8 +127,6 @@ SPARSEC_EXPORT const char* sparsec_numbers() {
   static const std::string text = numbers();
   return text.c_str();
 }
-// Digits of a number of x in products of quantised values.
-SPARSEC_EXPORT void sparsec_choose_digits(int64_t count) { digit_count.store(count); }
 SPARSEC_EXPORT void sparsec_force_half_product(int on) { half_product.store(on); }
 // Whether helpers run in place of torch's own threads: -1 as the machine needs it, 0, 1, or 2: they do, and come late.
 SPARSEC_EXPORT void sparsec_force_helpers(int on) {

@@ -159,11 +159,12 @@ class Layout:
         plan = self.plan(mask, dtype)
         return replace(self, parameters=plan.parameters), plan
 
-    def pack(self, weight: Tensor, mask: Tensor, like: Codes | None = None) -> Packed:
+    def pack(self, weight: Tensor, mask: Tensor, like: Codes | None = None, digits: int = 2) -> Packed:
         """weight [out, in] where mask [out, in] is True: bit for bit, or in the nearest codes. FormatError for what the layout
-        cannot hold. like: of a weight that was rounded before, its codes' scale and table."""
+        cannot hold. like: of a weight that was rounded before, its codes' scale and table. digits: of a quantised
+        matrix."""
         pack: Any = self.kind.pack  # type: ignore[attr-defined]
-        options = self.options if like is None else {**self.options, "like": like}
+        options = {**self.options, "like": like, "digits": digits} if self.values else self.options
         return sound(kept(self.kind, "pack", lambda: pack(weight, mask, **options), self.kind), tuple(mask.shape))
 
     def misfits(self, weight: Tensor, mask: Tensor) -> list[str]:

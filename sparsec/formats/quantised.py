@@ -26,7 +26,8 @@ from sparsec.patterns import Pattern
 BYTE = (torch.uint8,)
 OWN = ("like", "values", "scale", "table")
 """The tensors that do not come from the plain format."""
-SCALARS = ("group", "kept", "n", "m")
+SCALARS = ("group", "kept", "n", "m", "digits")
+DIGITS = (1, 2, 3)
 
 
 class MaskHeld(NamedTuple):
@@ -59,6 +60,7 @@ class Quantised(Packed):
     kept: int
     n: int = 0  # of N:M
     m: int = 0
+    digits: int = 2  # of seven bits, that native kernels make of a number of x: 1, 2 or 3
 
     @classmethod
     def options(cls, parameters: str) -> dict[str, Any]:
@@ -78,7 +80,9 @@ class Quantised(Packed):
         return MaskHeld(mask, mask, options)
 
     @classmethod
-    def pack(cls, weight: Tensor, mask: Tensor, *, codec: Codec, like: Codes | None = None, **options: Any) -> Self:
+    def pack(
+        cls, weight: Tensor, mask: Tensor, *, codec: Codec, like: Codes | None = None, digits: int = 2, **options: Any
+    ) -> Self:
         """Packs weight [out, in] where mask [out, in] is True, rounded to the nearest codes.
 
         like: scale and table of it. FormatError for what the positions, or the codec, cannot hold.
@@ -90,7 +94,7 @@ class Quantised(Packed):
         codes = codec.encode(weight, held.mask, like, zero=gaps)
         values, places, numbers = cls._placed(codes, held, gaps)
         own = (weight.detach().new_empty(0), values, codes.scale, codes.table)
-        return cls(*own, places, numbers, codec.group, kept, held.n, held.m)
+        return cls(*own, places, numbers, codec.group, kept, held.n, held.m, digits)
 
     @classmethod
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, codec: Codec, **options: Any) -> Plan:
@@ -166,8 +170,7 @@ class Quantised(Packed):
         places = {name: tensors[name] for name in cls.tensor_names if name not in OWN}
         numbers = {name: int(scalars[name]) for name in cls.scalar_names if name not in SCALARS}
         like, values, scale, table = (tensors[name] for name in OWN)
-        group, kept, n, m = (int(scalars[name]) for name in SCALARS)
-        return cls(like, values, scale, table, places, numbers, group, kept, n, m)
+        return cls(like, values, scale, table, places, numbers, *(int(scalars[name]) for name in SCALARS))
 
     def _plain(self, values: Tensor) -> Packed:
         """The plain format, with codes that take a byte each."""
@@ -210,6 +213,8 @@ class Quantised(Packed):
             return [f"table must be [0] or [{TABLE}], got {list(self.table.shape)}"]
         if self.group < 0 or self.kept < 0:
             return [f"group and kept must not be negative, got {self.group} and {self.kept}"]
+        if self.digits not in DIGITS:
+            return [f"digits must be 1, 2 or 3, got {self.digits}"]
         try:
             Codec.parse(self.codec.name)
         except SpecError as error:
