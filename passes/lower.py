@@ -95,7 +95,9 @@ class Lower(Pass):
             object.__setattr__(self, "requires", frozenset())  # of this instance: masks mean nothing to it
         check_choice(self.digits, "digits", DIGITS)
         if self.digits != 2 and not self.values and ":int" not in self.layout:
-            raise SpecError(f"digits is an option of quantised values, as in lower(bitmap, values='int8', digits={self.digits})")
+            raise SpecError(
+                f"digits is an option of quantised values, as in lower(bitmap, values='int8', digits={self.digits})"
+            )
         check_choice(self.objective, "objective", OBJECTIVES)
         for option in ("tokens", "prompt_tokens", "new_tokens"):
             if getattr(self, option) is not None:

@@ -17,7 +17,17 @@ from sparsec.errors import FormatError
 from sparsec.formats import kinds
 
 DENSE = "dense"
-FORMAT_NUMBERS: dict[str, int] = {DENSE: 0, "csr": 1, "bitmap": 2, "bsr": 3, "nm": 4, "wcsr": 5, "dense_int": 6, "bitmap_int": 7, "nm_int": 8}
+FORMAT_NUMBERS: dict[str, int] = {
+    DENSE: 0,
+    "csr": 1,
+    "bitmap": 2,
+    "bsr": 3,
+    "nm": 4,
+    "wcsr": 5,
+    "dense_int": 6,
+    "bitmap_int": 7,
+    "nm_int": 8,
+}
 """Part of the operator's interface: the native library has the same numbers, all but that of wcsr, which is for GPUs."""
 _FOREIGN = 1 << 30
 """Numbers of other formats begin here: the native library knows none of them, so that each computes by itself."""
