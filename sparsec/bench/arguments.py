@@ -27,7 +27,7 @@ examples:
   python -m sparsec.bench --end-to-end pythia-410m --dtypes bf16 --sparsity 0.7 --csv tokens.csv
 """
 SHAPES = "576x576,1536x576,768x3072,4096x1024,11008x4096"
-FORMATS = "bitmap,csr8,csr16,dense"
+FORMATS = "bitmap,csr8,csr16,dense,dense:int8,bitmap:int8,dense:int4g64,bitmap:int4g64"
 ROTATE_MB = 1024
 ONLY_TABLE = ("shapes", "formats", "rows", "rotate_mb")
 ONLY_MODELS = ("passes", "prompt_tokens", "new_tokens", "compile")

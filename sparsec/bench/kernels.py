@@ -182,7 +182,7 @@ def _entry(wanted: Asked, weight: Tensor, mask: Tensor, rows: int, constants: Co
     else:
         best = choose(weight, mask, Setting("latency", rows, constants), list(dict.fromkeys([TORCH, own]))).best
         layout, dense = best.layout, best.kernel
-    if layout.format == DENSE:
+    if layout.stays:
         return _Entry(str(wanted), DENSE, dense, Work.dense(out_features, in_features, weight.dtype), None)
     packed = layout.pack(weight, mask)
     return _Entry(str(wanted), packed.describe(), select(Problem.of(packed, rows)).name, Work.of(packed), packed)

@@ -75,10 +75,12 @@ class Constants:
         return frozenset(k.dtype for k in self.kernels)
 
     def cost(self, kernel: str, format_name: str, dtype: torch.dtype) -> KernelCost | None:
-        """The constants of a kernel for a format as it describes itself, else those of a relative: another block or N:M."""
+        """The constants of a kernel for a format as it describes itself, else those of a relative: another block or N:M, or
+        quantised values in other groups."""
         name = str(dtype).removeprefix("torch.")
         known = [k for k in self.kernels if k.kernel == kernel and k.dtype == name]
-        return next((k for k in known if k.format == format_name), known[0] if known else None)
+        alike = [len(os.path.commonprefix((k.format, format_name))) for k in known]
+        return known[alike.index(max(alike))] if known else None
 
     def predict(
         self,

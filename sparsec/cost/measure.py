@@ -91,7 +91,7 @@ def measure_kernels(
 
 def _matrices(shape: tuple[int, int], density: float, generator: torch.Generator) -> Iterator[tuple[Kernel, Packed]]:
     for layout in Layout.calibrated("cpu", 1 - density):
-        problem = Problem(layout.format, *shape, layout=str(layout))
+        problem = Problem(layout.kind.format, *shape, layout=str(layout))
         serving = [k for k in known() if not k.name.endswith("_reference") and not k.unsupported(problem)]
         if serving:
             mask = layout.sample_mask(shape, 1 - density, generator)

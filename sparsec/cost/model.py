@@ -33,7 +33,7 @@ class Work:
     @classmethod
     def of(cls, packed: Packed) -> Work:
         """Of a packed matrix."""
-        return cls(*packed.shape, packed.tensors()["values"].numel(), packed.nbytes)
+        return cls(*packed.shape, packed.values.numel(), packed.nbytes)
 
     @classmethod
     def dense(cls, out_features: int, in_features: int, dtype: torch.dtype) -> Work:

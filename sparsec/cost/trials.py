@@ -45,8 +45,7 @@ class Trial:
 
 def packed_trial(kernel: str, packed: Packed, dtype: torch.dtype) -> Trial:
     """A packed matrix converted to another dtype, with whatever values: what they are does not matter to the time."""
-    parts = packed.tensors()
-    held = type(packed).from_parts({**parts, "values": parts["values"].to(dtype)}, packed.scalars()).ordered()
+    held = packed.converted(dtype)
     tensors = held.tensors()
 
     def make(arena: Arena) -> nn.Module:

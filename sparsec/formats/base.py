@@ -186,6 +186,11 @@ class Packed(ABC):
         """Bytes of all tensors held."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def converted(self, dtype: torch.dtype) -> Self:
+        """The same matrix for x, bias and result of another dtype; plain values are rounded to it."""
+        parts = self.tensors()
+        return self.from_parts({**parts, "values": parts["values"].to(dtype)}, self.scalars()).ordered()
+
     @property
     def sparsity(self) -> float:
         """Share of zeros, 0 for an empty matrix."""

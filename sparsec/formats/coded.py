@@ -65,6 +65,7 @@ class QuantisedDense(Quantised):
 
     format: ClassVar[str] = "dense_int"
     title: ClassVar[str] = "quantised dense"
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("",)}
     positions: ClassVar[type[Packed]] = _Dense
     tensor_names: ClassVar[tuple[str, ...]] = OWN
     scalar_names: ClassVar[tuple[str, ...]] = ("out_features", "in_features", *SCALARS)
@@ -97,6 +98,7 @@ class QuantisedBitmap(Quantised):
 
     format: ClassVar[str] = "bitmap_int"
     title: ClassVar[str] = "quantised bitmap"
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("",)}
     positions: ClassVar[type[Packed]] = _Bitmap
     tensor_names: ClassVar[tuple[str, ...]] = (*OWN, "bits", "panel_ptr")
     scalar_names: ClassVar[tuple[str, ...]] = ("out_features", "in_features", *SCALARS)

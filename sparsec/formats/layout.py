@@ -29,6 +29,8 @@ from sparsec.formats.promises import kept, sound
 from sparsec.formats.values import EXAMPLES, Codec, Codes
 from sparsec.patterns import Pattern
 
+CALIBRATED = ("int8", "int4g64")
+"""Quantised values that the cost model measures; others of as many bits are taken to be alike."""
 NEAR = 0.15
 """How far from a wanted sparsity a pattern that fixes its own may be, to stand for it."""
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"  # one spelling for one layout; a bound of its own refuses 0
@@ -95,11 +97,14 @@ class Layout:
     def calibrated(cls, device: str, sparsity: float) -> Iterator[Self]:
         """Those that the cost model measures at a sparsity on a type of device."""
         take_offered()
-        for name, kind in FORMATS.items():
-            for layout in (cls(name, parameters) for parameters in kind.calibrated.get(device, ())):
-                own = layout.pattern.sparsity
-                if own is None or abs(own - sparsity) <= NEAR:
-                    yield layout
+        known = [cls(n, p) for n, kind in FORMATS.items() for p in kind.calibrated.get(device, ())]
+        known += [
+            cls(n, p, v) for n, kind in QUANTISED.items() for p in kind.calibrated.get(device, ()) for v in CALIBRATED
+        ]
+        for layout in known:
+            own = layout.pattern.sparsity
+            if own is None or abs(own - sparsity) <= NEAR:
+                yield layout
 
     @classmethod
     def checked(cls) -> tuple[Self, ...]:

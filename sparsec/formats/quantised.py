@@ -8,7 +8,7 @@ columns of a row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
@@ -158,6 +158,9 @@ class Quantised(Packed):
     @property
     def dtype(self) -> torch.dtype:
         return self.like.dtype
+
+    def converted(self, dtype: torch.dtype) -> Self:
+        return replace(self, like=self.like.to(dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) if name in OWN else self.places[name] for name in self.tensor_names}
