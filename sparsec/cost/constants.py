@@ -79,8 +79,7 @@ class Constants:
         quantised values in other groups."""
         name = str(dtype).removeprefix("torch.")
         known = [k for k in self.kernels if k.kernel == kernel and k.dtype == name]
-        alike = [len(os.path.commonprefix((k.format, format_name))) for k in known]
-        return known[alike.index(max(alike))] if known else None
+        return max(known, key=lambda k: _common(k.format, format_name), default=None)
 
     def predict(
         self,
@@ -320,6 +319,11 @@ def _named(path: Path, device: str) -> Found:
 def _merged(old: Constants, new: Constants) -> Constants:
     kept = tuple(k for k in old.kernels if k.dtype not in new.dtypes)
     return replace(new, load=max(old.load, new.load), kernels=(*kept, *new.kernels))
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two strings begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _checksum(content: Any) -> str:

@@ -6,7 +6,7 @@ would, and eight say what 4:8's four numbers of three bits would.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
