@@ -52,8 +52,9 @@ class Lower(Pass):
     group of 64 columns, "int4g64" in 4 bits, "int4mg64" in 4 bits about a middle of its own for every row and group; other groups
     are of a multiple of 32 columns. `lower('bitmap:int8')` says the same as `lower(bitmap, values='int8')`. With `dense` every
     selected weight is packed whole, masked or not. Weights are rounded to the nearest value.
-    digits: native kernels multiply integers. A number of x becomes a fixed-point one of so many digits of seven bits, scaled by token
-    and group of 64 columns. Two err less than rounding x to bf16 does; one, as others' int8 activations, a hundred times as much.
+    digits: native kernels multiply integers. A number of x becomes a fixed-point one of so many digits of seven bits, scaled by
+    token and group of 64 columns. Two err less than rounding x to bf16 does; one, as other tools quantise x, a hundred times
+    as much.
     """
 
     name: ClassVar[str] = "lower"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class Result:
     kernel: str
     dense: CallTimes
     masked: CallTimes  # F.linear of the weight with the zeros
-    dense_on_sparsec: CallTimes | None  # sparsec's dense kernel; None where it is not built
+    dense_on_sparsec: CallTimes | None  # sparsec's dense kernel, of values stored alike; None where it is not built
     sparse: CallTimes
     torch_sparse: CallTimes | None
     bandwidth: float  # bytes per second, by plain reading in the same rounds
@@ -80,7 +81,7 @@ class Result:
 
     @property
     def zeros_speedup(self) -> Spread | None:
-        """Against sparsec's dense kernel: the part that zeros give."""
+        """Against sparsec's dense kernel of values stored alike: the part that zeros give."""
         return None if self.dense_on_sparsec is None else ratio(self.dense_on_sparsec.rounds, self.sparse.rounds)
 
     @property
@@ -146,14 +147,18 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, constants: Consta
     baselines = [_torch_dense(plain, x, rotation, "dense"), _torch_dense(weight, x, rotation, "masked")]
     if native_serves(DENSE_OPERATOR) and plain.dtype in DTYPES_SERVED:
         baselines.append(_own_dense(plain, x, rotation, "own dense"))
-    contenders = [*baselines, *readers, *(_contender(e, weight, x, rotation, str(i)) for i, e in enumerate(entries))]
+    whole = _rounded_dense(plain, [e.packed.codec.name for e in entries if e.packed is not None], x, rotation)
+    contenders = [*baselines, *readers, *whole.values()]
+    contenders += [_contender(e, weight, x, rotation, str(i)) for i, e in enumerate(entries)]
     other = _torch_sparse(weight, x, rotation)
     contenders += [] if other is None else [other]
     timings = time_calls(contenders, repeats, whole_stacks=rotation.protocol.layers is not None)
     before = len(baselines) + len(readers)
     bandwidth = max(t.bytes_per_second for t in timings[:before])
     last = None if other is None else timings[-1]
-    own = timings[before:]
+    rounded = dict(zip(whole, timings[before:], strict=False))
+    own = timings[before + len(whole) :]
+    dense_timing = timings[2] if len(baselines) > 2 else None
     results = (
         Result(
             case,
@@ -162,7 +167,7 @@ def measure(case: Case, rotation: Rotation, repeats: int = 20, constants: Consta
             entry.kernel,
             timings[0],
             timings[1],
-            timings[2] if len(baselines) > 2 else None,
+            rounded.get("" if entry.packed is None else entry.packed.codec.name, dense_timing),
             timing,
             last,
             bandwidth,
@@ -186,6 +191,17 @@ def _entry(wanted: Asked, weight: Tensor, mask: Tensor, rows: int, constants: Co
         return _Entry(str(wanted), DENSE, dense, Work.dense(out_features, in_features, weight.dtype), None)
     packed = layout.pack(weight, mask)
     return _Entry(str(wanted), packed.describe(), select(Problem.of(packed, rows)).name, Work.of(packed), packed)
+
+
+def _rounded_dense(weight: Tensor, codecs: Sequence[str], x: Tensor, rotation: Rotation) -> dict[str, Contender]:
+    """The dense weight with each kind of quantised values."""
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    found = {}
+    for name in dict.fromkeys(filter(None, codecs)):
+        packed = Layout(DENSE, values=name).pack(weight, everything)
+        entry = _Entry("", packed.describe(), "", Work.of(packed), packed)
+        found[name] = _contender(entry, weight, x, rotation, f"dense:{name}")
+    return found
 
 
 def _contender(entry: _Entry, weight: Tensor, x: Tensor, rotation: Rotation, place: str) -> Contender:

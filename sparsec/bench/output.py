@@ -42,8 +42,8 @@ NEAR = 0.15
 TEXT_COLUMNS = (0, 1, 3, 5, 17)
 LEGEND = (
     "Times are medians per call; a speedup is the median over rounds of F.linear / this, in the same round. masked: F.linear of "
-    "the weight with the zeros, which it does not skip. zeros: over sparsec's own kernel of the dense weight, so the part that "
-    "zeros give. predicted: the speedup by the cost model, where weights lie in memory. bytes: dense / "
+    "the weight with the zeros, which it does not skip. zeros: over sparsec's own dense kernel of values stored alike, "
+    "so the part that zeros give. predicted: the speedup by the cost model, where weights lie in memory. bytes: dense / "
     "packed, what reading less can give at most. roof GB/s: plain reading (the best of a sum, the own dense kernel and F.linear) "
     "in the same rounds. binds, of roof: the highest of bytes / that bandwidth and the times of decoding and arithmetic "
     "by this machine's constants (bytes alone where none are measured), over the time taken. shape (n): the model has it n times. "
