@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec.arguments import checked, shown
 from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
+from sparsec.formats.quantised import Quantised
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,3 +105,25 @@ def tolerance(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     summing = k * torch.finfo(accumulation_dtype(x.dtype)).eps / 2
     # The smallest subnormal covers results that underflow.
     return size * (summing / (1 - summing) + torch.finfo(x.dtype).eps) + torch.finfo(x.dtype).smallest_normal * k
+
+
+DIGIT_MOST = {1: 63, 2: 8127, 3: 1040319}
+"""The largest number that so many digits of seven bits hold, by their count."""
+
+
+@checked
+def product_tolerance(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """Bound [..., out] (fp64) on the error of a kernel's product with a packed matrix, against that with `packed.exact()`.
+
+    Where values are quantised half a unit of the last digit of each number of x is added: the largest of its group of columns
+    over DIGIT_MOST, at most 64 columns of a group.
+    """
+    weight = packed.exact()
+    bound = tolerance(x, weight, bias)
+    if not isinstance(packed, Quantised):
+        return bound
+    columns = 32 if packed.group % 64 else 64
+    size = F.pad(x.double().abs(), (0, -x.shape[-1] % columns))
+    size = size.unflatten(-1, (size.shape[-1] // columns, columns)).amax(-1) / DIGIT_MOST[packed.digits]
+    units = size.repeat_interleave(columns, -1)[..., : x.shape[-1]]
+    return bound + 0.51 * units @ weight.double().abs().t()  # a hundredth for the rounding of the scales

@@ -10,11 +10,13 @@ from typing import ClassVar, Literal
 
 import torch
 
+from sparsec.arguments import shown
 from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import DENSE
 from sparsec.formats.quantised import DIGITS
+from sparsec.formats.values import Codec
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem
@@ -90,12 +92,19 @@ class Lower(Pass):
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, str):
+            raise SpecError(f"values must be the name of a codec, such as 'int8', got {shown(self.values)}")
+        quantised = bool(Codec.parse(self.values).bits)
         if self.layout != AUTO:
-            object.__setattr__(self, "layout", str(self._layout()))
+            layout = self._layout()
+            object.__setattr__(self, "layout", str(layout))
+            quantised = bool(layout.values)
+        if quantised:
+            object.__setattr__(self, "effect", Effect.LOSSY)  # of this instance: weights are rounded
         if self.layout == DENSE or self.layout.startswith(f"{DENSE}:"):
             object.__setattr__(self, "requires", frozenset())  # of this instance: masks mean nothing to it
         check_choice(self.digits, "digits", DIGITS)
-        if self.digits != 2 and not self.values and ":int" not in self.layout:
+        if self.digits != 2 and not quantised:
             raise SpecError(
                 f"digits is an option of quantised values, as in lower(bitmap, values='int8', digits={self.digits})"
             )

@@ -313,4 +313,4 @@ def test_more_copies_than_memory_are_refused(
 ) -> None:
     monkeypatch.setattr(room, "available_bytes", lambda: 1 << 30)
     assert main(["--shapes", "8x8"]) == 2
-    assert "needs about 9.0 GiB, and 1.0 GiB are free; take fewer --formats" in capsys.readouterr().err
+    assert "needs about 13.0 GiB, and 1.0 GiB are free; take fewer --formats" in capsys.readouterr().err

@@ -15,16 +15,15 @@ from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
 from sparsec.formats.parts import Part, flatten
 from sparsec.formats.quantised import Quantised
-from sparsec.kernels import force_isa, operator, operator_args, status, tolerance
+from sparsec.kernels import force_isa, operator, operator_args, status
 from sparsec.kernels.fused import fused_linear
 from sparsec.kernels.library.loader import library
+from sparsec.kernels.reference import DIGIT_MOST, product_tolerance
 from sparsec.kernels.registry import Problem, select
 
 NATIVE = ("amx", "avx512_bf16", "vbmi2", "avx512", "avx2", "portable")
 POSITIONS = ("dense", "bitmap", "nm2:4", "nm4:8")
 CODECS = ("int8", "int8g64", "int8g96", "int4g32", "int4g64", "int4mg64", "int4mg128")
-MOST = {1: 63, 2: 8127, 3: 1040319}
-"""The largest number that so many digits hold."""
 TOKENS = (1, 2, 3, 5, 8, 9, 21)
 
 layouts = st.builds("{}:{}".format, st.sampled_from(POSITIONS), st.sampled_from(CODECS))
@@ -57,15 +56,6 @@ def product(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def allowed(x: Tensor, packed: Quantised) -> Tensor:
-    """Bound [..., out] on the error: half a unit of the last digit for each number of x, and that of sums in fp32."""
-    weight = packed.exact()
-    across = 32 if packed.group % 64 else 64
-    padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % across)).view(len(x), -1, across)
-    units = (padded.amax(2) / MOST[packed.digits]).repeat_interleave(across, 1)[:, : x.shape[1]]
-    return 0.51 * units @ weight.double().abs().t() + 2 * tolerance(x, weight.to(x.dtype))
-
-
 @given(
     layouts, st.integers(1, 70), st.integers(1, 60), dtypes, st.sampled_from((1, 2, 3)), st.floats(0.0, 1.0), st.data()
 )
@@ -80,7 +70,7 @@ def test_products_are_right_on_every_instruction_set(
     x = x.to(dtype)
     bias = torch.randn(rows).to(dtype) if data.draw(st.booleans()) else None
     exact = x.double() @ packed.exact().double().t() + (0 if bias is None else bias.double())
-    bound = allowed(x, packed) + (
+    bound = product_tolerance(x, packed) + (
         0 if bias is None else 4 * torch.finfo(dtype).eps * (bias.double().abs() + exact.abs())
     )
     for isa in usable():
@@ -100,9 +90,12 @@ def test_every_instruction_set_gives_the_same_integers(text: str, rows: int, fou
     one = torch.ones_like(packed.scale, dtype=torch.bfloat16)
     packed = type(packed).from_parts({**packed.tensors(), "scale": one.view(torch.int16)}, packed.scalars())
     x = torch.randint(
-        -MOST[digits], MOST[digits] + 1, (max(TOKENS), 8 * fours), generator=torch.Generator().manual_seed(5)
+        -DIGIT_MOST[digits],
+        DIGIT_MOST[digits] + 1,
+        (max(TOKENS), 8 * fours),
+        generator=torch.Generator().manual_seed(5),
     )
-    x[:, ::32] = MOST[digits]  # so that the unit of every group is 1
+    x[:, ::32] = DIGIT_MOST[digits]  # so that the unit of every group is 1
     exact = x @ packed.exact().long().t()
     outs = []
     for isa in usable():
@@ -132,7 +125,7 @@ def test_sums_never_overflow(text: str) -> None:
             force_isa(isa)
             for count in (1, 9):
                 error = (product(x[:count], packed).double() - exact[:count]).abs()
-                assert (error <= allowed(x[:count], packed)).all(), (isa, digits, count)
+                assert (error <= product_tolerance(x[:count], packed)).all(), (isa, digits, count)
 
 
 @pytest.mark.parametrize("text", ["dense:int8", "bitmap:int4mg64"])
@@ -149,7 +142,7 @@ def test_numbers_that_are_none_spread_and_small_ones_are_kept(text: str) -> None
         for size in (1e-36, 1e-30, 1e30):
             x = torch.randn(2, 200) * size
             exact = x.double() @ packed.exact().double().t()
-            assert ((product(x, packed).double() - exact).abs() <= allowed(x, packed)).all(), (isa, size)
+            assert ((product(x, packed).double() - exact).abs() <= product_tolerance(x, packed)).all(), (isa, size)
         assert not product(torch.zeros(2, 200), packed).any()
 
 

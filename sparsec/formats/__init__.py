@@ -24,7 +24,6 @@ from sparsec.formats.coded import QUANTISED
 from sparsec.formats.csr import CSR
 from sparsec.formats.nm import NM
 from sparsec.formats.promises import attribute_faults
-from sparsec.formats.quantised import Quantised
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.offered import offered
 
@@ -62,4 +61,4 @@ def take_offered() -> None:
             warnings.warn(f"{what} is left out: {error}", stacklevel=2)
 
 
-__all__ = ["BSR", "CSR", "FORMATS", "NM", "QUANTISED", "Bitmap", "Packed", "Quantised", "WarpCSR", "add", "kinds"]
+__all__ = ["BSR", "CSR", "FORMATS", "NM", "QUANTISED", "Bitmap", "Packed", "WarpCSR", "add"]
