@@ -124,6 +124,7 @@ def product_tolerance(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
         return bound
     columns = 32 if packed.group % 64 else 64
     size = F.pad(x.double().abs(), (0, -x.shape[-1] % columns))
-    size = size.unflatten(-1, (size.shape[-1] // columns, columns)).amax(-1) / DIGIT_MOST[packed.digits]
-    units = size.repeat_interleave(columns, -1)[..., : x.shape[-1]]
-    return bound + 0.51 * units @ weight.double().abs().t()  # a hundredth for the rounding of the scales
+    groups = size.reshape(*x.shape[:-1], size.shape[-1] // columns, columns).amax(-1)
+    units: Tensor = (groups / DIGIT_MOST[packed.digits]).repeat_interleave(columns, -1)[..., : x.shape[-1]]
+    size = units @ weight.double().abs().t()
+    return bound + 0.51 * size  # a hundredth for the rounding of the scales

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from sparsec.calibrate import CalibrationData
 from sparsec.errors import MissingExtraError
-from sparsec.formats import Packed, Quantised
+from sparsec.formats import Packed
 from sparsec.formats.layout import Layout
 from sparsec.formats.parts import DENSE
+from sparsec.formats.quantised import Quantised
 from sparsec.formats.values import Codes
 from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace

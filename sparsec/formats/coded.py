@@ -156,6 +156,7 @@ class QuantisedNM(QuantisedBitmap):
 
     format: ClassVar[str] = "nm_int"
     title: ClassVar[str] = "quantised N:M"
+    one_cost: ClassVar[bool] = True
     parameters: ClassVar[tuple[str, ...]] = NM.parameters
 
     @classmethod

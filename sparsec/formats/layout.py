@@ -151,7 +151,7 @@ class Layout:
     @property
     def cost_family(self) -> str:
         """The layouts that share its constants in the cost model."""
-        return self.format if not self.stays and self.kind.one_cost else str(self)
+        return str(replace(self, parameters="") if not self.stays and self.kind.one_cost else self)
 
     def plan(self, mask: Tensor, dtype: torch.dtype) -> Plan:
         """What packing a weight of `dtype` with this mask [out, in] would give. FormatError for what `pack` would refuse."""
