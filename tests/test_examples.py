@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 import subprocess
 import sys
@@ -145,3 +146,38 @@ def test_finetune_trainer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert after < before - 1
     assert lowered == pytest.approx(after, abs=0.002)
     assert sparsities(fast, "mlp") | sparsities(fast, "attention") == {0.5}
+
+
+def test_train_sparse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "examples" / "train_sparse.py"))["main"]
+    trained, models = main.__globals__["trained"], {}
+
+    def watched(way: str, *given: Any) -> Any:
+        models[way] = trained(way, *given)
+        return models[way]
+
+    monkeypatch.setitem(main.__globals__, "trained", watched)
+    found = main("80", "1")
+    assert list(found) == list(models) == ["dense", "static", "set", "rigl"]
+    assert all(1 < loss < 3.5 for losses in found.values() for loss in losses)
+    assert len({loss for losses in found.values() for loss in losses}) == 4
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["Nats", "dense", "seed", "mean"]
+    kept = [
+        [weight.mask for weight in model.sparsec.kept.weights.values() if weight.mask is not None]
+        for way, model in models.items()
+        if way != "dense"
+    ]
+    assert [len(masks) for masks in kept] == [3, 3, 3]
+    for masks in zip(*kept, strict=True):
+        assert {int(mask.sum()) for mask in masks} == {round(0.1 * masks[0].numel())}
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+
+
+@pytest.mark.slow
+def test_train_sparse_finds_masks_that_move_better_and_by_gradient_best(run: Run) -> None:
+    """The mean of three seeds, as the example comes."""
+    found = run("train_sparse")
+    means = {way: sum(losses) / len(losses) for way, losses in found.items()}
+    assert len(found["rigl"]) == 3
+    assert means["dense"] < means["rigl"] < means["set"] - 0.01 < means["static"] - 0.04
