@@ -98,6 +98,7 @@ class Lower(Pass):
         if self.layout != AUTO:
             layout = self._layout()
             object.__setattr__(self, "layout", str(layout))
+            object.__setattr__(self, "values", "")  # one spelling
             quantised = bool(layout.values)
         if quantised:
             object.__setattr__(self, "effect", Effect.LOSSY)  # of this instance: weights are rounded

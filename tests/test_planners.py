@@ -22,7 +22,7 @@ from sparsec.data import load_model, load_text
 from sparsec.pipeline import Pipeline
 from sparsec.report.variant import Variant
 from sparsec.study.plan import Effort, plan
-from sparsec.sweep import families, frontier, tables, tipping
+from sparsec.sweep import families, tables, tipping
 from sparsec.sweep.grid import Cell, grid_cells
 from sparsec.sweep.planners import Bracket, FixedCells, Search, Searches
 from sparsec.sweep.run import DENSE, CellResult, measure_cells, settled
@@ -302,46 +302,6 @@ def test_what_compares_no_patterns_is_refused(words: list[str], said: str, capsy
     assert said in capsys.readouterr().err
 
 
-# --- the frontier
-
-
-_FEW = st.sampled_from([1.0, 2.0, 3.0, 4.0, float("inf"), float("nan")])
-POINTS = st.lists(st.tuples(_FEW, _FEW) | st.tuples(st.floats(), st.floats()), max_size=12)
-
-
-@given(POINTS)
-def test_a_point_is_on_the_front_where_no_other_beats_it(points: list[tuple[float, float]]) -> None:
-    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-        return all(a <= b for a, b in zip(one, other, strict=True)) and one != other
-
-    expected = [not any(x != x for x in point) and not any(beats(other, point) for other in points) for point in points]
-    assert frontier.pareto_front(points) == expected
-
-
-def test_the_output_marks_which_cells_are_on_which_front(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def figures(cell: Cell) -> Variant:
-        values = dict(cell.values)
-        zeros = float(values["zeros"])
-        if values["method"] == "magnitude":  # worse, as small, faster
-            return figures_of(1 - zeros, 1 - zeros, 40 + 20 * zeros)
-        return figures_of(1 - zeros, 2.0, 20 + 20 * zeros)
-
-    without_work(monkeypatch, figures)
-    grid = ["--grid", "method=magnitude,wanda", "--grid", "zeros=0.25,0.5"]
-    assert study.main(["tiny", "--preset", "frontier", *grid, *LITTLE]) == 0
-    out = capsys.readouterr().out.split("== The fronts")[1]
-    rows = [line.split() for line in out.splitlines() if line.startswith(("dense ", "magnitude ", "wanda "))]
-    assert rows == [
-        ["dense", "20.00", "0.0", "front", "1.00x", "front"],
-        ["magnitude", "0.25", "45.00", "0.0", "1.33x", "front"],
-        ["magnitude", "0.5", "50.00", "0.0", "2.00x", "front"],
-        ["wanda", "0.25", "25.00", "0.0", "front", "0.50x"],
-        ["wanda", "0.5", "30.00", "0.0", "front", "0.50x"],
-    ]
-
-
 # --- what they found, as JSON
 
 
@@ -350,7 +310,8 @@ def test_what_a_preset_found_stands_in_the_json(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def figures(cell: Cell) -> Variant:
-        zeros = float(dict(cell.values)["zeros"])
+        values = dict(cell.values)
+        zeros = float(values.get("zeros", "0.5" if "2:4" in cell.spec else "0"))
         return replace(figures_of(1 - zeros / 2, 1 - zeros / 2, 20 * (1 + 2 * zeros), cell.timed), top1=1 - zeros)
 
     without_work(monkeypatch, figures)

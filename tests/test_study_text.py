@@ -168,7 +168,7 @@ def test_what_a_preset_prints_fits_the_terminal(
     preset: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def figures(cell: Cell) -> Variant:
-        zeros = float(dict(cell.values)["zeros"])
+        zeros = float(dict(cell.values).get("zeros", "0"))
         own = figures_of(12_345_678.9 * zeros, 1 / (1 + zeros), 20 * 1000**zeros, cell.timed)
         return replace(own, top1=0.1234, top5=0.98765, kl=0.000123, flops_per_token=123456789.0)
 

@@ -47,6 +47,7 @@ from sparsec.report.schema import document, layers_csv
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import ALONE, QUICK, Effort, StudyPlan, plan
 from sparsec.study.sample import continuation
+from sparsec.study.variants import lossless, split
 from sparsec.study.views import LayerViews
 
 PROG = "python -m sparsec.report"
@@ -269,9 +270,10 @@ def _beside(
     drawn: Sequences | None,
     progress: Progress,
 ) -> _Beside:
-    """What other passes give on the same windows and after the same prompt; it does not matter how they lower."""
+    """What other passes give on the same windows and after the same prompt; how they lower matters where values are quantised."""
+    before, rest = split(pipeline)
     with stage(progress, f"beside it: {pipeline}"):
-        pruned = compile(loaded.model, pipeline.before("lower"), calibration=drawn, progress=progress)
+        pruned = compile(loaded.model, before if lossless(rest) else pipeline, calibration=drawn, progress=progress)
 
         def found(windows: Windows) -> Evaluation | Encoding:
             if loaded.is_encoder:

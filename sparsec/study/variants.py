@@ -19,6 +19,7 @@ from sparsec.compiler import compile, extend
 from sparsec.emitter import put
 from sparsec.machine import memory_bytes
 from sparsec.pipeline import Pipeline
+from sparsec.pipeline.base import Effect
 from sparsec.progress import Progress
 from sparsec.report.collect import Report
 from sparsec.study.views import LayerViews
@@ -188,3 +189,8 @@ def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline | None]:
     """What prunes, and what lowers: from the first `lower` on."""
     before = pipeline.before("lower")
     return before, None if before == pipeline else Pipeline(pipeline.passes[len(before.passes) :])
+
+
+def lossless(rest: Pipeline | None) -> bool:
+    """Whether passes from `lower` on leave the model's outputs what they are within rounding: quantised values do not."""
+    return rest is None or all(p.effect is not Effect.LOSSY for p in rest.passes)

@@ -14,8 +14,14 @@ from sparsec.sweep.planners import Asked, FixedCells, Results
 from sparsec.sweep.run import DENSE, CellResult
 from sparsec.sweep.tables import naming
 
-PASSES = ("{method}({zeros}),freeze,fuse,lower(auto)",)
-AXES = {"method": ("magnitude", "wanda", "admm"), "zeros": ("0.3", "0.4", "0.5", "0.6", "0.7")}
+PASSES = (
+    "{method}({zeros}),freeze,fuse,lower(auto)",
+    "{method}(pattern='2:4'),freeze,fuse,lower(auto)",
+    "fuse,lower(dense, values='{values}')",
+    "{method}({zeros}),freeze,fuse,lower(bitmap, values='{values}')",
+    "{method}(pattern='2:4'),freeze,fuse,lower(bitmap, values='{values}')",
+)
+AXES = {"method": ("admm",), "zeros": ("0.3", "0.5", "0.6", "0.7"), "values": ("int8", "int4g64")}
 ON = "front"
 """Stands behind a figure by which a cell is on a front."""
 
@@ -51,6 +57,8 @@ class Fronts:
     compared: tuple[str, ...]
     by_bytes: tuple[str, ...]
     by_time: tuple[str, ...]
+    beaten: tuple[tuple[str, str | None], ...] = ()
+    """Of each cell with zeros the best dense one, quantised or not, that is as good in at most its bytes; None where none is."""
 
     def lines(self, results: Results, width: int) -> list[str]:
         """Every measured cell with its perplexity, bytes and speed, and on which front it is."""
@@ -76,7 +84,32 @@ class Fronts:
             rows.append([*name, quality, mega(own.bytes, 1), small, speed, fast])
         header = [*keys, "cosine" if encodes else "perplexity", "MB", "", what, ""]
         left = (*range(len(keys)), len(keys) + 2, len(keys) + 4)
-        return [*lines, "", *fitted(header, rows, width, left=left, keys=len(keys))]
+        return [
+            *lines,
+            "",
+            *fitted(header, rows, width, left=left, keys=len(keys)),
+            *self._against_dense(results, width),
+        ]
+
+    def _against_dense(self, results: Results, width: int) -> list[str]:
+        """Which cells with zeros are worth their bytes, in words."""
+        if not self.beaten:
+            return []
+
+        def named(spec: str) -> str:
+            own = results[spec].figures
+            assert own is not None
+            return f"{spec} ({mega(own.bytes, 1)} MB)"
+
+        kept = [named(spec) for spec, by in self.beaten if by is None]
+        lost = [f"{named(spec)} by {named(by)}" for spec, by in self.beaten if by is not None]
+        lines = [
+            "",
+            *paragraph(
+                f"No dense model of at most as many bytes is as good as: {'; '.join(kept) or 'none'}.", width=width
+            ),
+        ]
+        return lines + (paragraph(f"Beaten by a dense one: {'; '.join(lost)}.", width=width) if lost else [])
 
 
 def fronts(results: Sequence[CellResult]) -> Fronts:
@@ -85,7 +118,15 @@ def fronts(results: Sequence[CellResult]) -> Fronts:
     small = pareto_front([(_harm(r), _bytes(r)) for r in done])
     fast = pareto_front([(_harm(r), _time(r)) for r in done])
     every = [r.spec for r in done]
-    return Fronts(tuple(every), tuple(compress(every, small)), tuple(compress(every, fast)))
+    dense = [r for r in done if r.figures is not None and not r.figures.sparsity]
+    beaten = tuple((r.spec, _better(r, dense)) for r in done if r not in dense)
+    return Fronts(tuple(every), tuple(compress(every, small)), tuple(compress(every, fast)), beaten)
+
+
+def _better(result: CellResult, others: Sequence[CellResult]) -> str | None:
+    """The best of those that are as good in at most as many bytes."""
+    found = [r for r in others if _bytes(r) <= _bytes(result) and _harm(r) <= _harm(result)]
+    return min(found, key=_harm).spec if found else None
 
 
 def _harm(result: CellResult) -> float:

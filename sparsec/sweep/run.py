@@ -29,7 +29,7 @@ from sparsec.study.kept_embeddings import KeptEmbeddings
 from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.measure import known_machine
 from sparsec.study.plan import StudyPlan
-from sparsec.study.variants import masked_stock, split, warm_up
+from sparsec.study.variants import lossless, masked_stock, split, warm_up
 from sparsec.sweep.energy import EnergyMeter
 from sparsec.sweep.grid import Cell
 from sparsec.timing.latency import Comparison, compare_latency
@@ -197,7 +197,7 @@ class _Run:
             return CellResult(cell.spec, cell.values, None, first, seconds=spent, template=cell.template)
 
     def pruned(self, pruning: Pipeline) -> _Pruned:
-        """The masked model, and its quality, which how it is lowered makes no difference to."""
+        """The masked model, and its quality, which how it is lowered makes no difference to unless values are quantised."""
         made = compile(
             self.model, _with_flops(pruning), calibration=self.calibration, copy="changed", progress=self.progress
         )
@@ -214,9 +214,12 @@ class _Run:
             model = extend(pruned.model, rest, progress=self.progress)
             report = model.sparsec.report()
             name, linears, flops, masks = "lowered", report.linears_ms, report.flops_per_token, report.bytes_masks
+        quality = pruned.quality
+        if not lossless(rest):
+            quality = self._compared({DENSE: self.kept.forget(), "pruned": model}, "quality")["pruned"]
         figures = _counted(report, report.nnz, memory.held(model).total, masks, flops, linears)
         times = self._timed({DENSE: self.model, name: model}) if cell.timed else None
-        measured = self._measured(figures, name, pruned.quality, times, report)
+        measured = self._measured(figures, name, quality, times, report)
         energy = self._energy(model) if cell.timed else None
         return CellResult(
             cell.spec,
