@@ -16,16 +16,17 @@ from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import DENSE
 from sparsec.formats.quantised import DIGITS
-from sparsec.formats.values import Codec
+from sparsec.formats.values import EXAMPLES, Codec
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
+from sparsec.lowering.rounding import BOUND, admitted
 from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
-from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_positive
+from sparsec.pipeline.options import check_choice, check_ignore, check_number, check_patterns, check_positive
 from sparsec.pipeline.selection import matches, select_weights
 from sparsec.pipeline.spec import unparse_one
 
@@ -54,6 +55,9 @@ class Lower(Pass):
     group of 64 columns, "int4g64" in 4 bits, "int4mg64" in 4 bits about a middle of its own for every row and group; other groups
     are of a multiple of 32 columns. `lower('bitmap:int8')` says the same as `lower(bitmap, values='int8')`. With `dense` every
     selected weight is packed whole, masked or not. Weights are rounded to the nearest value.
+    "auto" takes the fewest bits, with lower(auto) the best layout and values together. bound: on |rounded - weight| / |weight| of
+    the kept weights of a matrix, the error that random activations see. A matrix that 4 bits would spoil more is kept in 8, one
+    that 8 would in plain values, and the reason is said.
     digits: native kernels multiply integers. A number of x becomes a fixed-point one of so many digits of seven bits, scaled by
     token and group of 64 columns. Two err less than rounding x to bf16 does; one, as other tools quantise x, a hundred times
     as much.
@@ -70,6 +74,7 @@ class Lower(Pass):
         "lower(dense)",
         "lower(dense, values='int8')",
         "magnitude(0.5),freeze,lower(bitmap, values='int4g64', digits=3)",
+        "magnitude(0.5),freeze,lower(values='auto', bound=0.1, objective='bytes')",
     )
     effect: ClassVar[Effect] = Effect.NUMERIC
     requires: ClassVar[frozenset[str]] = frozenset({"mask", "frozen"})
@@ -83,6 +88,7 @@ class Lower(Pass):
 
     layout: str = AUTO
     values: str = field(default="", kw_only=True)
+    bound: float = field(default=BOUND, kw_only=True)
     digits: int = field(default=2, kw_only=True)
     objective: Literal["latency", "bytes"] = field(default="latency", kw_only=True)
     tokens: int | None = field(default=None, kw_only=True)
@@ -94,12 +100,18 @@ class Lower(Pass):
     def __post_init__(self) -> None:
         if not isinstance(self.values, str):
             raise SpecError(f"values must be the name of a codec, such as 'int8', got {shown(self.values)}")
-        quantised = bool(Codec.parse(self.values).bits)
+        quantised = self.values == AUTO or bool(Codec.parse(self.values).bits)
         if self.layout != AUTO:
             layout = self._layout()
             object.__setattr__(self, "layout", str(layout))
-            object.__setattr__(self, "values", "")  # one spelling
-            quantised = bool(layout.values)
+            if self.values != AUTO:
+                object.__setattr__(self, "values", "")  # one spelling
+            quantised = quantised or bool(layout.values)
+        check_number(self.bound, "bound", 0.0, 1.0)
+        if self.bound != BOUND and not quantised:
+            raise SpecError(
+                f"bound is an option of quantised values, as in lower(bitmap, values='int4g64', bound={self.bound})"
+            )
         if quantised:
             object.__setattr__(self, "effect", Effect.LOSSY)  # of this instance: weights are rounded
         if self.layout == DENSE or self.layout.startswith(f"{DENSE}:"):
@@ -136,7 +148,7 @@ class Lower(Pass):
     def _layout(self) -> Layout:
         """The one that was asked for, its values among it. SpecError where these are said twice, and not the same."""
         layout = Layout.parse(self.layout)
-        if not self.values or layout.values == self.values:
+        if not self.values or layout.values == self.values or (self.values == AUTO and not layout.values):
             return layout
         if layout.values:
             raise SpecError(
@@ -147,9 +159,9 @@ class Lower(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for what the format that was asked for cannot serve."""
-        if self.layout == DENSE:
+        if self.layout == DENSE and not self.values:
             return self._on_dense_kernel(graph, context)
-        whole = self.layout.startswith(f"{DENSE}:")
+        whole = self.layout.split(":")[0] == DENSE
         chosen = select_weights(graph, self.targets, self.ignore) if whole else self._masked(graph)
         chosen = [w for w in chosen if w.packed is None]
         reasons = {w.name: context.keep_dense.get(w.name) or _stays_dense(graph, w) for w in chosen}
@@ -159,7 +171,7 @@ class Lower(Pass):
             plans, said = self._choices(graph, context, packable)
             notes += said
             for name, plan in plans.items():
-                if plan.best.layout.format == DENSE:
+                if plan.best.layout.stays:
                     reasons[name] = "; ".join(filter(None, (reasons.get(name), plan.reason)))
         else:
             for weight in packable:  # what will be refused is refused before any dense weight is gone
@@ -175,6 +187,12 @@ class Lower(Pass):
                 dense.setdefault(reason, []).append(weight.name)
                 continue
             done.append(self._lower(graph, weight, plans.get(weight.name), context))
+        spoilt: dict[str, list[str]] = {}
+        for weight in done:
+            if weight.name not in plans and weight.reason:
+                spoilt.setdefault(weight.reason.partition(": ")[2], []).append(weight.name)
+        notes += [f"{some(names)}: {said}" for said, names in spoilt.items()]
+        done = [w for w in done if w.packed is not None]
         notes += [
             f"{some(names)} {'stay' if names[1:] else 'stays'} dense: {reason}" for reason, names in dense.items()
         ]
@@ -221,7 +239,6 @@ class Lower(Pass):
         setting = Setting(
             self.objective,
             rows,
-            values=self.values,
             prompt_tokens=self.prompt_tokens or 0,
             new_tokens=self.new_tokens or 1,
         )
@@ -243,6 +260,8 @@ class Lower(Pass):
                 fused = any(op.members for op in graph.products_of(weight.name))
                 matrix = graph.matrix(weight.name)
                 own = replace(setting, fused=fused, device=matrix.device.type)
+                if mask is not None:
+                    own = replace(own, values=admitted(self.values, self.bound, matrix, mask)[0])
                 found[weight.name] = choose(matrix, mask, own, kernels)
         return found, notes
 
@@ -257,6 +276,13 @@ class Lower(Pass):
         if layout.format == DENSE:
             mask = torch.ones_like(matrix, dtype=torch.bool)
         assert mask is not None
+        if plan is None and (wanted := self.values or layout.values):
+            (first, *_), said = admitted(wanted, self.bound, matrix, mask)
+            layout = replace(layout, values=first)
+            if said:
+                graph.update(weight.name, reason=f"{layout}: {said}")
+            if layout.stays:
+                return graph.weights[weight.name]
         packed = layout.pack(matrix, mask, digits=self.digits)
         packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
         del matrix, mask  # the dense weight's memory goes back when nobody holds it
@@ -275,6 +301,8 @@ class Lower(Pass):
             mask = torch.ones(1, 1, dtype=torch.bool, device=tensor.device).expand(weight.matrix_shape)
         assert mask is not None
         wanted = Layout.parse(self.layout)
+        if self.values:  # which ones is settled by the weight; none holds other masks than another
+            wanted = replace(wanted, values=EXAMPLES[0])
         if wanted.kind.devices is not None and device not in wanted.kind.devices:
             twin = wanted.kind.twins.get(device)
             moved = (
@@ -314,7 +342,7 @@ def _stays_dense(graph: Graph, weight: Weight) -> str:
 
 def _own_dense_kernels(graph: Graph, plans: dict[str, Choice]) -> list[str]:
     """Weights that stay dense, but not with F.linear."""
-    names = [n for n, plan in plans.items() if plan.best.layout.format == DENSE and plan.best.kernel == OWN]
+    names = [n for n, plan in plans.items() if plan.best.layout.stays and plan.best.kernel == OWN]
     for name in names:
         use_dense_kernel(graph, name, OWN)
     return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -69,7 +70,7 @@ class Setting:
     fused: bool = False  # a part of a fused product, whose call all parts share, whatever their formats
     prompt_tokens: int = 0  # rows of x before; 0: no prompt
     new_tokens: int = 1
-    values: str = ""  # the codec of packed values; empty: plain
+    values: tuple[str, ...] = ("",)  # codecs that packed values may have; "" for plain ones
 
     @property
     def products(self) -> tuple[tuple[int, int], ...]:
@@ -111,7 +112,7 @@ def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -
 def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Iterator[Candidate]:
     """Every layout worth a look that can hold the mask and has a kernel for it."""
     out_features, in_features = mask.shape
-    for open_layout in Layout.candidates(mask, setting.device, setting.values):
+    for open_layout in chain.from_iterable(Layout.candidates(mask, setting.device, v) for v in setting.values):
         try:
             layout, plan = open_layout.planned(mask, dtype)
             problem = Problem(

@@ -1,0 +1,55 @@
+"""Which quantised values a weight may have: those whose error stays within a bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsec.formats.values import Codec
+
+AUTO = "auto"
+ORDER = ("int4g64", "int4mg64", "int8", "")
+"""What `values='auto'` chooses among, the fewest bits first."""
+BOUND = 0.15
+
+
+def rounding_error(codec: Codec, weight: Tensor, mask: Tensor) -> float:
+    """|rounded - weight| / |weight| over what mask [out, in] keeps of weight [out, in]: what random x would see of the outputs.
+
+    FormatError for a weight that holds inf or NaN.
+    """
+    exact = weight.detach().float().masked_fill(~mask, 0.0)
+    rounded = codec.decode(codec.encode(weight, mask))
+    size = float(torch.linalg.vector_norm(exact))
+    return float(torch.linalg.vector_norm(rounded - exact)) / size if size else 0.0
+
+
+def admitted(values: str, bound: float, weight: Tensor, mask: Tensor) -> tuple[tuple[str, ...], str]:
+    """The codecs that weight [out, in] may have where mask [out, in] is True, the fewest bits first, and what has to be said of it.
+
+    values: a codec's name, "" for plain values, or `auto`. What a named one would spoil is kept in 8 bits, or plain.
+    """
+    if not values:
+        return ("",), ""
+    if values == AUTO:
+        wanted = list(ORDER)
+    else:
+        codec = Codec.parse(values)
+        wanted = [values, *([replace(codec, bits=8, middle=False).name] if codec.bits == 4 else []), ""]
+    found, refused = [], []
+    for name in wanted:
+        error = rounding_error(Codec.parse(name), weight, mask) if name else 0.0
+        if error <= bound:
+            found.append(name)
+            if values != AUTO:
+                break
+        else:
+            refused.append(f"{name} would err by {100 * error:.2g}% of the weight")
+    said = (
+        f"{found[0] or 'plain'} values, since {' and '.join(refused)}, over the bound of {100 * bound:g}%"
+        if refused
+        else ""
+    )
+    return tuple(found), said
