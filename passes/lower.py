@@ -15,7 +15,7 @@ from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import DENSE
-from sparsec.formats.quantised import DIGITS
+from sparsec.formats.quantised import DIGITS, Quantised
 from sparsec.formats.values import EXAMPLES, Codec
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
@@ -23,7 +23,7 @@ from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
-from sparsec.lowering.rounding import BOUND, admitted
+from sparsec.lowering.rounding import BOUND, admitted, digits_said
 from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_number, check_patterns, check_positive
@@ -193,6 +193,7 @@ class Lower(Pass):
                 spoilt.setdefault(weight.reason.partition(": ")[2], []).append(weight.name)
         notes += [f"{some(names)}: {said}" for said, names in spoilt.items()]
         done = [w for w in done if w.packed is not None]
+        notes += self._on_digits(done, context)
         notes += [
             f"{some(names)} {'stay' if names[1:] else 'stays'} dense: {reason}" for reason, names in dense.items()
         ]
@@ -200,6 +201,15 @@ class Lower(Pass):
         graph.module.graph.lint()
         graph.module.recompile()
         return _result(self.layout, done, own, notes)
+
+    def _on_digits(self, done: list[Weight], context: Context) -> list[str]:
+        """What is to be said of the digits that kernels make of x: the same of all, so one small matrix tells."""
+        packed = [w.packed for w in done if isinstance(w.packed, Quantised) and w.nnz]
+        if not packed:
+            return []
+        least = min(packed, key=lambda p: p.nbytes)
+        said = digits_said(least, select_kernel(Problem.of(least, self._rows(context))))
+        return [said] if said else []
 
     def _on_dense_kernel(self, graph: Graph, context: Context) -> PassResult:
         linears = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]

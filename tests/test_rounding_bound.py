@@ -11,6 +11,7 @@ from torch import nn
 import sparsec
 from sparsec.errors import SpecError
 from sparsec.formats.values import Codec
+from sparsec.kernels import status
 from sparsec.lowering.rounding import ORDER, admitted, rounding_error
 
 CODECS = st.sampled_from(("int8", "int8g64", "int4g64", "int4mg64", "int4g32"))
@@ -76,3 +77,17 @@ def test_values_auto_takes_the_fewest_bits_within_the_bound(layout: str) -> None
 def test_what_makes_no_sense_is_refused(spec: str, said: str) -> None:
     with pytest.raises(SpecError, match=said):
         sparsec.Pipeline.parse(spec)
+
+
+@pytest.mark.skipif(not status().built, reason="the reference makes no digits")
+def test_the_error_of_digits_is_measured_and_said() -> None:
+    errors = []
+    for digits in (1, 2, 3):
+        spec = f"magnitude(0.5),freeze,lower(bitmap, values='int8', digits={digits})"
+        made = sparsec.compile(model(), spec, example_inputs=torch.randn(3, 128))
+        (note,) = [n for n in made.sparsec.records[-1].notes if "of each number of x" in n]
+        assert note.startswith(f"{digits} digit")
+        errors.append(float(note.split("change products by ")[1].split(" ")[0]))
+    assert 1e-3 < errors[0] < 0.1
+    assert 1e-5 < errors[1] < 1e-3
+    assert errors[2] < 1e-5
