@@ -186,7 +186,7 @@ class QuantisedNM(QuantisedBitmap):
 
     def _kept_faults(self, stored: int) -> list[str]:
         flags = from_panels(unpack_bits(self.places["bits"]), *self.shape)
-        if not bool((flags.reshape(self.shape[0], -1, self.m).sum(2) == self.n).all()):
+        if not bool((flags.reshape(self.shape[0], self.shape[1] // self.m, self.m).sum(2) == self.n).all()):
             return [f"bits must keep {self.n} of every {self.m} columns of a row"]
         few = stored if self.codec.middle else 0
         return [] if few <= self.kept <= stored else [f"kept must be {few} to {stored}, got {self.kept}"]

@@ -20,7 +20,7 @@ from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.code_bytes import narrow, widen
 from sparsec.formats.faults import Field, check_pack, check_plan
-from sparsec.formats.values import TABLE, ZERO, Codec, Codes
+from sparsec.formats.values import LARGEST, TABLE, ZERO, Codec, Codes
 from sparsec.patterns import Pattern
 
 BYTE = (torch.uint8,)
@@ -218,6 +218,8 @@ class Quantised(Packed):
             return [f"group and kept must not be negative, got {self.group} and {self.kept}"]
         if self.digits not in DIGITS:
             return [f"digits must be 1, 2 or 3, got {self.digits}"]
+        if not self.m == self.n == 0 and self.format != "nm_int":
+            return [f"n and m must be 0, got {self.n} and {self.m}"]
         try:
             Codec.parse(self.codec.name)
         except SpecError as error:
@@ -244,8 +246,8 @@ class Quantised(Packed):
 
     def content_faults(self) -> list[str]:
         scale, middle = self.codec.spread(self.scale, *self.shape)
-        if not bool((scale.isfinite() & (scale >= 0)).all() and middle.isfinite().all()):
-            return ["scale must hold finite numbers of 0 and more, and finite middles"]
+        if not bool(((scale >= 0) & (scale * LARGEST + middle.abs()).isfinite()).all()):
+            return ["scale must hold finite numbers of 0 and more, and middles, that give finite weights"]
         if self.table.numel() and (not bool((self.table.int().diff() > 0).all()) or not int(self.table[0])):
             return [f"table must ascend from 1 or more, got {self.table.tolist()}"]
         return self._place_faults()

@@ -155,7 +155,7 @@ class Codec:
 
     def spread(self, scale: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         """Scale and middle [out, groups], fp32, of those of a packed matrix."""
-        both = scale.view(torch.bfloat16).float().transpose(1, 3).reshape(-1, scale.shape[2], scale.shape[1])
+        both = scale.view(torch.bfloat16).float().transpose(1, 3).flatten(0, 1)
         both = both[:out_features]
         return both[:, 0], both[:, 1] if self.middle else torch.zeros_like(both[:, 0])
 
@@ -163,14 +163,15 @@ class Codec:
         """[panels, groups, 1 or 2, 16] of scale and middle [out, groups]; absent rows have 0."""
         both = torch.stack((scale, middle)[: 1 + self.middle], 1)
         both = F.pad(both, (0, 0, 0, 0, 0, panel_count(len(scale)) * LANES - len(scale)))
-        panels = both.view(-1, LANES, *both.shape[1:]).permute(0, 3, 2, 1)
+        panels = both.view(panel_count(len(scale)), LANES, *both.shape[1:]).permute(0, 3, 2, 1)
         return panels.to(torch.bfloat16).contiguous().view(torch.int16)
 
     def _grouped(self, matrix: Tensor) -> Tensor:
         """[out, in] -> [out, groups, columns of a group], absent columns 0."""
         out_features, in_features = matrix.shape
         across = self.group or max(in_features, 1)
-        return F.pad(matrix, (0, self.groups(in_features) * across - in_features)).view(out_features, -1, across)
+        groups = self.groups(in_features)
+        return F.pad(matrix, (0, groups * across - in_features)).view(out_features, groups, across)
 
     def _in_steps(self, wide: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
         """Weights [out, in] in steps of their scale from their middle, -127 to 127."""
