@@ -263,8 +263,17 @@ def test_avx512_is_right_through_simde(tmp_path: Path) -> None:
     toolchain.find_compiler(simde=True).build(tmp_path / "emulated.so")
     # -P: the checkout must not be importable, or its `kernels` folder would be found under that name.
     command = [sys.executable, "-P", "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-    tests = CHECKOUT / "tests" / "test_kernels_products.py"
-    command += ["-q", "-rs", "-p", "no:cacheprovider", "-k", "avx512 or amx or vbmi2", str(tests)]
+    products, digits = (CHECKOUT / "tests" / f"test_{name}.py" for name in ("kernels_products", "digits"))
+    command += [
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "avx512 or amx or vbmi2 or test_digits",
+        str(products),
+        str(digits),
+    ]
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     environment["SPARSEC_NATIVE_LIBRARY"] = str(tmp_path / "emulated.so")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False)
