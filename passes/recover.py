@@ -9,7 +9,6 @@ under the mask (arXiv:2312.15230).
 from __future__ import annotations
 
 import gc
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,16 +24,17 @@ from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
-from sparsec.pipeline.trained import TextFigures, TrainingFigures
+from sparsec.pipeline.trained import TrainingFigures
 from sparsec.recover.blocks import BlockByBlock
+from sparsec.recover.figures import Figures, Looking, told
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
-from sparsec.recover.precision import DTYPES, Compute, loss_scale, precision
+from sparsec.recover.precision import DTYPES, Compute, dtype_of, loss_scale, precision
 from sparsec.recover.regrow import WAYS, Regrowth
 from sparsec.recover.state import StateFolder
 from sparsec.recover.stretches import Read, Stretches
 from sparsec.recover.student import LowRank, Student, Whole, write_trained
 from sparsec.recover.teacher import dense_reader
-from sparsec.recover.text import Call, TrainingText, training_text
+from sparsec.recover.text import LENGTH, Call, TrainingText, training_text
 from sparsec.recover.whole import Towards, WholeModel
 
 METHODS = ("distill", "blocks", "norms", "lora")
@@ -44,7 +44,6 @@ ACTIVATIONS = 3 << 27
 """Bytes of activations that are kept; further ones are computed again for their gradients."""
 _COUNTED = ("steps", "tokens", "seconds", "notes")
 """What a training block by block has done so far."""
-_Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Recover(Pass):
     learning_rate: float | None = field(default=None, kw_only=True)
     schedule: str = field(default="cosine", kw_only=True)
     batch: int = field(default=1, kw_only=True)
-    length: int | None = field(default=256, kw_only=True)
+    length: int | None = field(default=LENGTH, kw_only=True)
     seed: int = field(default=0, kw_only=True)
     optimizer: str = field(default="adamw", kw_only=True)
     weight_decay: float = field(default=0.0, kw_only=True)
@@ -160,6 +159,11 @@ class Recover(Pass):
         return self.method == "blocks" or self.cross_entropy < 1 or self.hidden > 0
 
     @property
+    def keeps_state_in(self) -> str | None:
+        """The folder of `checkpoint`."""
+        return self.checkpoint
+
+    @property
     def settings(self) -> Settings:
         """For the loop."""
         return Settings(
@@ -195,8 +199,9 @@ class Recover(Pass):
         text = training_text(graph, data, self.length, self.batch)
         stretches = Stretches(graph)
         self._check_head(stretches, context)
-        compute = precision(self.dtype, graph)
-        work = _Work(self, graph, context, text, teacher, names, stretches, compute)
+        begun = None if self.checkpoint is None else StateFolder.begun_with(self.checkpoint, "dtype")
+        dtype = dtype_of(self.dtype, graph, begun)
+        work = _Work(self, graph, context, text, teacher, names, stretches, dtype, precision(dtype, graph))
         try:
             return work.run()
         except (RuntimeError, MemoryError) as error:
@@ -232,32 +237,30 @@ class _Work:
     teacher: Read | None
     names: list[str]
     stretches: Stretches
+    dtype: str
     compute: tuple[str, Compute]
 
     def run(self) -> PassResult:
         options, text = self.options, self.text
         folder = None
         if options.checkpoint is not None:
-            told = f"{replace(options, checkpoint=None)} {self.compute[0]}"
-            folder = StateFolder.open(options.checkpoint, self.graph, self.teacher, text, told)
-        self._looking = self._model(self.graph.read, (*text.held, *text.second), Towards())
-        before = self._figures()
+            given = f"{replace(options, checkpoint=None)} {self.compute[0]}"
+            folder = StateFolder.open(options.checkpoint, self.graph, self.teacher, text, given)
+        looking = Looking(
+            self._model(self.graph.read, (*text.held, *text.second), Towards()), text, self.context.generates
+        )
+        before = looking.figures()
         at = self._blocks(folder) if options.method == "blocks" else self._whole(folder)
-        after = self._figures()
+        after: Figures = ({}, {})
+        try:
+            after = looking.figures()
+        except KeyboardInterrupt:
+            at.notes.append("interrupted while the figures after the training were taken; the trained weights stay")
         how = f"{at.steps} steps, {at.tokens:,} tokens, {at.seconds / 60:.1f} min, {self.compute[0]}"
-        held = _on_text(text.source, len(text.held), before[0], after[0])
-        second = _on_text(text.second_source, len(text.second), before[1], after[1]) if text.second else None
-        told = f"{_told(held)} on {held.sequences} sequences held out of {text.source}"
-        if second is not None:
-            told += f"; {_told(second)} on {second.text}, which was not trained on"
-        notes = [f"recover: {note}" for note in at.notes]
-        if second is None and text.stackable:
-            notes.append(
-                "recover: no second text was looked at, since token ids came without one; calibrate on a text with tokenizer= to "
-                "see what training on it does to others"
-            )
+        held, second = looking.on_texts(before, after)
+        notes = [f"recover: {note}" for note in (*at.notes, *looking.missing(self.options.length))]
         trained = TrainingFigures(options.method, at.steps, at.tokens, at.seconds, self.compute[0], held, second)
-        summary = f"{options.method}: {told}; {how}"
+        summary = f"{options.method}: {told(held, second)}; {how}"
         return PassResult(changed=True, summary=summary, notes=tuple(notes), training=trained)
 
     def _whole(self, folder: StateFolder | None) -> Progressed:
@@ -316,7 +319,7 @@ class _Work:
     ) -> None:
         """A state that cannot be saved costs the state, and not the training; it is said at once and in the end."""
         try:
-            folder.save(tensors, numbers)
+            folder.save(tensors, {**numbers, "dtype": self.dtype})
         except RecoverError as error:
             note = f"{error}; training goes on, and a stop now loses it"
             if note not in at.notes:
@@ -341,20 +344,6 @@ class _Work:
         wanted = towards or Towards(options.cross_entropy, options.hidden, options.temperature)
         return WholeModel(self.stretches, sequences, student, self.teacher, wanted, compute, stackable=text.stackable)
 
-    def _figures(self) -> tuple[_Figures, _Figures]:
-        """Of the graph as it is, on what is held out and on the second text."""
-        held = range(len(self.text.held))
-        return self._figures_on(held), self._figures_on(range(len(held), len(held) + len(self.text.second)))
-
-    def _figures_on(self, numbers: range) -> _Figures:
-        if not numbers:
-            return {}
-        losses = self._looking.losses(numbers)
-        if self.stretches.head() is None:
-            return {"error": losses.error}
-        perplexity = {"perplexity": math.exp(min(losses.cross_entropy, 700.0))} if self.context.generates else {}
-        return perplexity if self.teacher is None else {"divergence": losses.divergence, **perplexity}
-
     def _recomputed(self, model: WholeModel) -> float:
         """So much that about ACTIVATIONS bytes are kept at once."""
         wanted = model.activations(0) * min(self.options.batch, model.together(0))
@@ -362,15 +351,6 @@ class _Work:
 
     def _tell(self, share: float, text: str) -> None:
         self.context.step(f"recover {self.options.method}", round(1000 * share), 1000, text)
-
-
-def _on_text(source: str, sequences: int, before: _Figures, after: _Figures) -> TextFigures:
-    found = {f"{name}_before": value for name, value in before.items()}
-    return TextFigures(source, sequences, **found, **{f"{name}_after": value for name, value in after.items()})
-
-
-def _told(found: TextFigures) -> str:
-    return ", ".join(f"{what} {before:.4g} -> {after:.4g}" for what, (before, after) in found.changes().items())
 
 
 def _trained(graph: Graph, method: str) -> list[str]:

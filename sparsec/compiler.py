@@ -34,6 +34,7 @@ from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Pr
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.progress import stage
 from sparsec.recover.holding import Holding, strip
+from sparsec.taught import parameters, taught_by
 from sparsec.wrapped import refuse_meta, refuse_wrapper, traced_again
 
 DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
@@ -104,10 +105,10 @@ def compile(
     elsewhere = {} if copy else held_elsewhere(model)
     dense: Mapping[str, Tensor] = {}
     if copy:
-        dense = _parameters(model)  # the given model stays what it is: nothing is held twice
+        dense = parameters(model)  # the given model stays what it is: nothing is held twice
         model = _copied(model, shares)
     elif any(p.needs_dense for p in pipeline.passes):
-        dense = {name: tensor.clone() for name, tensor in _parameters(model).items()}
+        dense = {name: tensor.clone() for name, tensor in parameters(model).items()}
     strip(model)
     start = perf_counter()
     with stage(progress, "tracing"):
@@ -177,7 +178,7 @@ def extend(
     if drawn is None and tokenizer is not None and more.learning:
         drawn = draw.drawn()
     _require_calibration(more, drawn)
-    dense = _teacher(more, before.graph, teacher)
+    dense = taught_by(more, before.graph, teacher)
     shares = before.shares
     elsewhere = {} if copy or shares else held_elsewhere(compiled)
     model = _copied(compiled, shares) if copy else compiled
@@ -192,6 +193,8 @@ def extend(
         graph, said = traced_again(model, graph)
         notes += said
     notes += settle(graph)
+    if teacher is not None and not dense and not (isinstance(calibration, str) and calibration == SELF):
+        notes.append(f"teacher= was given, and none of {more} learns from it")
     again = [p for p in own.pipeline.passes if p.produces & (before.graph.facts - graph.facts)]
     more = Pipeline((*dict.fromkeys(again), *more.passes))
     data = draw.calls(graph, drawn)
@@ -293,39 +296,6 @@ def _emitted(
 def _learnt(pipeline: Pipeline, data: CalibrationData | None) -> dict[str, str]:
     """What a model was calibrated on, for those that it is given to."""
     return {"source": data.source, "sha256": data.sha256} if data is not None and pipeline.learning else {}
-
-
-def _teacher(pipeline: Pipeline, graph: Graph, teacher: nn.Module | None) -> dict[str, Tensor]:
-    """Its parameters by their names in the graph, in the graph's dtypes and on its device. CompileError without one that is needed,
-    and for one of other shapes."""
-    needing = next((p.name for p in pipeline.passes if p.needs_dense), None)
-    if teacher is None:
-        if needing is not None:
-            raise CompileError(
-                f"the pass {needing!r} learns from the dense model, which extend does not have: give it as teacher=, for instance "
-                "the model that was compiled"
-            )
-        return {}
-    if any(isinstance(m, SparseLinear) for m in teacher.modules()):
-        raise CompileError("teacher must be the dense model, and this one is lowered; give the model that was compiled")
-    refuse_meta(teacher)
-    held = _parameters(teacher)
-    for weight in graph.weights.values():
-        found = next((held[name] for name in (weight.name, *weight.aliases) if name in held), None)
-        if found is None or tuple(found.shape) != weight.shape:
-            has = "has none of that name" if found is None else f"has {list(found.shape)}"
-            what = " (another vocabulary)" if weight.group in ("embedding", "lm_head") and found is not None else ""
-            raise CompileError(
-                f"teacher: {weight.name} is {list(weight.shape)} in the pruned model, and the teacher {has}{what}; the teacher "
-                "must be the dense model that was pruned, or one of its shapes"
-            )
-        stored = graph.tensor(weight.name)
-        held[weight.name] = found.to(stored.device, stored.dtype)
-    return held
-
-
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _positions_and_pad(model: nn.Module) -> tuple[int | None, int | None]:

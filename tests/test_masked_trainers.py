@@ -281,8 +281,8 @@ for n in range(3):
     for name, mask in kept.items():
         assert not optimiser.state[model.get_parameter(name)]["exp_avg"][~mask].any()
 for way in ("rigl", "set"):
-    callback, state = sparsec.RegrowCallback(way, every=1), SimpleNamespace(max_steps=9)
-    for state.global_step in (1, 2):
+    callback, state = sparsec.RegrowCallback(way, every=2), SimpleNamespace(max_steps=9)
+    for state.global_step in (2, 4):
         before = masks(model)
         callback.on_step_begin(None, state, None, model=model)
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(30 * state.global_step + rank))

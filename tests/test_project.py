@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("console",),
     ("emitter", "evaluate", "inductor", "wrapped"),
+    ("taught",),
     ("report",),
     ("checkpoint", "compiled", "compiler", "loading", "training"),
     ("study",),

@@ -60,7 +60,7 @@ def test_counts_patterns_zeros_and_moments_hold_after_every_step(way: str, name:
     model = fresh(data.draw(st.sampled_from(PATTERNS)))
     before, optimiser = masks(model), OPTIMISERS[name](list(model.parameters()))
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    callback = sparsec.RegrowCallback(way, share=data.draw(st.floats(0.1, 1.0)), every=data.draw(st.integers(1, 2)))
+    callback = sparsec.RegrowCallback(way, share=data.draw(st.floats(0.1, 1.0)), every=data.draw(st.integers(2, 3)))
     for number in range(5):
         batches = [torch.randn(4, 16) for _ in range(data.draw(st.integers(1, 2)))]
         step(callback, model, optimiser, number, batches)
@@ -80,7 +80,7 @@ def test_rigl_grows_where_the_gradient_of_all_micro_batches_is_largest() -> None
     batches = [torch.randn(4, 16, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     for x in batches:
         plain(x).square().mean().backward()
-    step(sparsec.RegrowCallback("rigl", 0.2, 1), model, torch.optim.SGD(model.parameters(), lr=0.0), 1, batches)
+    step(sparsec.RegrowCallback("rigl", 0.2, 2), model, torch.optim.SGD(model.parameters(), lr=0.0), 2, batches)
     for name, mask in masks(model).items():
         came, gradient = mask & ~before[name], plain.get_parameter(name).grad.abs()
         assert came.any()
@@ -144,12 +144,12 @@ def test_what_comes_takes_no_longer_steps_than_what_stayed(way: str) -> None:
 def test_masks_stay_where_a_gradient_is_not_finite_and_that_is_said() -> None:
     model = fresh()
     before = masks(model)
-    with pytest.warns(SparsecWarning, match=r"not finite in step 2.*up\.weight"):
+    with pytest.warns(SparsecWarning, match=r"not finite in step 3.*up\.weight"):
         step(
-            sparsec.RegrowCallback(every=1),
+            sparsec.RegrowCallback(every=2),
             model,
             torch.optim.SGD(model.parameters(), lr=0.0),
-            1,
+            2,
             [torch.full((4, 16), torch.inf)],
         )
     assert all(torch.equal(mask, before[name]) for name, mask in masks(model).items())
@@ -212,7 +212,7 @@ def test_the_best_model_comes_back_with_its_masks(tmp_path: Path) -> None:
         made = trainer(
             model,
             tmp_path,
-            sparsec.RegrowCallback(every=1),
+            sparsec.RegrowCallback(every=2),
             eval_strategy="steps",
             eval_steps=2,
             save_steps=2,

@@ -136,6 +136,16 @@ class Pass(ABC):
         return super().__new__(cls)
 
     @property
+    def keeps_state_in(self) -> str | None:
+        """The folder that this instance keeps its state in; no other pass of a pipeline may."""
+        return None
+
+    @property
+    def uses_dense(self) -> bool:
+        """Whether this instance looks at the parameters as the model came in, where they are held."""
+        return self.needs_dense
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether this instance needs calibration data."""
         return False

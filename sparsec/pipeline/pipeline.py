@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import IOBase
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -102,6 +103,7 @@ class Pipeline:
 
         facts: what holds before the first pass.
         """
+        self._check_folders()
         held = set(facts)
         made: dict[str, str] = {}
         lost: dict[str, str] = {}
@@ -124,6 +126,20 @@ class Pipeline:
             made.update(dict.fromkeys(p.produces, me))
             lost.update(dict.fromkeys(p.invalidates & held, me))
             held = (held - p.invalidates) | p.produces
+
+    def _check_folders(self) -> None:
+        """Raises PipelineError where two passes would keep their state in one folder."""
+        known: dict[Path, str] = {}
+        for i, p in enumerate(self.passes, 1):
+            if p.keeps_state_in is None:
+                continue
+            me, place = f"pass {i} {p.name!r}", Path(p.keeps_state_in).expanduser().resolve()
+            if other := known.get(place):
+                raise PipelineError(
+                    f"{me} and {other} keep their state in one folder, {p.keeps_state_in!r}, where each would find the other's; "
+                    f"give each its own checkpoint=\n  {self}"
+                )
+            known[place] = me
 
     def _maker(self, fact: str, place: int) -> str:
         """What makes a fact true that is wanted at a place: a pass that stands too late, else those that there are."""

@@ -186,6 +186,11 @@ class CalibratedPruning(PruningPass):
         """Always."""
         return True
 
+    @property
+    def uses_dense(self) -> bool:
+        """Where `prune` is given them."""
+        return self.dense or self.needs_dense
+
     def scores(self, matrix: Tensor, statistics: Statistics) -> Tensor:
         """How much each weight of a matrix [out, in] matters, compared within its row; the larger in absolute value the more."""
         raise NotImplementedError(f"{type(self).__name__} gives no scores: it needs `scores`, or a `prune` of its own")

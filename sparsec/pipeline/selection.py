@@ -82,6 +82,9 @@ def path_matches(path: str, pattern: str) -> bool:
 
 def _matches(graph: Graph, pattern: str, option: str) -> list[Weight]:
     found = [w for w in graph.weights.values() if matches(graph, w, pattern)]
+    if not found and pattern in GROUPS:
+        there = ", ".join(dict.fromkeys(w.group for w in graph.weights.values()))
+        raise SelectionError(f"{option}: no weight of this model is in the group {pattern!r}; there are {there}")
     if not found:
         paths = list(dict.fromkeys(o for w in graph.weights.values() for o in (w.owners or (w.name,))))
         words = [*GROUPS, *paths, *dict.fromkeys(p.rpartition(".")[2] for p in paths)]

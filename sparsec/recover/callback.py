@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from sparsec import files, serial
-from sparsec.errors import RecoverError, SparsecWarning, briefly, some
+from sparsec.errors import RecoverError, SparsecWarning, SpecError, briefly, some
 from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.recover.holding import Holding, holding_of
 from sparsec.recover.regrow import WAYS, Regrowth, forget, receive
@@ -30,11 +30,11 @@ MASKS = "sparsec_masks.safetensors"
 class RegrowCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Moves the masks of a model that `sparsec.masked` gave back, while Trainer trains it: `Trainer(callbacks=[RegrowCallback()])`.
 
-    way: every `every` steps the weakest of the kept weights go, and as many others come: where the gradient is largest (`'rigl'`,
-    Evci et al. 2020, arXiv:1911.11134), or at random (`'set'`, Mocanu et al. 2018, arXiv:1707.04780; `seed`). share: of the kept
-    weights, at first; it falls as a cosine and is zero after three quarters of the steps. The count of every matrix stays, N:M
-    groups and blocks stay legal. What comes begins at zero and learns from the next step on, with the mean of the second moments
-    of what stayed, where the optimiser has such (Adam).
+    way: every `every` steps, 2 or more, the weakest of the kept weights go, and as many others come: where the gradient is largest
+    (`'rigl'`, Evci et al. 2020, arXiv:1911.11134), or at random (`'set'`, Mocanu et al. 2018, arXiv:1707.04780; `seed`). share: of
+    the kept weights, at first; it falls as a cosine and is zero after three quarters of the steps. The count of every matrix stays,
+    N:M groups and blocks stay legal. What comes begins at zero and learns from the next step on, with the mean of the second
+    moments of what stayed, where the optimiser has such (Adam).
 
     A checkpoint gets its masks in `sparsec_masks.safetensors`; resuming from it, and `load_best_model_at_end`, read them. Several
     processes of DistributedDataParallel have the same masks. Where a gradient is not finite, a mask stays and a SparsecWarning says
@@ -48,6 +48,11 @@ class RegrowCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         check_choice(way, "way", WAYS)
         check_number(share, "share", above=0.0, most=1.0)
         check_positive(every, "every")
+        if every == 1:
+            raise SpecError(
+                "every must be at least 2 steps, got 1: what comes begins at zero and learns from the next step on, so that it "
+                "would be the weakest and go again before it learned; in a real run take 20 or more"
+            )
         check_whole(seed, "seed")
         self.regrowth = Regrowth(way, share, every, seed)
         self._moving = False  # in the step that began

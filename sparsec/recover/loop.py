@@ -95,6 +95,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.at.scale = self.settings.scale
+        self.student.moves |= self.settings.regrowth is not None
         self._optimize()
 
     def _optimize(self) -> None:

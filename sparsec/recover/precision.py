@@ -22,6 +22,16 @@ _SCALE = 2.0**16
 _SIZE, _TIMES = 768, 5
 
 
+def dtype_of(dtype: str, graph: Graph, begun: object = None) -> str:
+    """`auto` is `fp32` or `bf16` from here on: as a training was begun that goes on, or else as the machine is faster. It stays
+    `auto` for a model stored in 16 bits."""
+    if dtype != "auto" or {w.dtype for w in graph.weights.values()} != {torch.float32}:
+        return dtype
+    if begun in _NAMED:
+        return str(begun)
+    return "bf16" if bf16_pays(next(graph.module.parameters()).device.type) else "fp32"
+
+
 def precision(dtype: str, graph: Graph) -> tuple[str, Compute]:
     """(name, what gives a context to compute in). A model stored in 16 bits computes in its own dtype; RecoverError for another."""
     tensor = next(graph.module.parameters())
@@ -34,7 +44,7 @@ def precision(dtype: str, graph: Graph) -> tuple[str, Compute]:
                 "it out, or convert the model first, as in model.float()"
             )
         return named, nullcontext
-    if dtype == "fp32" or (dtype == "auto" and not bf16_pays(tensor.device.type)):
+    if dtype_of(dtype, graph) == "fp32":
         return "float32", nullcontext
     return "bfloat16 products", partial(_half, tensor.device.type)
 

@@ -53,6 +53,14 @@ class StateFolder:
         folder.run = _fingerprint(graph, teacher, text, options)
         return folder
 
+    @staticmethod
+    def begun_with(path: str, name: str) -> object:
+        """A number of the state in a folder, as far as there is one: what an option was settled to. `load` says what is wrong."""
+        try:
+            return json.loads((Path(path).expanduser() / _STATE).read_text("utf-8"))[name]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
     @contextmanager
     def fitting(self) -> Iterator[None]:
         """Around what uses a state that was loaded. Raises RecoverError where its tensors are not those of the training."""

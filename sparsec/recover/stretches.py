@@ -114,7 +114,7 @@ class Stretches:
         products = [op for op in self.graph.ops.values() if op.group == "lm_head" and op.matrices]
         places = {node.name: node for node in self.steps}
         found = [places[op.node] for op in products if op.node in places and op.kind == "linear"]
-        if len(found) != 1 or self.in_place:
+        if len(found) != 1:
             return None
         hidden, at = found[0].args[0], self.position[found[0]]
         after = self.steps[at + 1 :]

@@ -33,7 +33,9 @@ class Student(ABC):
             if mask is not None:
                 self.masks[name] = mask
         self.leaves: dict[str, Tensor] = {}
-        self.moves = False  # whether masks differ from those of the graph
+        self.moves = (
+            False  # whether masks may differ from those of the graph: then every copy of the leaves has its masks
+        )
 
     @abstractmethod
     def read(self, target: str) -> Any:
@@ -60,7 +62,6 @@ class Student(ABC):
             self.masks[name] = regrowth.move(
                 self.weights[name], mask, leaf, leaf.grad, optimizer, step=step, number=number, done=done
             )
-            self.moves = True
 
     def kept(self) -> dict[str, Tensor]:
         """A copy of the leaves, of those with a mask the values that it keeps, one after the other; of masks where they move."""

@@ -13,6 +13,8 @@ from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
 
 Call = tuple[Tensor, ...]
+LENGTH = 256
+"""Tokens of a piece, at most, where nobody says another number."""
 _HELD = 2048
 """Tokens, at most, that are held out; and no more than an eighth of all sequences."""
 
