@@ -11,7 +11,7 @@
 // A lane is 32 bits: one column where values take 32 bits, two where they take 16. A step is one register: 16 lanes, one for each output
 // row of a panel. Its values stand lane by lane, in a lane column by column; a word of a bit for each says which are kept.
 //
-// Plain values are stored as x is: V is A, and a pointer is the cursor. Another codec specialises StoredAs and overloads the primitives.
+// Plain values are stored as x is: V is A, and a pointer is the cursor. Quantised ones have kernels of their own (digits.h).
 #pragma once
 #include "convert.h"
 #include "kernels.h"
