@@ -29,34 +29,48 @@ inline __m256i codes_of(const uint8_t* from, Table table) {
 }
 inline Quads load4(const uint8_t* from, Table table) { return {{codes_of(from, table), codes_of(from + 16, table)}}; }
 
-// Eight bytes each of two places; a byte that is not kept is 128.
-inline __m128i sixteen(const uint8_t* first, const uint8_t* second, uint64_t low, uint64_t high) {
+// Codes of two bytes of a word, those of the second in the upper half, to where its bits are; a code that is not kept is 128.
+inline __m128i placed(__m128i codes, uint64_t low, uint64_t high) {
   const __m128i zero = _mm_set1_epi8(-128);
-  __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
-  codes = _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(codes), reinterpret_cast<const double*>(second)));
   __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandByte.rows[low]));
   places = _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(places), reinterpret_cast<const double*>(kExpandByteHigh.rows[high])));
-  return _mm_xor_si128(_mm_shuffle_epi8(_mm_xor_si128(codes, zero), places), zero);
+  return _mm_or_si128(_mm_shuffle_epi8(codes, places), _mm_and_si128(places, zero));
 }
+inline Quads joined(const __m128i (&parts)[4]) { return {{_mm256_set_m128i(parts[1], parts[0]), _mm256_set_m128i(parts[3], parts[2])}}; }
+
 inline Quads expand8(const uint8_t* from, uint64_t bits) {
-  Quads q;
   __m128i parts[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const uint64_t low = (bits >> (16 * i)) & 255, high = (bits >> (16 * i + 8)) & 255;
     const uint8_t* const second = from + __builtin_popcountll(low);
-    parts[i] = sixteen(from, second, low, high);
+    __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    codes = _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(codes), reinterpret_cast<const double*>(second)));
+    parts[i] = placed(codes, low, high);
     from = second + __builtin_popcountll(high);
   }
-  q.half[0] = _mm256_set_m128i(parts[1], parts[0]);
-  q.half[1] = _mm256_set_m128i(parts[3], parts[2]);
-  return q;
+  return joined(parts);
+}
+// Eight halves of bytes from the `at`-th on.
+inline uint64_t eight_halves(const uint8_t* from, int at) {
+  uint64_t word;
+  memcpy(&word, from + at / 2, 8);
+  return (word >> (4 * (at % 2))) & 0xffffffffu;
 }
 inline Quads expand4(const uint8_t* from, uint64_t bits, Table table) {
-  alignas(32) uint8_t codes[64 + 8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(codes), codes_of(from, table));
-  if (__builtin_popcountll(bits) > 32) _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), codes_of(from + 16, table));
-  return expand8(codes, bits);
+  __m128i parts[4];
+  int at = 0;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t low = (bits >> (16 * i)) & 255, high = (bits >> (16 * i + 8)) & 255;
+    const int second = at + __builtin_popcountll(low);
+    const uint64_t both = eight_halves(from, at) | eight_halves(from, second) << 32;
+    at = second + __builtin_popcountll(high);
+    const __m128i bytes = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(static_cast<long long>(both)));
+    const __m128i halves = _mm_and_si128(_mm_or_si128(bytes, _mm_slli_epi16(bytes, 4)), _mm_set1_epi8(15));
+    parts[i] = placed(_mm_shuffle_epi8(_mm256_castsi256_si128(table), halves), low, high);
+  }
+  return joined(parts);
 }
 inline Quads ones(uint64_t bits) {
   Quads q;
