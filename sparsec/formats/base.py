@@ -150,6 +150,10 @@ class Packed(ABC):
         """The dense matrix [out, in] that kernels multiply by: where values are quantised, in fp32."""
         return self.unpack()
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of `unpack()`, bit for bit: [n, in_features] of row numbers ids [n], each from 0 to out_features - 1."""
+        return self.unpack().index_select(0, ids)
+
     @abstractmethod
     def fields(self) -> list[Field]:
         """What every tensor must look like, given the others and the scalars; may stop at the first that hides the rest."""

@@ -29,6 +29,7 @@ from sparsec.formats.panels import (
     unpack_bits,
 )
 from sparsec.formats.positions import flat_positions, starts
+from sparsec.formats.rows import bitmap_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,11 @@ class Bitmap(Packed):
         flags = unpack_bits(self.bits)
         panels = self.values.new_zeros(flags.shape).masked_scatter(flags, self.values)
         return from_panels(panels, self.out_features, self.in_features)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        flags, places = bitmap_rows(self.bits, ids)
+        places = places + self.panel_ptr[ids // LANES].long()[:, None]
+        return self.values[places].masked_fill(~flags, 0)[:, : self.in_features]
 
     def fields(self) -> list[Field]:
         panels = panel_count(self.out_features)

@@ -22,6 +22,7 @@ from sparsec.formats.csr import csr_rows
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.panels import lane_columns
 from sparsec.formats.positions import flat_positions, starts, unsigned
+from sparsec.formats.rows import row_entries
 from sparsec.formats.sound import ascending
 from sparsec.patterns import Pattern
 
@@ -147,6 +148,12 @@ class BSR(Packed):
         _, steps, _, lane = self.values.shape
         blocks = self.values.new_zeros(rows * columns, steps, r, lane).index_copy(0, places, self.values)
         return blocks.view(rows, columns, steps, r, lane).permute(0, 3, 1, 2, 4).reshape(rows * r, columns * c)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        r = self.block[0]
+        row_ptr, at = row_entries(self.row_ptr, ids // r)
+        inside = (ids % r)[csr_rows(row_ptr, len(at))]
+        return replace(self, values=self.values[at, :, inside].unsqueeze(2), col_idx=self.col_idx[at], row_ptr=row_ptr).scatter()
 
     def describe(self) -> str:
         return f"bsr{self.block[0]}x{self.block[1]}"

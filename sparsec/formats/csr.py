@@ -10,7 +10,7 @@ were not kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +21,7 @@ from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import MAX_COUNT, Packed, Plan
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.positions import columns, flat_positions, starts, unsigned
+from sparsec.formats.rows import row_entries
 from sparsec.formats.sound import ascending, distances_ascend
 
 VALUE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,6 +121,10 @@ class CSR(Packed):
         dense = self.values.new_zeros(self.out_features * self.in_features)
         positions = rows * self.in_features + csr_columns(self.col_idx, self.row_ptr, rows)
         return dense.index_copy(0, positions, self.values).view(self.out_features, self.in_features)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        row_ptr, at = row_entries(self.row_ptr, ids)
+        return replace(self, values=self.values[at], col_idx=self.col_idx[at], row_ptr=row_ptr, out_features=len(ids)).scatter()
 
     def describe(self) -> str:
         return f"csr{self.index_bits}"

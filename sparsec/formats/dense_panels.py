@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.faults import Field, check_pack, check_plan
 from sparsec.formats.panels import LANES, from_panels, lane_columns, panel_count, step_count, to_panels
+from sparsec.formats.rows import panel_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,9 @@ class DensePanels(Packed):
 
     def scatter(self) -> Tensor:
         return from_panels(self.values, *self.shape)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return panel_rows(self.values, ids)[:, : self.in_features]
 
     def fields(self) -> list[Field]:
         lane = lane_columns(self.values.dtype)

@@ -21,6 +21,7 @@ from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
 from sparsec.formats.panels import LANES, from_panels, lane_columns, panel_count, step_count, to_panels
 from sparsec.formats.positions import bits_of, flat_positions
+from sparsec.formats.rows import panel_rows
 from sparsec.formats.sound import slots_ascend
 from sparsec.patterns import Pattern
 
@@ -136,6 +137,16 @@ class NM(Packed):
         panels, groups = panel_count(self.out_features), self.in_features // self.m
         columns = (words.unsqueeze(1) >> b * lanes & (self.m - 1)).view(panels, groups * self.n, LANES)
         return columns.transpose(1, 2).reshape(panels * LANES, groups, self.n)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        b, groups = INDEX_BITS[self.m], self.in_features // self.m
+        lane = ids % LANES
+        held = self.index[:-PADDING].view(panel_count(self.out_features), groups * self.n, 2, b)[ids // LANES, :, lane // 8]
+        words = (held.long() << 8 * torch.arange(b, device=held.device)).sum(2)
+        columns = (words >> (b * (lane % 8))[:, None] & (self.m - 1)).view(-1, groups, self.n)
+        numbers = bits_of(panel_rows(self.values, ids)[:, : groups * self.n].contiguous()).view(columns.shape)
+        dense = numbers.new_zeros(len(ids), groups, self.m).scatter(2, columns, numbers)
+        return dense.view(self.values.dtype).flatten(1)
 
     def describe(self) -> str:
         return f"nm{self.n}:{self.m}"

@@ -20,6 +20,7 @@ from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.code_bytes import narrow, widen
 from sparsec.formats.faults import Field, check_pack, check_plan
+from sparsec.formats.quantised_rows import codes_of_rows
 from sparsec.formats.values import LARGEST, TABLE, ZERO, Codec, Codes
 from sparsec.patterns import Pattern
 
@@ -202,9 +203,16 @@ class Quantised(Packed):
         return self.codec.decode(Codes(self.scatter(), self.scale, self.table))
 
     def unpack(self) -> Tensor:
+        return self._rounded(self.exact())
+
+    def rows(self, ids: Tensor) -> Tensor:
+        codes = codes_of_rows(self._husk(), self.values, self.table, ids)
+        return self._rounded(self.codec.decode_rows(codes, self.scale, ids))
+
+    def _rounded(self, exact: Tensor) -> Tensor:
         # The nearest number of a half type may be inf where the weight was its largest.
         largest = torch.finfo(self.dtype).max
-        return self.exact().clamp_(-largest, largest).to(self.dtype)
+        return exact.clamp_(-largest, largest).to(self.dtype)
 
     def describe(self) -> str:
         return f"{self._husk().describe()}:{self.codec.name}"

@@ -119,11 +119,19 @@ class Codec:
 
     def decode(self, codes: Codes) -> Tensor:
         """The weight [out, in], fp32, that codes stand for."""
-        scale, middle = self.spread(codes.scale, *codes.codes.shape)
-        numbers = self._grouped(codes.codes.float().sub_(ZERO)) * scale[..., None]
+        return self._decoded(codes.codes, *self.spread(codes.scale, *codes.codes.shape))
+
+    def decode_rows(self, codes: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+        """Rows [n, in], fp32, that codes [n, in] stand for. scale: of the whole matrix, as in Codes. ids [n]: their numbers."""
+        both = scale[ids // LANES, :, :, ids % LANES].view(torch.bfloat16).float()
+        return self._decoded(codes, both[..., 0], both[..., -1])
+
+    def _decoded(self, codes: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+        """scale and middle [out, groups]."""
+        numbers = self._grouped(codes.float().sub_(ZERO)) * scale[..., None]
         if self.middle:
             numbers += middle[..., None]
-        return numbers.flatten(1)[:, : codes.codes.shape[1]].masked_fill(codes.codes == 0, 0.0)
+        return numbers.flatten(1)[:, : codes.shape[1]].masked_fill(codes == 0, 0.0)
 
     def scales(self, wide: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and middle [out, groups], fp32 numbers that bf16 holds, so that every kept weight is in reach."""
