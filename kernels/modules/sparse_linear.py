@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Self
-
 import torch
 from torch import Tensor, nn
 
 from sparsec import private
-from sparsec.errors import FormatError, KernelError
+from sparsec.errors import KernelError
 from sparsec.formats.base import Packed
-from sparsec.formats.layout import Layout, for_device
 from sparsec.formats.parts import format_number
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.fused import alone
 from sparsec.kernels.modules.group import Grouped
-from sparsec.kernels.modules.loading import loadable, unpickled
-from sparsec.kernels.modules.weight_view import WeightView, write_error
+from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.kernels.ops import explain, operator
 from sparsec.kernels.registry import Problem, select
 
 
-class SparseLinear(Grouped, nn.Module):
+class SparseLinear(Grouped, PackedLayer):
     """y = x @ W.T + bias with a packed W [out, in]; x is [..., in] in W's dtype.
 
     The packed tensors are buffers under the names that the format gives them; the bias stays the given Parameter.
@@ -38,21 +32,8 @@ class SparseLinear(Grouped, nn.Module):
     native product of many rows, as in the masked dense model, while the native product of few rows skips it.
     """
 
-    in_features: int
-    out_features: int
-    format: str
-    bias: nn.Parameter | None
-    path: str = ""
-    """Of the module in its model, for messages."""
-    follow: partial[Packed] | None = None
-    """Told of a new packed matrix, for a type of device; gives the one to hold. A copy of the module alone tells nobody, a copy of
-    a compiled model its own graph."""
-
     takes_place_of: type[nn.Module] = nn.Linear
     """The class of the dense layer that stood here: nn.Linear, one derived from it, or transformers' Conv1D."""
-
-    _before: str = ""
-    """The parameters of the layout that it had on another device."""
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         """Raises KernelError when the format has no operator, or the bias does not fit the matrix."""
@@ -61,42 +42,25 @@ class SparseLinear(Grouped, nn.Module):
             raise KernelError(
                 f"SparseLinear takes a packed matrix, such as CSR.pack gives, got {type(packed).__name__}"
             )
-        self.out_features, self.in_features = packed.shape
+        out_features = packed.shape[0]
         if bias is not None and not isinstance(bias, Tensor):
             raise KernelError(f"SparseLinear: bias must be a Tensor or None, got {type(bias).__name__}")
-        if bias is not None and (tuple(bias.shape) != (self.out_features,) or bias.dtype != packed.dtype):
+        if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != packed.dtype):
             raise KernelError(
-                f"SparseLinear: bias must be {packed.dtype} [{self.out_features}] as the packed matrix, "
+                f"SparseLinear: bias must be {packed.dtype} [{out_features}] as the packed matrix, "
                 f"got {bias.dtype} {list(bias.shape)}; convert it with .to(dtype)"
             )
-        self._take(packed)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", bias)
-        self._parameters["weight"] = None  # torch.nn.utils look for it here, and meet the errors of this class then
+        self._hold(packed, bias)
+
+    def _operator(self, packed: Packed) -> private.OpOverload:
+        return operator(packed)
 
     def _take(self, packed: Packed) -> None:
-        """Holds a packed matrix of this module's size in place of any before."""
-        for name in self.__dict__.get("_names", ()):
-            del self._buffers[name]
-        self.format = packed.format
-        self._packed_type = type(packed)
-        self._op = operator(packed)
-        self._names = tuple(packed.tensors())
-        self._scalars = packed.scalars()
-        self._scalar_args = tuple(self._scalars.values())
+        super()._take(packed)
         number = format_number(packed.format)
         self._layouts = tuple((number, has_bias, *self._scalar_args) for has_bias in (0, 1))
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(name, tensor)
-
-    def lay_out(self, device: str) -> None:
-        """Packs the matrix again where a type of device has kernels for another format: CSR becomes warp CSR on "cuda"."""
-        packed = self.packed
-        fitting = for_device(packed, device, self._before)
-        if fitting is not packed:
-            self._before = Layout.of(packed).parameters
-            self._take(fitting if self.follow is None else self.follow(fitting, device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]. KernelError when x does not fit the weight in size, dtype or device."""
@@ -140,107 +104,6 @@ class SparseLinear(Grouped, nn.Module):
             return tensors, self._layouts[0]
         return [*tensors, bias], self._layouts[1]
 
-    @property
-    def packed(self) -> Packed:
-        """The packed matrix; shares the buffers."""
-        tensors = {n: t for n in self._names if (t := self._buffers[n]) is not None}
-        return self._packed_type.from_parts(tensors, self._scalars)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense matrix [out, in], unpacked at every access, for reading. WeightError for what writes to it.
-
-        Under torch.compile and torch.export it is a plain tensor.
-        """
-        if torch.compiler.is_compiling():
-            return self.packed.unpack()
-        # Not in inference mode, whose tensors do not tell that they were written to.
-        with torch.inference_mode(False), torch.no_grad():
-            dense = self.packed.unpack()
-        return WeightView.of(dense, self.path) if type(dense) is Tensor else dense
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            raise write_error(self.path)
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        """WeightError for the weight and for the packed tensors: a parametrisation would take them away to compute them anew."""
-        if name == "weight" or name in self._names:
-            raise write_error(self.path)
-        super().__delattr__(name)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """WeightError for a weight, and for what pruning and normalising utilities make of one (`weight_orig`, `weight_g`)."""
-        if name.split("_")[0] == "weight":
-            self._parameters["weight"] = None  # torch.nn.utils.weight_norm has taken it out by now
-            raise write_error(self.path)
-        super().register_parameter(name, param)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`.to()` and friends, in place as for parameters: who shares a packed tensor (a tied layer, the graph) follows.
-
-        Then the matrix is laid out for the device that it is on.
-        """
-        self._check_dtype(fn(self._buffers["values"].new_empty(0, dtype=self.packed.dtype)).dtype)
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers.update(self.packed.ordered().tensors())
-        self._keep(before)
-        values = self._buffers["values"]
-        if type(values) is Tensor:  # not one that only pretends to have contents
-            self.lay_out(values.device.type)
-        return self
-
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        known, held = self._packed_type.dtypes, self.packed.dtype
-        if dtype != held and dtype not in known:
-            raise FormatError(
-                f"{self.path or 'SparseLinear'}: {self._packed_type.title} holds {', '.join(map(_plain, known))}, and cannot be "
-                f"converted to {_plain(dtype)}; take the model back with .to({held}), or convert the original and compile it "
-                "with lower(csr), which holds float64 too"
-            )
-
-    def admit(self, state: Mapping[str, Any], prefix: str, assign: bool) -> dict[str, Tensor]:
-        """What a state has for this module's packed tensors, by key. FormatError unless it is a valid matrix that fits."""
-        return loadable(self.path or prefix[:-1], self.packed, self._parameters.get("bias"), state, prefix, assign)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
-    ) -> None:
-        """Loads a whole valid matrix or raises FormatError. `assign=True` puts new tensors in place of the packed ones; who shares
-        them follows here too."""
-        admitted = self.admit(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
-        before = dict(self._buffers)
-        # Plain tensors: a Parameter that is assigned to a buffer's name would become a parameter.
-        super()._load_from_state_dict({**state_dict, **admitted}, prefix, local_metadata, *rest)
-        self._keep(before)
-
-    def _keep(self, before: Mapping[str, Tensor | None]) -> None:
-        """Gives the tensors held before the contents of those held now, and holds them again."""
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is old or old is None or new is None:
-                continue
-            if private.same_kind(old, new):  # not between meta and a real device
-                old.data = new.data
-                torch.autograd.graph.increment_version(old)
-                self._buffers[name] = old
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Operators cannot be pickled; the format names ours.
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_op", "follow")}
-        return {**kept, "order": self._packed_type.order}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """FormatError, before a kernel reads any of it, for a state that is no valid matrix of a known format."""
-        packed = unpickled(state)
-        super().__setstate__(state)
-        self._names = packed.tensor_names
-        self._take(packed)
-        if type(packed.values) is Tensor:  # not one that only pretends to have contents
-            self.lay_out(packed.values.device.type)
-
     def extra_repr(self) -> str:
         packed = self.packed
         problem = Problem.of(packed)
@@ -248,7 +111,3 @@ class SparseLinear(Grouped, nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{packed.describe()}, {packed.sparsity:.1%} zero, {select(problem).name}"
         )
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
