@@ -346,7 +346,7 @@ def _stays_dense(graph: Graph, weight: Weight) -> str:
         return "no kernel multiplies by fused experts that are sparse, so their zeros save neither bytes nor time yet"
     others = dense_readers(graph, weight.name)
     if others:
-        return f"it is also read as a dense tensor, by %{', %'.join(others)} (a tied embedding table, for instance)"
+        return f"it is also read as a dense tensor, by %{', %'.join(others)}"
     return ""
 
 

@@ -19,7 +19,8 @@ from sparsec.ir.carry import rebind
 from sparsec.ir.graph import Graph
 from sparsec.ir.parts import usual_rows
 from sparsec.ir.settle import settle
-from sparsec.kernels import Problem, SparseLinear, select
+from sparsec.kernels import Problem, select
+from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.memory import held
 from sparsec.pipeline import PassRecord, Pipeline
 from sparsec.recover.holding import Holding
@@ -105,7 +106,7 @@ class Compiled(Saveable):
         left = ("model", "holding")
         copied = {f.name: copying.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name not in left}
         for module in model.modules():
-            if isinstance(module, SparseLinear) and module.follow is not None and id(module) in memo:
+            if isinstance(module, PackedLayer) and module.follow is not None and id(module) in memo:
                 memo[id(module)].follow = follower(copied["kept"], module.follow.args[1])
         twin = memo.get(id(model), model)
         if self.holding is not None and twin is not model:

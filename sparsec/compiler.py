@@ -14,6 +14,7 @@ from sparsec.arguments import checked_but
 from sparsec.calibrate import SELF, SEQUENCES, CalibrationData, Sequences
 from sparsec.calibrate.data import takes_tokens
 from sparsec.calibrate.draw import CalibrationInput, Draw
+from sparsec.checkpoint.embeddings import guard_embeddings
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
 from sparsec.checkpoint.reference import ModelReference
@@ -27,7 +28,7 @@ from sparsec.ir.graph import Graph
 from sparsec.ir.parts import is_encoder, positions, usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
-from sparsec.kernels import SparseLinear
+from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.memory import computed, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
@@ -290,6 +291,7 @@ def _emitted(
     )
     object.__setattr__(model, "sparsec", compiled)
     guard_saving(model, compiled)
+    guard_embeddings(model)
     return model
 
 
@@ -338,7 +340,7 @@ def _refuse(model: nn.Module) -> None:
         raise CompileError(foreign)
     refuse_meta(model)
     inside = next((path for path, m in model.named_modules() if isinstance(vars(m).get("sparsec"), Compiled)), None)
-    sparse = next((path for path, m in model.named_modules() if isinstance(m, SparseLinear)), None)
+    sparse = next((path for path, m in model.named_modules() if isinstance(m, PackedLayer)), None)
     if inside is not None or sparse is not None:
         held = model.get_submodule(inside) if inside is not None else model
         lowered = sparse is not None or "lowered" in vars(held)["sparsec"].graph.facts
@@ -349,7 +351,7 @@ def _refuse(model: nn.Module) -> None:
                 "sparsec.extend(model, 'freeze,lower(auto)')"
             )
         where = (
-            f" ({sparse} is a SparseLinear): its dense weights are gone" if sparse else f" ({inside})" if inside else ""
+            f" ({sparse} is packed): its dense weights are gone" if sparse else f" ({inside})" if inside else ""
         )
         raise CompileError(
             f"this model is compiled already and lowered{where}; compile the original again with all passes in one "

@@ -22,6 +22,8 @@ from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.kernels.modules.loading import guard_loading
+from sparsec.kernels.modules.packed_layer import PackedLayer
+from sparsec.kernels.modules.sparse_embedding import SparseEmbedding, not_served
 from sparsec.lowering import repack
 
 HOOKS = (
@@ -50,9 +52,10 @@ def unpackable(model: nn.Module, graph: Graph) -> dict[str, str]:
     """Weight -> why no module can hold it packed: those that are `unswappable`, and those that a module holds dense elsewhere."""
     reasons = unswappable(model, graph)
     for weight in graph.weights.values():
-        products = graph.products_of(weight.name)
+        products, lookups = graph.products_of(weight.name), graph.lookups_of(weight.name)
         if products and weight.name not in reasons:
-            why = _elsewhere(model, weight, {op.owner_of(weight.name) for op in products})
+            why = [reason for op in lookups if (reason := _no_lookup(model, op.owner))]
+            why += _elsewhere(model, weight, {op.owner_of(weight.name) for op in (*products, *lookups)})
             reasons |= {weight.name: why[0]} if why else {}
     return reasons
 
@@ -67,6 +70,8 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
         if weight.packed is not None:
             for owner in dict.fromkeys(op.owner_of(weight.name) for op in graph.products_of(weight.name)):
                 _swap_packed(model, owner, weight, graph)
+            for owner in dict.fromkeys(op.owner for op in graph.lookups_of(weight.name)):
+                _swap_embedding(model, owner, weight, graph)
         elif weight.mask is not None and not weight.frozen:
             with torch.no_grad():
                 graph.tensor(weight.name).masked_fill_(~weight.mask, 0)
@@ -77,7 +82,7 @@ def emit(model: nn.Module, graph: Graph) -> tuple[str, ...]:
             _swap_dense(model, op.owner, op.weights[0])
         elif op.members:
             _group(model, graph, op)
-    guard_loading(model, SparseLinear)
+    guard_loading(model, PackedLayer)
     if not notes:
         return ()
     return (
@@ -120,7 +125,7 @@ def _elsewhere(model: nn.Module, weight: Weight, swapped: set[str]) -> list[str]
     holders = [name.rpartition(".")[0] for name in (weight.name, *weight.aliases)]
     others = [path for path in holders if id(model.get_submodule(path)) not in modules]
     return [
-        f"{path or 'the root module'} holds the same tensor, and the traced call did not multiply by it there"
+        f"{path or 'the root module'} holds the same tensor, and the traced call neither multiplied by it nor looked it up there"
         for path in others
     ]
 
@@ -155,6 +160,17 @@ def _reason(model: nn.Module, owner: str) -> str:
     return ""
 
 
+def _no_lookup(model: nn.Module, owner: str) -> str:
+    """Why the module that looks rows up cannot be swapped, "" where it can."""
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return f"the model has no module {owner!r}"
+    if reason := not_served(module):
+        return f"it is an embedding's table too, and {reason} ({owner or 'the root module'})"
+    return "" if owner else "the model is itself the embedding, and only modules inside of a model can be swapped"
+
+
 def conv1d_type() -> tuple[type[nn.Module], ...]:
     """transformers' Conv1D; nothing where transformers is not imported, since then no model has one."""
     found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
@@ -175,6 +191,16 @@ def _swap_packed(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> 
     assert bias is None or isinstance(bias, Tensor)
     new = SparseLinear(weight.packed, bias)
     new.path, new.follow, new.takes_place_of = owner, follower(graph, weight.name), type(old)
+    _swap(model, old, new)
+
+
+def _swap_embedding(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> None:
+    old = _owner(model, owner, weight.name)
+    if not_served(old):
+        raise EmitError(f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseEmbedding")
+    assert weight.packed is not None
+    new = SparseEmbedding.of(old, weight.packed)
+    new.path, new.follow = owner, follower(graph, weight.name)
     _swap(model, old, new)
 
 

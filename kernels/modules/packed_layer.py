@@ -128,8 +128,8 @@ class PackedLayer(nn.Module):
         known, held = self._packed_type.dtypes, self.packed.dtype
         if dtype != held and dtype not in known:
             raise FormatError(
-                f"{self.path or type(self).__name__}: {self._packed_type.title} holds {', '.join(map(_plain, known))}, and cannot be "
-                f"converted to {_plain(dtype)}; take the model back with .to({held}), or convert the original and compile it "
+                f"{self.path or type(self).__name__}: {self._packed_type.title} holds {', '.join(map(_plain, known))}, and cannot "
+                f"be converted to {_plain(dtype)}; take the model back with .to({held}), or convert the original and compile it "
                 "with lower(csr), which holds float64 too"
             )
 

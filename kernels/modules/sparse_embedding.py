@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Self
 
 import torch
@@ -24,8 +25,8 @@ _PROBE = torch.tensor([[0, 3, 3], [1, 0, 2]])
 class SparseEmbedding(PackedLayer):
     """Rows of a packed table [num_embeddings, embedding_dim] by token ids [...], as nn.Embedding gives them: [..., embedding_dim].
 
-    Times `embed_scale` where the embedding that stood here multiplies by it. Only the rows of the ids are expanded. The table has no
-    gradient. Not an nn.Embedding, because there is no weight that could be written to.
+    Times `embed_scale` where the embedding that stood here multiplies by it. Only the rows of the ids are expanded. The table has
+    no gradient. Not an nn.Embedding, because there is no weight that could be written to.
     """
 
     takes_place_of: type[nn.Module] = nn.Embedding
@@ -52,11 +53,27 @@ class SparseEmbedding(PackedLayer):
         """In the place of an embedding, `not_served` of which is empty."""
         made = cls(packed)
         made.takes_place_of = type(embedding)
-        known = ("training", "num_embeddings", "embedding_dim")
+        known = ("training", "forward", "num_embeddings", "embedding_dim")
         made.kept = {n: v for n, v in vars(embedding).items() if not n.startswith("_") and n not in known}
         if isinstance(scale := getattr(embedding, SCALE, None), Tensor):
             made.register_buffer(SCALE, scale, persistent=SCALE not in embedding._non_persistent_buffers_set)
         return made
+
+    def twin(self, packed: Packed) -> Self:
+        """One like it over another table."""
+        made = type(self)(packed)
+        made.takes_place_of, made.kept = self.takes_place_of, dict(self.kept)
+        if (scale := self._buffers.get(SCALE)) is not None:
+            made.register_buffer(SCALE, scale, persistent=SCALE not in self._non_persistent_buffers_set)
+        return made
+
+    def give_back(self, embedding: nn.Module, memo: dict[int, Any]) -> None:
+        """Lets a bare module of the class that stood here know what that one knew, but for its weight."""
+        vars(embedding).update(copy.deepcopy(self.kept, memo))
+        embedding.num_embeddings, embedding.embedding_dim = self.num_embeddings, self.embedding_dim
+        if (scale := self._buffers.get(SCALE)) is not None:
+            persistent = SCALE not in self._non_persistent_buffers_set
+            embedding.register_buffer(SCALE, copy.deepcopy(scale, memo), persistent=persistent)
 
     def _operator(self, packed: Packed) -> OpOverload:
         return embedding_operator(packed)
@@ -85,7 +102,9 @@ def not_served(embedding: nn.Module) -> str:
     kind = type(embedding)
     if not isinstance(embedding, nn.Embedding):
         return f"it is looked up inside {kind.__name__}, which is no nn.Embedding"
-    patched = embedding.__dict__.get("forward")  # by accelerate, which leaves the class's own there when it is taken off
+    patched = embedding.__dict__.get(
+        "forward"
+    )  # by accelerate, which leaves the class's own there when it is taken off
     if patched is not None and getattr(patched, "__func__", None) is not kind.forward:
         return f"a {kind.__name__} with a forward of its own looks it up"
     if embedding.max_norm is not None:

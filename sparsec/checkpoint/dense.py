@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from sparsec import files
 from sparsec.checkpoint.card import is_card
+from sparsec.checkpoint.embeddings import unguard_embeddings
 from sparsec.checkpoint.folder import CONFIG
 from sparsec.checkpoint.writing import own_files, shard_bytes
 from sparsec.emitter import HOOKS
 from sparsec.errors import CheckpointError
-from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.loading import unguard_loading
+from sparsec.kernels.modules.packed_layer import PackedLayer
+from sparsec.kernels.modules.sparse_embedding import SparseEmbedding
 from sparsec.memory import computed
 from sparsec.recover.holding import strip
 from sparsec.transformers_hook import METHOD
@@ -54,12 +56,12 @@ def dense_copy(model: Model, *, share: bool = False) -> Model:
     for module in model.modules():
         if (kept := vars(module).get("sparsec")) is not None:
             memo[id(kept)] = _Gone()
-        if isinstance(module, SparseLinear):
+        if isinstance(module, PackedLayer):
             memo[id(module)] = _unpacked(module, weights, memo, trained)
         elif type(module) is DenseLinear:
             memo[id(module)] = _plain(module, memo)
     for module in model.modules():
-        if isinstance(module, (SparseLinear, DenseLinear)) and id(module) in memo:
+        if isinstance(module, (PackedLayer, DenseLinear)) and id(module) in memo:
             made = memo[id(module)]
             made.train(module.training)
             for name in HOOKS:  # once every layer is known: a hook may hold some of them
@@ -70,6 +72,7 @@ def dense_copy(model: Model, *, share: bool = False) -> Model:
         for name in _OURS:
             vars(module).pop(name, None)
         _forget_loading(module)
+        unguard_embeddings(module)
     unguard_loading(twin)
     strip(twin)
     return twin
@@ -80,19 +83,22 @@ class _Gone:
 
 
 def _unpacked(
-    layer: SparseLinear, weights: dict[tuple[int, ...], nn.Parameter], memo: dict[int, Any], trained: bool
+    layer: PackedLayer, weights: dict[tuple[int, ...], nn.Parameter], memo: dict[int, Any], trained: bool
 ) -> Any:
     kind = layer.takes_place_of
     made: Any = kind.__new__(kind)
     nn.Module.__init__(made)
     packed = layer.packed
-    stored_as_is = issubclass(kind, nn.Linear)
+    stored_as_is = issubclass(kind, nn.Linear | nn.Embedding)
     key = (stored_as_is, *map(id, packed.tensors().values()))
     if key not in weights:
         with torch.no_grad():
             matrix = packed.unpack()
             weights[key] = nn.Parameter(matrix if stored_as_is else matrix.t().contiguous(), requires_grad=trained)
     made.weight = weights[key]
+    if isinstance(layer, SparseEmbedding):
+        layer.give_back(made, memo)
+        return made
     made.bias = _own(layer.bias, memo)
     if stored_as_is:
         made.in_features, made.out_features = layer.in_features, layer.out_features
@@ -152,7 +158,7 @@ def save_dense(
         raise CheckpointError(
             f"{empty} is on meta, which has no contents: an offloaded model is saved once it is whole"
         )
-    if any(isinstance(m, SparseLinear) for m in model.modules()):
+    if any(isinstance(m, PackedLayer) for m in model.modules()):
         options.pop("state_dict", None)  # the model's own, in which no weight is dense
     size = shard_bytes(max_shard_size)
     twin: Any = dense_copy(model, share=True)

@@ -83,21 +83,21 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         return None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from sparsec.checkpoint.embeddings import guard_embeddings
         from sparsec.checkpoint.folder import check_files, file_tensors
         from sparsec.checkpoint.reading import (
             by_name,
             check_packed,
             check_shape,
             dense_faults,
-            dense_kind,
             joint_faults,
+            layer_for,
             refuse,
             rest_faults,
             stored_matrix,
         )
         from sparsec.checkpoint.record import BUFFERS, below
         from sparsec.errors import CheckpointError
-        from sparsec.kernels import SparseLinear
 
         files: Sequence[str] = kwargs.get("checkpoint_files") or ()
         folder = check_files(files, self.record, str(getattr(model.config, "_name_or_path", "")))
@@ -124,9 +124,8 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             check_shape(path, packed, old, "config.json")
             stored_matrix(path, stored, named, str(folder), contents=False)
             bias = torch.empty(packed.shape[0], dtype=packed.dtype, device="meta") if stored.bias else None
-            layer = SparseLinear(packed, bias)
-            layer.path, layer.takes_place_of = path, dense_kind(old)
-            model.set_submodule(path, layer)
+            model.set_submodule(path, layer_for(old, path, packed, bias, "config.json"))
+        guard_embeddings(model)
         ignored: Any = model
         ignored._keys_to_ignore_on_load_unexpected = {
             *(ignored._keys_to_ignore_on_load_unexpected or ()),
@@ -142,12 +141,12 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from sparsec.checkpoint.folder import saved_report
         from sparsec.checkpoint.reading import check_packed, join, put_computed, say_loaded, tie
-        from sparsec.kernels import SparseLinear
+        from sparsec.kernels.modules.packed_layer import PackedLayer
 
         tie(model, self.record, "config.json")
         for path, stored in self.record.layers.items():
             layer = model.get_submodule(path)
-            assert isinstance(layer, SparseLinear)
+            assert isinstance(layer, PackedLayer)
             check_packed(path, stored, layer.packed, "the files")
             layer.lay_out(layer.packed.values.device.type)
         put_computed(model, self.computed, "the files")

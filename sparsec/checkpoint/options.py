@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsec.errors import CheckpointError
-from sparsec.kernels import SparseLinear
+from sparsec.kernels.modules.packed_layer import PackedLayer
 
 _WRITERS = ("accelerate", "torch", "safetensors")
 """Whose functions write tensors as they are, as is done here without them."""
@@ -27,7 +27,7 @@ def usable(model: nn.Module, options: Mapping[str, Any], dense: bool) -> dict[st
 
 def _state(model: nn.Module, given: Any, dense: bool) -> str:
     """Trainer and accelerate pass the model's own, which says nothing new; for a model without packed layers any will do."""
-    if given is None or not any(isinstance(m, SparseLinear) for m in model.modules()):
+    if given is None or not any(isinstance(m, PackedLayer) for m in model.modules()):
         return ""
     held = model.state_dict()
     same = isinstance(given, Mapping) and given.keys() == held.keys() and all(_is(given[n], t) for n, t in held.items())

@@ -17,7 +17,7 @@ from sparsec.checkpoint.record import History, Record
 from sparsec.checkpoint.writing import SHARD, describe, store
 from sparsec.errors import CheckpointError, CompileError
 from sparsec.ir.groups import of_peft
-from sparsec.kernels import SparseLinear
+from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.progress import Progress
 from sparsec.report.reread import reread
 
@@ -82,7 +82,7 @@ def guard_saving(model: nn.Module, saveable: Any) -> None:
         for name in ("save_pretrained", "push_to_hub"):
             if part is model:
                 object.__setattr__(part, name, getattr(saveable, name))
-            elif any(isinstance(m, SparseLinear) for m in part.modules()):
+            elif any(isinstance(m, PackedLayer) for m in part.modules()):
                 object.__setattr__(part, name, partial(_refuse_part, f"{type(part).__name__}.{name}"))
 
 

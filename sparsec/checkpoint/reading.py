@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsec.arguments import checked
+from sparsec.checkpoint.embeddings import guard_embeddings
 from sparsec.checkpoint.folder import CONFIG, read_json, read_whole, saved_report
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
@@ -26,6 +27,8 @@ from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.kernels.modules.loading import guard_loading
+from sparsec.kernels.modules.packed_layer import PackedLayer
+from sparsec.kernels.modules.sparse_embedding import SparseEmbedding, not_served
 
 
 @checked
@@ -54,13 +57,14 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
     object.__setattr__(model, "sparsec", loaded)
     remember_unowned(model, record.unowned)
     guard_saving(model, loaded)
+    guard_embeddings(model)
 
 
 def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Puts tensors into a model made for them: packed layers in place of linears, groups, dense kernels. All is checked before."""
+    """Puts tensors into a model made for them: packed layers in place of dense ones, groups, dense kernels. All is checked before."""
     refuse(where, tied_faults(record, tensors) + dense_faults(record, tensors))
     named, computed = by_name(record, tensors)
-    layers = {path: _sparse_linear(model, path, record, named, where) for path in record.layers}
+    layers = {path: _packed_layer(model, path, record, named, where) for path in record.layers}
     rest = record.unpacked(named)
     refuse(where, rest_faults(model, record, rest) + joint_faults(model, record) + computed_faults(model, computed))
     for path, layer in layers.items():
@@ -117,12 +121,10 @@ def join(model: nn.Module, record: Record) -> None:
             member = model.get_submodule(path)
             assert isinstance(member, Grouped)
             member.join(group, i)
-    guard_loading(model, SparseLinear)
+    guard_loading(model, PackedLayer)
 
 
-def _sparse_linear(
-    model: nn.Module, path: str, record: Record, named: Mapping[str, Tensor], where: str
-) -> SparseLinear:
+def _packed_layer(model: nn.Module, path: str, record: Record, named: Mapping[str, Tensor], where: str) -> PackedLayer:
     stored = record.layers[path]
     try:
         old = model.get_submodule(path)
@@ -132,10 +134,25 @@ def _sparse_linear(
         ) from error
     packed, bias = stored_matrix(path, stored, named, where)
     check_shape(path, packed, old, where)
-    layer = SparseLinear(packed, bias)
-    layer.path, layer.takes_place_of = path, dense_kind(old)
+    layer = layer_for(old, path, packed, bias, where)
     layer.train(old.training)
     layer.lay_out("cpu")
+    return layer
+
+
+def layer_for(old: nn.Module, path: str, packed: Packed, bias: Tensor | None, where: str) -> PackedLayer:
+    """The module that takes a linear's or an embedding's place. CheckpointError for an embedding whose place none can take."""
+    layer: PackedLayer
+    if isinstance(old, nn.Embedding):
+        if reason := not_served(old):
+            raise CheckpointError(f"{where}: layers names {path!r}, and no packed table can stand there: {reason}")
+        layer = SparseEmbedding.of(old, packed)
+    elif isinstance(old, SparseEmbedding):
+        layer = old.twin(packed)
+    else:
+        layer = SparseLinear(packed, bias)
+        layer.takes_place_of = dense_kind(old)
+    layer.path = path
     return layer
 
 
@@ -201,13 +218,15 @@ def put_computed(model: nn.Module, computed: Mapping[str, Tensor], where: str) -
 
 def dense_kind(module: nn.Module) -> type[nn.Module]:
     """The class of dense layer that a linear is, or stands for."""
-    return module.takes_place_of if isinstance(module, SparseLinear) else type(module)
+    return module.takes_place_of if isinstance(module, PackedLayer) else type(module)
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Of the linear map that a module is, [out, in]; None for another module."""
-    if isinstance(module, (nn.Linear, SparseLinear)):
+    """Of the linear map or the table that a module is, [out, in]; None for another module."""
+    if isinstance(module, (nn.Linear, PackedLayer)):
         return (module.out_features, module.in_features)
+    if isinstance(module, nn.Embedding):
+        return (module.num_embeddings, module.embedding_dim)
     if isinstance(module, conv1d_type()):
         rows, columns = module.weight.shape  # type: ignore[misc]
         return (int(columns), int(rows))

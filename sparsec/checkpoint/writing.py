@@ -26,9 +26,9 @@ from sparsec.checkpoint.folder import CONFIG
 from sparsec.checkpoint.record import BUFFERS, PREFIX, History, Record, Stored, dtype_name
 from sparsec.data.unowned import unowned
 from sparsec.errors import CheckpointError
-from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.group import Group, Grouped
+from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.progress import Progress, stage
 
 SHARD = 5_000_000_000
@@ -69,7 +69,7 @@ def store(
     """As `save`, with what is to be known of a model. config: what else stands in config.json."""
     history = history or History()
     place = Path(folder)
-    if isinstance(module, SparseLinear):
+    if isinstance(module, PackedLayer):
         raise CheckpointError("the module is itself a packed layer, which has no path; wrap it in nn.Sequential")
     stored, tied = _tensors(module)
     shards = _shards(stored, shard_bytes(max_shard_size))
@@ -101,7 +101,7 @@ def describe(module: nn.Module, history: History) -> Record:
     """What is to be known of a module, without its files."""
     return Record(
         files={},
-        layers={p: Stored.of(m.packed, m.bias, history.reasons.get(p, "")) for p, m in _sparse(module)},
+        layers={p: Stored.of(m.packed, m.bias, history.reasons.get(p, "")) for p, m in _packed(module)},
         dense_kernels=tuple(p for p, m in module.named_modules() if isinstance(m, DenseLinear)),
         groups=_groups(module),
         passes=history.passes,
@@ -111,8 +111,8 @@ def describe(module: nn.Module, history: History) -> Record:
     )
 
 
-def _sparse(module: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
-    return ((path, m) for path, m in module.named_modules(remove_duplicate=False) if isinstance(m, SparseLinear))
+def _packed(module: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
+    return ((path, m) for path, m in module.named_modules(remove_duplicate=False) if isinstance(m, PackedLayer))
 
 
 def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -41,8 +41,8 @@ def _counts(words: Tensor) -> Tensor:
 
 
 def row_entries(row_ptr: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows ids [n] that lie one after the other: where each would start if there were no others, int32 [n + 1], and which entries
-    they have."""
+    """Of rows ids [n] that lie one after the other: where each starts if there are no others, int32 [n + 1]; which entries they
+    have."""
     first = row_ptr[ids].long()
     counts = row_ptr[ids + 1].long() - first
     ends = counts.cumsum(0)

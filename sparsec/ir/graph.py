@@ -114,6 +114,10 @@ class Graph:
         """Linear products among them: what pruning is for and what lowering rewrites."""
         return [op for op in self.ops_of(weight) if op.kind in MATRIX_KINDS]
 
+    def lookups_of(self, weight: str) -> list[Op]:
+        """Ops that look its rows up, a table's; not those that sum them as well (embedding bags)."""
+        return [op for op in self.ops_of(weight) if op.kind == "embedding" and _looks_up(self.node(op.node))]
+
     def is_linear(self, name: str) -> bool:
         """Whether the weight is the matrix of a linear product (a tied lm_head is one too: its table is also an embedding)."""
         return bool(self.products_of(name))
@@ -187,6 +191,10 @@ class Graph:
             notes=list(self.notes),
             example=self.example,
         )
+
+
+def _looks_up(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.embedding.default or str(node.target).startswith("sparsec.")
 
 
 def _matrices(weight: Weight, stored: Tensor) -> list[Tensor]:

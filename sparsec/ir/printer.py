@@ -72,7 +72,7 @@ def _line(graph: Graph, node: fx.Node) -> str:
     arguments = [
         _argument(a) for a in node.args if not (isinstance(a, fx.Node) and a.op == "get_attr" and a.target in hidden)
     ]
-    if op is not None and op.kind in MATRIX_KINDS:
+    if op is not None and (op.kind in MATRIX_KINDS or _packed(graph, op)):
         # the bias and the sizes are the owner's
         arguments = [_argument(a) for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
     arguments += [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
@@ -141,7 +141,7 @@ def _fused_text(graph: Graph, op: Op) -> str:
 
 def _weight_text(weight: Weight, op: Op) -> str:
     text = f"{dtype_text(weight.dtype)} [{'x'.join(map(str, weight.shape))}]"
-    if op.kind not in MATRIX_KINDS:
+    if op.kind not in MATRIX_KINDS and weight.packed is None:
         return text
     text += f" {weight.format}"
     if kernel := op.kernel_of(weight.name):
@@ -151,6 +151,10 @@ def _weight_text(weight: Weight, op: Op) -> str:
     if weight.sparsity is not None:
         text += f" {100 * weight.sparsity:.1f}% zero"
     return text
+
+
+def _packed(graph: Graph, op: Op) -> bool:
+    return any(name in graph.weights and graph.weights[name].packed is not None for name in op.matrices)
 
 
 def _held_tensors(graph: Graph, op: Op | None) -> set[str]:

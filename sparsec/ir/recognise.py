@@ -76,6 +76,8 @@ def read(node: fx.Node, parameters: frozenset[fx.Node], modules: Mapping[str, nn
         kind, members = "fused_linear", _members(node)
     elif namespace == "sparsec" and name.endswith("_linear") and name != "dense_linear":
         kind = "sparse_linear"
+    elif namespace == "sparsec" and name.endswith("_embedding"):
+        kind = "embedding"
     elif (namespace, name) in (("aten", "linear"), ("sparsec", "dense_linear")):
         weight = _node(node.args[1])
         matrix, kind = _behind(weight, _SAME), "linear"

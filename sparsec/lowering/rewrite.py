@@ -6,6 +6,7 @@ The choice of the format and of the kernel is the pass's; nothing here asks whet
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -14,10 +15,11 @@ from sparsec.formats.parts import Part, flatten, unflatten
 from sparsec.ir.facts import Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem, operator, select
+from sparsec.kernels.embedding import embedding_operator
 
 
 def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str) -> Weight:
-    """Puts `packed` in the place of a dense weight and of its mask, in every product of it; returns the new record.
+    """Puts `packed` in the place of a dense weight and of its mask, wherever it is read; returns the new record.
 
     packed: the matrix [out, in], whatever layout the weight is stored in. kernel: name of the kernel that serves it. The
     dense tensor's memory goes back when nobody else holds it: it is never taken away, since others may read it past torch.
@@ -31,12 +33,14 @@ def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str) -> Weight
             _rewrite_part(graph, op, name, packed, kernel)
         else:
             _rewrite(graph, op, weight, packed, kernel)
+    for op in graph.lookups_of(name):
+        _look_up(graph, op, graph.node(op.node).args[1], name, packed)
     _drop(graph, name)
     return graph.update(name, packed=packed, mask=None, nnz=packed.nnz)
 
 
 def repack(graph: Graph, name: str, packed: Packed, device: str) -> Packed:
-    """Puts the same matrix in another format in the place of a packed one, in every product of it; returns what the graph holds.
+    """Puts the same matrix in another format in the place of a packed one wherever it is read; returns what the graph holds.
 
     The module that was moved to another device tells the graph so; of several modules that share a weight the first one does, and
     the others take over what that one left. `graph.run` follows; call `graph.module.recompile()` to call the module itself.
@@ -56,6 +60,8 @@ def repack(graph: Graph, name: str, packed: Packed, device: str) -> Packed:
             bias = node.args[1 + len(held.tensors())]
             node.target, node.args = operator(packed), (node.args[0], *parts, bias, *packed.scalars().values())
             graph.ops[op.node] = replace(op, kernel=kernel)
+    for op in graph.lookups_of(name):
+        _look_up(graph, op, graph.node(op.node).args[0], name, packed)
     for node in [n for n in graph.module.graph.nodes if n.op == "get_attr" and not n.users]:
         if any(_reads(node, buffer_name(name, part)) for part in held.tensors()):
             graph.module.graph.erase_node(node)
@@ -67,8 +73,8 @@ def repack(graph: Graph, name: str, packed: Packed, device: str) -> Packed:
 
 
 def dense_readers(graph: Graph, name: str) -> tuple[str, ...]:
-    """Nodes that read a weight as a dense tensor, so that it cannot be packed: everything but its own products."""
-    products = {op.node for op in graph.products_of(name)}
+    """Nodes that read a weight as a dense tensor, so that it cannot be packed: everything but its products and look-ups."""
+    products = {op.node for op in (*graph.products_of(name), *graph.lookups_of(name))}
     reads = [(user, node) for node in graph.module.graph.nodes if _reads(node, name) for user in node.users]
     others = {user.name for user, _ in reads if user.name not in products}
     # x @ (w @ w.T): the product's other operand is the weight itself
@@ -107,6 +113,12 @@ def _rewrite(graph: Graph, op: Op, weight: Weight, packed: Packed, kernel: str) 
     node.args = (x, *parts, bias, *packed.scalars().values())
     node.kwargs = {}
     graph.ops[op.node] = replace(op, kind="sparse_linear", kernel=kernel)
+
+
+def _look_up(graph: Graph, op: Op, ids: Any, name: str, packed: Packed) -> None:
+    node = graph.node(op.node)
+    parts = _packed_nodes(graph, node, name, packed)
+    node.target, node.args, node.kwargs = embedding_operator(packed), (ids, *parts, *packed.scalars().values()), {}
 
 
 def _rewrite_part(graph: Graph, op: Op, name: str, packed: Packed, kernel: str) -> None:
