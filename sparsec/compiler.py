@@ -350,9 +350,7 @@ def _refuse(model: nn.Module) -> None:
                 f"this model is compiled already{at}, and not lowered yet; sparsec.extend goes on with it, for instance "
                 "sparsec.extend(model, 'freeze,lower(auto)')"
             )
-        where = (
-            f" ({sparse} is packed): its dense weights are gone" if sparse else f" ({inside})" if inside else ""
-        )
+        where = f" ({sparse} is packed): its dense weights are gone" if sparse else f" ({inside})" if inside else ""
         raise CompileError(
             f"this model is compiled already and lowered{where}; compile the original again with all passes in one "
             "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'"

@@ -197,7 +197,9 @@ def _swap_packed(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> 
 def _swap_embedding(model: nn.Module, owner: str, weight: Weight, graph: Graph) -> None:
     old = _owner(model, owner, weight.name)
     if not_served(old):
-        raise EmitError(f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseEmbedding")
+        raise EmitError(
+            f"{weight.name}: {owner} is a {type(old).__name__}, which cannot be swapped for a SparseEmbedding"
+        )
     assert weight.packed is not None
     new = SparseEmbedding.of(old, weight.packed)
     new.path, new.follow = owner, follower(graph, weight.name)

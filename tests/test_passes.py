@@ -242,14 +242,13 @@ def test_default_targets_are_the_linears_of_the_blocks_and_the_head_only_when_na
     assert not named & blocks
 
 
-def test_a_tied_head_that_is_named_is_pruned_but_stays_dense_because_it_is_the_embedding_too() -> None:
+def test_a_tied_head_that_is_named_is_pruned_and_packed_with_the_embedding_that_it_is_too() -> None:
     model, _ = tiny_model("gpt2")
     compiled = sparsec.compile(model, "magnitude(0.5, targets=lm_head),freeze,lower(csr)")
-    (weight,) = compiled.sparsec.graph.masked()
-    assert "transformer.wte holds the same tensor" in weight.reason
-    assert weight.packed is None
+    weight = compiled.sparsec.graph.weights["transformer.wte.weight"]
+    assert weight.format == "csr16"
+    assert compiled.transformer.wte.values is compiled.lm_head.values
     assert compiled.sparsec.records[0].notes[0].startswith(f"{weight.name}: is the table of an embedding too")
-    assert "stays dense" in compiled.sparsec.records[-1].notes[0]
 
 
 @given(case=small_models())

@@ -61,7 +61,7 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
 
 
 def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Puts tensors into a model made for them: packed layers in place of dense ones, groups, dense kernels. All is checked before."""
+    """Puts tensors into a model made for them: packed layers for dense ones, groups, dense kernels. All is checked before."""
     refuse(where, tied_faults(record, tensors) + dense_faults(record, tensors))
     named, computed = by_name(record, tensors)
     layers = {path: _packed_layer(model, path, record, named, where) for path in record.layers}

@@ -153,7 +153,9 @@ class BSR(Packed):
         r = self.block[0]
         row_ptr, at = row_entries(self.row_ptr, ids // r)
         inside = (ids % r)[csr_rows(row_ptr, len(at))]
-        return replace(self, values=self.values[at, :, inside].unsqueeze(2), col_idx=self.col_idx[at], row_ptr=row_ptr).scatter()
+        return replace(
+            self, values=self.values[at, :, inside].unsqueeze(2), col_idx=self.col_idx[at], row_ptr=row_ptr
+        ).scatter()
 
     def describe(self) -> str:
         return f"bsr{self.block[0]}x{self.block[1]}"

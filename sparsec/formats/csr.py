@@ -124,7 +124,9 @@ class CSR(Packed):
 
     def rows(self, ids: Tensor) -> Tensor:
         row_ptr, at = row_entries(self.row_ptr, ids)
-        return replace(self, values=self.values[at], col_idx=self.col_idx[at], row_ptr=row_ptr, out_features=len(ids)).scatter()
+        return replace(
+            self, values=self.values[at], col_idx=self.col_idx[at], row_ptr=row_ptr, out_features=len(ids)
+        ).scatter()
 
     def describe(self) -> str:
         return f"csr{self.index_bits}"

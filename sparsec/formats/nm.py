@@ -141,9 +141,11 @@ class NM(Packed):
     def rows(self, ids: Tensor) -> Tensor:
         b, groups = INDEX_BITS[self.m], self.in_features // self.m
         lane = ids % LANES
-        held = self.index[:-PADDING].view(panel_count(self.out_features), groups * self.n, 2, b)[ids // LANES, :, lane // 8]
+        held = self.index[:-PADDING].view(panel_count(self.out_features), groups * self.n, 2, b)[
+            ids // LANES, :, lane // 8
+        ]
         words = (held.long() << 8 * torch.arange(b, device=held.device)).sum(2)
-        columns = (words >> (b * (lane % 8))[:, None] & (self.m - 1)).view(-1, groups, self.n)
+        columns = (words >> (b * (lane % 8))[:, None] & (self.m - 1)).view(len(ids), groups, self.n)
         numbers = bits_of(panel_rows(self.values, ids)[:, : groups * self.n].contiguous()).view(columns.shape)
         dense = numbers.new_zeros(len(ids), groups, self.m).scatter(2, columns, numbers)
         return dense.view(self.values.dtype).flatten(1)

@@ -88,8 +88,7 @@ def tied_table(report: ReportData) -> str | None:
     halve = "load the model with dtype=torch.bfloat16 to halve it, or " if row.value_bytes > 2 else ""
     return (
         f"{row.name} is {mega(row.bytes_held)} of {mega(report.bytes_dense)} MB and stays dense: embedding and head share it; "
-        f"{halve}untie the head and prune it, for speed and not for bytes: head = model.get_output_embeddings(); "
-        "head.weight = torch.nn.Parameter(head.weight.detach().clone()), then targets=('attention', 'mlp', 'lm_head')"
+        f"{halve}pack it in 8 bits, for both: add the pass lower(dense, values='int8', targets=('lm_head',))"
     )
 
 

@@ -17,7 +17,7 @@ from sparsec.report.recovery import on_second_text, recovery_tables, recovery_te
 from sparsec.report.roles import by_role, middle, most
 from sparsec.report.summary import summary_lines
 from sparsec.report.variant import metrics
-from sparsec.report.words import chosen_because, dense_bound, dense_reason, slower, storage
+from sparsec.report.words import chosen_because, dense_bound, dense_reason, ends, slower, storage
 from sparsec.timing.spread import Spread
 
 _NAME = 30
@@ -131,7 +131,7 @@ def _layers(report: ReportData, every: bool, width: int) -> list[str]:
         lines += paragraph(f"dense because: {reason}", f"({mark}) ", width=width)
     said = [*chosen_because(report.layers), *slower(report.layers)]
     said += [f"tied, counted once: {row.name} = {', '.join(row.aliases)}" for row in report.layers if row.aliases]
-    said += [*storage(report.layers), dense_bound(report) or ""]
+    said += [*storage(report.layers), ends(report) or "", dense_bound(report) or ""]
     return lines + [line for text in said for line in paragraph(text, width=width)]
 
 

@@ -111,6 +111,26 @@ def dense_bound(report: ReportData) -> str | None:
     )
 
 
+def ends(report: ReportData) -> str | None:
+    """What the tables at both ends of the model take, those that are shared once, in which layout; None without any."""
+    found: dict[str, list[LayerRow]] = {}
+    for row in report.layers:
+        if row.kind == "embedding":
+            found.setdefault("embedding and head" if row.multiplied else "embedding", []).append(row)
+        elif row.group == "lm_head" and row.in_features is not None:
+            found.setdefault("head", []).append(row)
+    if not found or not report.bytes_held:
+        return None
+    parts = []
+    for what, rows in found.items():
+        held = sum(row.bytes_held for row in rows)
+        formats = " and ".join(dict.fromkeys(row.format for row in rows))
+        parts.append(
+            f"{what}: {mega(held)} MB as {formats}, {percent(held / report.bytes_held, 0)} of the model's bytes"
+        )
+    return "; ".join(parts)
+
+
 def zeros_of(report: ReportData) -> str:
     """How much of a model is zero, and that this counts what nobody pruned."""
     pruned = [row for row in report.layers if row.nnz < row.parameters]
@@ -118,7 +138,7 @@ def zeros_of(report: ReportData) -> str:
     if not pruned or len(pruned) == len(report.layers):
         return text
     inside = 1 - sum(row.nnz for row in pruned) / sum(row.parameters for row in pruned)
-    return f"{text}, {percent(inside)} of those in the pruned matrices; the others, such as embeddings and norms, stay dense"
+    return f"{text}, {percent(inside)} of those in the pruned matrices; the others, such as those of norms, are kept"
 
 
 def bits(nbytes: int, parameters: int) -> str:
