@@ -65,7 +65,7 @@ def _move(graph: Graph, model: nn.Module) -> None:
             graph.module.get_submodule(owner).register_buffer(leaf, new)
     became = {}
     for weight in graph.weights.values():
-        now = parameters.get(weight.name) if weight.packed is None else weight.packed.values
+        now = parameters.get(weight.name) if weight.packed is None else weight.packed
         if now is not None:
             became[weight.dtype] = now.dtype
     if any(t.device != device or became.get(t.dtype, t.dtype) != t.dtype for t in graph.example):
