@@ -126,8 +126,8 @@ def _only_scales(embedding: nn.Embedding) -> bool:
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             return False
-        scale = torch.full(scale.shape, 2.7182818)  # which no 16 bits hold
-    numbers = torch.linspace(-1, 1, 12).view(4, 3)
+        scale = torch.full(scale.shape, 2.7182818, device="cpu")  # which no 16 bits hold
+    numbers = torch.linspace(-1, 1, 12, device="cpu").view(4, 3)  # transformers makes models on meta
     for dtype in (torch.float32, torch.bfloat16):
         table = numbers.to(dtype)
         twin: Any = kind.__new__(kind)
