@@ -35,7 +35,7 @@ def embedding_args(packed: Packed) -> tuple[Argument, ...]:
     return (*packed.tensors().values(), *packed.scalars().values())
 
 
-def looked_up(ids: Tensor, packed: Packed) -> Tensor:
+def look_up(ids: Tensor, packed: Packed) -> Tensor:
     """Rows [..., in_features] of ids [...], int32 or int64. KernelError for other ids; IndexError for one that no row has, which on
     other devices than a CPU is found by the device."""
     check_ids(ids, packed)
@@ -81,7 +81,7 @@ def _operator_of(format_name: str) -> OpOverload:
     op: OpOverload = getattr(torch.ops.sparsec, name).default
 
     def rows(ids: Tensor, *args: Argument) -> Tensor:
-        return looked_up(ids, _split(format_name, args))
+        return look_up(ids, _split(format_name, args))
 
     def fake(ids: Tensor, *args: Argument) -> Tensor:
         packed = _split(format_name, args)

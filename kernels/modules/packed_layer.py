@@ -114,7 +114,8 @@ class PackedLayer(nn.Module):
 
         Then the matrix is laid out for the device that it is on.
         """
-        self._check_dtype(fn(self._buffers["values"].new_empty(0, dtype=self.packed.dtype)).dtype)
+        packed = self.packed
+        self._check_dtype(fn(packed.values.new_empty(0, dtype=packed.dtype)).dtype)
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(self.packed.ordered().tensors())
@@ -167,7 +168,7 @@ class PackedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """FormatError, before a kernel reads any of it, for a state that is no valid matrix of a known format."""
         packed = unpickled(state)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._names = packed.tensor_names
         self._take(packed)
         if type(packed.values) is Tensor:  # not one that only pretends to have contents

@@ -67,7 +67,7 @@ class SparseEmbedding(PackedLayer):
             made.register_buffer(SCALE, scale, persistent=SCALE not in self._non_persistent_buffers_set)
         return made
 
-    def give_back(self, embedding: nn.Module, memo: dict[int, Any]) -> None:
+    def give_back(self, embedding: Any, memo: dict[int, Any]) -> None:
         """Lets a bare module of the class that stood here know what that one knew, but for its weight."""
         vars(embedding).update(copy.deepcopy(self.kept, memo))
         embedding.num_embeddings, embedding.embedding_dim = self.num_embeddings, self.embedding_dim
