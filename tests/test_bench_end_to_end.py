@@ -157,6 +157,8 @@ def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.Monkey
         ("dense eager", "dynamic"),
         ("masked eager", "dynamic"),
         ("dense on sparsec's kernels eager", "dynamic"),
+        ("dense:int8 on sparsec's kernels eager", "dynamic"),
+        ("dense:int4g64 on sparsec's kernels eager", "dynamic"),
         ("50% zero eager", "dynamic"),
         ("70% zero eager", "dynamic"),
     ]
@@ -164,7 +166,7 @@ def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.Monkey
         assert len(mode.prefill_ms) == len(mode.decode_ms) == 2
         assert mode.shares is not None
         assert min(mode.shares.linears, mode.shares.lm_head, mode.shares.attention or 0, mode.shares.rest) > 0
-    for share, model in zip((0.5, 0.7), list(seen.values())[1:], strict=True):
+    for share, model in zip((0.5, 0.7), list(seen.values())[3:], strict=True):
         packed = [m.packed for m in model.modules() if isinstance(m, SparseLinear)]
         assert {p.format for p in packed} == {"bitmap"}
         zeros = sum(p.sparsity * p.shape[0] * p.shape[1] for p in packed)
@@ -244,6 +246,8 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
         "dense eager",
         "masked eager",
         "dense on sparsec's kernels eager",
+        "dense:int8 on sparsec's kernels eager",
+        "dense:int4g64 on sparsec's kernels eager",
         "50% zero eager",
     ]
     modes = [m for r in written["runs"] for m in r["modes"]]

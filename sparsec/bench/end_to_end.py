@@ -1,7 +1,7 @@
 """Whole models: tokens per second, dense against sparse, each eager and, where asked for, under torch.compile.
 
 dense is the stock model; masked has the zeros of the first sparse variant on torch's kernels, which skip none; dense on sparsec's
-kernels has no zeros, so that what kernels give and what zeros give can be told apart.
+kernels has no zeros, so that what kernels give and what zeros give can be told apart; with quantised values what rounding gives.
 
 All modes take turns in every round. A round decodes some tokens one after another, as generation does, so that what a mode
 keeps in the caches helps it. The headline is the best mode of sparsec against the best dense one, and against the best dense one
@@ -23,6 +23,8 @@ from sparsec.bench.session import Session
 from sparsec.bench.shares import Shares, shares
 from sparsec.compiler import DEFAULT_PASSES
 from sparsec.errors import DataError
+from sparsec.formats.layout import Layout
+from sparsec.passes.lower import AUTO, Lower
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 from sparsec.report.words import dense_bound
@@ -56,6 +58,7 @@ class Recipe:
 
     name: str
     passes: str | None = None
+    whole: bool = False  # all weights, zeros or not: dense on sparsec's kernels
 
     @property
     def backend(self) -> str:
@@ -65,12 +68,25 @@ class Recipe:
     @property
     def sparse(self) -> bool:
         """Whether sparsec made its zeros fast, or tried to."""
-        return self.passes not in (None, ON_SPARSEC)
+        return self.passes is not None and not self.whole
+
+    @property
+    def values(self) -> str:
+        """The codec that its weights are packed with; "" for plain values, and where several may be."""
+        named = [p for p in Pipeline.parse(self.passes or "").passes if isinstance(p, Lower) and p.layout != AUTO]
+        return Layout.parse(named[0].layout).values if named else ""
 
 
 STOCK = Recipe("dense")
 MASKED = Recipe("masked")
-DENSE_ON_SPARSEC = Recipe("dense on sparsec's kernels", ON_SPARSEC)
+DENSE_ON_SPARSEC = Recipe("dense on sparsec's kernels", ON_SPARSEC, whole=True)
+QUANTISED = ("int8", "int4g64")
+"""Values of the dense models on sparsec's kernels that are timed beside that of plain ones."""
+
+
+def dense_on_sparsec(values: str) -> Recipe:
+    """No zeros, in quantised values."""
+    return Recipe(f"dense:{values} on sparsec's kernels", f"fuse,lower('dense:{values}')", whole=True)
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ class Headline:
     dense: Mode
     decode: Spread
     prefill: Spread  # each with its best mode there
-    zeros: Spread | None = None  # decoding, against the best dense mode on sparsec's kernels: the part that zeros give
+    zeros: Spread | None = None  # decoding, against the best dense mode on sparsec's kernels with the same values
 
 
 def recipes(passes: str | None, sparsities: Sequence[float]) -> list[Recipe]:
@@ -131,7 +147,9 @@ def time_modes(
             f"prompt and decoded tokens need {effort.positions} positions, the model has {limit}; take fewer --prompt-tokens, "
             "--new-tokens or --repeats"
         )
-    specs = {v: Pipeline.parse(v.passes or "") for v in (DENSE_ON_SPARSEC, *wanted)}
+    codecs = dict.fromkeys((*QUANTISED, *filter(None, (v.values for v in wanted))))
+    every = (DENSE_ON_SPARSEC, *map(dense_on_sparsec, codecs), *wanted)
+    specs = {v: Pipeline.parse(v.passes or "") for v in every}
     models = {STOCK: model, MASKED: model, **compiled_by(specs, model, progress=progress)}
     models[MASKED] = masked_stock(model, models[wanted[0]])
     generator = torch.Generator().manual_seed(0)
@@ -163,9 +181,9 @@ def time_modes(
 def headlines(modes: Sequence[Mode]) -> list[Headline]:
     """One for each sparse variant."""
     dense = [m for m in modes if m.variant == STOCK]
-    own_dense = [m for m in modes if m.variant == DENSE_ON_SPARSEC]
     found = []
     for variant in dict.fromkeys(m.variant for m in modes if m.variant.sparse):
+        own_dense = [m for m in modes if m.variant.whole and m.variant.values == variant.values]
         own = [m for m in modes if m.variant == variant]
         base, best = _best(dense, _decode), _best(own, _decode)
         prefill = ratio(_best(dense, _prefill).prefill_ms, _best(own, _prefill).prefill_ms)

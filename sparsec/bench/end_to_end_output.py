@@ -17,7 +17,8 @@ HEADER = ("mode", "cache", "prefill ms", "quartiles", "speedup", "ms/token", "qu
 SHARES_HEADER = ("of a token, ms", "linears", "lm_head", "attention", "rest", "total")
 LEGEND = (
     "Modes take turns in every round; times are medians, speedups medians over rounds of dense eager / this. masked: the zeros of "
-    "the first sparse variant on torch's kernels, which skip none. dense on sparsec's kernels: fuse,lower(dense), no zeros. "
+    "the first sparse variant on torch's kernels, which skip none. dense on sparsec's kernels: fuse,lower(dense), no zeros; "
+    "dense:int8 and dense:int4g64: the same with quantised values. "
     f"Where the time goes: forward hooks on the eager modes, {SHARE_TOKENS} tokens, apart from the timed ones; attention and rest "
     "are without the linears inside of them; a model whose attention has no module of that name has it in the rest."
 )
@@ -119,7 +120,11 @@ def _cells(base: Mode, mode: Mode) -> tuple[str, ...]:
 
 
 def _headline(h: Headline) -> str:
-    zeros = "" if h.zeros is None else f"; zeros alone, over dense on sparsec's kernels: decode {times(h.zeros.median)}"
+    zeros = (
+        ""
+        if h.zeros is None
+        else f"; zeros alone, over dense of the same values on sparsec's kernels: decode {times(h.zeros.median)}"
+    )
     return (
         f"{h.variant.name}: decode {times(h.decode.median)} ({h.decode.lower:.2f}-{h.decode.upper:.2f}), {h.sparse.name} "
         f"{h.sparse.tokens_per_second:.1f} tokens/s against {h.dense.name} {h.dense.tokens_per_second:.1f}; prefill "
