@@ -8,6 +8,7 @@ from sparsec.passes.lower import Lower
 from sparsec.passes.magnitude import Magnitude
 from sparsec.passes.mask import Mask
 from sparsec.passes.recover import Recover
+from sparsec.passes.round import Round
 from sparsec.passes.sparsegpt import SparseGPT
 from sparsec.passes.sparsity import Sparsity
 from sparsec.passes.wanda import Wanda
@@ -23,6 +24,7 @@ PASSES: tuple[type[Pass], ...] = (
     Mask,
     Freeze,
     Recover,
+    Round,
     Sparsity,
     Flops,
     Fuse,
@@ -39,6 +41,7 @@ __all__ = [
     "Magnitude",
     "Mask",
     "Recover",
+    "Round",
     "SparseGPT",
     "Sparsity",
     "Wanda",

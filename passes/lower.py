@@ -23,6 +23,7 @@ from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
+from sparsec.lowering.rounded import check_rounded, codes_like, zero_text
 from sparsec.lowering.rounding import BOUND, admitted, digits_said
 from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
@@ -167,6 +168,7 @@ class Lower(Pass):
         reasons = {w.name: context.keep_dense.get(w.name) or _stays_dense(graph, w) for w in chosen}
         packable = [w for w in chosen if not reasons[w.name]]
         notes: list[str] = [] if chosen else ["no selected weight has a mask, so nothing was packed"]
+        check_rounded(packable, self.values or ("" if self.layout == AUTO else Layout.parse(self.layout).values))
         if self.layout == AUTO:
             plans, said = self._choices(graph, context, packable)
             notes += said
@@ -180,13 +182,15 @@ class Lower(Pass):
         if sum(w.nbytes_dense for w in packable if context.owns(w.name)) >= LARGE:
             gc.collect()  # tracing leaves cycles that hold the weights: SmolLM2's peak lies 419 MB above the model, so 184
         done = []
+        told: dict[str, list[str]] = {}
         dense: dict[str, list[str]] = {}
         for weight in context.each_of("lower", chosen):
             if reason := reasons[weight.name]:
                 graph.update(weight.name, reason=reason)
                 dense.setdefault(reason, []).append(weight.name)
                 continue
-            done.append(self._lower(graph, weight, plans.get(weight.name), context))
+            done.append(self._lower(graph, weight, plans.get(weight.name), context, told))
+        notes += [f"{some(names)}: {said}" for said, names in told.items()]
         spoilt: dict[str, list[str]] = {}
         for weight in done:
             if weight.name not in plans and weight.reason:
@@ -271,7 +275,7 @@ class Lower(Pass):
                 matrix = graph.matrix(weight.name)
                 own = replace(setting, fused=fused, device=matrix.device.type)
                 if mask is not None:
-                    own = replace(own, values=admitted(self.values, self.bound, matrix, mask)[0])
+                    own = replace(own, values=admitted(self.values, self.bound, matrix, mask, weight.rounded)[0])
                 found[weight.name] = choose(matrix, mask, own, kernels)
         return found, notes
 
@@ -280,20 +284,27 @@ class Lower(Pass):
         wanted = self.targets is None or any(matches(graph, weight, pattern) for pattern in self.targets)
         return wanted and not any(matches(graph, weight, pattern) for pattern in self.ignore)
 
-    def _lower(self, graph: Graph, weight: Weight, plan: Choice | None, context: Context) -> Weight:
+    def _lower(
+        self, graph: Graph, weight: Weight, plan: Choice | None, context: Context, told: dict[str, list[str]]
+    ) -> Weight:
         layout = Layout.parse(self.layout) if plan is None else plan.best.layout
         matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
         if layout.format == DENSE:
             mask = torch.ones_like(matrix, dtype=torch.bool)
         assert mask is not None
         if plan is None and (wanted := self.values or layout.values):
-            (first, *_), said = admitted(wanted, self.bound, matrix, mask)
+            (first, *_), said = admitted(wanted, self.bound, matrix, mask, weight.rounded)
             layout = replace(layout, values=first)
             if said:
                 graph.update(weight.name, reason=f"{layout}: {said}")
             if layout.stays:
                 return graph.weights[weight.name]
-        packed = layout.pack(matrix, mask, digits=self.digits)
+        like, said = codes_like(weight, layout, matrix, mask)
+        packed = layout.pack(matrix, mask, like, self.digits)
+        if isinstance(packed, Quantised):
+            said = said or zero_text(like, packed.table)
+        if said:
+            told.setdefault(said, []).append(weight.name)
         packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
         del matrix, mask  # the dense weight's memory goes back when nobody holds it
         kernel = select_kernel(Problem.of(packed, self._rows(context)))

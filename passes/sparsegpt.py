@@ -1,7 +1,7 @@
 """SparseGPT: prunes column by column and lets the weights that stay make up for those that go.
 
 Frantar and Alistarh 2023, arXiv:2301.00774. Notation as there: H is the Hessian of a layer's squared output error, the Gram matrix
-of its inputs; the rows of the upper Cholesky factor of its inverse are the updates.
+of its inputs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate import Statistics
-from sparsec.errors import ActivationError, SpecError
+from sparsec.calibrate.factor import inverse_factor
+from sparsec.errors import SpecError
 from sparsec.patterns import Pattern
 from sparsec.pipeline.options import check_positive
 from sparsec.pipeline.pruning import CalibratedPruning, joined_masks
 
 BLOCK_SIZE = 128
 """The paper's."""
-_MOST_DAMPING = 10.0
 _FOR_ONE_THREAD = (1 << 15) - 1
 """Numbers that torch does not share among threads."""
 
@@ -73,6 +73,10 @@ class SparseGPT(CalibratedPruning):
     ) -> tuple[list[Tensor], list[Tensor], list[str]]:
         """All matrices together, since they share the factor; masks are chosen for each by itself."""
         factor, dead, notes = inverse_factor(statistics.gram, self.damping)
+        if dead.any():
+            notes.insert(
+                0, f"{int(dead.sum())} of {len(dead)} input columns are zero in all of the text; their weights go"
+            )
         rows = [len(m) for m in matrices]
         weights = torch.cat([m.detach() for m in matrices]).float()
         weights[:, dead] = 0
@@ -88,43 +92,6 @@ class SparseGPT(CalibratedPruning):
     def enough(self, in_features: int) -> int:
         """Fewer tokens than columns leave the Gram matrix singular."""
         return in_features
-
-
-def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, list[str]]:
-    """(upper Cholesky factor of the inverse of H in float64 [in, in], dead columns bool [in], notes).
-
-    gram: [in, in], the sum of x.T @ x; H is it up to a factor, which cancels. A column that is zero in all of the text is dead: its
-    weights do nothing and go. Raises ActivationError when H cannot be factored even with ten times its mean diagonal added.
-    """
-    diagonal = gram.diagonal().double()
-    dead = diagonal == 0
-    scale = float(diagonal.mean()) or 1.0
-    diagonal = torch.where(dead, scale, diagonal)
-    notes = []
-    if dead.any():
-        notes.append(f"{int(dead.sum())} of {len(dead)} input columns are zero in all of the text; their weights go")
-    added = damping
-    while True:
-        # From the last column to the first H = R R', R upper; so H's inverse is U' U with U the inverse of R: half of the work of
-        # inverting H and factoring that.
-        hessian = gram.double()
-        hessian.diagonal().copy_(diagonal + added * scale)
-        factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            torch.eye(len(gram), out=hessian)
-            torch.linalg.solve_triangular(factor.flip(0, 1), hessian, upper=True, out=hessian)
-            factor = hessian
-        if not failed and bool(factor.isfinite().all()):
-            break
-        if added >= _MOST_DAMPING:
-            raise ActivationError(
-                f"the Gram matrix of {len(gram)} input columns cannot be factored, even with {added:g} times its mean diagonal "
-                "added; calibrate on more or other text, or prune these layers with wanda"
-            )
-        added *= 10
-    if added > damping:
-        notes.append(f"the Gram matrix could not be factored; damping was raised from {damping:g} to {added:g}")
-    return factor, dead, notes
 
 
 def solve(

@@ -73,13 +73,15 @@ def _move(graph: Graph, model: nn.Module) -> None:
 
 
 def carry(old: Graph, new: Graph) -> list[str]:
-    """Gives the weights of a model that was traced again the masks that they had; returns the masked ones that are gone.
+    """Gives the weights of a model that was traced again the masks that they had, and what they were rounded to; returns the masked
+    ones that are gone.
 
     A weight is told by its tensor: it may have another name by now.
     """
-    masked = {id(old.tensor(w.name)): w for w in old.masked()}
+    told = [w for w in old.weights.values() if w.packed is None and (w.mask is not None or w.rounded is not None)]
+    known_by = {id(old.tensor(w.name)): w for w in told}
     for weight in list(new.weights.values()):
-        known = masked.pop(id(new.tensor(weight.name)), None)
+        known = known_by.pop(id(new.tensor(weight.name)), None)
         if known is not None:
             new.weights[weight.name] = replace(
                 weight,
@@ -89,6 +91,7 @@ def carry(old: Graph, new: Graph) -> list[str]:
                 frozen=known.frozen,
                 grown=known.grown,
                 trained=known.trained,
+                rounded=known.rounded,
             )
     new.facts |= old.facts & KEPT
-    return [weight.name for weight in masked.values()]
+    return [weight.name for weight in known_by.values() if weight.mask is not None]

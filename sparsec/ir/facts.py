@@ -12,7 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sparsec.formats.base import Packed
+from sparsec.formats.base import HALF_AND_SINGLE, Packed
+from sparsec.formats.values import Codec, Codes
 
 GroupName = Literal["attention", "mlp", "experts", "router", "lm_head", "embedding", "norm", "adapter", "other"]
 GROUPS: tuple[GroupName, ...] = get_args(GroupName)
@@ -56,6 +57,30 @@ class Pruned:
 
 
 @dataclass(frozen=True, eq=False)
+class Rounded:
+    """What the kept values of a weight were rounded to: numbers that codes stand for, so that packing loses nothing."""
+
+    values: str  # name of the codec
+    like: Codes  # scale and table; no codes
+    error: float | None = None  # as in Pruned, over the outputs before rounding; None where nothing was calibrated
+
+    def holds(self, matrix: Tensor, mask: Tensor) -> bool:
+        """Whether a matrix [out, in] holds such numbers alone, as its dtype has them, where mask [out, in] is True."""
+        if matrix.dtype not in HALF_AND_SINGLE or not bool(matrix.isfinite().all()):
+            return False
+        codec = Codec.parse(self.values)
+        if self.like.scale.shape != codec.scale_shape(*matrix.shape):
+            return False
+        numbers = codec.decode(codec.encode(matrix, mask, self.like)).to(matrix.dtype)
+        return torch.equal(numbers, matrix.masked_fill(~mask, 0))
+
+    def to(self, device: torch.device) -> Rounded:
+        """On a device."""
+        held = (t.to(device) for t in (self.like.codes, self.like.scale, self.like.table))
+        return replace(self, like=Codes(*held))
+
+
+@dataclass(frozen=True, eq=False)
 class Weight:
     """One stored parameter. Two names of one tensor are one weight; the first name is the key."""
 
@@ -78,6 +103,7 @@ class Weight:
         ""  # under its mask, or before that was made: the weight as the model came in is not what it stands for any more
     )
     nnz: int | None = None  # how many values are kept, once the sparsity pass (or a format) has counted them
+    rounded: Rounded | None = None  # what its kept values were rounded to; `Graph.rounded` tells whether they still are
     packed: Packed | None = None  # once lowered; then mask is None and the dense tensor is gone
     reason: str | None = None  # why it was left dense, where that needs saying
 

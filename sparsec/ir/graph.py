@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsec import serial
-from sparsec.ir.facts import MATRIX_KINDS, Op, Weight
+from sparsec.ir.facts import MATRIX_KINDS, Op, Rounded, Weight
 
 
 @dataclass(eq=False)
@@ -89,6 +89,15 @@ class Graph:
         """
         weight = self.weights[name]
         return _matrices(weight, (self.tensor(name) if tensor is None else tensor).detach())
+
+    def rounded(self, name: str) -> Rounded | None:
+        """What the kept values of a weight are rounded to now; None where they are not, or no longer are. The one place that tells."""
+        weight = self.weights[name]
+        if weight.rounded is None or weight.packed is not None or self.tensor(name).is_meta:
+            return None
+        matrix, mask = self.matrix(name), self.mask_matrix(name)
+        kept = torch.ones_like(matrix, dtype=torch.bool) if mask is None else mask
+        return weight.rounded if weight.rounded.holds(matrix, kept) else None
 
     def mask_matrices(self, name: str) -> list[Tensor] | list[None]:
         """What is kept of them now, [out, in]."""

@@ -148,6 +148,8 @@ def _weight_text(weight: Weight, op: Op) -> str:
         text += f"[{kernel}]"
     if weight.mask is not None:
         text += f" {weight.pattern} mask" + (", frozen" if weight.frozen else "")
+    if weight.rounded is not None:
+        text += f" rounded to {weight.rounded.values}"
     if weight.sparsity is not None:
         text += f" {100 * weight.sparsity:.1f}% zero"
     return text

@@ -13,44 +13,58 @@ from torch import Tensor
 
 from sparsec import serial
 from sparsec.errors import SpecError, some
-from sparsec.ir.facts import Pruned, Weight
+from sparsec.ir.facts import Pruned, Rounded, Weight
 from sparsec.ir.foreign import quantised_kind
 from sparsec.ir.graph import Graph
 from sparsec.patterns import Pattern
 
 COUNTED = frozenset({"sparsity", "flops"})
 """Facts that are counts of what is kept."""
-_NO_MASK: dict[str, Any] = {"mask": None, "pattern": None, "frozen": False, "grown": 0, "nnz": None, "pruned": None}
+_NO_MASK: dict[str, Any] = {
+    "mask": None,
+    "pattern": None,
+    "frozen": False,
+    "grown": 0,
+    "nnz": None,
+    "pruned": None,
+    "rounded": None,
+}
 
 
 def settle(graph: Graph) -> tuple[str, ...]:
     """Makes every record true of its weight as it is now; returns what the user should know.
 
     What came back under a frozen mask is kept from here on, and what was counted and measured before is dropped. A mask that no
-    longer has its pattern is unstructured. One of another shape than its weight goes, and one of a weight that was quantised.
+    longer has its pattern is unstructured. One of another shape than its weight goes, and one of a weight that was quantised. A
+    weight that no longer holds the numbers that it was rounded to counts as not rounded.
     """
     grown: list[tuple[Weight, int]] = []
     patterns: list[str] = []
     misfits: list[str] = []
     quantised: list[str] = []
+    moved: list[Weight] = []
     for weight in list(graph.weights.values()):
         if weight.packed is not None:
             continue
         tensor = graph.tensor(weight.name)
-        if weight.mask is not None and (kind := quantised_kind(tensor)):
+        told = weight.mask is not None or weight.rounded is not None
+        if told and (kind := quantised_kind(tensor)):
             quantised.append(f"{weight.name} is a {kind} now")
             graph.update(weight.name, **_NO_MASK)
             continue
         graph.update(weight.name, dtype=tensor.dtype, shape=tuple(tensor.shape))
-        if weight.mask is None:
-            continue
-        if weight.mask.shape != tensor.shape:
+        if weight.mask is not None and weight.mask.shape != tensor.shape:
             misfits.append(f"{weight.name} is {_sizes(tensor)} now, its mask {_sizes(weight.mask)}")
             graph.update(weight.name, **_NO_MASK)
             continue
-        if tensor.is_meta:  # it holds no values
+        if not told or tensor.is_meta:  # it holds no values
             continue
-        graph.update(weight.name, mask=weight.mask.to(tensor.device))
+        if weight.mask is not None:
+            graph.update(weight.name, mask=weight.mask.to(tensor.device))
+        if weight.rounded is not None and not _settle_rounded(graph, weight, weight.rounded):
+            moved.append(weight)
+        if weight.mask is None:
+            continue
         more = graph.kept(weight.name) - serial.count(weight.mask)
         if more:
             grown.append((weight, more))
@@ -58,7 +72,12 @@ def settle(graph: Graph) -> tuple[str, ...]:
                 patterns.append(f"{weight.name} lost its pattern {weight.pattern}")
     if grown or misfits or quantised:
         graph.forget(COUNTED)
-    return (*_grown_text(grown, patterns), *_misfit_text(misfits), *_quantised_text(quantised))
+    return (
+        *_grown_text(grown, patterns),
+        *_misfit_text(misfits),
+        *_quantised_text(quantised),
+        *_moved_text(moved),
+    )
 
 
 def _take(graph: Graph, weight: Weight, more: int) -> bool:
@@ -69,6 +88,15 @@ def _take(graph: Graph, weight: Weight, more: int) -> bool:
     if lost:
         graph.update(weight.name, pattern="unstructured")
     return lost
+
+
+def _settle_rounded(graph: Graph, weight: Weight, rounded: Rounded) -> bool:
+    """Whether a weight still holds the numbers that it was rounded to; if not, nothing says so any more."""
+    graph.update(weight.name, rounded=rounded.to(graph.tensor(weight.name).device))
+    holds = graph.rounded(weight.name) is not None
+    if not holds:
+        graph.update(weight.name, rounded=None)
+    return holds
 
 
 def _unmeasured(weight: Weight) -> Pruned | None:
@@ -110,6 +138,16 @@ def _quantised_text(quantised: Sequence[str]) -> list[str]:
     return [
         f"weights that were quantised count as dense, their masks are dropped: {some(quantised)}. Report on the model, or lower "
         "it, before it is quantised"
+    ]
+
+
+def _moved_text(moved: Sequence[Weight]) -> list[str]:
+    if not moved:
+        return []
+    names = some([f"{w.name} ({w.rounded.values})" for w in moved if w.rounded is not None])
+    return [
+        f"weights that were rounded hold other numbers now: {names}. They were trained, merged or loaded since. The pass 'round' "
+        "rounds them again; lower(..., values=) takes the nearest numbers"
     ]
 
 

@@ -36,7 +36,7 @@ def lower_weight(graph: Graph, name: str, packed: Packed, kernel: str) -> Weight
     for op in graph.lookups_of(name):
         _look_up(graph, op, graph.node(op.node).args[1], name, packed)
     _drop(graph, name)
-    return graph.update(name, packed=packed, mask=None, nnz=packed.nnz)
+    return graph.update(name, packed=packed, mask=None, rounded=None, nnz=packed.nnz)
 
 
 def repack(graph: Graph, name: str, packed: Packed, device: str) -> Packed:

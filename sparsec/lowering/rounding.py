@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsec.formats.quantised import Quantised
 from sparsec.formats.values import Codec
+from sparsec.ir.facts import Rounded
 from sparsec.kernels.registry import Kernel, dispatch
 
 AUTO = "auto"
@@ -28,13 +29,18 @@ def rounding_error(codec: Codec, weight: Tensor, mask: Tensor) -> float:
     return float(torch.linalg.vector_norm(rounded - exact)) / size if size else 0.0
 
 
-def admitted(values: str, bound: float, weight: Tensor, mask: Tensor) -> tuple[tuple[str, ...], str]:
+def admitted(
+    values: str, bound: float, weight: Tensor, mask: Tensor, rounded: Rounded | None = None
+) -> tuple[tuple[str, ...], str]:
     """The codecs that weight [out, in] may have where mask [out, in] is True, the fewest bits first, and what has to be said of it.
 
-    values: a codec's name, "" for plain values, or `auto`. What a named one would spoil is kept in 8 bits, or plain.
+    values: a codec's name, "" for plain values, or `auto`. What a named one would spoil is kept in 8 bits, or plain. rounded: to
+    what the weight was rounded before, by which it loses nothing more.
     """
     if not values:
         return ("",), ""
+    if rounded is not None and values in (AUTO, rounded.values) and rounded.holds(weight, mask):
+        return (rounded.values,), ""
     if values == AUTO:
         wanted = list(ORDER)
     else:
