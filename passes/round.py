@@ -1,6 +1,6 @@
 """Round: the kept weights become numbers that codes of 8 or 4 bits stand for, so that packing them in codes loses nothing more.
 
-GPTQ (Frantar et al. 2023, arXiv:2210.17323), on the Gram matrix that SparseGPT uses, under the mask. Columns are rounded one by one,
+GPTQ (Frantar et al. 2023, arXiv:2210.17323) under the mask, on the Gram matrix that SparseGPT uses. Columns are rounded in turn,
 and those to come make up for the error. A pruned weight counts as rounded to zero, so what others did to it is made up for too.
 Then coordinate descent (QuantEase, Behdin et al. 2023, arXiv:2309.01885): each kept weight in turn takes the number that is best
 while all others stay. That moves nothing that is pruned.
@@ -56,7 +56,7 @@ class Round(Pass):
     )
     wants: ClassVar[str] = "a text to calibrate on, but for method='nearest'"
 
-    values: str = ""
+    values: str
     method: str = field(default="gptq", kw_only=True)
     damping: float = field(default=0.01, kw_only=True)
     sweeps: int = field(default=2, kw_only=True)
@@ -190,8 +190,8 @@ class Round(Pass):
         if short:
             seen, needed = max(short, key=lambda each: each[1])
             notes.append(
-                f"{len(short)} inputs were seen for fewer tokens than they have columns ({seen} for {needed}), so the text says too "
-                "little of them; calibrate on more"
+                f"{len(short)} inputs have more columns than tokens were seen ({needed} and {seen}), so little is known of them; "
+                "calibrate on more text"
             )
         told = ""
         if errors:
@@ -225,7 +225,7 @@ def compensate(weight: Tensor, mask: Tensor, grid: Grid, factor: Tensor) -> Tens
     factor: upper [in, in] of `inverse_factor`.
     """
     out_features, in_features = weight.shape
-    waiting, kept = weight.t().contiguous(), mask.t().contiguous()  # a column is then in one piece
+    waiting, kept = _turned(weight), _turned(mask)
     rounded = torch.empty_like(waiting)
     step = _columns(out_features)
     for start in range(0, in_features, step):
@@ -251,7 +251,7 @@ def descend(
     hessian = gram.clone()
     diagonal = hessian.diagonal()
     diagonal += damping * (float(diagonal.mean()) or 1.0)
-    now, kept = rounded.t().contiguous(), mask.t().contiguous()
+    now, kept = _turned(rounded), _turned(mask)
     slope = hessian @ (now - weight.t())  # half of the error's gradient, [in, out]
     step = _columns(out_features)
     for _ in range(sweeps):
@@ -267,6 +267,11 @@ def descend(
             slope[end:].addmm_(hessian[end:, start:end], changes)
             slope[start:end].addmm_(hessian[start:end, start:end].triu(), changes)  # what was below came in turn
     return now.t().contiguous()
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """A copy [in, out] of a matrix [out, in], in which a column is in one piece."""
+    return matrix.t().clone(memory_format=torch.contiguous_format)
 
 
 def _columns(out_features: int) -> int:

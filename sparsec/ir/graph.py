@@ -91,7 +91,7 @@ class Graph:
         return _matrices(weight, (self.tensor(name) if tensor is None else tensor).detach())
 
     def rounded(self, name: str) -> Rounded | None:
-        """What the kept values of a weight are rounded to now; None where they are not, or no longer are. The one place that tells."""
+        """What the kept values of a weight are rounded to now; None where they are not, or no longer are. The one place to ask."""
         weight = self.weights[name]
         if weight.rounded is None or weight.packed is not None or self.tensor(name).is_meta:
             return None
