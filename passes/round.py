@@ -20,7 +20,7 @@ from sparsec.calibrate.factor import inverse_factor
 from sparsec.errors import ActivationError, FormatError, PipelineError, SelectionError, SpecError, WeightError, some
 from sparsec.formats.base import HALF_AND_SINGLE
 from sparsec.formats.grid import Grid
-from sparsec.formats.values import EXAMPLES, Codec, check_finite
+from sparsec.formats.values import EXAMPLES, Codec, check_in_reach
 from sparsec.ir.facts import Rounded, Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
@@ -137,7 +137,7 @@ class Round(Pass):
                 )
             matrix, mask = _matrix(graph, weight.name)
             try:
-                check_finite(matrix.masked_fill(~mask, 0))
+                check_in_reach(matrix.masked_fill(~mask, 0))
             except FormatError as error:
                 raise WeightError(f"{weight.name}: {error}, or {way_out}") from error
         return chosen, [told] if told else []

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsec.formats.values import LARGEST, ZERO, Codec, Codes, check_finite, lloyd
+from sparsec.formats.values import LARGEST, SMALLEST, ZERO, Codec, Codes, check_in_reach, lloyd
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of a group's reach that its scale is tried to cover."""
@@ -46,10 +46,10 @@ class Grid:
         """The grid for a weight [out, in] where mask [out, in] is True.
 
         importance: what a column's squared errors count, [in], 0 and more; None: all the same. FormatError for a kept weight that
-        is inf or NaN.
+        is inf, NaN or larger than what codes stand for.
         """
         wide = weight.detach().float().masked_fill(~mask, 0.0)
-        check_finite(wide)
+        check_in_reach(wide)
         weights = wide.new_ones(wide.shape[1]) if importance is None else importance.to(wide)
         if not bool(weights.any()):
             weights = torch.ones_like(weights)
@@ -82,7 +82,7 @@ class Grid:
     def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """[groups, out]: scales, middles, and scales to divide by."""
         scale, middle = self.scale.t().contiguous(), self.middle.t().contiguous()
-        return scale, middle, scale.clamp(min=torch.finfo(torch.float32).tiny)
+        return scale, middle, scale.clamp(min=SMALLEST)
 
     @cached_property
     def _levels(self) -> tuple[Tensor, Tensor]:
@@ -101,11 +101,9 @@ class Grid:
         if self.codec.bits == 8:
             return self
         rows = mask.any(1).nonzero()[:, 0]
-        if not len(rows):
-            return replace(self, table=self.codec.encode(wide, mask).table)
         rows[:: max(1, -(-len(rows) * wide.shape[1] // PIECE))]
         scale, middle, kept = self.scale[rows], self.middle[rows], mask[rows]
-        divisor = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        divisor = scale.clamp(min=SMALLEST)
         numbers = (
             (self._grouped(wide[rows]) - middle[..., None]).div_(divisor[..., None]).flatten(1)[:, : wide.shape[1]]
         )
@@ -119,11 +117,11 @@ class Grid:
     def _grouped(self, wide: Tensor) -> Tensor:
         """[out, in] -> [out, groups, columns of a group], absent columns 0."""
         across = self.across(wide)
-        return F.pad(wide, (0, -wide.shape[1] % across)).view(len(wide), -1, across)
+        return F.pad(wide, (0, -wide.shape[1] % across)).view(len(wide), self.codec.groups(wide.shape[1]), across)
 
     def _numbers(self, values: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
         """The nearest ones of the table to values [out, groups, columns]."""
-        divisor = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        divisor = scale.clamp(min=SMALLEST)
         return self._nearest((values - middle[..., None]).div_(divisor[..., None]))
 
     def _searched(self, wide: Tensor, mask: Tensor, weights: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +135,7 @@ class Grid:
             best = torch.full_like(middle, torch.inf)
             scale = reach[part]
             for ratio in RATIOS:
-                tried = (reach[part] * ratio).bfloat16().float()
+                tried = _as_scale(reach[part] * ratio)
                 error = _error(self._numbers(values, tried, middle), tried, middle, values, counted)
                 better = error < best
                 scale, best = torch.where(better, tried, scale), torch.where(better, error, best)
@@ -165,9 +163,14 @@ class Grid:
             determinant = total * square - mean.square()
             fitted = (total * product - mean * right) / determinant
             moved = middle + (right - fitted * mean) / total
-        fitted, moved = fitted.bfloat16().float(), moved.bfloat16().float()
+        fitted, moved = _as_scale(fitted), moved.bfloat16().float()
         sound = fitted.isfinite() & moved.isfinite() & (fitted > 0)
         return torch.where(sound, fitted, scale), torch.where(sound, moved, middle)
+
+
+def _as_scale(numbers: Tensor) -> Tensor:
+    """The nearest numbers that scales may be."""
+    return torch.where(numbers > 0, numbers.clamp(min=SMALLEST), numbers).bfloat16().float()
 
 
 def _error(numbers: Tensor, scale: Tensor, middle: Tensor, values: Tensor, counted: Tensor) -> Tensor:
