@@ -30,9 +30,10 @@ from sparsec.recover.figures import Figures, Looking, told
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
 from sparsec.recover.precision import DTYPES, Compute, dtype_of, loss_scale, precision
 from sparsec.recover.regrow import WAYS, Regrowth
+from sparsec.recover.rounding import check_values, likes_of, round_rest, take_likes, whole_student
 from sparsec.recover.state import StateFolder
 from sparsec.recover.stretches import Read, Stretches
-from sparsec.recover.student import LowRank, Student, Whole, write_trained
+from sparsec.recover.student import LowRank, Student, write_trained
 from sparsec.recover.teacher import dense_reader
 from sparsec.recover.text import LENGTH, Call, TrainingText, training_text
 from sparsec.recover.whole import Towards, WholeModel
@@ -60,7 +61,7 @@ class Recover(Pass):
     the weakest weights go and others come, where the gradient is largest (`rigl`) or at random (`set`); regrow_share of the
     kept ones at first, fewer later. dtype: to compute products in; auto: bfloat16 where that is faster here. recompute:
     activations are computed twice instead of kept; None: those beyond 0.4 GB. checkpoint: a folder that keeps the state; a run
-    that was stopped goes on from it.
+    that was stopped goes on from it. values: of `lower`; weights are rounded to them in every forward pass, and in the end.
     """
 
     name: ClassVar[str] = "recover"
@@ -76,6 +77,7 @@ class Recover(Pass):
         "magnitude(0.5),freeze,recover(minutes=0.001, length=8, seed=1, temperature=2.0, dtype='fp32', recompute=True)",
         "magnitude(0.5),freeze,recover(steps=2, learning_rate=0.001, cross_entropy=0.5, hidden=0.1)",
         "magnitude(0.5),freeze,recover(steps=2, regrow='rigl', regrow_share=0.1, regrow_every=9)",
+        "magnitude(0.5),freeze,recover(steps=2, values='int4g64')",
     )
     wants: ClassVar[str] = "a text to train on"
 
@@ -100,6 +102,7 @@ class Recover(Pass):
     dtype: str = field(default="auto", kw_only=True)
     recompute: bool | None = field(default=None, kw_only=True)
     checkpoint: str | None = field(default=None, kw_only=True)
+    values: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         check_choice(self.method, "method", METHODS)
@@ -132,6 +135,7 @@ class Recover(Pass):
         check_number(self.temperature, "temperature", above=0.0)
         check_number(self.alpha, "alpha", above=0.0)
         check_whole(self.seed, "seed")
+        object.__setattr__(self, "values", check_values(self.values, self.method, self.regrow))
         self._check_unused()
         if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
             raise SpecError(f"checkpoint must be the path of a folder, got {self.checkpoint!r}")
@@ -251,6 +255,7 @@ class _Work:
         )
         before = looking.figures()
         at = self._blocks(folder) if options.method == "blocks" else self._whole(folder)
+        round_rest(self.graph, self.names, options.values, self.context)
         after: Figures = ({}, {})
         try:
             after = looking.figures()
@@ -302,13 +307,14 @@ class _Work:
             tensors, numbers = found
             with folder.fitting():
                 write_trained(self.graph, {name: tensors[name] for name in self.names}, self.context)
+                take_likes(self.graph, tensors, self.options.values)
             work.done = numbers["stretches"]
             work.at = Progressed(**{name: numbers[name] for name in _COUNTED})
             work.at.notes.append(f"went on from stretch {work.done}, from {self.options.checkpoint}")
         if folder is not None:
             work.keep = lambda done, at: self._save(
                 folder,
-                {name: self.graph.tensor(name) for name in self.names},
+                {name: self.graph.tensor(name) for name in self.names} | likes_of(self.graph, self.options.values),
                 {"stretches": done, **{name: getattr(at, name) for name in _COUNTED}},
                 at,
             )
@@ -329,7 +335,7 @@ class _Work:
     def _student(self, names: Sequence[str]) -> Student:
         if self.options.method == "lora":
             return LowRank(self.graph, names, self.options.rank, self.options.alpha, self.options.seed)
-        return Whole(self.graph, names, self.context)
+        return whole_student(self.graph, names, self.context, self.options.values)
 
     @property
     def _settings(self) -> Settings:

@@ -61,6 +61,13 @@ class Grid:
             grid = replace(grid, scale=scale, middle=middle).with_table(wide, mask, weights)
         return grid
 
+    def refined(self, weight: Tensor, mask: Tensor) -> Self:
+        """The grid for a weight that moved a little: from these scales on, and by the codes that the weight has now."""
+        wide = weight.detach().float().masked_fill(~mask, 0.0)
+        ones = wide.new_ones(wide.shape[1])
+        scale, middle = self._searched(wide, mask, ones, self.scale, (1.0,), 1)
+        return replace(self, scale=scale, middle=middle).with_table(wide, mask, ones)
+
     @property
     def like(self) -> Codes:
         """Scale and table as codes hold them; without codes."""
@@ -85,16 +92,19 @@ class Grid:
         return scale, middle, scale.clamp(min=SMALLEST)
 
     @cached_property
-    def _levels(self) -> tuple[Tensor, Tensor]:
-        """The table's numbers, and the middles between them."""
+    def _nearest_halves(self) -> Tensor:
+        """[509], the table's number that is nearest to each multiple of a half from -127 to 127, the lower one of two."""
         levels = self.table.float() - ZERO
-        return levels, (levels[1:] + levels[:-1]) / 2
+        halves = torch.arange(-2 * LARGEST, 2 * LARGEST + 1, device=levels.device) / 2
+        return levels[torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)]
 
     def _nearest(self, numbers: Tensor) -> Tensor:
+        """The table's numbers that are nearest to numbers in steps."""
         if self.codec.bits == 8:
             return numbers.round_().clamp_(-LARGEST, LARGEST)
-        levels, between = self._levels
-        return levels[torch.bucketize(numbers, between)]
+        # What lies between two codes is a multiple of a half, so numbers between two such ones are all nearest to the same.
+        places = (numbers * 2).ceil_().clamp_(-2 * LARGEST, 2 * LARGEST).add_(2 * LARGEST)
+        return self._nearest_halves.take(places.to(torch.int64))
 
     def with_table(self, wide: Tensor, mask: Tensor, weights: Tensor) -> Self:
         """The same with the table of 4 bits that errs least on a weight [out, in], by columns that count `weights` [in]."""
@@ -124,8 +134,16 @@ class Grid:
         divisor = scale.clamp(min=SMALLEST)
         return self._nearest((values - middle[..., None]).div_(divisor[..., None]))
 
-    def _searched(self, wide: Tensor, mask: Tensor, weights: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """For every row and group the scale and middle that err least: among RATIOS of reach [out, groups], then refined."""
+    def _searched(
+        self,
+        wide: Tensor,
+        mask: Tensor,
+        weights: Tensor,
+        reach: Tensor,
+        ratios: tuple[float, ...] = RATIOS,
+        refined: int = REFINED,
+    ) -> tuple[Tensor, Tensor]:
+        """For every row and group the scale and middle that err least: among ratios of reach [out, groups], then refined."""
         found, middles = torch.empty_like(reach), torch.empty_like(reach)
         rows = max(1, PIECE // max(1, wide.shape[1]))
         for start in range(0, len(wide), rows):
@@ -134,12 +152,12 @@ class Grid:
             middle = self.middle[part]
             best = torch.full_like(middle, torch.inf)
             scale = reach[part]
-            for ratio in RATIOS:
+            for ratio in ratios:
                 tried = _as_scale(reach[part] * ratio)
                 error = _error(self._numbers(values, tried, middle), tried, middle, values, counted)
                 better = error < best
                 scale, best = torch.where(better, tried, scale), torch.where(better, error, best)
-            for _ in range(REFINED):
+            for _ in range(refined):
                 numbers = self._numbers(values, scale, middle)
                 tried, about = self._least_squares(numbers, values, counted, scale, middle)
                 error = _error(self._numbers(values, tried, about), tried, about, values, counted)
