@@ -67,6 +67,11 @@ def error(rounded: Tensor, weight: Tensor, x: Tensor) -> float:
     return float(((rounded.double() - weight.double()) @ x.double().t()).square().sum())
 
 
+def said(model: Any) -> list[str]:
+    """What the last pass noted of rounding."""
+    return [note for note in model.sparsec.records[-1].notes if "rounded" in note]
+
+
 def kept(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
 
@@ -91,7 +96,7 @@ def test_what_is_rounded_is_packed_bit_for_bit(case, method: str, layout: str) -
     assert torch.equal(packed.scale, rounded.like.scale)
     assert torch.equal(packed.table, rounded.like.table)
     assert torch.equal(packed.scatter(), codes.codes)
-    assert not [note for note in lowered.sparsec.records[-1].notes if "rounded" in note]
+    assert said(lowered) == []
 
 
 @settings(max_examples=30)
@@ -214,7 +219,7 @@ def test_a_model_is_rounded_as_a_whole(name: str, spec: str) -> None:
         assert weight.rounded.error is not None
         assert weight.rounded.error < 0.1
     lowered = sparsec.extend(rounded, "fuse,lower(bitmap, values='int4g32')")
-    assert not [note for note in lowered.sparsec.records[-1].notes if "rounded" in note]
+    assert said(lowered) == []
     inputs = example()
     with torch.no_grad():
         before, after = (m(**inputs)[0] for m in (rounded, lowered))
@@ -277,7 +282,7 @@ def test_a_weight_that_a_pass_trained_is_not_taken_for_rounded() -> None:
     model, _ = tiny_model("llama")
     ids = torch.randint(0, 60, (6, 24), generator=torch.Generator().manual_seed(1))
     spec = "magnitude(0.5),freeze,round('int8', method='nearest'),recover(steps=2),lower(bitmap, values='int8')"
-    (note,) = sparsec.compile(model, spec, calibration=ids).sparsec.records[-1].notes
+    (note,) = said(sparsec.compile(model, spec, calibration=ids))
     assert "was rounded to int8 and holds other numbers now, so the nearest were taken" in note
 
 
@@ -304,10 +309,10 @@ def test_another_codec_is_refused_before_anything_is_packed(spec: str) -> None:
 
 def test_dense_codes_of_a_pruned_weight_are_rounded_once_more_and_said() -> None:
     model = made()
-    (note,) = sparsec.extend(model, "lower(dense, values='int4g32')").sparsec.records[-1].notes
+    (note,) = said(sparsec.extend(model, "lower(dense, values='int4g32')"))
     assert "dense stores what is pruned too, and 0.0 is none of the 16 numbers" in note
     eight = sparsec.extend(made("magnitude(0.5),round('int8', method='nearest'),freeze"), "lower(dense, values='int8')")
-    assert eight.sparsec.records[-1].notes == ()
+    assert said(eight) == []
 
 
 def test_places_without_a_weight_cost_one_of_the_numbers_and_that_is_said() -> None:

@@ -15,7 +15,7 @@ from sparsec.lowering.rounding import AUTO
 
 
 def check_rounded(weights: Iterable[Weight], values: str) -> None:
-    """FormatError for a weight that was rounded to the numbers of another codec than the one that is named; auto and "" name none."""
+    """FormatError for a weight that was rounded to another codec's numbers than those named; "auto" and "" name none."""
     for weight in weights:
         rounded = weight.rounded
         if rounded is None or values in ("", AUTO, rounded.values):
