@@ -44,11 +44,24 @@ def test_the_decode_loop_of_warp_csr_is_short_and_nothing_spills(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_the_decode_loop_of_quantised_bitmaps_is_short_and_nothing_spills(tmp_path: Path) -> None:
+    ended = compiled("--layouts", "bitmap:int8,bitmap:int4g64,bitmap:int4mg64", "--dtypes", "bf16", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    header, _, *rows = (line.strip("|").split("|") for line in ended.stdout.splitlines())
+    table = [dict(zip(map(str.strip, header), map(str.strip, row), strict=True)) for row in rows]
+    most = {"bitmap:int8": 17, "bitmap:int4g64": 22, "bitmap:int4mg64": 25}
+    for arch in ("80", "90"):
+        one = {r["layout"]: float(r["instr./element"]) for r in table if r["sm"] == arch and " M=1," in r["constants"]}
+        assert one.keys() == most.keys()
+        assert all(4 < one[layout] <= bound for layout, bound in most.items()), one
+
+
+@pytest.mark.slow
 def test_sizes_of_one_and_odd_sizes_compile_as_a_launch_takes_them(tmp_path: Path) -> None:
     code = """
 from sparsec.formats.layout import Layout
 from sparsec.kernels.gpu_compile import compile_all, specialisations
-names = ["wcsr8", "bitmap", "nm2:4"]
+names = ["wcsr8", "bitmap", "nm2:4", "bitmap:int4mg64"]
 for shape in ((1, 8), (23, 20)):
     launches = list(specialisations(map(Layout.parse, names), ["bf16"], False, shape))
     found = list(compile_all(launches, 90))
@@ -69,8 +82,15 @@ def test_every_layout_and_row_bucket_is_among_what_is_compiled() -> None:
     found = list(specialisations(Layout.checked(), ["bf16"], every_config=False))
     kernels = {(v.layout, v.launch.kernel.__name__) for v in found}
     assert {layout for layout, _ in kernels} == set(map(str, Layout.checked()))
-    for layout, kernel in (("bitmap", "bitmap_expand_kernel"), ("nm2:4", "nm_kernel"), ("bsr64x64", "bsr_kernel")):
+    for layout, kernel in (
+        ("bitmap", "bitmap_expand_kernel"),
+        ("nm2:4", "nm_kernel"),
+        ("bsr64x64", "bsr_kernel"),
+    ):
         assert (layout, kernel) in kernels
+    assert {kernel for layout, kernel in kernels if ":int" in layout} == {
+        *("bitmap_int_kernel", "bitmap_int_expand_kernel", "add_up_kernel")
+    }
     rows = {v.launch.constants["M"] for v in found if v.layout == "wcsr16" and "M" in v.launch.constants}
     assert rows == {1, 4, 8}
     # All configurations are more than those that are used untuned.

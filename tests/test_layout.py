@@ -138,7 +138,7 @@ def test_candidates_are_layouts_of_the_device(mask: Tensor, device: str) -> None
 def test_the_lists_hold_layouts_and_every_format_is_in_them() -> None:
     named = [Layout.parse(text) for text in spellings()]
     assert {layout.format for layout in named} == {*FORMATS, DENSE}
-    assert {layout.format for layout in Layout.checked()} == {k.format for k in KERNELS if k.run is gpu.product}
+    assert {layout.kind.format for layout in Layout.checked()} == {k.format for k in KERNELS if k.run is gpu.product}
     measured = {layout.format for device in ("cpu", "cuda") for layout in Layout.calibrated(device, 0.5)}
     assert measured == {*FORMATS, DENSE}
     at_half = [str(layout) for layout in Layout.calibrated("cpu", 0.5)]

@@ -117,13 +117,13 @@ def check_kernels(
             for count in rows:
                 try:
                     made = made or _packed(wanted, *shape, 0.6, DTYPES[dtype], generator)
-                    packed, weight = made
+                    packed, _ = made
                     bias, x = (
                         torch.randn(*size, device=device, generator=generator).to(DTYPES[dtype])
                         for size in (shape[:1], (count, shape[1]))
                     )
                     found = run(x, packed, bias)
-                    yield Checked(str(wanted), dtype, count, _error(found, x, weight, bias))
+                    yield Checked(str(wanted), dtype, count, _error(found, x, packed.exact(), bias))
                 except Exception as error:  # of triton, of the driver, of torch
                     yield Checked(str(wanted), dtype, count, None, said(error))
                     go_on(f"{wanted} {dtype}, {count} rows", error, device)
@@ -177,7 +177,7 @@ def measure(
             packed, weight = _packed(wanted, case.out_features, case.in_features, case.sparsity, dtype, generator)
             select(Problem.of(packed, case.rows))
             dense = dense or Replay(dense_calls(weight, x, rotate_bytes), device)
-            config, replay, tried = _fastest(packed, weight, x, rotate_bytes, tune)
+            config, replay, tried = _fastest(packed, x, rotate_bytes, tune)
         except DeviceLostError:
             raise
         except Exception as error:  # of the formats, of triton, of the driver, of torch
@@ -217,9 +217,7 @@ def predicted(lines: Sequence[Line], known: Constants) -> list[Line]:
     return found
 
 
-def _fastest(
-    packed: Packed, weight: Tensor, x: Tensor, rotate_bytes: int, tune: bool
-) -> tuple[int, Replay, GpuMeasured]:
+def _fastest(packed: Packed, x: Tensor, rotate_bytes: int, tune: bool) -> tuple[int, Replay, GpuMeasured]:
     """The number of the fastest configuration, preferred from now on, the calls with it, and what was found of all on the way.
 
     A configuration that fails, or computes something wrong, is none of the choice. Raises what the first one raises.
@@ -239,7 +237,7 @@ def _fastest(
     for number in range(count):
         gpu_launch.prefer({**before, bucket: number})
         try:
-            error = _error(calls[0](), x, weight, None)
+            error = _error(calls[0](), x, packed.exact(), None)
             found.checked.append(
                 Checked(f"{packed.describe()}, configuration {number} of {bucket!r}", dtype, x.shape[0], error)
             )

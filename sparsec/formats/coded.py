@@ -98,6 +98,7 @@ class QuantisedBitmap(Quantised):
 
     format: ClassVar[str] = "bitmap_int"
     title: ClassVar[str] = "quantised bitmap"
+    checked: ClassVar[tuple[str, ...]] = ("",)
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("",)}
     positions: ClassVar[type[Packed]] = _Bitmap
     tensor_names: ClassVar[tuple[str, ...]] = (*OWN, "bits", "panel_ptr")
@@ -156,6 +157,7 @@ class QuantisedNM(QuantisedBitmap):
 
     format: ClassVar[str] = "nm_int"
     title: ClassVar[str] = "quantised N:M"
+    checked: ClassVar[tuple[str, ...]] = ("2:4",)
     one_cost: ClassVar[bool] = True
     parameters: ClassVar[tuple[str, ...]] = NM.parameters
 

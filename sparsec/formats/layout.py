@@ -109,7 +109,9 @@ class Layout:
     @classmethod
     def checked(cls) -> tuple[Self, ...]:
         """Those that are compiled ahead of time for GPUs, and checked on them."""
-        return tuple(cls(name, parameters) for name, kind in FORMATS.items() for parameters in kind.checked)
+        plain = [cls(n, p) for n, kind in FORMATS.items() for p in kind.checked]
+        coded = [cls(n, p, v) for n, kind in QUANTISED.items() for p in kind.checked for v in EXAMPLES]
+        return (*plain, *coded)
 
     def __str__(self) -> str:
         return f"{self.format}{self.parameters}{self.values and ':'}{self.values}"
