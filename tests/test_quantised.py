@@ -15,7 +15,7 @@ from sparsec.errors import FormatError
 from sparsec.formats import QUANTISED
 from sparsec.formats.layout import Layout
 from sparsec.formats.quantised import Quantised
-from sparsec.formats.values import LIMIT, ZERO, Codec, Codes
+from sparsec.formats.values import LIMIT, ZERO, Codec
 from sparsec.kernels import SparseLinear, operator, operator_args, tolerance
 from sparsec.kernels.reference import reference_linear
 from sparsec.testing import check_format
@@ -336,20 +336,18 @@ def test_more_than_int32_bytes_are_refused(positions: str, monkeypatch: pytest.M
             refused()
 
 
-@given(st.integers(1, 400), st.integers(0, 2**31), st.sampled_from(["normal", "few", "one"]))
-def test_a_fitted_table_is_better_than_even_steps(count: int, seed: int, kind: str) -> None:
+@given(st.integers(1, 40), st.integers(0, 2**31))
+def test_even_steps_keep_small_weights_small(count: int, seed: int) -> None:
+    """Regression: a table that was fitted to what pruning left had no number near 0.0, and ruined small weights of large inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(4, 16 * count, generator=generator)
-    if kind != "normal":
-        weight = weight.sign() * (1.0 if kind == "one" else torch.randint(1, 4, weight.shape, generator=generator))
-    mask = weight.abs() > weight.abs().median() if kind == "normal" else torch.ones(weight.shape, dtype=torch.bool)
+    mask = weight.abs() > weight.abs().median()
+    weight[:, ::16], mask[:, ::16] = 0.001 * weight[:, ::16], True
     codec = Codec.parse("int4g64")
-    fitted = codec.encode(weight, mask)
-    even = torch.linspace(1, 255, 16).round().to(torch.uint8)
-    steps = codec.encode(weight, mask, Codes(fitted.codes, fitted.scale, even))
-
-    def error(codes: Codes) -> float:
-        return float((codec.decode(codes) - weight)[mask].square().sum())
-
-    assert fitted.table.int().diff().min() > 0
-    assert error(fitted) <= error(steps) * 1.02 + 1e-9
+    codes = codec.encode(weight, mask)
+    assert ZERO in codes.table.tolist()
+    found = codec.decode(codes)
+    assert (found[:, ::16].abs() <= 0.01).all()
+    step = 17 * codec.spread(codes.scale, *weight.shape)[0].repeat_interleave(64, 1)[:, : weight.shape[1]]
+    below = (found - weight).abs() <= 0.51 * step
+    assert below[mask & (weight <= 111 / 17 * step)].all(), "half a step, but past the largest positive number"

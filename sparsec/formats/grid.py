@@ -54,11 +54,14 @@ class Grid:
         if not bool(weights.any()):
             weights = torch.ones_like(weights)
         reach, middle = codec.scales(wide, mask)
-        none = torch.empty(0, dtype=torch.uint8, device=wide.device)
-        grid = cls(codec, reach, middle, none).with_table(wide, mask, weights)
+        grid = cls(codec, reach, middle, codec.even_table(wide.device))
+        if importance is not None:
+            grid = grid.with_table(wide, mask, weights)
         for _ in range(ROUNDS if codec.bits == 4 else 1):
             scale, middle = grid._searched(wide, mask, weights, reach)
-            grid = replace(grid, scale=scale, middle=middle).with_table(wide, mask, weights)
+            grid = replace(grid, scale=scale, middle=middle)
+            if importance is not None:
+                grid = grid.with_table(wide, mask, weights)
         return grid
 
     def refined(self, weight: Tensor, mask: Tensor) -> Self:
@@ -66,7 +69,7 @@ class Grid:
         wide = weight.detach().float().masked_fill(~mask, 0.0)
         ones = wide.new_ones(wide.shape[1])
         scale, middle = self._searched(wide, mask, ones, self.scale, (1.0,), 1)
-        return replace(self, scale=scale, middle=middle).with_table(wide, mask, ones)
+        return replace(self, scale=scale, middle=middle)
 
     @property
     def like(self) -> Codes:

@@ -5,7 +5,7 @@ string a codec follows a colon; plain values are left out.
 
     int8       8 bits, a scale for every row
     int8g64    8 bits, a scale for every row and group of 64 columns
-    int4g64    4 bits, numbers of a table of 16 that fits the matrix, a scale for every row and group of 64 columns
+    int4g64    4 bits, numbers of a table of 16, a scale for every row and group of 64 columns
     int4mg64   the same about a middle of its own for every row and group
 
 Groups are of a multiple of 32 columns; the last one may be shorter. A weight is `scale * (code - 128) + middle`, a code from 1 to
@@ -39,8 +39,6 @@ SMALLEST = 2.0**-126
 """The smallest scale but 0: those below are numbers that kernels may take for 0."""
 LIMIT = 2.0**126
 """The largest weight: twice that, and the error of a rounded scale, still are numbers of fp32."""
-_SAMPLE = 1 << 18
-"""Weights that a table is fitted to, at most."""
 _ROUNDS = 64
 _STILL = 1 / 64
 """Of one step: what moves less has come to rest."""
@@ -110,7 +108,7 @@ class Codec:
         check_in_reach(wide)
         scale, middle = self.scales(wide, mask) if like is None else self.spread(like.scale, *wide.shape)
         numbers = self._in_steps(wide, scale, middle)
-        table = self.fit(numbers, mask, scale) if like is None else like.table
+        table = self.even_table(wide.device) if like is None else like.table
         if zero and self.bits == 4 and not bool((table == ZERO).any()):
             table = table.clone()
             table[(table.int() - ZERO).abs().argmin()] = ZERO
@@ -148,18 +146,16 @@ class Codec:
         reach = torch.maximum(high - middle, middle - low).clamp(min=0.0)  # -inf where nothing is kept
         return rounded_up(reach / LARGEST), middle
 
-    def fit(self, numbers: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-        """The table of a matrix of which `numbers` [out, in] are the weights in steps: of 8 bits none, of 4 that of `lloyd`.
+    def even_table(self, device: torch.device | None = None) -> Tensor:
+        """16 codes at even steps, 0.0 among them where there is no middle; of 8 bits none.
 
-        At most `_SAMPLE` weights are looked at, of rows that are evenly spread among those that keep any.
+        A table that errs less on the weights alone (`lloyd`) has no number near 0.0, since what was there is pruned. It spoils
+        small weights that were kept for the size of their inputs, and pays only where that size is known (grid.py).
         """
         if self.bits == 8:
-            return torch.empty(0, dtype=torch.uint8, device=numbers.device)
-        rows = mask.any(1).nonzero()[:, 0]
-        rows = rows[:: max(1, -(-len(rows) * numbers.shape[1] // _SAMPLE))]
-        kept = mask[rows]
-        weights = scale[rows].square().repeat_interleave(self.group, 1)[:, : numbers.shape[1]]
-        return lloyd(numbers[rows][kept], weights[kept])
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        first, last = (1, 255) if self.middle else (1, ZERO + LARGEST * 7 // 8)
+        return torch.linspace(first, last, TABLE, device=device).round().to(torch.uint8)
 
     def spread(self, scale: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         """Scale and middle [out, groups], fp32, of those of a packed matrix."""
