@@ -35,6 +35,6 @@ def overview() -> str:
         devices = ", ".join(kernel.devices) if kernel.devices else "every device"
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
         text = f"{here.kernels[kernel.name]}: format {kernel.format}, {devices}, {dtypes}"
-        lines += paragraph(text, f"{kernel.name:<18}")
+        lines += paragraph(text, f"{kernel.name:<21}")
     lines += [line for what in private.absent() for line in paragraph(what, "missing     ")]
     return "\n".join(lines + machine_lines(here))
