@@ -75,7 +75,7 @@ def machine_rows(m: Machine) -> list[tuple[str, str]]:
 
 def machine_lines(m: Machine, width: int = WIDTH) -> list[str]:
     """The environment, also for bug reports."""
-    rows = [line for key, text in machine_rows(m) for line in paragraph(text, f"{key:<24}", width=width)]
+    rows = [line for key, text in machine_rows(m) for line in paragraph(text, f"{key:<23} ", width=width)]
     return heading("Machine", width) + rows
 
 
