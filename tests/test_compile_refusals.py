@@ -90,7 +90,7 @@ def test_an_unknown_verify_level_is_refused() -> None:
 
 def test_compiling_twice_is_refused_with_the_reason() -> None:
     with pytest.raises(
-        CompileError, match=r"compiled already and lowered \(model\.layers\.0\.self_attn\.q_proj is a SparseLinear\)"
+        CompileError, match=r"compiled already and lowered \(model\.layers\.0\.self_attn\.q_proj is packed\)"
     ):
         sparsec.compile(sparsec.compile(tiny_model("llama")[0], SPEC))
     pruned = sparsec.compile(tiny_model("llama")[0], "magnitude(0.5)")

@@ -46,7 +46,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return fused_linear(x, tensors, layout)
 
     monkeypatch.setattr(group, "native_serves", lambda name: True)
-    monkeypatch.setattr(group, "fused_linear", counted)
+    for name in ("fused_linear", "inference_linear"):
+        monkeypatch.setattr(group, name, counted)
     return seen
 
 
