@@ -18,7 +18,7 @@ from sparsec.errors import KernelError
 from sparsec.formats import kinds
 from sparsec.formats.base import Packed
 from sparsec.kernels.derivatives import Argument, mapped, refuse_constants, transformed
-from sparsec.kernels.ops import LIBRARY, packed_and_bias
+from sparsec.kernels.ops import LIBRARY, packed_and_bias, schema_of
 from sparsec.private import OpOverload
 
 NOWHERE = 1 << 40
@@ -73,8 +73,7 @@ def _operator_of(format_name: str) -> OpOverload:
     """Schema, rows, shape rule and what is refused of one format's operator."""
     kind = kinds()[format_name]
     name = f"{format_name}_embedding"
-    tensors = "".join(f", Tensor {n}" for n in kind.tensor_names)
-    scalars = "".join(f", int {n}" for n in kind.scalar_names)
+    tensors, scalars = schema_of(kind)
     LIBRARY.define(  # type: ignore[no-untyped-call]
         f"{name}(Tensor ids{tensors}{scalars}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
     )

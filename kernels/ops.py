@@ -96,11 +96,15 @@ def loads_native(x: Tensor, name: str) -> bool:
     return x.device.type == "cpu" and not loader.was_asked() and loader.status().built and loader.has_native(name)
 
 
+def schema_of(kind: type[Packed]) -> tuple[str, str]:
+    """A format's tensors and its scalars, as the schemas of its operators list them after the first argument."""
+    return "".join(f", Tensor {n}" for n in kind.tensor_names), "".join(f", int {n}" for n in kind.scalar_names)
+
+
 def _define(kind: type[Packed]) -> OpOverload:
     """Schema, reference, shape rule and gradient of one format's operator."""
     name = f"{kind.format}_linear"
-    tensors = "".join(f", Tensor {n}" for n in kind.tensor_names)
-    scalars = "".join(f", int {n}" for n in kind.scalar_names)
+    tensors, scalars = schema_of(kind)
     LIBRARY.define(  # type: ignore[no-untyped-call]
         f"{name}(Tensor x{tensors}, Tensor? bias{scalars}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
     )

@@ -191,11 +191,6 @@ class Lower(Pass):
                 continue
             done.append(self._lower(graph, weight, plans.get(weight.name), context, told))
         notes += [f"{some(names)}: {said}" for said, names in told.items()]
-        spoilt: dict[str, list[str]] = {}
-        for weight in done:
-            if weight.name not in plans and weight.reason:
-                spoilt.setdefault(weight.reason.partition(": ")[2], []).append(weight.name)
-        notes += [f"{some(names)}: {said}" for said, names in spoilt.items()]
         done = [w for w in done if w.packed is not None]
         notes += self._on_digits(done, context)
         notes += [
@@ -250,12 +245,7 @@ class Lower(Pass):
         dense = [w for w in graph.weights.values() if w.packed is None and graph.is_linear(w.name)]
         weights = [w for w in dense if self._selected(graph, w)]
         rows = self._rows(context)
-        setting = Setting(
-            self.objective,
-            rows,
-            prompt_tokens=self.prompt_tokens or 0,
-            new_tokens=self.new_tokens or 1,
-        )
+        setting = Setting(self.objective, rows, prompt_tokens=self.prompt_tokens or 0, new_tokens=self.new_tokens or 1)
         notes: list[str] = []
         if self.objective == "latency":
             constants, notes = constants_for(graph, weights, context.progress)
@@ -297,6 +287,7 @@ class Lower(Pass):
             layout = replace(layout, values=first)
             if said:
                 graph.update(weight.name, reason=f"{layout}: {said}")
+                told.setdefault(said, []).append(weight.name)
             if layout.stays:
                 return graph.weights[weight.name]
         like, said = codes_like(weight, layout, matrix, mask)

@@ -54,16 +54,7 @@ class Mask(Pass):
             weight = _find(graph, given)
             old = graph.mask(weight.name)
             kept = mask.clone() if old is None else mask & old
-            graph.update(
-                weight.name,
-                mask=kept,
-                pattern="unstructured",
-                frozen=False,
-                grown=0,
-                trained=weight.trained and "before",
-                nnz=None,
-                pruned=None,
-            )
+            graph.put_mask(weight.name, kept)
             total += kept.numel()
             zeros += kept.numel() - serial.count(kept)
         share = zeros / total if total else 0.0

@@ -41,16 +41,7 @@ class Zeros(Pass):
             mask, old = serial.present(graph.tensor(weight.name).detach()), graph.mask(weight.name)
             if old is not None:
                 mask &= old
-            graph.update(
-                weight.name,
-                mask=mask,
-                pattern="unstructured",
-                frozen=False,
-                grown=0,
-                trained=weight.trained and "before",
-                nnz=None,
-                pruned=None,
-            )
+            graph.put_mask(weight.name, mask)
             total += mask.numel()
             zeros += mask.numel() - serial.count(mask)
         share = zeros / total if total else 0.0

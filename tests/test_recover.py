@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -272,13 +274,10 @@ class KilledError(Exception):
     """As if the process had gone."""
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("after", [1, 3])
-def test_a_killed_run_goes_on_to_the_same_result(method: str, after: int, tmp_path: Path) -> None:
-    spec = f"recover('{method}', steps=8, batch=2, learning_rate=0.003, checkpoint={str(tmp_path / 'state')!r})"
-    whole = recovered(spec.replace(f", checkpoint={str(tmp_path / 'state')!r}", ""))
-    left = after
-    saved = recover_pass.StateFolder.save
+@contextmanager
+def killed_after(saves: int) -> Iterator[None]:
+    """A training ends within as if the process had gone, once its state was saved so often."""
+    saved, left = recover_pass.StateFolder.save, saves
 
     def save(self: Any, *given: Any) -> None:
         nonlocal left
@@ -290,7 +289,16 @@ def test_a_killed_run_goes_on_to_the_same_result(method: str, after: int, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recover_pass.StateFolder, "save", save)
         with pytest.raises(KilledError):
-            recovered(spec)
+            yield
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_killed_run_goes_on_to_the_same_result(method: str, after: int, tmp_path: Path) -> None:
+    spec = f"recover('{method}', steps=8, batch=2, learning_rate=0.003, checkpoint={str(tmp_path / 'state')!r})"
+    whole = recovered(spec.replace(f", checkpoint={str(tmp_path / 'state')!r}", ""))
+    with killed_after(after):
+        recovered(spec)
     again = recovered(spec)
     assert "went on from" in told(again)
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
@@ -313,19 +321,8 @@ def test_a_killed_run_goes_on_after_a_loss_of_nan(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(recover_pass, "Training", Poisoned)
     at = f", checkpoint={str(tmp_path / 'state')!r}"
     whole = recovered("recover(steps=8, batch=2, learning_rate=0.003)")
-    saved, left = recover_pass.StateFolder.save, 5
-
-    def save(self: Any, *given: Any) -> None:
-        nonlocal left
-        saved(self, *given)
-        left -= 1
-        if not left:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recover_pass.StateFolder, "save", save)
-        with pytest.raises(KilledError):
-            recovered(f"recover(steps=8, batch=2, learning_rate=0.003{at})")
+    with killed_after(5):
+        recovered(f"recover(steps=8, batch=2, learning_rate=0.003{at})")
     again = recovered(f"recover(steps=8, batch=2, learning_rate=0.003{at})")
     assert "NaN or inf in step 3" in told(again)
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):

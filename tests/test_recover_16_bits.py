@@ -7,14 +7,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recover import KilledError, recovered, text, told
+from test_recover import killed_after, recovered, text, told
 from torch import Tensor
 
 import sparsec
@@ -135,21 +134,10 @@ def test_a_scale_that_was_halved_comes_back() -> None:
 
 
 def test_a_killed_run_of_float16_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    at, left = f", checkpoint={str(tmp_path / 'state')!r}", 3
-    spec, saved = "recover(steps=8, batch=2, learning_rate=0.003", recover_pass.StateFolder.save
-
-    def save(self: Any, *given: Any) -> None:
-        nonlocal left
-        saved(self, *given)
-        left -= 1
-        if not left:
-            raise KilledError
-
+    at, spec = f", checkpoint={str(tmp_path / 'state')!r}", "recover(steps=8, batch=2, learning_rate=0.003"
     model = tiny_model("llama")[0].half()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recover_pass.StateFolder, "save", save)
-        with pytest.raises(KilledError):
-            recovered(f"{spec}{at})", model)
+    with killed_after(3):
+        recovered(f"{spec}{at})", model)
     assert json.loads((tmp_path / "state" / "recover.json").read_text())["scale"] > 1
     again, whole = recovered(f"{spec}{at})", model), recovered(f"{spec})", model)
     assert "went on from" in told(again)

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
-from test_recover import KilledError, recovered, text, told
+from test_recover import killed_after, recovered, text, told
 
 import sparsec
-import sparsec.passes.recover as recover_pass
 import sparsec.recover.precision as precision
 from sparsec.errors import PipelineError, SpecError
 from sparsec.pipeline import Pipeline
@@ -50,20 +49,9 @@ def test_a_run_that_goes_on_computes_as_it_began(
     method: str, faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = f"recover('{method}', steps=4, checkpoint={str(tmp_path)!r})"
-    saved, left = recover_pass.StateFolder.save, 2
-
-    def save(self: Any, *given: Any) -> None:
-        nonlocal left
-        saved(self, *given)
-        left -= 1
-        if not left:
-            raise KilledError
-
     monkeypatch.setattr(precision, "bf16_pays", lambda device: faster == "bf16")
-    with monkeypatch.context() as patch:
-        patch.setattr(recover_pass.StateFolder, "save", save)
-        with pytest.raises(KilledError):
-            recovered(spec)
+    with killed_after(2):
+        recovered(spec)
     assert json.loads((tmp_path / "recover.json").read_text())["dtype"] == faster
     whole = recovered(f"recover('{method}', steps=4)")
     monkeypatch.setattr(precision, "bf16_pays", lambda device: faster != "bf16")

@@ -18,26 +18,17 @@ from torch import Tensor
 from sparsec.formats.code_bytes import LANE
 from sparsec.formats.panels import LANES
 from sparsec.formats.quantised import Quantised
-from sparsec.kernels.gpu.bitmap import LEAST, UNITS, count_bits
+from sparsec.kernels.gpu.bitmap import EXPAND, LEAST, PRODUCT, SEVERAL, UNITS, count_bits
 from sparsec.kernels.gpu.launch import MANY, Config, Launch, interpreted, pick, rows_at_once, splits
 from sparsec.kernels.gpu.sums import Partial, multiply
 from sparsec.kernels.gpu.wcsr import weights_at
 
-PRODUCT = (
-    Config({"TILE": 256}),
-    Config({"TILE": 128}, warps=2),
-    Config({"TILE": 512}),
-    Config({"TILE": 512}, warps=8),
-)
-"""For one or two rows of x."""
-SEVERAL = (*PRODUCT[:2], Config({"TILE": 128}), PRODUCT[3])
 MATRIX = (
     Config({"TILE": 64}, stages=1),
     Config({"TILE": 32}, stages=1),
     Config({"TILE": 128}, warps=8, stages=1),
     Config({"TILE": 64}, warps=2, stages=1),
 )
-EXPAND = Config({"TILE": 256})
 
 
 @triton.jit

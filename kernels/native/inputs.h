@@ -186,15 +186,15 @@ struct Rows {
     while (rows < std::min(tokens, most)) rows *= 2;
     return rows;
   }
-  const Digits& digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) {
-    const int64_t columns = sparsec::digit_columns(w), rows = digit_rows(w, tokens, isa);
+  // Null where they were not prepared.
+  const Digits* digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) const {
+    const int64_t columns = sparsec::digit_columns(w), row_count = digit_rows(w, tokens, isa);
     for (const Digits& known : digits)
-      if (known.columns == columns && known.rows == rows && known.count == w.digits) return known;
-    digits.emplace_back(static_cast<const float*>(plain), tokens, in, w, rows, isa);
-    return digits.back();
+      if (known.columns == columns && known.rows == row_count && known.count == w.digits) return &known;
+    return nullptr;
   }
-  const Digits& digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) const {
-    return const_cast<Rows*>(this)->digits_of(w, isa);  // prepared by then
+  void prepare_digits(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) {
+    if (!digits_of(w, isa)) digits.emplace_back(static_cast<const float*>(plain), tokens, in, w, digit_rows(w, tokens, isa), isa);
   }
 
   void prepare(Way way, const sparsec::InstructionSet& isa) {

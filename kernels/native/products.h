@@ -75,7 +75,7 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Tar
       return;
     }
     case Way::digits: {
-      const Digits& d = x.digits_of(w, isa);
+      const Digits& d = *x.digits_of(w, isa);
       float* const memory = scratch(sparsec::digit_scratch(d.tiles * d.rows));
       isa.digits(sparsec::DigitTask{&w, d.numbers.get(), d.scale.get(), d.begin.get(), d.count, d.tiles, d.rows, to.data, to.width, x.tokens,
                                     piece.first, piece.last, memory});
@@ -160,7 +160,7 @@ void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>
       by_type(w.type, [&](auto zero) { stock_rows<decltype(zero)>(part, x); });
     } else {
       rows.prepare(part.way, isa);
-      if (part.way == Way::digits) rows.digits_of(w, isa);
+      if (part.way == Way::digits) rows.prepare_digits(w, isa);
       work += work_of(part, tokens);
       any = true;
     }

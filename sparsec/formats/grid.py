@@ -114,7 +114,6 @@ class Grid:
         if self.codec.bits == 8:
             return self
         rows = mask.any(1).nonzero()[:, 0]
-        rows[:: max(1, -(-len(rows) * wide.shape[1] // PIECE))]
         scale, middle, kept = self.scale[rows], self.middle[rows], mask[rows]
         divisor = scale.clamp(min=SMALLEST)
         numbers = (

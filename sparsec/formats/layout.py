@@ -223,5 +223,5 @@ def spellings(offered: bool = True) -> tuple[str, ...]:
     if offered:
         take_offered()
     named = [f"{name}{parameters}" for name, kind in FORMATS.items() for parameters in kind.parameters]
-    coded = [f"{name}:{values}" for name in QUANTISED for values in EXAMPLES[:: 2 if name == "bitmap" else 4]]
+    coded = [f"{name}:{values}" for name in QUANTISED for values in CALIBRATED]
     return (*named, DENSE, *coded)

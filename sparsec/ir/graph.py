@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsec import serial
-from sparsec.ir.facts import MATRIX_KINDS, Op, Rounded, Weight
+from sparsec.ir.facts import MATRIX_KINDS, Op, Pruned, Rounded, Weight
 
 
 @dataclass(eq=False)
@@ -110,6 +110,19 @@ class Graph:
         """Replaces the record of one weight."""
         self.weights[name] = replace(self.weights[name], **changes)
         return self.weights[name]
+
+    def put_mask(self, name: str, mask: Tensor, pattern: str = "unstructured", pruned: Pruned | None = None) -> Weight:
+        """A new mask, bool as stored, that is not frozen yet; what was known of the one before no longer holds."""
+        return self.update(
+            name,
+            mask=mask,
+            pattern=pattern,
+            frozen=False,
+            grown=0,
+            trained=self.weights[name].trained and "before",
+            nnz=None,
+            pruned=pruned,
+        )
 
     def masked(self) -> Iterator[Weight]:
         """Weights with a mask, in the order of the table."""

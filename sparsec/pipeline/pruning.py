@@ -117,17 +117,7 @@ class PruningPass(Pass):
     def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
         """Writes the masks [out, in] of one weight's matrices down."""
         stored = stored_mask(weight, masks)
-        trained = weight.trained and "before"
-        graph.update(
-            weight.name,
-            mask=stored,
-            pattern=self.pattern,
-            frozen=False,
-            grown=0,
-            trained=trained,
-            nnz=None,
-            pruned=pruned,
-        )
+        graph.put_mask(weight.name, stored, self.pattern, pruned)
 
     def result(self, graph: Graph, chosen: Sequence[Weight], how: str, notes: Sequence[str] = ()) -> PassResult:
         """What was masked."""
