@@ -26,7 +26,7 @@ from sparsec.kernels.gpu.wcsr import weights_at
 MATRIX = (
     Config({"TILE": 64}, stages=1),
     Config({"TILE": 32}, stages=1),
-    Config({"TILE": 128}, warps=8, stages=1),
+    Config({"TILE": 64}, warps=8, stages=1),
     Config({"TILE": 64}, warps=2, stages=1),
 )
 
