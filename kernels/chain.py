@@ -52,6 +52,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sqrt": lambda a, _: a.sqrt(),
     "rsqrt": lambda a, _: a.rsqrt(),
     "relu": lambda a, _: a.relu(),
+    "cos": lambda a, _: a.cos(),
+    "sin": lambda a, _: a.sin(),
     "mean": lambda a, _: a.mean(-1, keepdim=True),
     "variance": lambda a, _: (a - a.mean(-1, keepdim=True)).square().mean(-1, keepdim=True),
 }

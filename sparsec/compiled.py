@@ -12,7 +12,6 @@ from torch import nn
 
 from sparsec.checkpoint.loaded import pickled
 from sparsec.checkpoint.record import History
-from sparsec.checkpoint.reference import ModelReference
 from sparsec.checkpoint.saving import Saveable, encoded
 from sparsec.emitter import follower
 from sparsec.ir.carry import rebind
@@ -24,6 +23,7 @@ from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.memory import held
 from sparsec.pipeline import PassRecord, Pipeline
 from sparsec.recover.holding import Holding
+from sparsec.reference import ModelReference
 from sparsec.report.collect import Report, collect
 from sparsec.report.predict import known_constants, predict
 from sparsec.wrapped import odd_text

@@ -17,7 +17,6 @@ from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.checkpoint.embeddings import guard_embeddings
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
-from sparsec.checkpoint.reference import ModelReference
 from sparsec.compiled import Compiled
 from sparsec.emitter import adopt, emit, put, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
@@ -33,8 +32,10 @@ from sparsec.memory import computed, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.pruning import NO_CALIBRATION
+from sparsec.program.decoder import decode_natively
 from sparsec.progress import stage
 from sparsec.recover.holding import Holding, strip
+from sparsec.reference import ModelReference
 from sparsec.taught import parameters, taught_by
 from sparsec.wrapped import refuse_meta, refuse_wrapper, traced_again
 
@@ -292,6 +293,8 @@ def _emitted(
     object.__setattr__(model, "sparsec", compiled)
     guard_saving(model, compiled)
     guard_embeddings(model)
+    if compiled.lowered:
+        decode_natively(model)
     return model
 
 

@@ -30,6 +30,7 @@ try:
     from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.modules.module import _has_any_global_hook as global_hooks
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -84,6 +85,7 @@ __all__ = [
     "absent",
     "any_autocast",
     "below_autograd",
+    "global_hooks",
     "has_kernel",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",

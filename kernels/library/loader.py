@@ -30,6 +30,7 @@ SYMBOLS = (
     "sparsec_chosen",
     "sparsec_choose",
     "sparsec_numbers",
+    "sparsec_end_program",
     "sparsec_force_half_product",
     "sparsec_force_helpers",
 )
@@ -72,9 +73,9 @@ class Library:
         self.path = path
         self.compiler = compiler
         self._c.sparsec_isa.restype = self._c.sparsec_chosen.restype = self._c.sparsec_numbers.restype = ctypes.c_char_p
-        self._c.sparsec_isa.argtypes = self._c.sparsec_cpu_has.argtypes = self._c.sparsec_choose.argtypes = [
-            ctypes.c_int64
-        ]
+        self._c.sparsec_isa.argtypes = self._c.sparsec_cpu_has.argtypes = self._c.sparsec_choose.argtypes = (
+            self._c.sparsec_end_program.argtypes
+        ) = [ctypes.c_int64]
 
     @property
     def isas(self) -> list[str]:
@@ -98,6 +99,10 @@ class Library:
     def numbers(self) -> list[str]:
         """What the library and Python number alike: lines such as "format csr 1 3 2". For tests."""
         return str(self._c.sparsec_numbers().decode()).splitlines()
+
+    def end_program(self, number: int) -> None:
+        """Lets go of a program (kernels/program.py)."""
+        self._c.sparsec_end_program(number)
 
     def choose(self, name: str | None) -> None:
         """Uses another one from now on, in all threads; None: the one that was taken at first."""

@@ -34,8 +34,16 @@ inline void score(const sparsec::AttendTask& t, int64_t query) {
       for (int i = 0; i < Q; ++i) sums[i] += k * load_vec(q + i * t.padded + d);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < Q; ++i) score[i * sparsec::kPositions] = sum_of(sums[i]) * t.scale + (t.mask ? t.mask[l] : 0.0f);
+    for (int i = 0; i < Q; ++i) score[i * sparsec::kPositions] = sum_of(sums[i]) * t.scale + (t.mask && !t.cap ? t.mask[l] : 0.0f);
   }
+}
+
+// Scores of one query that stay between -cap and cap, and the mask after that.
+inline void soften(const sparsec::AttendTask& t, float* scores) {
+  for (int64_t l = 0; l < t.last - t.first; l += kRegister)
+    store_vec(scores + l, t.cap * hyperbolic_tangent(load_vec(scores + l) * (1.0f / t.cap)));
+  if (t.mask)
+    for (int64_t l = t.first; l < t.last; ++l) scores[l - t.first] += t.mask[l];
 }
 
 // Q queries' sums of the values, of D registers of the width.
@@ -63,6 +71,7 @@ inline void attend_queries(const sparsec::AttendTask& t, int64_t query) {
   for (int64_t i = query; i < query + Q; ++i) {
     float* const s = t.scores + i * sparsec::kPositions;
     const int64_t count = t.last - t.first;
+    if (t.cap) soften(t, s);
     for (int64_t l = count; l % kRegister; ++l) s[l] = -__builtin_inff();
     Vec most = same(-__builtin_inff());
     for (int64_t l = 0; l < count; l += kRegister) most = larger(most, load_vec(s + l));

@@ -16,24 +16,40 @@ struct Mask {
   int64_t batch_stride = 0, head_stride = 0;
 };
 
+// One query per head, and the cache that it reads: positions [first, last) of every head of k and v.
+struct Query {
+  const float* q;   // [batch][heads][width]
+  Tensor k, v;      // [batch][shared][positions][width], of `type`; the last dimension is dense
+  ValueType type;   // of k and v
+  int64_t batch, heads, first, last;
+  float scale, cap;  // cap: of scores, softly; 0: none
+};
+
 // What all queries make of every kPositions positions, and then of all.
 class Attention : public Job {
  public:
-  Attention(Tensor q, Tensor k, Tensor v, Mask mask, ValueType type, double scale, const InstructionSet& isa)
-      : q_(std::move(q)), k_(std::move(k)), v_(std::move(v)), mask_(std::move(mask)), type_(type), value_(type == sparsec::kFloat32 ? 4 : 2),
-        scale_(static_cast<float>(scale)), isa_(isa), batch_(q_.size(0)), heads_(q_.size(1)), width_(q_.size(3)),
-        value_width_(v_.size(3)), length_(k_.size(2)),
+  Attention(Query query, Mask mask, const InstructionSet& isa)
+      : k_(std::move(query.k)), v_(std::move(query.v)), mask_(std::move(mask)), type_(query.type),
+        value_(type_ == sparsec::kFloat32 ? 4 : 2), scale_(query.scale), cap_(query.cap), isa_(isa), batch_(query.batch),
+        heads_(query.heads), width_(k_.size(3)), value_width_(v_.size(3)), first_(query.first), last_(query.last),
         queries_(mask_.head_stride ? 1 : heads_ / k_.size(1)),  // with a mask for every head each is on its own
         groups_(heads_ / queries_), per_shared_(heads_ / k_.size(1) / queries_),
-        blocks_(std::max<int64_t>(1, (length_ + sparsec::kPositions - 1) / sparsec::kPositions)),
+        blocks_(std::max<int64_t>(1, (last_ - first_ + sparsec::kPositions - 1) / sparsec::kPositions)),
         padded_((std::max(width_, value_width_) + 15) / 16 * 16) {
     const int64_t rows = batch_ * heads_;
     wide_.assign(static_cast<size_t>(rows * padded_), 0.0f);
     sums_.assign(static_cast<size_t>(rows * blocks_ * padded_), 0.0f);
     highest_.resize(static_cast<size_t>(rows * blocks_));
     weights_.resize(highest_.size());
-    for (int64_t i = 0; i < rows; ++i)
-      isa_.widen[type_](static_cast<const char*>(q_.const_data_ptr()) + value_ * i * width_, wide_.data() + i * padded_, width_);
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(query.q + i * width_, width_, wide_.data() + i * padded_);
+  }
+
+  // By as many threads as it is worth.
+  static std::shared_ptr<Attention> run(Query query, Mask mask, const InstructionSet& isa) {
+    const auto found = std::make_shared<Attention>(std::move(query), std::move(mask), isa);
+    const int64_t bytes = found->batch_ * found->k_.size(1) * (found->last_ - found->first_) * (found->width_ + found->value_width_) * found->value_;
+    together(found, std::max<int64_t>(1, std::min<int64_t>({torch::stable::get_num_threads(), found->pieces(), bytes / kBytesPerThread})));
+    return found;
   }
 
   int64_t pieces() const override { return batch_ * groups_ * blocks_; }
@@ -48,22 +64,21 @@ class Attention : public Job {
   }
   void own() override {}  // it does
 
-  void merge(void* out) const {
-    std::vector<float> row(static_cast<size_t>(padded_));
-    for (int64_t i = 0; i < batch_ * heads_; ++i) {
+  // out [batch][heads][width of v], in fp32.
+  void merge(float* out) const {
+    for (int64_t i = 0; i < batch_ * heads_; ++i, out += value_width_) {
       const int64_t first = i / queries_ * blocks_ * queries_ + i % queries_;
       float most = highest_[first], sum = 0.0f;
       for (int64_t p = 1; p < blocks_; ++p) most = highest_[first + p * queries_] > most ? highest_[first + p * queries_] : most;
-      std::fill(row.begin(), row.end(), 0.0f);
+      std::fill_n(out, value_width_, 0.0f);
       for (int64_t p = 0; p < blocks_; ++p) {
         const int64_t at = first + p * queries_;
         if (weights_[at] == 0.0f) continue;
         const float share = std::exp(highest_[at] - most);
         sum += share * weights_[at];
-        for (int64_t d = 0; d < value_width_; ++d) row[d] += share * sums_[at * padded_ + d];
+        for (int64_t d = 0; d < value_width_; ++d) out[d] += share * sums_[at * padded_ + d];
       }
-      for (int64_t d = 0; d < value_width_; ++d) row[d] = sum == 0.0f ? 0.0f : row[d] / sum;
-      isa_.narrow[type_](row.data(), static_cast<char*>(out) + value_ * i * value_width_, value_width_);
+      for (int64_t d = 0; d < value_width_; ++d) out[d] = sum == 0.0f ? 0.0f : out[d] / sum;
     }
   }
 
@@ -90,17 +105,18 @@ class Attention : public Job {
         static_cast<const char*>(k_.const_data_ptr()) + value_ * (b * k_.stride(0) + cache * k_.stride(1)),
         static_cast<const char*>(v_.const_data_ptr()) + value_ * (b * v_.stride(0) + cache * v_.stride(1)),
         mask_.data ? mask_.data + b * mask_.batch_stride + head * mask_.head_stride : nullptr, k_.stride(2), v_.stride(2), queries_, width_,
-        value_width_, padded_, block * sparsec::kPositions, std::min(length_, (block + 1) * sparsec::kPositions), scale_, scores, to.sums,
+        value_width_, padded_, first_ + block * sparsec::kPositions, std::min(last_, first_ + (block + 1) * sparsec::kPositions), scale_, cap_,
+        scores, to.sums,
         to.highest, to.weights});
   }
 
-  const Tensor q_, k_, v_;
+  const Tensor k_, v_;
   const Mask mask_;
   const ValueType type_;
   const int64_t value_;  // bytes
-  const float scale_;
+  const float scale_, cap_;
   const InstructionSet& isa_;
-  const int64_t batch_, heads_, width_, value_width_, length_;
+  const int64_t batch_, heads_, width_, value_width_, first_, last_;
   const int64_t queries_;     // that share keys and values, together
   const int64_t groups_;      // of these
   const int64_t per_shared_;  // groups of one head of the cache
@@ -148,10 +164,13 @@ Tensor decode_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask
   Tensor out = empty(dtype_of(q), {batch, heads, 1, value_width});
   if (out.numel() == 0) return out;
 
-  const auto attention = std::make_shared<Attention>(std::move(q), std::move(k), std::move(v), std::move(seen), type, scale, isa);
-  const int64_t bytes = batch * shared * length * (width + value_width) * (type == sparsec::kFloat32 ? 4 : 2);
-  together(attention, std::max<int64_t>(1, std::min<int64_t>({torch::stable::get_num_threads(), attention->pieces(), bytes / kBytesPerThread})));
-  attention->merge(out.mutable_data_ptr());
+  const int64_t rows = batch * heads;
+  std::vector<float> numbers(static_cast<size_t>(rows * std::max(width, value_width)));
+  isa.widen[type](q.const_data_ptr(), numbers.data(), rows * width);
+  const auto attention = Attention::run(Query{numbers.data(), std::move(k), std::move(v), type, batch, heads, 0, length, static_cast<float>(scale), 0.0f},
+                                        std::move(seen), isa);
+  attention->merge(numbers.data());
+  isa.narrow[type](numbers.data(), out.mutable_data_ptr(), rows * value_width);
   return out;
 }
 

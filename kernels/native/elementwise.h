@@ -75,11 +75,17 @@ inline Vec error_function(Vec v) {
   q = q * z + -1.42647390514189e-02f;
   return x * p / q;
 }
-inline Vec square_root(Vec x) {
+
+template <class F>
+inline Vec one_by_one(Vec x, F f) {
   float v[kRegister];
   store_vec(v, x);
-  for (int l = 0; l < kRegister; ++l) v[l] = __builtin_sqrtf(v[l]);
+  for (int l = 0; l < kRegister; ++l) v[l] = f(v[l]);
   return load_vec(v);
+}
+
+inline Vec square_root(Vec x) {
+  return one_by_one(x, [](float v) { return __builtin_sqrtf(v); });
 }
 
 // Whole registers: past the last row there is room for one, and rows are written in order.
@@ -163,6 +169,8 @@ void elementwise(const sparsec::ElementTask& t) {
     case kErf: each(t, [](Vec a, Vec) { return error_function(a); }); break;
     case kSqrt: each(t, [](Vec a, Vec) { return square_root(a); }); break;
     case kRsqrt: each(t, [](Vec a, Vec) { return 1.0f / square_root(a); }); break;
+    case kCos: each(t, [](Vec a, Vec) { return one_by_one(a, [](float v) { return __builtin_cosf(v); }); }); break;
+    case kSin: each(t, [](Vec a, Vec) { return one_by_one(a, [](float v) { return __builtin_sinf(v); }); }); break;
     case kRelu: each(t, [](Vec a, Vec) { return larger(a, Vec{}); }); break;
     default: reduce(t);
   }

@@ -138,12 +138,16 @@ constexpr int64_t digit_groups_of(const Matrix& w) { return (w.in_features + dig
 constexpr int64_t kDigitScratchSteps = 256;
 constexpr int64_t digit_scratch(int64_t rows_of_x) { return kPanel * (kDigitScratchSteps + rows_of_x); }
 
-// As numbered by kernels/chain.py.
+// As numbered by kernels/chain.py and kernels/program.py; 0 is a product.
 enum ElementOp {
   kAdd = 1, kSubtract, kMultiply, kDivide, kMaximum, kMinimum,
   kCopy, kNegate, kExp, kSigmoid, kTanh, kErf, kSqrt, kRsqrt, kRelu,  // of a alone
-  kMean, kVariance,                                                   // of a's rows, to one number each
-  kElementOps
+  kCos, kSin,
+  kMean, kVariance,  // of a's rows, to one number each
+  kElementOps,
+  // What else a program holds: other views of a value, tensors, values side by side, rows of a table, attention.
+  kView = kElementOps, kTensor, kJoin, kLookUp, kAttend,
+  kInstructions
 };
 
 struct Operand {
@@ -176,6 +180,7 @@ struct AttendTask {
   int64_t queries, width, value_width, padded;
   int64_t first, last;
   float scale;
+  float cap;          // of scores, softly; 0: none
   float* scores;      // [queries][kPositions]
   float* out;         // [queries][padded]
   float* highest;     // [queries]

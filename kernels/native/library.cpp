@@ -6,6 +6,7 @@
 #include "chain.h"
 #include "decode_attention.h"
 #include "products.h"
+#include "step.h"
 
 #if defined(_WIN32)
 #error "Windows uses the reference kernels"
@@ -98,7 +99,7 @@ Tensor single_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, int
 std::string numbers() {
   constexpr const char* types[] = {"float32", "bfloat16", "float16", "float64"};
   constexpr const char* instructions[] = {"product", "add",  "sub",  "mul",   "div",  "maximum", "minimum", "copy", "neg",
-                                          "exp",     "sigmoid", "tanh", "erf", "sqrt", "rsqrt",   "relu",    "mean", "variance"};
+                                          "exp",     "sigmoid", "tanh", "erf", "sqrt", "rsqrt",   "relu", "cos", "sin", "mean", "variance"};
   static_assert(sizeof(types) / sizeof(types[0]) == sparsec::kValueTypes, "one for each");
   static_assert(sizeof(instructions) / sizeof(instructions[0]) == sparsec::kElementOps, "one for each");
   std::string text = "panel " + std::to_string(kPanel) + "\n";
@@ -134,6 +135,8 @@ SPARSEC_EXPORT void sparsec_force_helpers(int on) {
   Pool::hurried().store(on == 2);
 }
 
+SPARSEC_EXPORT void sparsec_end_program(int64_t number) { Steppers::instance().remove(number); }
+
 STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("dense_linear", TORCH_BOX(&dense_linear));
   m.impl("csr_linear", TORCH_BOX(&csr_linear));
@@ -149,4 +152,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("chain", TORCH_BOX(&chain));
   m.impl("single_chain", TORCH_BOX(&single_chain));
+  m.impl("program", TORCH_BOX(&program));
+  m.impl("step", TORCH_BOX(&step));
 }

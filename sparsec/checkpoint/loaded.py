@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from sparsec.checkpoint.record import History, Record
-from sparsec.checkpoint.reference import ModelReference
 from sparsec.checkpoint.saving import Saveable, encoded
 from sparsec.checkpoint.writing import describe
 from sparsec.errors import CheckpointError, DataError
+from sparsec.reference import ModelReference
 from sparsec.report.collect import Report
 from sparsec.report.reread import reread
 

@@ -29,6 +29,7 @@ from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.kernels.modules.loading import guard_loading
 from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.kernels.modules.sparse_embedding import SparseEmbedding, not_served
+from sparsec.program.decoder import decode_natively
 
 
 @checked
@@ -58,6 +59,7 @@ def say_loaded(model: nn.Module, record: Record, place: str, report: bytes) -> N
     remember_unowned(model, record.unowned)
     guard_saving(model, loaded)
     guard_embeddings(model)
+    decode_natively(model)
 
 
 def fill(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], where: str) -> None:

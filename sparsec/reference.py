@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsec.errors import CheckpointError
 
-OWN = ("sparsec", "save_pretrained", "push_to_hub")
+OWN = ("sparsec", "save_pretrained", "push_to_hub", "forward")
 """What sparsec adds to a compiled or loaded model; it leads back to the model."""
 
 

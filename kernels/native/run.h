@@ -1,0 +1,211 @@
+// One run of a program: what each of its steps does.
+#pragma once
+#include "decode_attention.h"
+#include "memory_plan.h"
+#include "table_rows.h"
+
+namespace {
+
+using sparsec::Operand;
+
+// Matrices that are multiplied with the same rows.
+struct ProductStep {
+  std::vector<Matrix> matrices;
+  std::vector<Tensor> tensors;  // that they point to
+  Value halves;                 // x in the type of the matrices, and the results; of fp32 not used
+  std::vector<Value> results;
+};
+struct AttendStep {
+  int64_t layer, heads, shared, width, value_width;
+  float scale, cap;
+  int64_t window;  // positions that it sees at most; 0: all
+};
+// Of a layer.
+struct Cache {
+  int64_t shared, width, value_width;
+  ValueType type;
+};
+
+// A program as it is run: see Program, which makes it.
+struct Prepared {
+  const Value& operand(int64_t i) const { return i < 0 ? fixed[static_cast<size_t>(-1 - i)] : values[static_cast<size_t>(i)]; }
+
+  const char* op;
+  std::vector<Tensor> tensors;
+  std::vector<float> constants;
+  std::vector<Value> fixed;  // the constants' values
+  size_t inputs;             // the first values are those of the inputs
+  std::vector<Value> values;
+  std::vector<Buffer> buffers;
+  std::vector<Step> steps;
+  std::vector<ProductStep> products;
+  std::vector<Matrix> tables;
+  std::vector<AttendStep> attends;
+  std::vector<Cache> caches;  // by layer
+  int64_t floats = 0;         // of memory
+};
+
+// What a call gives: the tensors of its inputs, and, for attention, the caches.
+struct Call {
+  std::vector<Tensor> inputs;
+  const float* mask = nullptr;             // [batch][positions], added to the scores
+  int64_t positions = 0;                   // of the mask
+  const std::vector<Tensor>* slabs = nullptr;  // keys and values of each layer [batch][shared][room][width]
+  int64_t* times = nullptr;                     // of each step, in ns, added to
+  const std::vector<int64_t>* spans = nullptr;  // of each layer the positions [first, last) that are there
+};
+
+// One run of a program. Its values stay until this thread runs another.
+class Run {
+ public:
+  static constexpr int32_t (*kDtypes[])() = {aoti_torch_dtype_float32, aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16};
+
+  Run(const Prepared& program, const Call& call)
+      : program(program), isa(*chosen.load(std::memory_order_relaxed)), memory(arena(program.floats)), call(call) {
+    for (size_t i = 0; i < program.inputs; ++i) {
+      const Value& v = program.values[i];
+      Tensor t = call.inputs[i];
+      if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+      isa.widen[v.type](t.const_data_ptr(), at(v), v.numel());
+    }
+    for (size_t i = 0; i < program.steps.size(); ++i) {
+      const int64_t start = call.times ? nanoseconds() : 0;
+      take(program.steps[i]);
+      if (call.times) call.times[i] += nanoseconds() - start;
+    }
+  }
+
+  float* at(const Value& v) const {
+    return v.buffer == kFixed ? const_cast<float*>(program.constants.data()) + v.offset : memory + program.buffers[v.buffer].place + v.offset;
+  }
+  // Numbers of a value, in its type.
+  void give(const Value& v, void* to, int64_t count) const { isa.narrow[v.type](at(v), to, count); }
+
+ private:
+
+  const Value& value(int64_t i) const { return program.values[static_cast<size_t>(i)]; }
+
+  void take(const Step& step) const {
+    switch (step.kind) {
+      case Kind::element: return element(step);
+      case Kind::product: return product(step);
+      case Kind::tensor: {
+        const Value& out = value(step.out);
+        return isa.widen[out.type](program.tensors[step.item].const_data_ptr(), at(out), out.numel());
+      }
+      case Kind::join: return join(step);
+      case Kind::look_up: return look_up(step);
+      case Kind::attend: return attend(step);
+    }
+  }
+
+  void element(const Step& step) const {
+    const Value &a = program.operand(step.from[0]), &b = program.operand(step.from[1]), &out = value(step.out);
+    const float *from_a = at(a), *from_b = at(b);
+    float* to = at(out);
+    const auto operand = [](const float* from, const Value& v) {
+      return Operand{from, v.size[2], v.size[1] == 1 ? 0 : v.stride[1], v.size[2] == 1 || v.stride[2] == 0};
+    };
+    for (int64_t o = 0; o < out.size[0]; ++o, to += out.stride[0])
+      isa.elementwise(sparsec::ElementTask{step.op, out.type, operand(from_a + (a.size[0] == 1 ? 0 : o * a.stride[0]), a),
+                                           operand(from_b + (b.size[0] == 1 ? 0 : o * b.stride[0]), b), to, out.size[1], out.size[2]});
+  }
+
+  void product(const Step& step) const {
+    const ProductStep& p = program.products[step.item];
+    const Value& x = value(step.from[0]);
+    const int64_t count = x.numel(), tokens = p.matrices[0].in_features ? count / p.matrices[0].in_features : x.size[0] * x.size[1];
+    const bool half = x.type != sparsec::kFloat32;
+    float* const wide = at(x);
+    float* const halves = half ? at(p.halves) : wide;
+    if (half) isa.narrow[x.type](wide, halves, count);
+    std::vector<Part> parts;
+    parts.reserve(p.matrices.size());
+    for (size_t i = 0; i < p.matrices.size(); ++i)
+      if (tokens && p.matrices[i].out_features) parts.push_back(Part{p.matrices[i], half ? at(p.results[i]) : at(value(step.out + i))});
+    if (parts.empty()) return;
+    multiply(parts, Input{halves, wide, tokens, kDtypes[x.type]()}, p.tensors);
+    if (half)
+      for (size_t i = 0; i < p.matrices.size(); ++i)
+        if (const int64_t numbers = tokens * p.matrices[i].out_features)
+          isa.widen[x.type](at(p.results[i]), at(value(step.out + i)), numbers);
+  }
+
+  void join(const Step& step) const {
+    const Value& out = value(step.out);
+    float* to = at(out);
+    for (const size_t i : step.from) {
+      const Value& v = value(i);
+      const float* const from = at(v);
+      for (int64_t o = 0; o < out.size[0]; ++o)
+        for (int64_t r = 0; r < out.size[1]; ++r) {
+          const float* const row = from + o * v.stride[0] + r * v.stride[1];
+          float* const place = to + o * out.stride[0] + r * out.stride[1];
+          if (v.stride[2] == 1)
+            std::copy_n(row, v.size[2], place);
+          else
+            for (int64_t k = 0; k < v.size[2]; ++k) place[k] = row[k * v.stride[2]];
+        }
+      to += v.size[2];
+    }
+  }
+
+  void look_up(const Step& step) const {
+    const Matrix& table = program.tables[step.item];
+    const Value &index = value(step.from[0]), &out = value(step.out);
+    const float* const from = at(index);
+    for (int64_t i = 0; i < out.size[1]; ++i) {
+      const int64_t row = static_cast<int64_t>(from[i]);
+      STD_TORCH_CHECK(row >= 0 && row < table.out_features, program.op, ": ids must lie from 0 to ", table.out_features - 1,
+                      ", the last row of the table, got ", row);
+      table_row(table, row, at(out) + i * out.size[2]);
+    }
+    if (out.type == sparsec::kFloat32 || table.format < sparsec::kFormats) return;  // else they are rounded already
+    const float most = out.type == sparsec::kBFloat16 ? 3.3895314e38f : 65504.0f;
+    for (float *v = at(out), *const end = v + out.numel(); v < end; ++v) *v = *v > most ? most : *v < -most ? -most : *v;
+    round(out);
+  }
+
+  void attend(const Step& step) const {
+    const AttendStep& how = program.attends[step.item];
+    const Value& q = value(step.from[0]);
+    const size_t layer = static_cast<size_t>(how.layer);
+    const Tensor &k = (*call.slabs)[2 * layer], &v = (*call.slabs)[2 * layer + 1];
+    const int64_t end = (*call.spans)[2 * layer + 1], batch = k.size(0);
+    append(at(value(step.from[1])), k, q.type, end, how.width);
+    append(at(value(step.from[2])), v, q.type, end, how.value_width);
+    int64_t first = (*call.spans)[2 * layer];
+    if (how.window) first = std::max(first, end + 1 - how.window);
+    Mask seen;
+    if (call.mask) {  // of which the last is the new position
+      seen.widened.reset(new float[static_cast<size_t>(batch * (end + 1))]);
+      for (int64_t b = 0; b < batch; ++b)
+        std::copy_n(call.mask + (b + 1) * call.positions - (end + 1 - first), end + 1 - first, seen.widened.get() + b * (end + 1) + first);
+      seen.data = seen.widened.get();
+      seen.batch_stride = end + 1;
+    }
+    const Value& out = value(step.out);
+    Attention::run(Query{at(q), k, v, q.type, batch, how.heads, first, end + 1, how.scale, how.cap}, std::move(seen), isa)->merge(at(out));
+    if (out.type != sparsec::kFloat32) round(out);
+  }
+
+  void append(const float* from, const Tensor& slab, ValueType type, int64_t position, int64_t width) const {
+    char* const data = static_cast<char*>(slab.mutable_data_ptr());
+    const int64_t bytes = type == sparsec::kFloat32 ? 4 : 2;
+    for (int64_t b = 0; b < slab.size(0); ++b)
+      for (int64_t h = 0; h < slab.size(1); ++h, from += width)
+        isa.narrow[type](from, data + bytes * (b * slab.stride(0) + h * slab.stride(1) + position * slab.stride(2)), width);
+  }
+
+  void round(const Value& v) const {
+    const Operand all{at(v), v.numel(), 0, false};
+    isa.elementwise(sparsec::ElementTask{sparsec::kCopy, v.type, all, all, at(v), 1, v.numel()});
+  }
+
+  const Prepared& program;
+  const InstructionSet& isa;
+  float* const memory;
+  const Call& call;
+};
+
+}  // namespace

@@ -1,0 +1,329 @@
+"""Lets a model's forward run a program where it is asked for one more token, and its own code everywhere else.
+
+The program serves a call that gives just tokens [batch, 1], positions, a mask of two dimensions and a growing cache, with
+gradients off, on a CPU, while the model is what the program was made from: the same modules, tensors and no hooks. All of that is
+asked at every call; whatever else is wanted runs as the model's own code does, on the same cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsec import private
+from sparsec.errors import SparsecError
+from sparsec.kernels.derivatives import transformed
+from sparsec.kernels.library.loader import has_native
+from sparsec.kernels.program import NAME, Program
+from sparsec.program.operators import OPERATORS
+from sparsec.program.served import NotServedError
+from sparsec.program.tape import check_alike, record_step
+from sparsec.program.writer import Writer, Written
+from sparsec.reference import ModelReference
+
+BATCH = 8
+"""Sequences at most; beyond, the model's own code runs."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_IGNORED = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"))
+_CAPTURING = "transformers.utils.output_capturing"
+"""Whose hooks collect hidden states where these are asked for, and stay."""
+_PROBES = ((0, 3), (1, 7))
+"""Tokens and positions of the two steps that are recorded."""
+
+
+def decode_natively(model: nn.Module) -> None:
+    """Lets a causal model of transformers decode by programs: its `forward` asks for one first. Other models stay as they are."""
+    if decodes(model) and "forward" not in vars(model):
+        object.__setattr__(model, "forward", StepForward(model))
+
+
+def decodes(model: nn.Module) -> bool:
+    """Whether a model writes text with a cache."""
+    can = getattr(model, "can_generate", None)
+    return callable(can) and bool(can()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def write_program(model: nn.Module, batch: int) -> tuple[Written, Any]:
+    """The program of one step of a model, and the model's kind of output. NotServedError names what stood in the way."""
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    first, second = (record_step(model, batch, token, position) for token, position in _PROBES)
+    writers = Writer(first, names, OPERATORS), Writer(second, names, OPERATORS)
+    check_alike(first, second, lambda tape, t: writers[tape is second].varies(t))
+    return writers[0].write(), type(first.output)
+
+
+class StepForward:
+    """Stands as the `forward` of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._take(model)
+
+    def _take(self, model: nn.Module) -> None:
+        self._model = ModelReference(model)
+        self._kind = type(model)
+        own = inspect.signature(self._kind.forward)
+        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+        self.__name__ = "forward"
+        self._first = next(iter(self.__signature__.parameters), "")
+        self._cache = "past_key_values" if "past_key_values" in own.parameters else "cache"
+        self._programs: dict[int, _Prepared | str] = {}
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        found = self._step(model, args, kwargs)
+        return self._kind.forward(model, *args, **kwargs) if found is None else found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepForward:
+        model = self._model()
+        return StepForward(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepForward.__new__, (StepForward,), {"model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._take(state["model"])
+
+    def __repr__(self) -> str:
+        return f"<forward of {self._kind.__name__}, a program where it decodes>"
+
+    def reason(self, batch: int = 1) -> str:
+        """Why steps of so many sequences run as the model's own code; "" where a program serves them. Prepares it."""
+        found = self._prepared(self._model(), batch)
+        return found if isinstance(found, str) else ""
+
+    def prepared(self, batch: int = 1) -> _Prepared | None:
+        """The program of so many sequences, prepared now if it is not yet; None where there is none."""
+        found = self._prepared(self._model(), batch)
+        return None if isinstance(found, str) else found
+
+    # ---- one call ---------------------------------------------------------------------------------------------------------------
+
+    def _step(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a step; None for a call that the model's own code has to run."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if len(args) == 1 and self._first not in given:
+            given[self._first] = args[0]
+        elif args:
+            return None
+        ids, cache = given.pop("input_ids", None), given.pop("past_key_values", given.pop("cache", None))
+        if (
+            cache is None
+            or type(ids) is not Tensor
+            or ids.ndim != 2
+            or ids.shape[1] != 1
+            or not 0 < ids.shape[0] <= BATCH
+        ):
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or private.any_autocast():
+            return None
+        if not has_native(NAME) and not _load():
+            return None
+        mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+        given.pop("cache_position", None)
+        if not self._plain(model, given) or ids.device.type != "cpu" or ids.dtype != torch.int64:
+            return None
+        from sparsec.program.slabs import slabs_of
+
+        layers = slabs_of(cache)
+        prepared = self._prepared(model, ids.shape[0]) if layers else ""
+        if isinstance(prepared, str) or layers is None or not self._unchanged(prepared):
+            return None
+        length = cache.get_seq_length()
+        seen = _mask(mask, ids.shape[0], length)
+        at = _positions(positions, ids.shape[0], length, seen)
+        if seen is None or at is None:
+            return None
+        out = prepared.run(ids, at, seen if seen.numel() else None, layers)
+        return None if out is None else prepared.output(**{"logits": out, self._cache: cache})
+
+    def _plain(self, model: Any, given: dict[str, Any]) -> bool:
+        """Whether what else a call asks for is what a program gives."""
+        config = model.config
+        if given.keys() - _IGNORED or not given.get("use_cache", getattr(config, "use_cache", True)):
+            return False
+        if not given.get("return_dict", getattr(config, "return_dict", True)):
+            return False
+        odd = [given.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states")]
+        return not any(odd) and type(given.get("logits_to_keep", 0)) is int and given.get("logits_to_keep", 0) in (0, 1)
+
+    def _unchanged(self, prepared: _Prepared) -> bool:
+        """Whether the model still is what a program was made from, without hooks; says so once where it has some."""
+        if not prepared.held():
+            self._programs.clear()
+            return False
+        if prepared.hooked():
+            self._say(
+                f"{self._kind.__name__} has forward hooks inside, which no program calls: it decodes by its own code"
+            )
+            return False
+        return True
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"sparsec: {text}", RuntimeWarning, stacklevel=5)
+
+    def _prepared(self, model: nn.Module, batch: int) -> _Prepared | str:
+        found = self._programs.get(batch)
+        if found is None or (isinstance(found, _Prepared) and not found.held()):
+            with self._lock:
+                found = self._programs.get(batch)
+                if found is None or (isinstance(found, _Prepared) and not found.held()):
+                    found = self._programs[batch] = _prepare(model, batch)
+        return found
+
+
+def _load() -> bool:
+    from sparsec.kernels.library.loader import status
+
+    return status().built
+
+
+def _prepare(model: nn.Module, batch: int) -> _Prepared | str:
+    """A program, or why there is none. What it depends on is read first, so that a change meanwhile is seen."""
+    holding = _Holding(model)
+    if holding.patched():
+        return "a module inside has a forward of its own"
+    device = {t.device.type for t in (*model.parameters(), *model.buffers())}
+    if device - {"cpu"}:
+        return f"it is on {', '.join(sorted(device))}"
+    if not has_native(NAME) and not _load():
+        return "there are no native kernels"
+    try:
+        written, output = write_program(model, batch)
+        program = Program(written.tensors, batch, written.code, written.constants, written.result)
+    except NotServedError as reason:
+        return str(reason)
+    except (
+        SparsecError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AssertionError,
+    ) as error:
+        return f"its step cannot be recorded ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return _Prepared(holding, program, output, written)
+
+
+class _Holding:
+    """What a program was made from: modules, tensors, and no hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        self._counts: list[tuple[dict[str, Any], int]] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._modules: list[dict[str, Any]] = []
+        for module in model.modules():
+            own = vars(module)
+            if module is not model:
+                self._modules.append(own)
+                self._hooks += [own[name] for name in _HOOKS]
+            for place in (module._modules, module._parameters, module._buffers):
+                if place:
+                    self._counts.append((place, len(place)))
+                    self._places += [(place, name, value) for name, value in place.items()]
+        self._root = vars(model)
+
+    def held(self) -> bool:
+        """Whether everything stands where it stood."""
+        for place, name, value in self._places:
+            if place.get(name) is not value:
+                return False
+        return all(len(place) == count for place, count in self._counts)
+
+    def patched(self) -> bool:
+        """Whether a module inside has a forward of its own, or is in training."""
+        if self._root["training"]:
+            return True
+        return any("forward" in own or own["training"] for own in self._modules)
+
+    def hooked(self) -> bool:
+        """Whether a module inside has hooks, or all modules; not those that transformers leaves behind, which do nothing here."""
+        if not any(self._hooks):
+            return _hooks_of_all()
+        hooks = [hook for own in self._hooks for hook in own.values()]
+        return any(getattr(hook, "__module__", "") != _CAPTURING for hook in hooks) or _hooks_of_all()
+
+
+class _Prepared:
+    """A program of a model, and what it was made from."""
+
+    def __init__(self, holding: _Holding, program: Program, output: Callable[..., Any], written: Written) -> None:
+        self._holding, self._program, self.output, self.written = holding, program, output, written
+        self._moved = False
+
+    def held(self) -> bool:
+        """Whether the model still is what it was."""
+        return not self._moved and self._holding.held()
+
+    def hooked(self) -> bool:
+        """Whether something inside runs that no program knows."""
+        return self._holding.hooked() or self._holding.patched()
+
+    def run(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, layers: list[Any], times: Tensor | None = None
+    ) -> Tensor | None:
+        """The logits of one more token, which the cache holds then; None where the model's own code has to run."""
+        slabs: list[Tensor] = []
+        spans: list[int] = []
+        for layer in layers:
+            layer.room(1)
+            slabs += layer.slabs
+            spans += (layer.first, layer.last)
+        try:
+            out = self._program.step(ids.float(), positions, mask, slabs, spans, times)
+        except RuntimeError:  # of a cache that does not fit the model, say: its own code says it better
+            return None
+        if out is None:
+            self._moved = True
+            return None
+        for layer in layers:
+            layer.advance()
+        return out
+
+
+def _hooks_of_all() -> bool:
+    return bool(private.global_hooks())  # type: ignore[no-untyped-call]
+
+
+_NOTHING = torch.empty(0)
+
+
+def _mask(mask: Any, batch: int, length: int) -> Tensor | None:
+    """What is added to the scores [batch, positions]: nothing, [0], where all is seen; None for a mask of another form."""
+    if mask is None:
+        return _NOTHING
+    if (
+        type(mask) is not Tensor
+        or mask.shape != (batch, length + 1)
+        or mask.is_floating_point()
+        or mask.device.type != "cpu"
+    ):
+        return None
+    if bool(mask.all()):
+        return _NOTHING
+    return torch.zeros(mask.shape).masked_fill_(mask == 0, float("-inf"))
+
+
+def _positions(positions: Any, batch: int, length: int, mask: Tensor | None) -> Tensor | None:
+    """Positions [batch] as numbers; None where the model works them out in a way of its own."""
+    if positions is None:
+        return torch.full((batch,), float(length)) if mask is not None and not mask.numel() else None
+    if (
+        type(positions) is not Tensor
+        or positions.dtype != torch.int64
+        or tuple(positions.shape) not in ((batch, 1), (1, 1))
+    ):
+        return None
+    return positions.float().expand(batch, 1).contiguous().view(batch)

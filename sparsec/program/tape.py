@@ -1,0 +1,215 @@
+"""What one step of a model does: every operator that runs when it reads one token of each sequence, with its results.
+
+The step runs on a twin, modules of the same tensors, whose attention is a function of ours and whose cache says what it is given.
+Two steps that differ in the token, the position and the length of the cache show what is constant: a model that computes a number
+from any of these in Python, and not with tensors, gives another tape, and is not served.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsec.kernels.modules.group import Grouped
+from sparsec.kv_cache import cache_argument
+from sparsec.private import TorchDispatchMode
+from sparsec.program.served import NotServedError
+
+IMPLEMENTATION = "sparsec_step"
+"""The name of our attention in transformers' registries."""
+_RECORDING = threading.Lock()
+"""One at a time: the registries are the process's."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One query a head over the cache of a layer."""
+
+    layer: int
+    scale: float
+    cap: float  # of the scores, softly; 0: none
+    window: int  # positions that it sees at most; 0: all
+
+
+@dataclass(eq=False)
+class Executed:
+    """One operator's call, or attention."""
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class Tape:
+    """The calls of a step, in order."""
+
+    ids: Tensor  # [batch, 1]
+    positions: Tensor  # [batch, 1]
+    calls: list[Executed] = field(default_factory=list)
+    output: Any = None  # of the model's class
+
+    @property
+    def logits(self) -> Tensor:
+        """[batch, 1, words]."""
+        found: Tensor = self.output.logits
+        return found
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+        self.cached: dict[int, int] = {}  # id of keys or values -> layer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = tuple(out) if isinstance(out, list | tuple) else (out,)
+        self._tape.calls.append(Executed(str(func), tuple(args), dict(kwargs or {}), results))
+        return out
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, None]:
+        """What transformers calls in the place of attention."""
+        kind = type(module).__name__
+        layer = self.cached.get(id(key))
+        if layer is None or layer != self.cached.get(id(value)):
+            raise NotServedError(f"{kind} attends to keys that are not those of a cache")
+        odd = [name for name, given in more.items() if isinstance(given, Tensor) and name not in ("position_ids",)]
+        if mask is not None or odd:
+            raise NotServedError(f"{kind} adds {', '.join(odd) or 'a mask of its own'} to its attention")
+        if query.shape[2] != 1:
+            raise NotServedError(f"{kind} attends with {query.shape[2]} queries")
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        out = query.new_zeros(query.shape[0], 1, query.shape[1], value.shape[-1])
+        how = Attention(layer, scale, float(softcap or 0), int(sliding_window or 0))
+        self._tape.calls.append(Executed("attend", (query, key, value, how), {}, (out,)))
+        return out, None
+
+
+def record_step(model: nn.Module, batch: int, token: int, position: int) -> Tape:
+    """The tape of one step. NotServedError with the reason where there is none."""
+    twin = _twin(model)
+    ids = torch.full((batch, 1), token)
+    positions = torch.full((batch, 1), position)
+    tape = Tape(ids, positions)
+    recorder = _Recorder(tape)
+    with _attention(recorder), torch.no_grad(), recorder:
+        tape.output = twin.forward(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=True,
+            **{cache_argument(twin): _cache(twin.config, recorder, position)},
+        )
+    found = {name for name, value in tape.output.items() if value is not None}
+    if found - {"past_key_values", "cache"} != {"logits"}:
+        raise NotServedError(f"{type(model).__name__} gives {', '.join(sorted(found))}")
+    return tape
+
+
+def check_alike(first: Tape, second: Tape, inside: Callable[[Tape, Tensor], bool]) -> None:
+    """Raises NotServedError where two steps differ in what no tensor tells. inside: whether a tensor is computed on a tape."""
+    if [call.target for call in first.calls] != [call.target for call in second.calls]:
+        raise NotServedError("its step takes other operators at another position")
+    for a, b in zip(first.calls, second.calls, strict=True):
+        for x, y in zip(_leaves((a.args, a.kwargs)), _leaves((b.args, b.kwargs)), strict=True):
+            if isinstance(x, Tensor) and isinstance(y, Tensor):
+                known = inside(first, x), inside(second, y)
+                same = known[0] == known[1] and (known[0] or x is y or (x.shape == y.shape and bool((x == y).all())))
+            else:
+                same = x == y or (x != x and y != y)
+            if not same:
+                raise NotServedError(f"{a.target} is given another number at another position")
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return [leaf for each in value for leaf in _leaves(each)]
+    if isinstance(value, dict):
+        return [leaf for each in value.values() for leaf in _leaves(each)]
+    return [value]
+
+
+def _twin(model: nn.Module) -> Any:
+    """Modules of the same tensors and of copied configurations, with our attention."""
+    from transformers import PreTrainedConfig
+
+    memo: dict[int, Any] = {}
+    made: dict[int, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if id(module) in made:
+            return made[id(module)]
+        new: nn.Module = type(module).__new__(type(module))
+        made[id(module)] = new
+        held = {k: copy.deepcopy(v, memo) if isinstance(v, PreTrainedConfig) else v for k, v in vars(module).items()}
+        held["_modules"] = {name: part and twin(part) for name, part in module._modules.items()}
+        held["_parameters"], held["_buffers"] = dict(module._parameters), dict(module._buffers)
+        held.pop("forward", None)
+        if isinstance(module, Grouped):
+            held["_group"] = None
+        vars(new).update(held)
+        return new
+
+    found: Any = twin(model)
+    for config in [c for c in memo.values() if isinstance(c, PreTrainedConfig)]:
+        config._attn_implementation = IMPLEMENTATION
+    return found
+
+
+@contextmanager
+def _attention(recorder: _Recorder) -> Iterator[None]:
+    """Lets transformers find our attention under its name, and no mask for it."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    with _RECORDING:
+        ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = recorder.attend
+        ALL_MASK_ATTENTION_FUNCTIONS[IMPLEMENTATION] = _no_mask
+        try:
+            yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION], ALL_MASK_ATTENTION_FUNCTIONS[IMPLEMENTATION]
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _cache(config: Any, recorder: _Recorder, length: int) -> Any:
+    from transformers import DynamicCache
+
+    class Recorded(DynamicCache):  # type: ignore[misc]
+        """A cache of `length` positions that holds none."""
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        ) -> Sequence[Tensor]:
+            recorder.cached[id(key_states)] = recorder.cached[id(value_states)] = layer_idx
+            return key_states, value_states
+
+        def get_seq_length(self, *_: Any, **__: Any) -> int:
+            return length
+
+        def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+            return length + query_length, 0
+
+    return Recorded(config=config)
