@@ -10,7 +10,7 @@
 namespace {
 
 // Far enough ahead to cover the latency of memory.
-constexpr int64_t kBitmapAhead = 2048;  // bytes
+constexpr int64_t kBitmapAhead = 8192;  // bytes
 
 template <class V>
 constexpr int64_t steps_of(const sparsec::Matrix& w) {

@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr int64_t kDenseAhead = 1024;  // bytes
+constexpr int64_t kDenseAhead = 1024;   // bytes
+constexpr int64_t kStreamAhead = 8192;  // bytes of one stream of reads: two pages, which the CPU's own prefetching does not reach across
 
 // R rows of W times M rows of x: every loaded value is used R or M times.
 template <class V, int R, int M, class A>
@@ -74,7 +75,7 @@ void dense_one(const sparsec::Task& t) {
     for (; k + kStep <= in; k += kStep) {
 #pragma GCC unroll 4
       for (int64_t line = 0; line < kStep; line += 512 / kValueBits<V>)
-        __builtin_prefetch(address(from + (k + line)) + kDenseAhead);
+        __builtin_prefetch(address(from + (k + line)) + kStreamAhead);
 #pragma GCC unroll 4
       for (int i = 0; i < kSums; ++i) sums[i] += load_wide(from + (k + i * kRegister)) * load_vec(x + k + i * kRegister);
     }

@@ -32,7 +32,7 @@ namespace {
 
 using sparsec::DigitTask;
 
-constexpr int64_t kDigitAhead = 2048;      // bytes
+constexpr int64_t kDigitAhead = 8192;      // bytes
 constexpr int64_t kExpandedSteps = 256;    // of a panel at a time, 16 KB: half of a first-level cache
 static_assert(kExpandedSteps == sparsec::kDigitScratchSteps, "the library makes room for them");
 

@@ -29,7 +29,7 @@ from sparsec.reference import ModelReference
 
 BATCH = 8
 """Sequences at most; beyond, the model's own code runs."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _IGNORED = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"))
 _CAPTURING = "transformers.utils.output_capturing"
 """Whose hooks collect hidden states where these are asked for, and stay."""
@@ -220,8 +220,7 @@ class _Holding:
     """What a program was made from: modules, tensors, and no hooks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._counts: list[tuple[dict[str, Any], int]] = []
+        self._held: list[dict[str, Any]] = []
         self._hooks: list[dict[int, Any]] = []
         self._modules: list[dict[str, Any]] = []
         for module in model.modules():
@@ -229,18 +228,16 @@ class _Holding:
             if module is not model:
                 self._modules.append(own)
                 self._hooks += [own[name] for name in _HOOKS]
-            for place in (module._modules, module._parameters, module._buffers):
-                if place:
-                    self._counts.append((place, len(place)))
-                    self._places += [(place, name, value) for name, value in place.items()]
+            self._held += [place for place in (module._modules, module._parameters, module._buffers) if place]
+        self._known = [dict(place) for place in self._held]
         self._root = vars(model)
 
     def held(self) -> bool:
         """Whether everything stands where it stood."""
-        for place, name, value in self._places:
-            if place.get(name) is not value:
-                return False
-        return all(len(place) == count for place, count in self._counts)
+        try:
+            return self._held == self._known  # by identity first, and so without looking at numbers
+        except RuntimeError:  # two tensors that are not one are compared, and have several numbers
+            return False
 
     def patched(self) -> bool:
         """Whether a module inside has a forward of its own, or is in training."""
