@@ -25,7 +25,8 @@ There is no reference: what the native library does not serve runs as the model 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -61,10 +62,20 @@ class Program:
         self, tensors: Sequence[Tensor], batch: int, code: Sequence[int], constants: Sequence[float], result: int
     ) -> None:
         self.batch = batch
+        self._times: Tensor | None = None
         with private.below_autograd():
             self._number = int(_program(list(tensors), batch, list(code), list(constants), result))
         self._end = weakref.finalize(self, library().end_program, self._number)
         self._end.atexit = False
+
+    @contextmanager
+    def timed(self, times: Tensor) -> Iterator[Tensor]:
+        """Inside, steps that are given no times of their own add theirs to these."""
+        self._times = times
+        try:
+            yield times
+        finally:
+            self._times = None
 
     def step(
         self,
@@ -76,6 +87,7 @@ class Program:
         times: Tensor | None = None,
     ) -> Tensor | None:
         """The logits of one more token; None where the program's tensors have moved."""
+        times = self._times if times is None else times
         with private.below_autograd():
             out: Tensor = _step(self._number, ids, positions, mask, slabs, spans, times)
         return out if out.numel() else None

@@ -164,8 +164,13 @@ def test_sparse_variants_stand_beside_the_dense_model(monkeypatch: pytest.Monkey
     ]
     for mode in modes:
         assert len(mode.prefill_ms) == len(mode.decode_ms) == 2
-        assert mode.shares is not None
-        assert min(mode.shares.linears, mode.shares.lm_head, mode.shares.attention or 0, mode.shares.rest) > 0
+        assert mode.step is not None
+        assert mode.step.native == (mode.variant not in (STOCK, MASKED))
+        assert mode.step.reason == ""
+        shares = mode.step.shares
+        assert shares is not None
+        assert min(shares.linears, shares.lm_head, shares.attention or 0, shares.rest) > 0
+        assert (shares.around is not None) == mode.step.native
     for share, model in zip((0.5, 0.7), list(seen.values())[3:], strict=True):
         packed = [m.packed for m in model.modules() if isinstance(m, SparseLinear)]
         assert {p.format for p in packed} == {"bitmap"}
@@ -238,7 +243,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert main([*wanted.split(), *files]) == 0
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "e.json").read_text())
-    assert written["schema"] == "sparsec.bench.end_to_end/1"
+    assert written["schema"] == "sparsec.bench.end_to_end/2"
     assert [r["dtype"] for r in written["runs"]] == ["bf16"]
     with (tmp_path / "e.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -20,7 +20,7 @@ import torch
 
 from sparsec import private
 from sparsec.bench.session import Session
-from sparsec.bench.shares import Shares, shares
+from sparsec.bench.steps import Step, step_of
 from sparsec.compiler import DEFAULT_PASSES
 from sparsec.errors import DataError
 from sparsec.formats.layout import Layout
@@ -49,7 +49,7 @@ class DecodingEffort:
     @property
     def positions(self) -> int:
         """That prompt and decoded tokens take."""
-        return self.prompt_tokens + self.new_tokens * (WARM_UP + self.repeats) + SHARE_TOKENS
+        return self.prompt_tokens + self.new_tokens * (WARM_UP + self.repeats) + SHARE_TOKENS + 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Mode:
     cache: str  # "dynamic", or "static"
     prefill_ms: tuple[float, ...]  # by round
     decode_ms: tuple[float, ...]  # per token, by round
-    shares: Shares | None  # None where compiled: nothing can be told apart there
+    step: Step | None  # what a token is made of
     bound: str | None = None  # in words: the bytes that stay dense, and so the smallest that the model can become
 
     @property
@@ -171,7 +171,7 @@ def time_modes(
             session.cache,
             tuple(before),
             tuple(ms / effort.new_tokens for ms in after),
-            None if compiled else shares(models[variant], partial(session.decode, SHARE_TOKENS), SHARE_TOKENS),
+            step_of(models[variant], session.decode, SHARE_TOKENS, compiled),
             dense_bound(models[variant].sparsec.report()) if variant.sparse else None,
         )
         for (variant, compiled), session, before, after in zip(kinds, sessions, prefill, decode, strict=True)

@@ -1,4 +1,4 @@
-"""An end-to-end run as text, JSON (schema `sparsec.bench.end_to_end/1`) and records for CSV."""
+"""An end-to-end run as text, JSON (schema `sparsec.bench.end_to_end/2`) and records for CSV."""
 
 from __future__ import annotations
 
@@ -8,19 +8,34 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsec.bench.end_to_end import SHARE_TOKENS, DecodingEffort, Headline, Mode, headlines
-from sparsec.console.table import paragraph, table, times
+from sparsec.bench.steps import Step
+from sparsec.console.table import mega, paragraph, table, times
 from sparsec.machine import Machine
 from sparsec.timing.spread import Spread, ratio
 
-SCHEMA = "sparsec.bench.end_to_end/1"
+SCHEMA = "sparsec.bench.end_to_end/2"
+PARTS = ("linears", "lm_head", "attention", "rest")
 HEADER = ("mode", "cache", "prefill ms", "quartiles", "speedup", "ms/token", "quartiles", "speedup", "tokens/s")
-SHARES_HEADER = ("of a token, ms", "linears", "lm_head", "attention", "rest", "total")
+SHARES_HEADER = (
+    "of a token, ms",
+    "products",
+    "head",
+    "attention",
+    "rest",
+    "around",
+    "total",
+    "MB read",
+    "limit ms",
+    "native",
+)
 LEGEND = (
     "Modes take turns in every round; times are medians, speedups medians over rounds of dense eager / this. masked: the zeros of "
     "the first sparse variant on torch's kernels, which skip none. dense on sparsec's kernels: fuse,lower(dense), no zeros; "
     "dense:int8 and dense:int4g64: the same with quantised values. "
-    f"Where the time goes: forward hooks on the eager modes, {SHARE_TOKENS} tokens, apart from the timed ones; attention and rest "
-    "are without the linears inside of them; a model whose attention has no module of that name has it in the rest."
+    f"Where the time goes, {SHARE_TOKENS} tokens apart from the timed ones: where a token is one native call, the medians of what "
+    "its instructions take, and around it what Python does; else forward hooks on the eager modes, attention and rest without the "
+    "linears inside of them; a model whose attention has no module of that name has it in the rest. MB read: of weights, for a "
+    "token. limit: what reading these takes at least, at the bandwidth that python -m sparsec.cost measured here."
 )
 
 
@@ -43,12 +58,9 @@ def text(run: Run) -> list[str]:
         f"round, {effort.repeats} rounds, batch 1"
     ]
     lines = [*paragraph(lines[0]), *table(HEADER, [_cells(base, m) for m in run.modes], left=(0, 1)), ""]
-    shown = [(m.name, m.shares) for m in run.modes if m.shares is not None]
-    parts = [
-        (name, *(_milli(s) for s in (own.linears, own.lm_head, own.attention, own.rest, own.total)))
-        for name, own in shown
-    ]
-    lines += [*table(SHARES_HEADER, parts), ""]
+    lines += [*table(SHARES_HEADER, [_parts(m.name, m.step) for m in run.modes if m.step is not None]), ""]
+    for reason, names in _reasons(run.modes).items():
+        lines += [*paragraph(f"not one native call, by its own code instead: {', '.join(names)}: {reason}"), ""]
     for h in headlines(run.modes):
         lines += paragraph(_headline(h))
         lines += paragraph(h.sparse.bound or "", "  ")
@@ -98,7 +110,10 @@ def records(run: Run) -> list[dict[str, Any]]:
             **_spread("decode_ms", Spread.of(mode.decode_ms)),
             **_spread("decode_speedup", ratio(base.decode_ms, mode.decode_ms)),
             "tokens_per_second": mode.tokens_per_second,
-            **{f"{part}_ms": _milliseconds(mode, part) for part in ("linears", "lm_head", "attention", "rest")},
+            **{f"{part}_ms": _milliseconds(mode, part) for part in (*PARTS, "around")},
+            "native": None if mode.step is None else mode.step.native,
+            "bytes_per_token": None if mode.step is None else mode.step.nbytes,
+            "limit_ms": None if mode.step is None else mode.step.limit_ms,
         }
         for mode in run.modes
     ]
@@ -132,12 +147,29 @@ def _headline(h: Headline) -> str:
     )
 
 
+def _parts(name: str, step: Step) -> tuple[str, ...]:
+    own = step.shares
+    spent = [None if own is None else getattr(own, part) for part in (*PARTS, "around", "total")]
+    limit = "-" if step.limit_ms is None else f"{step.limit_ms:.2f}"
+    return name, *map(_milli, spent), mega(step.nbytes), limit, "yes" if step.native else "no"
+
+
+def _reasons(modes: Sequence[Mode]) -> dict[str, list[str]]:
+    """Why tokens are no native calls -> the modes."""
+    found: dict[str, list[str]] = {}
+    for mode in modes:
+        if mode.step is not None and mode.step.reason:
+            found.setdefault(mode.step.reason, []).append(mode.name)
+    return found
+
+
 def _milli(seconds: float | None) -> str:
-    return "n/a" if seconds is None else f"{1e3 * seconds:.2f}"
+    return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def _milliseconds(mode: Mode, part: str) -> float | None:
-    seconds = None if mode.shares is None else getattr(mode.shares, part)
+    shares = None if mode.step is None else mode.step.shares
+    seconds = None if shares is None else getattr(shares, part)
     return None if seconds is None else 1e3 * seconds
 
 

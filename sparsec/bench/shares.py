@@ -1,14 +1,14 @@
 """Where the time of a decoded token goes: forward hooks on linears, lm_head and attention, each without what runs inside of it.
 
-A fused product is computed when its first linear is called, and counts as linear. What hooks cost (some microseconds a module)
-is in the shares and in no other time.
+Of models that run their own code; a program tells the times of its instructions (sparsec/program/shares.py). A fused product is
+computed when its first linear is called, and counts as linear. What hooks cost (some microseconds a module) is in the shares and in
+no other time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,23 +16,9 @@ from torch import nn
 
 from sparsec.emitter import conv1d_type
 from sparsec.kernels import SparseLinear
+from sparsec.program.shares import Shares
 
 Where = Literal["linears", "lm_head", "attention", "rest"]
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Seconds of one token by part; `attention` is None for a model whose attention is no module of that name."""
-
-    linears: float
-    lm_head: float
-    attention: float | None
-    rest: float
-
-    @property
-    def total(self) -> float:
-        """Of all parts."""
-        return self.linears + self.lm_head + (self.attention or 0.0) + self.rest
 
 
 def shares(model: nn.Module, run: Callable[[], Any], tokens: int) -> Shares:
