@@ -22,6 +22,7 @@ from sparsec.kernels import Problem, select
 from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.memory import held
 from sparsec.pipeline import PassRecord, Pipeline
+from sparsec.program.told import told_decoding
 from sparsec.recover.holding import Holding
 from sparsec.reference import ModelReference
 from sparsec.report.collect import Report, collect
@@ -57,7 +58,8 @@ class Compiled(Saveable):
         """
         now, changes, odd = self._now()
         predicted = predict(now, known_constants(now), usual_rows(self.model()))
-        return collect(now, self.records, (*self.notes, *changes, *odd), held(self.model()).total, predicted)
+        notes, model = (*self.notes, *changes, *odd), self.model()
+        return collect(now, self.records, notes, held(model).total, predicted, told_decoding(model))
 
     def _now(self) -> tuple[Graph, tuple[str, ...], list[str]]:
         """The graph, with records of its own; what became of its weights since; what it does not show."""

@@ -128,4 +128,5 @@ def report() -> Report:
         stages=(Stage("evaluating", 12.5, 6, 8, "windows"), Stage("timing decode", 3.0, 40, 40, "rounds")),
         remarks=("invented numbers",),
         beside={"magnitude(0.4)": 2345.6},
+        decoding="one native call a token",
     )

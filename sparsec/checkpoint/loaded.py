@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from sparsec.checkpoint.record import History, Record
 from sparsec.checkpoint.saving import Saveable, encoded
 from sparsec.checkpoint.writing import describe
 from sparsec.errors import CheckpointError, DataError
+from sparsec.program.told import told_decoding
 from sparsec.reference import ModelReference
 from sparsec.report.collect import Report
 from sparsec.report.reread import reread
@@ -33,13 +35,17 @@ class Loaded(Saveable):
         return self.record.passes
 
     def report(self) -> Report:
-        """Of the model as it was saved, with what was measured then. CheckpointError where none was saved, or it is damaged."""
+        """Of the model as it was saved, with what was measured then; only how it decodes is told of now.
+
+        CheckpointError where none was saved, or it is damaged.
+        """
         if not self._report:
             raise CheckpointError(f"{self.place} holds no report: {_no_report(self.record)}")
         try:
-            return reread(json.loads(self._report))
+            found = reread(json.loads(self._report))
         except (DataError, ValueError, RecursionError) as error:
             raise CheckpointError(f"the report in {self.place} cannot be read: {error}") from error
+        return found if self._model is None else replace(found, decoding=told_decoding(self._model()))
 
     def history(self, report: Report | None = None) -> History:
         """For the next save. report: with what was measured since; default: the one that was saved."""

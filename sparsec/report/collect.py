@@ -35,11 +35,12 @@ def collect(
     notes: Iterable[str] = (),
     model_bytes: int | None = None,
     predicted: Sequence[Predicted] = (),
+    decoding: str | None = None,
 ) -> Report:
     """What the graph knows of its weights and ops, per weight and per group.
 
     model_bytes: of all tensors of the model that runs. It may hold buffers that the graph never reads; None takes the graph's.
-    predicted: what the cost model expects of its products.
+    predicted: what the cost model expects of its products. decoding: what computes a token, in words.
     """
     expected = by_weight(predicted)
     layers = tuple(_layer(graph, weight, expected.get(weight.name)) for weight in graph.weights.values())
@@ -53,6 +54,7 @@ def collect(
         linears_ms=1e3 * sum(p.seconds for p in predicted) if predicted else None,
         flops_without_weights=total([op.flops_dense for op in graph.ops.values() if not op.weights]),
         notes=tuple(notes),
+        decoding=decoding,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sparsec.console.table import mega, times
+from sparsec.program.told import NATIVE
 from sparsec.report.records import ReportData
 from sparsec.report.variant import Variant
 from sparsec.report.words import dense_reason
@@ -27,7 +28,8 @@ def all_notes(report: ReportData) -> list[str]:
     doubts = [text for text in report.remarks if text.startswith("quick:")]
     told = said_under_layers(report, (note for p in report.passes for note in p.notes))[0]
     rest = [text for text in report.remarks if text not in doubts]
-    return merged([*verdicts(report), *doubts, *told, *report.notes, *rest], [row.name for row in report.layers])
+    own = [f"decoding is {report.decoding}"] if report.decoding is not None and report.decoding != NATIVE else []
+    return merged([*verdicts(report), *doubts, *own, *told, *report.notes, *rest], [row.name for row in report.layers])
 
 
 def said_under_layers(report: ReportData, notes: Iterable[str]) -> tuple[list[str], int]:

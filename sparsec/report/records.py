@@ -137,6 +137,7 @@ class ReportData:
     beside_second: dict[str, float] = field(default_factory=dict)  # as `beside`, on that text
     roofs: Roofs | None = None
     views: tuple[LayerView, ...] = ()  # of what was pruned, where they were asked for
+    decoding: str | None = None  # what computes a token, of a lowered model on a CPU that writes text
 
     @property
     def encoder(self) -> bool:

@@ -145,6 +145,11 @@ SCHEMA: Keys = {
         "where a pass trained: as evaluation, of a text that was not trained on, for the figures of VARIANT that end in _second",
     ),
     "beside_second": ((dict,), "as beside, on that text"),
+    "decoding": (
+        (str, NONE),
+        "what computes a token: one native call, or the model's own code and why; null for what is not lowered, writes no text or "
+        "is not on a CPU",
+    ),
 }
 
 
@@ -172,6 +177,7 @@ def document(report: ReportData) -> dict[str, Any]:
         "beside": {spec: _finite(value) for spec, value in report.beside.items()},
         "second": asdict(report.second) if report.second is not None else None,
         "beside_second": {spec: _finite(value) for spec, value in report.beside_second.items()},
+        "decoding": report.decoding,
     }
 
 

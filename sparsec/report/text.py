@@ -199,6 +199,8 @@ def _groups(report: ReportData, width: int) -> list[str]:
         f"buffers beside the weights: {mega(report.bytes_buffers)} MB; masks still held: {mega(report.bytes_masks)} MB",
         width=width,
     )
+    if report.decoding is not None:
+        lines += paragraph(f"decoding: {report.decoding}", width=width)
     if report.flops_dense is None:
         lines.append("FLOPs are not counted: add the pass flops")
     elif report.flops_without_weights:
