@@ -27,6 +27,8 @@ try:
     from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
     from torch._C import _ExcludeDispatchKeyGuard as without_keys
     from torch._C import _is_any_autocast_enabled as any_autocast
+    from torch._C import _len_torch_dispatch_stack as dispatch_modes
+    from torch._C import _storage_Use_Count as storage_users
     from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -74,6 +76,12 @@ def absent() -> list[str]:
     ]
 
 
+def holders(tensor: torch.Tensor) -> int:
+    """How many tensors hold the memory of one, itself among them."""
+    storage = tensor.untyped_storage()
+    return int(storage_users(storage._cdata)) - 1  # the storage itself is one
+
+
 __all__ = [
     "DisableTorchFunctionSubclass",
     "DispatchKey",
@@ -85,8 +93,10 @@ __all__ = [
     "absent",
     "any_autocast",
     "below_autograd",
+    "dispatch_modes",
     "global_hooks",
     "has_kernel",
+    "holders",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
     "optional",

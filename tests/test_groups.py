@@ -13,6 +13,7 @@ import torch
 from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import own_code
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
@@ -349,4 +350,7 @@ def test_generate_uses_the_groups_and_gives_the_tokens_of_the_dense_twin(calls) 
     options = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
     expected = masked_twin(compiled.sparsec.graph, model).generate(ids, **options)
     assert torch.equal(compiled.generate(ids, **options), expected)
+    calls.clear()
+    with own_code(compiled):  # of which a program serves all tokens but the first
+        assert torch.equal(compiled.generate(ids, **options), expected)
     assert len(calls) == 4 * 6

@@ -26,6 +26,7 @@ from sparsec.kernels.modules.loading import unguard_loading
 from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.kernels.modules.sparse_embedding import SparseEmbedding
 from sparsec.memory import computed
+from sparsec.program.decoder import decode_plainly
 from sparsec.recover.holding import strip
 from sparsec.transformers_hook import METHOD
 
@@ -71,6 +72,7 @@ def dense_copy(model: Model, *, share: bool = False) -> Model:
     for module in twin.modules():
         for name in _OURS:
             vars(module).pop(name, None)
+        decode_plainly(module)
         _forget_loading(module)
         unguard_embeddings(module)
     unguard_loading(twin)

@@ -33,6 +33,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _IGNORED = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"))
 _CAPTURING = "transformers.utils.output_capturing"
 """Whose hooks collect hidden states where these are asked for, and stay."""
+_ATTENTIONS = {"eager", "sdpa"}
+"""Names of transformers whose attention is that of a program."""
+_IMPLEMENTATION = "_attn_implementation_internal"
+"""Where a configuration keeps such a name."""
 _PROBES = ((0, 3), (1, 7))
 """Tokens and positions of the two steps that are recorded."""
 
@@ -41,6 +45,12 @@ def decode_natively(model: nn.Module) -> None:
     """Lets a causal model of transformers decode by programs: its `forward` asks for one first. Other models stay as they are."""
     if decodes(model) and "forward" not in vars(model):
         object.__setattr__(model, "forward", StepForward(model))
+
+
+def decode_plainly(model: nn.Module) -> None:
+    """Takes that back."""
+    if isinstance(vars(model).get("forward"), StepForward):
+        del vars(model)["forward"]
 
 
 def decodes(model: nn.Module) -> bool:
@@ -52,10 +62,11 @@ def decodes(model: nn.Module) -> bool:
 def write_program(model: nn.Module, batch: int) -> tuple[Written, Any]:
     """The program of one step of a model, and the model's kind of output. NotServedError names what stood in the way."""
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-    first, second = (record_step(model, batch, token, position) for token, position in _PROBES)
-    writers = Writer(first, names, OPERATORS), Writer(second, names, OPERATORS)
-    check_alike(first, second, lambda tape, t: writers[tape is second].varies(t))
-    return writers[0].write(), type(first.output)
+    tapes = [record_step(model, batch, token, position) for token, position in _PROBES]
+    writers = [Writer(tape, names, OPERATORS) for tape in tapes]
+    first, second = (w.needed() for w in writers)
+    check_alike(first, second, [w.varies for w in writers])
+    return writers[0].write(), type(tapes[0].output)
 
 
 class StepForward:
@@ -70,6 +81,7 @@ class StepForward:
         own = inspect.signature(self._kind.forward)
         self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
         self.__name__ = "forward"
+        self.__code__ = getattr(self._kind.forward, "__code__", None)  # torch.export names its inputs after it
         self._first = next(iter(self.__signature__.parameters), "")
         self._cache = "past_key_values" if "past_key_values" in own.parameters else "cache"
         self._programs: dict[int, _Prepared | str] = {}
@@ -122,7 +134,9 @@ class StepForward:
             or not 0 < ids.shape[0] <= BATCH
         ):
             return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or private.any_autocast():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+            return None
+        if private.any_autocast() or private.dispatch_modes():
             return None
         if not has_native(NAME) and not _load():
             return None
@@ -195,6 +209,11 @@ def _prepare(model: nn.Module, batch: int) -> _Prepared | str:
     device = {t.device.type for t in (*model.parameters(), *model.buffers())}
     if device - {"cpu"}:
         return f"it is on {', '.join(sorted(device))}"
+    own = f"{type(model).__name__} computes attention in a way of its own"
+    if not getattr(model, "_supports_attention_backend", False):
+        return own
+    if odd := set(holding.attentions()) - _ATTENTIONS:
+        return f"{own}, {', '.join(sorted(map(str, odd)))}"
     if not has_native(NAME) and not _load():
         return "there are no native kernels"
     try:
@@ -217,27 +236,47 @@ def _prepare(model: nn.Module, batch: int) -> _Prepared | str:
 
 
 class _Holding:
-    """What a program was made from: modules, tensors, and no hooks."""
+    """What a program was made from: modules, tensors, ways of attention, and no hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self._held: list[dict[str, Any]] = []
         self._hooks: list[dict[int, Any]] = []
         self._modules: list[dict[str, Any]] = []
+        self._configs: dict[int, dict[str, Any]] = {}
         for module in model.modules():
             own = vars(module)
+            config = getattr(own.get("config"), "__dict__", {})
+            if _IMPLEMENTATION in config:
+                self._configs[id(config)] = config
             if module is not model:
                 self._modules.append(own)
                 self._hooks += [own[name] for name in _HOOKS]
             self._held += [place for place in (module._modules, module._parameters, module._buffers) if place]
         self._known = [dict(place) for place in self._held]
+        self._single = [
+            (place, name, value)
+            for place in self._held
+            for name, value in place.items()
+            if isinstance(value, Tensor) and value.numel() == 1
+        ]
+        self._attentions = self.attentions()
         self._root = vars(model)
+
+    def attentions(self) -> list[Any]:
+        """The names of the model's ways to compute attention."""
+        return [config[_IMPLEMENTATION] for config in self._configs.values()]
 
     def held(self) -> bool:
         """Whether everything stands where it stood."""
         try:
-            return self._held == self._known  # by identity first, and so without looking at numbers
+            same = self._held == self._known  # by identity first, and so without looking at numbers
         except RuntimeError:  # two tensors that are not one are compared, and have several numbers
             return False
+        return (
+            same
+            and all(place[name] is value for place, name, value in self._single)
+            and self.attentions() == self._attentions
+        )
 
     def patched(self) -> bool:
         """Whether a module inside has a forward of its own, or is in training."""
@@ -310,16 +349,20 @@ def _mask(mask: Any, batch: int, length: int) -> Tensor | None:
         return None
     if bool(mask.all()):
         return _NOTHING
-    return torch.zeros(mask.shape).masked_fill_(mask == 0, float("-inf"))
+    if not bool(mask[:, -1].all()):  # a token that does not see itself may see nothing
+        return None
+    return torch.zeros(mask.shape, dtype=torch.float32, device="cpu").masked_fill_(mask == 0, float("-inf"))
 
 
 def _positions(positions: Any, batch: int, length: int, mask: Tensor | None) -> Tensor | None:
     """Positions [batch] as numbers; None where the model works them out in a way of its own."""
     if positions is None:
-        return torch.full((batch,), float(length)) if mask is not None and not mask.numel() else None
+        alike = mask is not None and not mask.numel()
+        return torch.full((batch,), float(length), dtype=torch.float32, device="cpu") if alike else None
     if (
         type(positions) is not Tensor
         or positions.dtype != torch.int64
+        or positions.device.type != "cpu"
         or tuple(positions.shape) not in ((batch, 1), (1, 1))
     ):
         return None

@@ -226,6 +226,19 @@ def _cat(w: Writer, call: Executed) -> Seen:
     return parts[0] if len(parts) == 1 else w.join(parts, dim)
 
 
+def _stack(w: Writer, call: Executed) -> Seen:
+    """Parts side by side in a dimension of their own."""
+    result = call.results[0]
+    dim = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % result.dim()
+    parts = []
+    for x in (w.seen(t) for t in call.args[0]):
+        shape, strides = list(x.shape), list(x.strides)
+        shape.insert(dim, 1)
+        strides.insert(dim, 0)
+        parts.append(Seen(x.register, x.offset, tuple(shape), tuple(strides), x.dtype))
+    return w.join(parts, dim)
+
+
 def _embedding(w: Writer, call: Executed) -> Seen:
     table, ids = call.args[:2]
     if id(table) not in w.sources:
@@ -250,6 +263,14 @@ def _outer(w: Writer, call: Executed) -> Seen:
     if a.shape[-1] != 1:
         raise NotServedError(f"{call.target} of {list(a.shape)} and {list(b.shape)}")
     return w.element("mul", call.results[0].dtype, call.results[0].shape, w.seen(a), w.seen(b))
+
+
+def _no_product(w: Writer, call: Executed) -> Seen:
+    """GPT-2's Conv1D keeps its weight [in, out]; where it is not packed, no product of a program reads it."""
+    names = [w.sources[id(t)] for t in call.args if isinstance(t, Tensor) and id(t) in w.sources]
+    raise NotServedError(
+        f"{call.target} multiplies by {names[-1] if names else 'what is computed'}, which is no packed or [out, in] weight"
+    )
 
 
 OPERATORS: dict[str, Operator] = {
@@ -289,7 +310,10 @@ OPERATORS: dict[str, Operator] = {
     "aten.split_with_sizes.default": _split,
     "aten.chunk.default": _split,
     "aten.cat.default": _cat,
+    "aten.stack.default": _stack,
     "aten.embedding.default": _embedding,
     **{f"sparsec.{name}_embedding.default": _packed_embedding(name) for name in kinds()},
     "aten.bmm.default": _outer,
+    "aten.addmm.default": _no_product,
+    "aten.mm.default": _no_product,
 }

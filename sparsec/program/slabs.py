@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from sparsec import private
+
 LEAST = 64
 """Positions that a slab has room for at least."""
 
@@ -44,6 +46,11 @@ class _Slabs(DynamicLayer):  # type: ignore[misc]
     def values(self, tensor: Tensor | None) -> None:
         self._put(1, tensor)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is there, without room: no copy writes to the slabs of another."""
+        held = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in (self.keys, self.values)]
+        return vars(self) | {"slabs": None, "given": held, "first": 0, "last": 0}
+
     def _held(self, i: int) -> Tensor | None:
         if self.given[i] is not None or self.slabs is None:
             return self.given[i]
@@ -58,7 +65,7 @@ class _Slabs(DynamicLayer):  # type: ignore[misc]
     def _put(self, i: int, tensor: Tensor | None) -> None:
         if tensor is None:
             self.slabs, self.given, self.first, self.last = None, [None, None], 0, 0
-        elif tensor.numel() or self.slabs is not None:
+        elif tensor.ndim == 4:  # else it is the [0] of a layer that begins
             self.given[i] = tensor
 
     def get_seq_length(self) -> int:
@@ -81,9 +88,8 @@ class _Slabs(DynamicLayer):  # type: ignore[misc]
         elif self.last + count > self.slabs[0].shape[2]:
             wanted = length + count
             held = [slab[:, :, self.first : self.last] for slab in self.slabs]
-            if (
-                2 * wanted <= self.slabs[0].shape[2] and self.first >= length
-            ):  # what is there does not overlap where it goes
+            fits = 2 * wanted <= self.slabs[0].shape[2] and self.first >= length  # nothing overlaps where it goes
+            if fits and not self._seen_elsewhere(2):
                 for slab, own in zip(self.slabs, held, strict=True):
                     slab[:, :, :length] = own
                 self.first, self.last = 0, length
@@ -106,11 +112,16 @@ class _Slabs(DynamicLayer):  # type: ignore[misc]
         keys, values = self._both()
         places = [self._inside(i, t) for i, t in enumerate((keys, values))]
         self.given = [None, None]
-        if places[0] is not None and places[0] == places[1]:
+        if places[0] is not None and places[0] == places[1] and not self._seen_elsewhere(2):
             self.first, self.last = places[0], places[0] + keys.shape[2]
             return
         self._make((keys, values), max(LEAST, 2 * keys.shape[2]))
         self._fill((keys, values))
+
+    def _seen_elsewhere(self, here: int) -> bool:
+        """Whether somebody else holds a view of the slabs, which must not change. here: how many tensors of each are ours."""
+        assert self.slabs is not None
+        return any(private.holders(slab) > here for slab in self.slabs)
 
     def _inside(self, i: int, tensor: Tensor) -> int | None:
         """Where a tensor begins in the slab that it is a view of: cropping makes such."""
@@ -135,16 +146,16 @@ class _Slabs(DynamicLayer):  # type: ignore[misc]
             return
         self.room(0)
         assert self.slabs is not None
+        if len(beam_idx) != len(self.slabs[0]) or self._seen_elsewhere(1):
+            super().reorder_cache(beam_idx)
+            return
         for slab in self.slabs:
             held = slab[:, :, self.first : self.last]
-            if len(beam_idx) != len(held):
-                super().reorder_cache(beam_idx)
-                return
             held.copy_(held.index_select(0, beam_idx.to(held.device)))
 
     def _append(self, keys: Tensor, values: Tensor) -> bool:
         """Writes more positions; False where they cannot stand in slabs."""
-        if (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)) or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a derivative may want what was there
             return False
         if not self.is_initialized:
             self.device, self.is_initialized = keys.device, True
@@ -221,10 +232,10 @@ def slabs_of(cache: Any) -> list[Any] | None:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None
     for layer in cache.layers:
-        if not isinstance(layer, _Slabs):
-            if type(layer) not in _KINDS or not layer.is_initialized or layer.keys.ndim != 4:
-                return None
+        if type(layer) in _KINDS and layer.is_initialized and layer.keys.ndim == 4:
             _become(layer)
+        elif not isinstance(layer, _Slabs) or not layer.is_initialized:
+            return None
     return list(cache.layers)
 
 

@@ -7,8 +7,8 @@ from any of these in Python, and not with tensors, gives another tape, and is no
 
 from __future__ import annotations
 
+import contextvars
 import copy
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,8 +24,6 @@ from sparsec.program.served import NotServedError
 
 IMPLEMENTATION = "sparsec_step"
 """The name of our attention in transformers' registries."""
-_RECORDING = threading.Lock()
-"""One at a time: the registries are the process's."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, tape: Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
+        self._paused = False
+        self._windows: list[tuple[Tensor, int]] = []  # of each mask
         self.cached: dict[int, int] = {}  # id of keys or values -> layer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self._paused:
+            return out
+        if func._schema.is_mutable:
+            raise NotServedError(f"{func} writes in place")
         results = tuple(out) if isinstance(out, list | tuple) else (out,)
-        self._tape.calls.append(Executed(str(func), tuple(args), dict(kwargs or {}), results))
+        if not any(each is given for each in results for given in args):  # what is given back as it is made no tensor
+            self._tape.calls.append(Executed(str(func), tuple(args), dict(kwargs or {}), results))
         return out
+
+    def mask(self, batch_size: int, kv_length: int, mask_function: Callable[..., Tensor], **how: Any) -> Tensor:
+        """What transformers calls in the place of a mask: zeros by which attend() knows what a layer sees."""
+        window = how.get("local_size")
+        self._paused = True
+        try:
+            if not _is_window(mask_function, window):
+                raise NotServedError("a layer sees neither all positions nor the last ones")
+            made = torch.zeros(batch_size, 1, 1, kv_length, device="cpu")
+        finally:
+            self._paused = False
+        self._windows.append((made, window or 0))
+        return made
 
     def attend(
         self,
@@ -85,7 +103,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mask: Tensor | None,
         scaling: float | None = None,
         softcap: float | None = None,
-        sliding_window: int | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
         """What transformers calls in the place of attention."""
@@ -94,27 +111,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if layer is None or layer != self.cached.get(id(value)):
             raise NotServedError(f"{kind} attends to keys that are not those of a cache")
         odd = [name for name, given in more.items() if isinstance(given, Tensor) and name not in ("position_ids",)]
-        if mask is not None or odd:
+        windows = [window for made, window in self._windows if made is mask]
+        if odd or not windows:
             raise NotServedError(f"{kind} adds {', '.join(odd) or 'a mask of its own'} to its attention")
         if query.shape[2] != 1:
             raise NotServedError(f"{kind} attends with {query.shape[2]} queries")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         out = query.new_zeros(query.shape[0], 1, query.shape[1], value.shape[-1])
-        how = Attention(layer, scale, float(softcap or 0), int(sliding_window or 0))
+        how = Attention(layer, scale, float(softcap or 0), windows[0])
         self._tape.calls.append(Executed("attend", (query, key, value, how), {}, (out,)))
         return out, None
+
+
+_RECORDER: contextvars.ContextVar[_Recorder] = contextvars.ContextVar("recorder")
+"""Of the step that this thread records: transformers' registries are the process's."""
 
 
 def record_step(model: nn.Module, batch: int, token: int, position: int) -> Tape:
     """The tape of one step. NotServedError with the reason where there is none."""
     twin = _twin(model)
-    ids = torch.full((batch, 1), token)
-    positions = torch.full((batch, 1), position)
+    ids = torch.full((batch, 1), token, device="cpu")
+    positions = torch.full((batch, 1), position, device="cpu")
     tape = Tape(ids, positions)
     recorder = _Recorder(tape)
     with _attention(recorder), torch.no_grad(), recorder:
         tape.output = twin.forward(
             input_ids=ids,
+            attention_mask=torch.ones(batch, position + 1, dtype=torch.int64, device="cpu"),
             position_ids=positions,
             use_cache=True,
             **{cache_argument(twin): _cache(twin.config, recorder, position)},
@@ -125,14 +148,28 @@ def record_step(model: nn.Module, batch: int, token: int, position: int) -> Tape
     return tape
 
 
-def check_alike(first: Tape, second: Tape, inside: Callable[[Tape, Tensor], bool]) -> None:
-    """Raises NotServedError where two steps differ in what no tensor tells. inside: whether a tensor is computed on a tape."""
-    if [call.target for call in first.calls] != [call.target for call in second.calls]:
+def _is_window(mask_function: Callable[..., Tensor], window: int | None) -> bool:
+    """Whether the last query sees all positions up to its own, or the last `window` of these."""
+    size = window or 1000
+    for query in (0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size + size // 2):
+        keys = torch.arange(query + 1, device="cpu")
+        first = torch.zeros((), dtype=torch.int64, device="cpu")
+        seen = mask_function(first, first, torch.tensor(query, device="cpu"), keys).expand(query + 1)
+        if not torch.equal(seen, keys > query - window if window else torch.ones_like(seen)):
+            return False
+    return True
+
+
+def check_alike(
+    first: Sequence[Executed], second: Sequence[Executed], varies: Sequence[Callable[[Tensor], bool]]
+) -> None:
+    """Raises NotServedError where two steps differ in what no tensor tells. varies: whether a tensor of each is computed."""
+    if [call.target for call in first] != [call.target for call in second]:
         raise NotServedError("its step takes other operators at another position")
-    for a, b in zip(first.calls, second.calls, strict=True):
+    for a, b in zip(first, second, strict=True):
         for x, y in zip(_leaves((a.args, a.kwargs)), _leaves((b.args, b.kwargs)), strict=True):
             if isinstance(x, Tensor) and isinstance(y, Tensor):
-                known = inside(first, x), inside(second, y)
+                known = varies[0](x), varies[1](y)
                 same = known[0] == known[1] and (known[0] or x is y or (x.shape == y.shape and bool((x == y).all())))
             else:
                 same = x == y or (x != x and y != y)
@@ -177,21 +214,16 @@ def _twin(model: nn.Module) -> Any:
 
 @contextmanager
 def _attention(recorder: _Recorder) -> Iterator[None]:
-    """Lets transformers find our attention under its name, and no mask for it."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    """Lets transformers find our attention and its masks under its name, and these the recorder."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    with _RECORDING:
-        ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = recorder.attend
-        ALL_MASK_ATTENTION_FUNCTIONS[IMPLEMENTATION] = _no_mask
-        try:
-            yield
-        finally:
-            del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION], ALL_MASK_ATTENTION_FUNCTIONS[IMPLEMENTATION]
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+    AttentionInterface.register(IMPLEMENTATION, lambda *args, **kwargs: _RECORDER.get().attend(*args, **kwargs))
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: _RECORDER.get().mask(*args, **kwargs))
+    before = _RECORDER.set(recorder)
+    try:
+        yield
+    finally:
+        _RECORDER.reset(before)
 
 
 def _cache(config: Any, recorder: _Recorder, length: int) -> Any:

@@ -24,6 +24,10 @@ _EXACT = (torch.int64, torch.int32)
 """Types whose numbers are held as fp32: tokens and positions, below 2 ** 24."""
 
 
+_DECIDING = ("aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default")
+"""Operators that tell Python a number."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """A tensor of the tape: numbers of a register, `offset` and `strides` in numbers, by the tensor's own shape."""
@@ -73,24 +77,28 @@ class Writer:
 
     def write(self) -> Written:
         """All of it. NotServedError names the operator that no program has."""
-        for call in self._needed():
-            self._write(call)
+        for call in self.needed():
+            if self._varies(call):
+                self._write(call)
         logits = self.plain(self.seen(self.tape.logits))
         return Written(self.tensors, self.code, self.constants, self._register(logits))
 
-    def _needed(self) -> list[Executed]:
-        """The calls that the logits need and that depend on the step or on the model's tensors, in order."""
+    def needed(self) -> list[Executed]:
+        """The calls that the logits need, in order. NotServedError where a number that is computed decides what is done."""
+        for call in self.tape.calls:
+            if call.target in _DECIDING and any(self.varies(t) for t in tensors_in(call.args)):
+                raise NotServedError("its step looks at what it has computed to decide what it does")
         wanted: set[int] = set()
         waiting: list[Tensor] = [self.tape.logits]
         while waiting:
-            call = self._made.get(id(waiting.pop()))
-            if call is None or id(call) in wanted:
+            made = self._made.get(id(waiting.pop()))
+            if made is None or id(made) in wanted:
                 continue
-            wanted.add(id(call))
+            wanted.add(id(made))
             waiting += (
-                [self._products.beside(call)[0]] if self._products.holds(call) else tensors_in((call.args, call.kwargs))
+                [self._products.beside(made)[0]] if self._products.holds(made) else tensors_in((made.args, made.kwargs))
             )
-        return [call for call in self.tape.calls if id(call) in wanted and self._varies(call)]
+        return [call for call in self.tape.calls if id(call) in wanted]
 
     def varies(self, tensor: Tensor) -> bool:
         """Whether a tensor of the tape is computed in the program, or held by the model."""
