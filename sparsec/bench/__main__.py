@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from sparsec.bench.cases import AUTO, Case, cases
 from sparsec.bench.end_to_end import DecodingEffort, recipes, time_modes
 from sparsec.bench.end_to_end_output import Run
 from sparsec.bench.kernels import Result, measure
+from sparsec.bench.peers import installed, peers_beside
 from sparsec.bench.room import require_room
 from sparsec.bench.sources import source
 from sparsec.console.command import DTYPES
@@ -107,12 +109,16 @@ def run_models(options: argparse.Namespace, progress: Progress | None) -> None:
         "compiled": options.compile,
     }
     effort = DecodingEffort(**{name: value for name, value in given.items() if value is not None})
+    packages = None if options.peers is None else installed(options.peers)
     found, runs = machine(), []
     print("\n".join([*machine_lines(found), *output.doubts(found)]))
     for name in dtypes:
         loaded = source(options.end_to_end, DTYPES[name], len(wanted), options.layers, progress)
-        modes = time_modes(loaded.model, wanted, effort, progress)
-        runs.append(Run(loaded.name, loaded.origin, name, effort, tuple(modes)))
+        said = list[str]()
+        peers = None if packages is None else partial(peers_beside, packages, said=said, progress=progress)
+        modes = time_modes(loaded.model, wanted, effort, progress, peers)
+        versions = {} if packages is None else packages.versions
+        runs.append(Run(loaded.name, loaded.origin, name, effort, tuple(modes), versions, tuple(said)))
         print("\n".join(["", *end_to_end_output.text(runs[-1])]))
     if options.json:
         write_text(options.json, end_to_end_output.document(runs, found))

@@ -24,14 +24,26 @@ examples:
   python -m sparsec.bench --busy --dtypes fp32,bf16                      # beside a process that computes all the time
   python -m sparsec.bench --device cuda --out results                    # a GPU: correctness, kernels, whole models
   python -m sparsec.bench --end-to-end smollm2 --compile                 # tokens per second of a whole model
+  python -m sparsec.bench --end-to-end smollm2 --dtypes bf16 --peers ~/peers/bin/python    # by turns with llama.cpp
   python -m sparsec.bench --end-to-end pythia-410m --dtypes bf16 --sparsity 0.7 --csv tokens.csv
 """
 SHAPES = "576x576,1536x576,768x3072,4096x1024,11008x4096"
 FORMATS = "bitmap,csr8,csr16,dense,dense:int8,bitmap:int8,dense:int4g64,bitmap:int4g64"
 ROTATE_MB = 1024
 ONLY_TABLE = ("shapes", "formats", "rows", "rotate_mb")
-ONLY_MODELS = ("passes", "prompt_tokens", "new_tokens", "compile")
-ONLY_CPU = ("end_to_end", "passes", "prompt_tokens", "new_tokens", "compile", "rotate_mb", "threads", "json", "csv")
+ONLY_MODELS = ("passes", "prompt_tokens", "new_tokens", "compile", "peers")
+ONLY_CPU = (
+    "end_to_end",
+    "passes",
+    "prompt_tokens",
+    "new_tokens",
+    "compile",
+    "peers",
+    "rotate_mb",
+    "threads",
+    "json",
+    "csv",
+)
 ONLY_GPU = ("out", "budget")
 NOT_BUSY = ("formats", "rows", "rotate_mb", "end_to_end", *ONLY_MODELS, "json", "csv")
 T = TypeVar("T")
@@ -97,6 +109,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     all_of_it.add_argument("--new-tokens", type=int, metavar="N", help="decoded in each round; default: 4")
     all_of_it.add_argument(
         "--compile", action="store_true", default=None, help="also under torch.compile, which takes minutes"
+    )
+    all_of_it.add_argument(
+        "--peers",
+        type=Path,
+        metavar="PYTHON",
+        help="of another environment: llama.cpp and OpenVINO GenAI, where it can import llama_cpp or openvino_genai, take turns "
+        "with all modes, dense and quantised, on as many threads; each is compared within its precision: F32, BF16, 8 bits, 4 bits",
     )
     return p
 

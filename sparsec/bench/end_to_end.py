@@ -2,6 +2,7 @@
 
 dense is the stock model; masked has the zeros of the first sparse variant on torch's kernels, which skip none; dense on sparsec's
 kernels has no zeros, so that what kernels give and what zeros give can be told apart; with quantised values what rounding gives.
+Peers (peers.py) are other engines with the dense model, each compared within its class of precision.
 
 All modes take turns in every round. A round decodes some tokens one after another, as generation does, so that what a mode
 keeps in the caches helps it. The headline is the best mode of sparsec against the best dense one, and against the best dense one
@@ -11,14 +12,17 @@ on sparsec's kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from time import sleep
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsec import private
+from sparsec.bench.peers import CLASSES, SETTLE, Peer
 from sparsec.bench.session import Session
 from sparsec.bench.steps import Step, step_of
 from sparsec.compiler import DEFAULT_PASSES
@@ -32,6 +36,9 @@ from sparsec.study.variants import ON_SPARSEC, compiled_by, masked_stock
 from sparsec.timing.spread import Spread, ratio
 from sparsec.timing.turns import WARM_UP, clocked, take_turns
 
+Beside = Callable[[Any, Tensor, int], AbstractContextManager[list[Peer]]]
+CODED = ("int8", "int4")
+"""Classes of precision of quantised values."""
 PLACEHOLDER = "{sparsity}"
 PASSES = DEFAULT_PASSES.replace("magnitude(0.5)", f"magnitude({PLACEHOLDER})")
 SHARE_TOKENS = 8
@@ -59,6 +66,7 @@ class Recipe:
     name: str
     passes: str | None = None
     whole: bool = False  # all weights, zeros or not: dense on sparsec's kernels
+    peer: str = ""  # of another engine with the dense model: its class of precision
 
     @property
     def backend(self) -> str:
@@ -104,12 +112,32 @@ class Mode:
     @property
     def name(self) -> str:
         """As it is shown."""
-        return f"{self.variant.name} {'compiled' if self.compiled else 'eager'}"
+        return (
+            self.variant.name
+            if self.variant.peer
+            else f"{self.variant.name} {'compiled' if self.compiled else 'eager'}"
+        )
 
     @property
     def tokens_per_second(self) -> float:
         """Of decoding."""
         return 1e3 / Spread.of(self.decode_ms).median
+
+    def precision(self, dtype: str) -> str:
+        """The class that it is compared in: fp32, bf16, fp16, int8 or int4; dtype: of the run."""
+        codec = self.variant.values.removesuffix("g64")
+        return self.variant.peer or (codec if codec in CODED else dtype)
+
+
+@dataclass(frozen=True)
+class AgainstPeer:
+    """A mode of sparsec against the best peer of its class: how many times as fast."""
+
+    mode: Mode
+    peer: Mode  # of decoding
+    decode: Spread
+    prefill_peer: Mode
+    prefill: Spread
 
 
 @dataclass(frozen=True)
@@ -138,9 +166,16 @@ def recipes(passes: str | None, sparsities: Sequence[float]) -> list[Recipe]:
 
 
 def time_modes(
-    model: Any, wanted: Sequence[Recipe], effort: DecodingEffort, progress: Progress | None = None
+    model: Any,
+    wanted: Sequence[Recipe],
+    effort: DecodingEffort,
+    progress: Progress | None = None,
+    peers: Beside | None = None,
 ) -> list[Mode]:
-    """Times all modes of a dense model [batch 1], itself first. DataError when it has not enough positions."""
+    """Times all modes of a dense model [batch 1], itself first, and peers last. DataError when it has not enough positions.
+
+    peers: gives those of a model, a prompt and a number of positions.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and effort.positions > limit:
         raise DataError(
@@ -157,14 +192,22 @@ def time_modes(
     kinds = [(variant, compiled) for variant in models for compiled in ((False, True) if effort.compiled else (False,))]
     # Every compiled variant and every shape is one more version of the same forward.
     config = private.optional("torch._dynamo.config") if effort.compiled else None
-    with nullcontext() if config is None else config.patch(recompile_limit=4 * len(kinds) + 8):
+    with (
+        nullcontext() if config is None else config.patch(recompile_limit=4 * len(kinds) + 8),
+        nullcontext([]) if peers is None else peers(model, prompt, effort.positions) as others,
+    ):
         sessions = [
             Session(models[v], prompt, effort.positions, v.backend if compiled else None) for v, compiled in kinds
         ]
-        prefill = _rounds([s.prefill for s in sessions], effort.repeats, progress, "timing prefill")
+        cases = [_settled(s.prefill, others) for s in sessions] + [partial(p.turn, p.prefill) for p in others]
+        prefill = _rounds(cases, effort.repeats, progress, "timing prefill")
+        for peer in others:
+            peer.compare(sessions[0].token)
         decoding = [partial(s.decode, effort.new_tokens) for s in sessions]
-        decode = _rounds(decoding, effort.repeats, progress, "timing decode")
-    return [
+        cases = [_settled(decode, others) for decode in decoding]
+        cases += [partial(p.turn, partial(p.decode, effort.new_tokens)) for p in others]
+        decode = _rounds(cases, effort.repeats, progress, "timing decode")
+    found = [
         Mode(
             variant,
             compiled,
@@ -174,8 +217,14 @@ def time_modes(
             step_of(models[variant], session.decode, SHARE_TOKENS, compiled),
             dense_bound(models[variant].sparsec.report()) if variant.sparse else None,
         )
-        for (variant, compiled), session, before, after in zip(kinds, sessions, prefill, decode, strict=True)
+        for (variant, compiled), session, before, after in zip(kinds, sessions, prefill, decode, strict=False)
     ]
+    for peer, before, after in zip(others, prefill[len(kinds) :], decode[len(kinds) :], strict=True):
+        if not peer.failed:
+            variant = Recipe(peer.name, peer=CLASSES[peer.type])
+            per_token = tuple(ms / effort.new_tokens for ms in after)
+            found.append(Mode(variant, False, "its own", tuple(before), per_token, None))
+    return found
 
 
 def headlines(modes: Sequence[Mode]) -> list[Headline]:
@@ -192,6 +241,33 @@ def headlines(modes: Sequence[Mode]) -> list[Headline]:
     return found
 
 
+def against_peers(modes: Sequence[Mode], dtype: str) -> list[AgainstPeer]:
+    """One for each mode of sparsec whose class has a peer."""
+    found = []
+    for mode in modes:
+        if mode.variant.passes is None:
+            continue
+        peers = [m for m in modes if m.variant.peer == mode.precision(dtype)]
+        if not peers:
+            continue
+        decode, prefill = _best(peers, _decode), _best(peers, _prefill)
+        ratios = ratio(decode.decode_ms, mode.decode_ms), ratio(prefill.prefill_ms, mode.prefill_ms)
+        found.append(AgainstPeer(mode, decode, ratios[0], prefill, ratios[1]))
+    return found
+
+
+def _settled(call: Callable[[], object], others: Sequence[Peer]) -> Callable[[], float]:
+    """A case of turns; beside peers it begins when their threads have stopped waiting actively."""
+    timed = clocked(call)
+
+    def case() -> float:
+        if others:
+            sleep(SETTLE)
+        return timed()
+
+    return case
+
+
 def _best(modes: Sequence[Mode], times: Callable[[Mode], tuple[float, ...]]) -> Mode:
     return min(modes, key=lambda m: Spread.of(times(m)).median)
 
@@ -205,8 +281,8 @@ def _prefill(mode: Mode) -> tuple[float, ...]:
 
 
 def _rounds(
-    calls: Sequence[Callable[[], None]], repeats: int, progress: Progress | None, what: str
+    cases: Sequence[Callable[[], float]], repeats: int, progress: Progress | None, what: str
 ) -> list[list[float]]:
     """Milliseconds."""
-    times = take_turns([clocked(call) for call in calls], repeats, WARM_UP, progress, what)
+    times = take_turns(cases, repeats, WARM_UP, progress, what)
     return [[1e3 * t for t in own] for own in times]

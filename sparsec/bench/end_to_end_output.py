@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sparsec.bench.end_to_end import SHARE_TOKENS, DecodingEffort, Headline, Mode, headlines
+from sparsec.bench.end_to_end import SHARE_TOKENS, AgainstPeer, DecodingEffort, Headline, Mode, against_peers, headlines
 from sparsec.bench.steps import Step
 from sparsec.console.table import mega, paragraph, table, times
 from sparsec.machine import Machine
@@ -28,6 +28,7 @@ SHARES_HEADER = (
     "limit ms",
     "native",
 )
+PEERS_HEADER = ("mode", "best peer", "its ms/token", "decode", "best peer", "its prefill ms", "prefill")
 LEGEND = (
     "Modes take turns in every round; times are medians, speedups medians over rounds of dense eager / this. masked: the zeros of "
     "the first sparse variant on torch's kernels, which skip none. dense on sparsec's kernels: fuse,lower(dense), no zeros; "
@@ -48,6 +49,8 @@ class Run:
     dtype: str
     effort: DecodingEffort
     modes: tuple[Mode, ...]
+    peers: dict[str, str] = field(default_factory=dict)  # versions, by package
+    said: tuple[str, ...] = ()  # of peers that are not there, or went, and why
 
 
 def text(run: Run) -> list[str]:
@@ -64,6 +67,11 @@ def text(run: Run) -> list[str]:
     for h in headlines(run.modes):
         lines += paragraph(_headline(h))
         lines += paragraph(h.sparse.bound or "", "  ")
+    if found := against_peers(run.modes, run.dtype):
+        lines += ["", *table(PEERS_HEADER, [_against(each) for each in found], left=(0, 1, 4))]
+        lines += paragraph("peers: " + ", ".join(f"{name} {version}" for name, version in run.peers.items()))
+    for note in run.said:
+        lines += paragraph(note, "peer: ")
     return [*lines, "", *paragraph(LEGEND)]
 
 
@@ -86,6 +94,17 @@ def document(runs: Sequence[Run], found: Machine) -> str:
                         "zeros_decode_speedup": None if h.zeros is None else asdict(h.zeros),
                     }
                     for h in headlines(run.modes)
+                ],
+                "against_peers": [
+                    {
+                        "mode": a.mode.name,
+                        "precision": a.peer.variant.peer,
+                        "peer": a.peer.name,
+                        "decode_speedup": asdict(a.decode),
+                        "prefill_peer": a.prefill_peer.name,
+                        "prefill_speedup": asdict(a.prefill),
+                    }
+                    for a in against_peers(run.modes, run.dtype)
                 ],
             }
             for run in runs
@@ -145,6 +164,20 @@ def _headline(h: Headline) -> str:
         f"{h.sparse.tokens_per_second:.1f} tokens/s against {h.dense.name} {h.dense.tokens_per_second:.1f}; prefill "
         f"{times(h.prefill.median)} ({h.prefill.lower:.2f}-{h.prefill.upper:.2f}){zeros}"
     )
+
+
+def _against(found: AgainstPeer) -> tuple[str, ...]:
+    return (
+        found.mode.name,
+        found.peer.name,
+        *_ratio(found.peer.decode_ms, found.decode),
+        found.prefill_peer.name,
+        *_ratio(found.prefill_peer.prefill_ms, found.prefill),
+    )
+
+
+def _ratio(peer_ms: Sequence[float], faster: Spread) -> tuple[str, str]:
+    return f"{Spread.of(peer_ms).median:.2f}", f"{times(faster.median)} ({faster.lower:.2f}-{faster.upper:.2f})"
 
 
 def _parts(name: str, step: Step) -> tuple[str, ...]:
