@@ -154,7 +154,7 @@ class Writer:
             if held is not tensor and id(tensor) in self.sources:
                 raise NotServedError(f"{self.sources[id(tensor)]} is not contiguous")
             self.code.append(TENSOR)
-            self.tensors.append(held.detach())
+            self.tensors.append(held)
             found = Seen(self._next(), 0, shape, packed(shape), tensor.dtype)
             # Not kept: what a tensor is used for lies near, and memory is reused.
         return found
@@ -265,7 +265,7 @@ class Writer:
         rows = self.plain(self.seen(x))
         parts = [part for member in members for part in member.parts]
         tensors, layout = flatten(parts)
-        self.tensors += [t.detach() for t in tensors]
+        self.tensors += tensors
         self.code += (PRODUCT, self._register(rows), len(tensors), len(layout), *layout)
         for member in members:
             for result in member.call.results:
@@ -279,7 +279,7 @@ class Writer:
         tensors, layout = flatten([table])
         at = self._register(self.plain(ids))
         self.code += (LOOK_UP, at, len(tensors), len(layout), *layout)
-        self.tensors += [t.detach() for t in tensors]
+        self.tensors += tensors
         return Seen(self._next(), 0, tuple(shape), packed(shape), dtype)
 
     def _attend(self, call: Executed) -> None:
