@@ -364,6 +364,32 @@ def test_the_file_holds_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(back[name], parameter.float()), name
 
 
+@pytest.mark.parametrize(("kind", "width"), [("Mistral", 16), ("Qwen2", 8), ("Qwen3", 128)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_architectures_keep_every_tensor(kind: str, width: int, tied: bool, tmp_path: Path) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_()  # biases too
+    gguf_file.write_gguf(model, tmp_path / "m.gguf")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    back = dict(read.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(back[name], parameter), name
+
+
 def test_rotary_embeddings_that_are_scaled_are_refused(tmp_path: Path) -> None:
     model = tiny_model()
     model.config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}

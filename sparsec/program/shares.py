@@ -1,7 +1,7 @@
 """Where the time of a token goes when a program decodes it: the nanoseconds of its instructions, by what they compute.
 
 The product that gives the logits is the head; whatever is neither product nor attention is the rest: norms, activations, rotary
-embeddings, rows of the embedding. What Python does around the native call is apart.
+embeddings, rows of the embedding. What is around the instructions, Python and the handing over of the cache, is apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Shares:
     lm_head: float
     attention: float | None  # None for a model whose attention is no module of that name
     rest: float
-    around: float | None = None  # in Python, where all else is one native call; None where all is Python
+    around: float | None = None  # outside of the instructions of a native call; None where there is none
 
     @property
     def total(self) -> float:
