@@ -23,6 +23,11 @@ class ModelReference:
         self._kind = type(model)
         self._parts = {name: part for name, part in vars(model).items() if name not in OWN}
 
+    @property
+    def knows_parts(self) -> bool:
+        """Whether the model can be had when it is gone. Not of one that a copy or a pickle is still making."""
+        return bool(self._parts)
+
     def __call__(self) -> nn.Module:
         """The model, or one of its parts. CheckpointError for one that came out of a pickle, whose parts came after this."""
         model = self._model()

@@ -11,11 +11,11 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sparsec import private
 from sparsec.errors import SparsecError
@@ -24,20 +24,16 @@ from sparsec.kernels.library.loader import has_native
 from sparsec.kernels.program import NAME, Program
 from sparsec.program.operators import OPERATORS
 from sparsec.program.served import NotServedError
+from sparsec.program.standing import AsItStood
 from sparsec.program.tape import check_alike, record_step
 from sparsec.program.writer import Writer, Written
 from sparsec.reference import ModelReference
 
 BATCH = 8
 """Sequences at most; beyond, the model's own code runs."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _IGNORED = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"))
-_CAPTURING = "transformers.utils.output_capturing"
-"""Whose hooks collect hidden states where these are asked for, and stay."""
 _ATTENTIONS = {"eager", "sdpa"}
 """Names of transformers whose attention is that of a program."""
-_IMPLEMENTATION = "_attn_implementation_internal"
-"""Where a configuration keeps such a name."""
 _PROBES = ((0, 3), (1, 7))
 """Tokens and positions of the two steps that are recorded."""
 
@@ -85,12 +81,14 @@ class StepForward:
         self.__code__ = getattr(self._kind.forward, "__code__", None)  # torch.export names its inputs after it
         self._first = next(iter(self.__signature__.parameters), "")
         self._cache = "past_key_values" if "past_key_values" in own.parameters else "cache"
-        self._programs: dict[int, _Prepared | str] = {}
+        self._programs: dict[int, _Prepared | _Refused] = {}
         self._lock = threading.Lock()
         self._said: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
+        if not self._model.knows_parts:  # of a copy or a pickle, whose parts came after this
+            self._model = ModelReference(model)
         found = self._step(model, args, kwargs)
         return self._kind.forward(model, *args, **kwargs) if found is None else found
 
@@ -110,12 +108,12 @@ class StepForward:
     def reason(self, batch: int = 1) -> str:
         """Why steps of so many sequences run as the model's own code; "" where a program serves them. Prepares it."""
         found = self._prepared(self._model(), batch)
-        return found if isinstance(found, str) else ""
+        return found.reason if isinstance(found, _Refused) else ""
 
     def prepared(self, batch: int = 1) -> _Prepared | None:
         """The program of so many sequences, prepared now if it is not yet; None where there is none."""
         found = self._prepared(self._model(), batch)
-        return None if isinstance(found, str) else found
+        return None if isinstance(found, _Refused) else found
 
     # ---- one call ---------------------------------------------------------------------------------------------------------------
 
@@ -148,8 +146,8 @@ class StepForward:
         from sparsec.program.slabs import slabs_of
 
         layers = slabs_of(cache)
-        prepared = self._prepared(model, ids.shape[0]) if layers else ""
-        if isinstance(prepared, str) or layers is None:
+        prepared = self._prepared(model, ids.shape[0]) if layers else None
+        if not isinstance(prepared, _Prepared) or layers is None:
             return None
         length = cache.get_seq_length()
         if not self._unchanged(prepared, (id(cache), length)):
@@ -158,8 +156,12 @@ class StepForward:
         at = _positions(positions, ids.shape[0], length, seen)
         if seen is None or at is None:
             return None
-        out = prepared.run(ids, at, seen if seen.numel() else None, layers)
+        given_mask = seen if seen.numel() else None
+        out = prepared.run(ids, at, given_mask, layers)
         prepared.next = (id(cache), length + 1)
+        if out is None and not prepared.held():  # a tensor has moved
+            again = self._prepared(model, ids.shape[0])
+            out = again.run(ids, at, given_mask, layers) if isinstance(again, _Prepared) else None
         return None if out is None else prepared.output(**{"logits": out, self._cache: cache})
 
     def _plain(self, model: Any, given: dict[str, Any]) -> bool:
@@ -190,12 +192,12 @@ class StepForward:
             self._said.add(text)
             warnings.warn(f"sparsec: {text}", RuntimeWarning, stacklevel=5)
 
-    def _prepared(self, model: nn.Module, batch: int) -> _Prepared | str:
+    def _prepared(self, model: nn.Module, batch: int) -> _Prepared | _Refused:
         found = self._programs.get(batch)
-        if found is None or (isinstance(found, _Prepared) and not found.held()):
+        if found is None or not found.held():
             with self._lock:
                 found = self._programs.get(batch)
-                if found is None or (isinstance(found, _Prepared) and not found.held()):
+                if found is None or not found.held():
                     found = self._programs[batch] = _prepare(model, batch)
         return found
 
@@ -206,11 +208,16 @@ def _load() -> bool:
     return status().built
 
 
-def _prepare(model: nn.Module, batch: int) -> _Prepared | str:
+def _prepare(model: nn.Module, batch: int) -> _Prepared | _Refused:
     """A program, or why there is none. What it depends on is read first, so that a change meanwhile is seen."""
-    holding = _Holding(model)
+    holding = AsItStood(model)
+    found = _made(model, batch, holding)
+    return _Refused(holding, found) if isinstance(found, str) else found
+
+
+def _made(model: nn.Module, batch: int, holding: AsItStood) -> _Prepared | str:
     if holding.patched():
-        return "a module inside has a forward of its own"
+        return "it is in training, or a module inside has a forward of its own"
     device = {t.device.type for t in (*model.parameters(), *model.buffers())}
     if device - {"cpu"}:
         return f"it is on {', '.join(sorted(device))}"
@@ -240,74 +247,22 @@ def _prepare(model: nn.Module, batch: int) -> _Prepared | str:
     return _Prepared(holding, program, output, written)
 
 
-class _Holding:
-    """What a program was made from: modules, tensors, ways of attention, and no hooks."""
+@dataclass(frozen=True)
+class _Refused:
+    """Why a model has no program, as it was then."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._held: list[dict[str, Any]] = []
-        self._hooks: list[dict[int, Any]] = []
-        self._modules: list[dict[str, Any]] = []
-        self._configs: dict[int, dict[str, Any]] = {}
-        for module in model.modules():
-            own = vars(module)
-            config = getattr(own.get("config"), "__dict__", {})
-            if _IMPLEMENTATION in config:
-                self._configs[id(config)] = config
-            if module is not model:
-                self._modules.append(own)
-                self._hooks += [own[name] for name in _HOOKS]
-            self._held += [place for place in (module._modules, module._parameters, module._buffers) if place]
-        self._known = [dict(place) for place in self._held]
-        self._single = [
-            (place, name, value)
-            for place in self._held
-            for name, value in place.items()
-            if isinstance(value, Tensor) and value.numel() == 1
-        ]
-        self._attentions = self.attentions()
-        self._unhooked = -1  # how many hooks there had been when there was none
-        self._root = vars(model)
-
-    def attentions(self) -> list[Any]:
-        """The names of the model's ways to compute attention."""
-        return [config[_IMPLEMENTATION] for config in self._configs.values()]
+    holding: AsItStood
+    reason: str
 
     def held(self) -> bool:
-        """Whether everything stands where it stood."""
-        try:
-            same = self._held == self._known  # by identity first, and so without looking at numbers
-        except RuntimeError:  # two tensors that are not one are compared, and have several numbers
-            return False
-        return (
-            same
-            and all(place[name] is value for place, name, value in self._single)
-            and self.attentions() == self._attentions
-        )
-
-    def patched(self) -> bool:
-        """Whether a module inside has a forward of its own, or is in training."""
-        if self._root["training"]:
-            return True
-        return any("forward" in own or own["training"] for own in self._modules)
-
-    def hooked(self) -> bool:
-        """Whether a module inside has hooks, or all modules; not those that transformers leaves behind, which do nothing here."""
-        count = RemovableHandle.next_id  # of all hooks that this process ever had
-        if count == self._unhooked:
-            return False
-        if not any(self._hooks):
-            if _hooks_of_all():
-                return True
-            self._unhooked = count
-            return False
-        hooks = [hook for own in self._hooks for hook in own.values()]
-        return any(getattr(hook, "__module__", "") != _CAPTURING for hook in hooks) or _hooks_of_all()
+        """Whether the model still is what it was."""
+        return self.holding.held() and self.holding.same_kinds()
 
 
 class _Prepared:
     """A program of a model, and what it was made from."""
 
-    def __init__(self, holding: _Holding, program: Program, output: Callable[..., Any], written: Written) -> None:
+    def __init__(self, holding: AsItStood, program: Program, output: Callable[..., Any], written: Written) -> None:
         self._holding, self._program, self.output, self.written = holding, program, output, written
         self._moved = False
         self.next: tuple[int, int] | None = None  # the cache that it is likely to be given next, and its length
@@ -340,10 +295,6 @@ class _Prepared:
         for layer in layers:
             layer.advance()
         return out
-
-
-def _hooks_of_all() -> bool:
-    return bool(private.global_hooks())  # type: ignore[no-untyped-call]
 
 
 _NOTHING = torch.empty(0)

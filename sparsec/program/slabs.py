@@ -68,6 +68,14 @@ class _Slabs(DynamicLayer):  # type: ignore[misc]
         elif tensor.ndim == 4:  # else it is the [0] of a layer that begins
             self.given[i] = tensor
 
+    @property
+    def even(self) -> bool:
+        """Whether there are as many keys as values."""
+        return (
+            self.given == [None, None]
+            or len({None if t is None else t.shape[2] for t in (self.keys, self.values)}) == 1
+        )
+
     def get_seq_length(self) -> int:
         """Positions that are there."""
         if self.given[0] is not None:
@@ -157,6 +165,8 @@ class _Slabs(DynamicLayer):  # type: ignore[misc]
         """Writes more positions; False where they cannot stand in slabs."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a derivative may want what was there
             return False
+        if keys.shape[2] != values.shape[2] or not self.even:
+            return False
         if not self.is_initialized:
             self.device, self.is_initialized = keys.device, True
         self.room(keys.shape[2], (keys, values))
@@ -234,7 +244,7 @@ def slabs_of(cache: Any) -> list[Any] | None:
     for layer in cache.layers:
         if type(layer) in _KINDS and layer.is_initialized and layer.keys.ndim == 4:
             _become(layer)
-        elif not isinstance(layer, _Slabs) or not layer.is_initialized:
+        if not isinstance(layer, _Slabs) or not layer.is_initialized or not layer.even:
             return None
     return list(cache.layers)
 

@@ -130,18 +130,16 @@ _RECORDER: contextvars.ContextVar[_Recorder] = contextvars.ContextVar("recorder"
 def record_step(model: nn.Module, batch: int, token: int, position: int) -> Tape:
     """The tape of one step. NotServedError with the reason where there is none."""
     twin = _twin(model)
-    ids = torch.full((batch, 1), token, device="cpu")
-    positions = torch.full((batch, 1), position, device="cpu")
-    tape = Tape(ids, positions)
-    recorder = _Recorder(tape)
-    with _attention(recorder), torch.no_grad(), recorder:
-        tape.output = twin.forward(
-            input_ids=ids,
-            attention_mask=torch.ones(batch, position + 1, dtype=torch.int64, device="cpu"),
-            position_ids=positions,
-            use_cache=True,
-            **{cache_argument(twin): _cache(twin.config, recorder, position)},
-        )
+    with torch.inference_mode(False), torch.no_grad():
+        tape = Tape(torch.full((batch, 1), token, device="cpu"), torch.full((batch, 1), position, device="cpu"))
+        recorder = _Recorder(tape)
+        given = {
+            "attention_mask": torch.ones(batch, position + 1, dtype=torch.int64, device="cpu"),
+            "position_ids": tape.positions,
+            cache_argument(twin): _cache(twin.config, recorder, position),
+        }
+        with _attention(recorder), recorder:
+            tape.output = twin.forward(input_ids=tape.ids, use_cache=True, **given)
     found = {name for name, value in tape.output.items() if value is not None}
     if found - {"past_key_values", "cache"} != {"logits"}:
         raise NotServedError(f"{type(model).__name__} gives {', '.join(sorted(found))}")
