@@ -142,6 +142,18 @@ def test_bytes_are_those_that_a_token_reads(passes: str) -> None:
     assert model_bytes(model) == sum(held.values())
 
 
+@native
+def test_a_table_of_which_a_row_is_read_is_not_counted() -> None:
+    model = tiny_model()
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    made = sparsec.compile(model, "fuse,lower(dense)")
+    prepared = made.forward.prepared()
+    assert prepared is not None
+    assert step_bytes(prepared.written) == step_bytes(_compiled("fuse,lower(dense)")[0].forward.prepared().written)
+
+
 def test_an_embedding_that_no_product_reads_is_not_counted() -> None:
     model = tiny_model()
     table, head = model.get_input_embeddings(), model.get_output_embeddings()

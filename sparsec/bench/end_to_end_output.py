@@ -34,9 +34,9 @@ LEGEND = (
     "the first sparse variant on torch's kernels, which skip none. dense on sparsec's kernels: fuse,lower(dense), no zeros; "
     "dense:int8 and dense:int4g64: the same with quantised values. "
     f"Where the time goes, {SHARE_TOKENS} tokens apart from the timed ones: where a token is one native call, the medians of what "
-    "its instructions take, and around them Python and the choice of the token; else forward hooks on the eager modes, attention and "
-    "rest without the linears inside of them; a model whose attention has no module of that name has it in the rest. MB read: of "
-    "weights, for a token. limit: what reading these takes at least, at the bandwidth that python -m sparsec.cost measured here."
+    "its instructions take, and around them Python and the choice of the token; else forward hooks on the eager modes, attention "
+    "and rest without the linears inside of them; a model whose attention has no module of that name has it in the rest. MB read: "
+    "of weights, for a token. limit: what reading these takes at least, at the bandwidth that python -m sparsec.cost measured here."
 )
 
 
