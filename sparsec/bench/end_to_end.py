@@ -28,6 +28,7 @@ from sparsec.bench.steps import Step, step_of
 from sparsec.compiler import DEFAULT_PASSES
 from sparsec.errors import DataError
 from sparsec.formats.layout import Layout
+from sparsec.formats.values import Codec
 from sparsec.passes.lower import AUTO, Lower
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
@@ -37,8 +38,8 @@ from sparsec.timing.spread import Spread, ratio
 from sparsec.timing.turns import WARM_UP, clocked, take_turns
 
 Beside = Callable[[Any, Tensor, int], AbstractContextManager[list[Peer]]]
-CODED = ("int8", "int4")
-"""Classes of precision of quantised values."""
+CODED = {8: "int8", 4: "int4"}
+"""Classes of precision of quantised values, by bits."""
 PLACEHOLDER = "{sparsity}"
 PASSES = DEFAULT_PASSES.replace("magnitude(0.5)", f"magnitude({PLACEHOLDER})")
 SHARE_TOKENS = 8
@@ -125,8 +126,8 @@ class Mode:
 
     def precision(self, dtype: str) -> str:
         """The class that it is compared in: fp32, bf16, fp16, int8 or int4; dtype: of the run."""
-        codec = self.variant.values.removesuffix("g64")
-        return self.variant.peer or (codec if codec in CODED else dtype)
+        bits = Codec.parse(self.variant.values).bits if self.step is None else self.step.bits
+        return self.variant.peer or CODED.get(bits, dtype)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsec.bench.shares import shares
 from sparsec.cost import machine_constants
+from sparsec.emitter import conv1d_type
+from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.program.decoder import StepForward
 from sparsec.program.shares import Shares, step_bytes, step_shares
 
@@ -23,22 +28,25 @@ class Step:
     limit_ms: float | None  # that reading these takes, as this machine was measured; None where it was not
     native: bool = False  # it is one native call
     reason: str = ""  # why it is not, of a model that could be
+    bits: int = 0  # of a value in most of its matrices; 0: plain ones
 
 
 def step_of(model: Any, decode: Callable[[int], object], tokens: int, compiled: bool) -> Step:
     """decode: so many tokens more of a sequence that the model has begun."""
-    nbytes, rate = model_bytes(model), _bandwidth(next(model.parameters()).dtype)
+    nbytes, rate, bits = model_bytes(model), _bandwidth(model.dtype), value_bits(model)
     forward = vars(model).get("forward")
     if compiled or not isinstance(forward, StepForward):
         found = None if compiled else shares(model, lambda: decode(tokens), tokens)
-        return Step(found, nbytes, _limit(nbytes, rate))
+        return Step(found, nbytes, _limit(nbytes, rate), bits=bits)
     prepared, reason = forward.prepared(), forward.reason()
     found = step_shares(forward, lambda: decode(1), tokens)
     if prepared is None or found is None:
         hooked = shares(model, lambda: decode(tokens), tokens)
-        return Step(hooked, nbytes, _limit(nbytes, rate), reason=reason or "its program served no call of this loop")
+        return Step(
+            hooked, nbytes, _limit(nbytes, rate), reason=reason or "its program served no call of this loop", bits=bits
+        )
     nbytes = step_bytes(prepared.written)
-    return Step(found, nbytes, _limit(nbytes, rate), native=True)
+    return Step(found, nbytes, _limit(nbytes, rate), native=True, bits=bits)
 
 
 def model_bytes(model: Any) -> int:
@@ -48,6 +56,17 @@ def model_bytes(model: Any) -> int:
     apart = set() if tied else {t.data_ptr() for t in (*table.parameters(), *table.buffers())}
     tensors = (*model.parameters(), *model.buffers())
     return sum({t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() not in apart}.values())
+
+
+def value_bits(model: nn.Module) -> int:
+    """Bits of a value, as most weights of the matrices have them; 0 for plain values."""
+    found: Counter[int] = Counter({0: 0})
+    for module in model.modules():
+        if isinstance(module, PackedLayer):
+            found[module.packed.codec.bits] += math.prod(module.packed.shape)
+        elif isinstance(module, (nn.Linear, *conv1d_type())):
+            found[0] += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+    return found.most_common(1)[0][0]
 
 
 def _bandwidth(dtype: torch.dtype) -> float | None:
