@@ -15,6 +15,7 @@ from sparsec.kernels import KERNELS, Problem, gpu, operator, operator_args, sele
 from sparsec.kernels.chain import CODES, DTYPES
 from sparsec.kernels.library.loader import has_native, library
 from sparsec.kernels.ops import OPERATORS, explain, packed_and_bias
+from sparsec.kernels.program import ATTEND, JOIN, LOOK_UP, TENSOR, VIEW
 from sparsec.kernels.reference import reference_linear
 
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
@@ -225,7 +226,8 @@ def test_the_native_library_numbers_things_as_python_does() -> None:
         for name, number in FORMAT_NUMBERS.items()
         if name in NATIVE
     ]
-    instructions = [f"instruction {name} {number}" for name, number in {"product": 0, **CODES}.items()]
+    more = {"view": VIEW, "tensor": TENSOR, "join": JOIN, "look_up": LOOK_UP, "attend": ATTEND}
+    instructions = [f"instruction {name} {number}" for name, number in {"product": 0, **CODES, **more}.items()]
     types = [
         f"type {str(dtype).removeprefix('torch.')} {number}" for number, dtype in enumerate((*DTYPES, torch.float64))
     ]

@@ -20,6 +20,7 @@ std::vector<Tensor> chain(std::vector<Tensor> inputs, std::vector<Tensor> tensor
     given.push_back(Value::rows(count == width ? 1 : rows, width, type));
   }
   Program program(op, std::move(tensors), constants, std::move(given), code);
+  program.check_batch(0);
   struct Result {
     Value value;
     std::vector<int64_t> shape;

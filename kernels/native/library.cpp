@@ -99,16 +99,17 @@ Tensor single_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, int
 std::string numbers() {
   constexpr const char* types[] = {"float32", "bfloat16", "float16", "float64"};
   constexpr const char* instructions[] = {"product", "add",  "sub",  "mul",   "div",  "maximum", "minimum", "copy", "neg",
-                                          "exp",     "sigmoid", "tanh", "erf", "sqrt", "rsqrt",   "relu", "cos", "sin", "mean", "variance"};
+                                          "exp",     "sigmoid", "tanh", "erf", "sqrt", "rsqrt",   "relu", "cos", "sin", "mean", "variance",
+                                          "view",    "tensor",  "join", "look_up", "attend"};
   static_assert(sizeof(types) / sizeof(types[0]) == sparsec::kValueTypes, "one for each");
-  static_assert(sizeof(instructions) / sizeof(instructions[0]) == sparsec::kElementOps, "one for each");
+  static_assert(sizeof(instructions) / sizeof(instructions[0]) == sparsec::kInstructions, "one for each");
   std::string text = "panel " + std::to_string(kPanel) + "\n";
   for (int i = 0; i < sparsec::kFormatNumbers; ++i)
     by_format(i, [&](auto format) {
       text += std::string("format ") + format.kName + " " + std::to_string(i) + " " + std::to_string(format.kTensors) + " " +
               std::to_string(format.kScalars) + "\n";
     });
-  for (int i = 0; i < sparsec::kElementOps; ++i) text += std::string("instruction ") + instructions[i] + " " + std::to_string(i) + "\n";
+  for (int i = 0; i < sparsec::kInstructions; ++i) text += std::string("instruction ") + instructions[i] + " " + std::to_string(i) + "\n";
   for (int i = 0; i < sparsec::kValueTypes; ++i) text += std::string("type ") + types[i] + " " + std::to_string(i) + "\n";
   return text;
 }

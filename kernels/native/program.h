@@ -42,6 +42,18 @@ class Program {
   size_t steps() const { return made_.steps.size(); }
   size_t caches() const { return made_.caches.size(); }
 
+  // Attention is for the sequences of a program; a chain, which has none, has no caches either.
+  void check_batch(int64_t batch) const {
+    for (const Step& step : made_.steps) {
+      if (step.kind != Kind::attend) continue;
+      const Value& q = made_.values[static_cast<size_t>(step.from[0])];
+      const AttendStep& how = made_.attends[step.item];
+      STD_TORCH_CHECK(batch > 0, op_, ": there is no cache to attend to");
+      STD_TORCH_CHECK(q.numel() == batch * how.heads * how.width, op_, ": attention has ", q.numel() / (how.heads * how.width),
+                      " sequences, the program ", batch);
+    }
+  }
+
   // Of keys (an even number) or values, of which positions [first, last) are there, and room must be for one more.
   void check_slab(size_t i, const Tensor& slab, int64_t batch, int64_t first, int64_t last) const {
     const Cache& cache = made_.caches[i / 2];
@@ -76,11 +88,20 @@ class Program {
 
   // A value of its own memory.
   size_t define(Value v) {
+    check_size(v);
     v.buffer = made_.buffers.size();
     v.offset = 0;
     made_.buffers.push_back(Buffer{v.numel(), 0, made_.steps.size(), made_.steps.size()});
     made_.values.push_back(v);
     return made_.values.size() - 1;
+  }
+  // So that no product of sizes and strides overflows, and no call takes more memory than there may be.
+  void check_size(const Value& v) const {
+    int64_t room = kMost;
+    for (const int64_t size : v.size) {
+      STD_TORCH_CHECK(size <= room, op_, ": a register has more than ", kMost, " numbers");
+      if (size > 0) room /= size;
+    }
   }
   // Memory that one step needs.
   Value aside(int64_t numbers, ValueType type) {
@@ -192,11 +213,14 @@ class Program {
     for (int d = 0; d < 3; ++d) {
       v.size[d] = entry[3 + d];
       v.stride[d] = entry[6 + d];
-      STD_TORCH_CHECK(v.size[d] > 0 && v.stride[d] >= 0, op_, ": a view must have sizes above 0 and no negative strides");
+      STD_TORCH_CHECK(v.size[d] > 0 && v.stride[d] >= 0 && v.stride[d] <= kMost && offset >= 0 && offset <= kMost, op_,
+                      ": a view must have sizes above 0, and an offset and strides from 0 to ", kMost);
+      STD_TORCH_CHECK(v.size[d] <= kMost, op_, ": a register has more than ", kMost, " numbers");
       last += (v.size[d] - 1) * v.stride[d];
     }
+    check_size(v);
     v.offset += offset;
-    STD_TORCH_CHECK(offset >= 0 && last < room, op_, ": a view ends at number ", last, " of ", room);
+    STD_TORCH_CHECK(last < room, op_, ": a view ends at number ", last, " of ", room);
     made_.values.push_back(v);
   }
 
@@ -236,6 +260,8 @@ class Program {
                         v.numel() == batch * how.shared * how.value_width && q.contiguous() && k.contiguous() && v.contiguous() &&
                         q.type == k.type && q.type == v.type && how.window >= 0,
                     op_, ": attention's heads do not go together, at entry ", place);
+    for (const AttendStep& other : made_.attends)
+      STD_TORCH_CHECK(other.layer != how.layer, op_, ": layer ", how.layer, " attends twice, at entry ", place);
     if (made_.caches.size() <= static_cast<size_t>(how.layer)) made_.caches.resize(static_cast<size_t>(how.layer) + 1);
     made_.caches[static_cast<size_t>(how.layer)] = Cache{how.shared, how.width, how.value_width, q.type};
     const size_t out = define(Value::rows(batch, how.heads * how.value_width, q.type));
@@ -248,7 +274,7 @@ class Program {
     return made_.constants[static_cast<size_t>(made_.operand(operand_at(i)).offset)];
   }
 
-  static constexpr int64_t kLayers = 1 << 16;
+  static constexpr int64_t kLayers = 1 << 16, kMost = int64_t{1} << 30;
 
   const char* op_;
   size_t used_ = 0;  // tensors

@@ -52,6 +52,7 @@ int64_t program(std::vector<Tensor> tensors, int64_t batch, std::vector<int64_t>
   STD_TORCH_CHECK(batch > 0, op, ": batch must be above 0, got ", batch);
   const Value each = Value::rows(batch, 1, sparsec::kFloat32);
   Program made(op, std::move(tensors), constants, {each, each}, code);
+  made.check_batch(batch);
   const Value logits = made.keep(result);
   STD_TORCH_CHECK(logits.contiguous() && logits.numel() % batch == 0, op, ": the result must have ", batch, " rows");
   made.plan();
