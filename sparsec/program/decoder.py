@@ -182,7 +182,8 @@ class StepForward:
         """
         if prepared.hooked(place != prepared.next):
             self._say(
-                f"{self._kind.__name__} has forward hooks inside, which no program calls: it decodes by its own code"
+                f"{self._kind.__name__} has forward hooks inside, or forwards that somebody put there, which no program calls: it "
+                "decodes by its own code"
             )
             return False
         return True
