@@ -70,7 +70,7 @@ class Program:
 
     @contextmanager
     def timed(self, times: Tensor) -> Iterator[Tensor]:
-        """Inside, steps that are given no times of their own add theirs to these."""
+        """Inside, steps add the times of their instructions to these: int64, one of each but views, in nanoseconds."""
         self._times = times
         try:
             yield times
@@ -78,16 +78,9 @@ class Program:
             self._times = None
 
     def step(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        slabs: Sequence[Tensor],
-        spans: Sequence[int],
-        times: Tensor | None = None,
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, slabs: Sequence[Tensor], spans: Sequence[int]
     ) -> Tensor | None:
         """The logits of one more token; None where the program's tensors have moved."""
-        times = self._times if times is None else times
         with private.below_autograd():
-            out: Tensor = _step(self._number, ids, positions, mask, slabs, spans, times)
+            out: Tensor = _step(self._number, ids, positions, mask, slabs, spans, self._times)
         return out if out.numel() else None

@@ -245,10 +245,11 @@ def test_what_a_step_is_given_has_to_fit() -> None:
         ({"mask": torch.zeros(1, 3)}, "the mask has 3 positions"),
         ({"mask": torch.zeros(2, 4)}, r"float32 \[1, positions\]"),
         ({"mask": torch.zeros(1, 4).double()}, r"float32 \[1, positions\]"),
-        ({"times": torch.zeros(9, dtype=torch.int64)}, "times must be int64"),
     ):
         with pytest.raises(RuntimeError, match=message):
             program.step(**good | bad)
+    with program.timed(torch.zeros(9, dtype=torch.int64)), pytest.raises(RuntimeError, match="times must be int64"):
+        program.step(**good)
     number = program._number
     del program
     with pytest.raises(RuntimeError, match=f"there is no program {number}"):

@@ -104,6 +104,21 @@ def test_a_model_in_training_and_one_whose_module_was_patched_run_their_own_code
     agrees(model)
 
 
+def test_a_number_of_a_module_that_is_changed_by_hand_counts_from_the_next_text_on() -> None:
+    model = fresh()
+    agrees(model)
+    first = step_forward(model).prepared(2)
+    agrees(model)
+    assert step_forward(model).prepared(2) is first  # nothing is prepared again for a text that begins
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.5
+    agrees(model)
+    assert step_forward(model).prepared(2) is not first
+    model.model.layers[0].self_attn.scaling *= 3
+    agrees(model)
+
+
 def test_hooks_inside_are_called_by_the_models_own_code_which_is_said_once() -> None:
     model, seen = fresh(), []
     agrees(model)

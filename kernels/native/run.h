@@ -48,11 +48,11 @@ struct Prepared {
 // What a call gives: the tensors of its inputs, and, for attention, the caches.
 struct Call {
   std::vector<Tensor> inputs;
-  const float* mask = nullptr;             // [batch][positions], added to the scores
-  int64_t positions = 0;                   // of the mask
-  const std::vector<Tensor>* slabs = nullptr;  // keys and values of each layer [batch][shared][room][width]
-  int64_t* times = nullptr;                     // of each step, in ns, added to
+  const float* mask = nullptr;                  // [batch][positions], added to the scores
+  int64_t positions = 0;                        // of the mask
+  const std::vector<Tensor>* slabs = nullptr;   // keys and values of each layer [batch][shared][room][width]
   const std::vector<int64_t>* spans = nullptr;  // of each layer the positions [first, last) that are there
+  int64_t* times = nullptr;                     // of each step, in ns, added to
 };
 
 // One run of a program. Its values stay until this thread runs another.
@@ -61,12 +61,12 @@ class Run {
   static constexpr int32_t (*kDtypes[])() = {aoti_torch_dtype_float32, aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16};
 
   Run(const Prepared& program, const Call& call)
-      : program(program), isa(*chosen.load(std::memory_order_relaxed)), memory(arena(program.floats)), call(call) {
+      : program_(program), isa_(*chosen.load(std::memory_order_relaxed)), memory_(arena(program.floats)), call_(call) {
     for (size_t i = 0; i < program.inputs; ++i) {
       const Value& v = program.values[i];
       Tensor t = call.inputs[i];
       if (!t.is_contiguous()) t = torch::stable::contiguous(t);
-      isa.widen[v.type](t.const_data_ptr(), at(v), v.numel());
+      isa_.widen[v.type](t.const_data_ptr(), at(v), v.numel());
     }
     for (size_t i = 0; i < program.steps.size(); ++i) {
       const int64_t start = call.times ? nanoseconds() : 0;
@@ -76,14 +76,13 @@ class Run {
   }
 
   float* at(const Value& v) const {
-    return v.buffer == kFixed ? const_cast<float*>(program.constants.data()) + v.offset : memory + program.buffers[v.buffer].place + v.offset;
+    return v.buffer == kFixed ? const_cast<float*>(program_.constants.data()) + v.offset : memory_ + program_.buffers[v.buffer].place + v.offset;
   }
   // Numbers of a value, in its type.
-  void give(const Value& v, void* to, int64_t count) const { isa.narrow[v.type](at(v), to, count); }
+  void give(const Value& v, void* to, int64_t count) const { isa_.narrow[v.type](at(v), to, count); }
 
  private:
-
-  const Value& value(int64_t i) const { return program.values[static_cast<size_t>(i)]; }
+  const Value& value(int64_t i) const { return program_.values[static_cast<size_t>(i)]; }
 
   void take(const Step& step) const {
     switch (step.kind) {
@@ -91,7 +90,7 @@ class Run {
       case Kind::product: return product(step);
       case Kind::tensor: {
         const Value& out = value(step.out);
-        return isa.widen[out.type](program.tensors[step.item].const_data_ptr(), at(out), out.numel());
+        return isa_.widen[out.type](program_.tensors[step.item].const_data_ptr(), at(out), out.numel());
       }
       case Kind::join: return join(step);
       case Kind::look_up: return look_up(step);
@@ -100,25 +99,25 @@ class Run {
   }
 
   void element(const Step& step) const {
-    const Value &a = program.operand(step.from[0]), &b = program.operand(step.from[1]), &out = value(step.out);
+    const Value &a = program_.operand(step.from[0]), &b = program_.operand(step.from[1]), &out = value(step.out);
     const float *from_a = at(a), *from_b = at(b);
     float* to = at(out);
     const auto operand = [](const float* from, const Value& v) {
       return Operand{from, v.size[2], v.size[1] == 1 ? 0 : v.stride[1], v.size[2] == 1 || v.stride[2] == 0};
     };
     for (int64_t o = 0; o < out.size[0]; ++o, to += out.stride[0])
-      isa.elementwise(sparsec::ElementTask{step.op, out.type, operand(from_a + (a.size[0] == 1 ? 0 : o * a.stride[0]), a),
+      isa_.elementwise(sparsec::ElementTask{step.op, out.type, operand(from_a + (a.size[0] == 1 ? 0 : o * a.stride[0]), a),
                                            operand(from_b + (b.size[0] == 1 ? 0 : o * b.stride[0]), b), to, out.size[1], out.size[2]});
   }
 
   void product(const Step& step) const {
-    const ProductStep& p = program.products[step.item];
+    const ProductStep& p = program_.products[step.item];
     const Value& x = value(step.from[0]);
     const int64_t count = x.numel(), tokens = p.matrices[0].in_features ? count / p.matrices[0].in_features : x.size[0] * x.size[1];
     const bool half = x.type != sparsec::kFloat32;
     float* const wide = at(x);
     float* const halves = half ? at(p.halves) : wide;
-    if (half) isa.narrow[x.type](wide, halves, count);
+    if (half) isa_.narrow[x.type](wide, halves, count);
     std::vector<Part> parts;
     parts.reserve(p.matrices.size());
     for (size_t i = 0; i < p.matrices.size(); ++i)
@@ -128,7 +127,7 @@ class Run {
     if (half)
       for (size_t i = 0; i < p.matrices.size(); ++i)
         if (const int64_t numbers = tokens * p.matrices[i].out_features)
-          isa.widen[x.type](at(p.results[i]), at(value(step.out + i)), numbers);
+          isa_.widen[x.type](at(p.results[i]), at(value(step.out + i)), numbers);
   }
 
   void join(const Step& step) const {
@@ -151,12 +150,12 @@ class Run {
   }
 
   void look_up(const Step& step) const {
-    const Matrix& table = program.tables[step.item];
+    const Matrix& table = program_.tables[step.item];
     const Value &index = value(step.from[0]), &out = value(step.out);
     const float* const from = at(index);
     for (int64_t i = 0; i < out.size[1]; ++i) {
       const int64_t row = static_cast<int64_t>(from[i]);
-      STD_TORCH_CHECK(row >= 0 && row < table.out_features, program.op, ": ids must lie from 0 to ", table.out_features - 1,
+      STD_TORCH_CHECK(row >= 0 && row < table.out_features, program_.op, ": ids must lie from 0 to ", table.out_features - 1,
                       ", the last row of the table, got ", row);
       table_row(table, row, at(out) + i * out.size[2]);
     }
@@ -167,25 +166,25 @@ class Run {
   }
 
   void attend(const Step& step) const {
-    const AttendStep& how = program.attends[step.item];
+    const AttendStep& how = program_.attends[step.item];
     const Value& q = value(step.from[0]);
     const size_t layer = static_cast<size_t>(how.layer);
-    const Tensor &k = (*call.slabs)[2 * layer], &v = (*call.slabs)[2 * layer + 1];
-    const int64_t end = (*call.spans)[2 * layer + 1], batch = k.size(0);
+    const Tensor &k = (*call_.slabs)[2 * layer], &v = (*call_.slabs)[2 * layer + 1];
+    const int64_t end = (*call_.spans)[2 * layer + 1], batch = k.size(0);
     append(at(value(step.from[1])), k, q.type, end, how.width);
     append(at(value(step.from[2])), v, q.type, end, how.value_width);
-    int64_t first = (*call.spans)[2 * layer];
+    int64_t first = (*call_.spans)[2 * layer];
     if (how.window) first = std::max(first, end + 1 - how.window);
     Mask seen;
-    if (call.mask) {  // of which the last is the new position
+    if (call_.mask) {  // of which the last is the new position
       seen.widened.reset(new float[static_cast<size_t>(batch * (end + 1))]);
       for (int64_t b = 0; b < batch; ++b)
-        std::copy_n(call.mask + (b + 1) * call.positions - (end + 1 - first), end + 1 - first, seen.widened.get() + b * (end + 1) + first);
+        std::copy_n(call_.mask + (b + 1) * call_.positions - (end + 1 - first), end + 1 - first, seen.widened.get() + b * (end + 1) + first);
       seen.data = seen.widened.get();
       seen.batch_stride = end + 1;
     }
     const Value& out = value(step.out);
-    Attention::run(Query{at(q), k, v, q.type, batch, how.heads, first, end + 1, how.scale, how.cap}, std::move(seen), isa)->merge(at(out));
+    Attention::run(Query{at(q), k, v, q.type, batch, how.heads, first, end + 1, how.scale, how.cap}, std::move(seen), isa_)->merge(at(out));
     if (out.type != sparsec::kFloat32) round(out);
   }
 
@@ -194,18 +193,18 @@ class Run {
     const int64_t bytes = type == sparsec::kFloat32 ? 4 : 2;
     for (int64_t b = 0; b < slab.size(0); ++b)
       for (int64_t h = 0; h < slab.size(1); ++h, from += width)
-        isa.narrow[type](from, data + bytes * (b * slab.stride(0) + h * slab.stride(1) + position * slab.stride(2)), width);
+        isa_.narrow[type](from, data + bytes * (b * slab.stride(0) + h * slab.stride(1) + position * slab.stride(2)), width);
   }
 
   void round(const Value& v) const {
     const Operand all{at(v), v.numel(), 0, false};
-    isa.elementwise(sparsec::ElementTask{sparsec::kCopy, v.type, all, all, at(v), 1, v.numel()});
+    isa_.elementwise(sparsec::ElementTask{sparsec::kCopy, v.type, all, all, at(v), 1, v.numel()});
   }
 
-  const Prepared& program;
-  const InstructionSet& isa;
-  float* const memory;
-  const Call& call;
+  const Prepared& program_;
+  const InstructionSet& isa_;
+  float* const memory_;
+  const Call& call_;
 };
 
 }  // namespace

@@ -11,6 +11,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparsec.errors import SparsecError
 from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.library.loader import has_native
 from sparsec.kernels.program import NAME, Program
+from sparsec.kv_cache import cache_argument
 from sparsec.program.operators import OPERATORS
 from sparsec.program.served import NotServedError
 from sparsec.program.standing import AsItStood
@@ -80,7 +82,7 @@ class StepForward:
         self.__name__ = "forward"
         self.__code__ = getattr(self._kind.forward, "__code__", None)  # torch.export names its inputs after it
         self._first = next(iter(self.__signature__.parameters), "")
-        self._cache = "past_key_values" if "past_key_values" in own.parameters else "cache"
+        self._cache = cache_argument(self._kind)
         self._programs: dict[int, _Prepared | _Refused] = {}
         self._lock = threading.Lock()
         self._said: set[str] = set()
@@ -140,7 +142,7 @@ class StepForward:
         if not has_native(NAME) and not _load():
             return None
         mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
-        given.pop("cache_position", None)
+        place = given.pop("cache_position", None)
         if not self._plain(model, given) or ids.device.type != "cpu" or ids.dtype != torch.int64:
             return None
         from sparsec.program.slabs import slabs_of
@@ -150,7 +152,13 @@ class StepForward:
         if not isinstance(prepared, _Prepared) or layers is None:
             return None
         length = cache.get_seq_length()
-        if not self._unchanged(prepared, (id(cache), length)):
+        begins = prepared.next != (id(cache), length)
+        if begins and not prepared.same_numbers():
+            self._programs.clear()
+            prepared = self._prepared(model, ids.shape[0])
+        if not isinstance(prepared, _Prepared) or self._hooked(prepared, begins):
+            return None
+        if place is not None and place.tolist() != [length]:
             return None
         seen = _mask(mask, ids.shape[0], length)
         at = _positions(positions, ids.shape[0], length, seen)
@@ -174,18 +182,18 @@ class StepForward:
         odd = [given.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states")]
         return not any(odd) and type(given.get("logits_to_keep", 0)) is int and given.get("logits_to_keep", 0) in (0, 1)
 
-    def _unchanged(self, prepared: _Prepared, place: tuple[int, int]) -> bool:
-        """Whether the model still has no hooks inside; says so once where it has some. place: a cache's, and its length.
+    def _hooked(self, prepared: _Prepared, begins: bool) -> bool:
+        """Whether the model has hooks inside, which is said once. begins: whether a text begins, or goes on elsewhere.
 
-        A forward that somebody put into a module, and parts in training, are looked for where a text begins, or goes on elsewhere:
-        to ask all modules takes a tenth of a millisecond, as long as attention in four layers.
+        A forward that somebody put into a module, and parts in training, are looked for there alone: to ask all modules takes a tenth
+        of a millisecond, as long as attention in four layers.
         """
-        if prepared.hooked(place != prepared.next):
-            self._say(
-                f"{self._kind.__name__} has forward hooks inside, or forwards that somebody put there, which no program calls: it "
-                "decodes by its own code"
-            )
+        if not prepared.hooked(begins):
             return False
+        self._say(
+            f"{self._kind.__name__} has forward hooks inside, or forwards that somebody put there, which no program calls: it "
+            "decodes by its own code"
+        )
         return True
 
     def _say(self, text: str) -> None:
@@ -272,13 +280,19 @@ class _Prepared:
         """Whether the model still is what it was."""
         return not self._moved and self._holding.held()
 
+    def same_numbers(self) -> bool:
+        """Whether modules keep the plain numbers that they kept."""
+        return self._holding.same_numbers()
+
     def hooked(self, thoroughly: bool = True) -> bool:
         """Whether something inside runs that no program knows."""
         return self._holding.hooked() or (thoroughly and self._holding.patched())
 
-    def run(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, layers: list[Any], times: Tensor | None = None
-    ) -> Tensor | None:
+    def timed(self, times: Tensor) -> AbstractContextManager[Tensor]:
+        """Inside, steps add the times of their instructions to these (kernels/program.py)."""
+        return self._program.timed(times)
+
+    def run(self, ids: Tensor, positions: Tensor, mask: Tensor | None, layers: list[Any]) -> Tensor | None:
         """The logits of one more token, which the cache holds then; None where the model's own code has to run."""
         slabs: list[Tensor] = []
         spans: list[int] = []
@@ -287,7 +301,7 @@ class _Prepared:
             slabs += layer.slabs
             spans += (layer.first, layer.last)
         try:
-            out = self._program.step(ids.float(), positions, mask, slabs, spans, times)
+            out = self._program.step(ids.float(), positions, mask, slabs, spans)
         except RuntimeError:  # of a cache that does not fit the model, say: its own code says it better
             return None
         if out is None:

@@ -92,7 +92,7 @@ def step_shares(forward: StepForward, decode: Callable[[], object], tokens: int)
     parts[last] = "lm_head"
     found: list[dict[str, float]] = []
     for _ in range(tokens):
-        with prepared._program.timed(torch.zeros(len(parts), dtype=torch.int64)) as times:
+        with prepared.timed(torch.zeros(len(parts), dtype=torch.int64)) as times:
             start = perf_counter()
             decode()
             elapsed = perf_counter() - start

@@ -1,7 +1,8 @@
 """What a program was made from, and whether it still is that.
 
 Asked before every token, so it has to be quick: modules and tensors are compared as whole dictionaries. What else a module keeps is
-looked at only in modules of other packages, as adapters are, which switch what they do.
+looked at only in modules of other packages, as adapters are, which switch what they do; in all of them, and in configurations, where
+a text begins.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class AsItStood:
         self._options = [_options(own) for own in self._foreign]
         self._unhooked = -1  # how many hooks there had been when there was none
         self._root = vars(model)
+        self._numbers = self._numbers_now()
         self._kinds = self._kinds_now()
 
     def attentions(self) -> list[Any]:
@@ -71,6 +73,13 @@ class AsItStood:
             and self.attentions() == self._attentions
             and [_options(own) for own in self._foreign] == self._options
         )
+
+    def same_numbers(self) -> bool:
+        """Whether modules and configurations keep the plain numbers, an epsilon say, that they kept."""
+        return self._numbers_now() == self._numbers
+
+    def _numbers_now(self) -> list[dict[str, Any]]:
+        return [_options(own) for own in (self._root, *self._modules, *self._configs.values())]
 
     def same_kinds(self) -> bool:
         """Whether tensors have the dtypes and devices that they had, and forwards are patched, or in training, as they were."""
