@@ -185,8 +185,8 @@ class StepForward:
     def _hooked(self, prepared: _Prepared, begins: bool) -> bool:
         """Whether the model has hooks inside, which is said once. begins: whether a text begins, or goes on elsewhere.
 
-        A forward that somebody put into a module, and parts in training, are looked for there alone: to ask all modules takes a tenth
-        of a millisecond, as long as attention in four layers.
+        A forward that somebody put into a module, and parts in training, are looked for there alone: to ask all modules takes a
+        tenth of a millisecond, as long as attention in four layers.
         """
         if not prepared.hooked(begins):
             return False

@@ -1,8 +1,8 @@
 """What a program was made from, and whether it still is that.
 
-Asked before every token, so it has to be quick: modules and tensors are compared as whole dictionaries. What else a module keeps is
-looked at only in modules of other packages, as adapters are, which switch what they do; in all of them, and in configurations, where
-a text begins.
+Asked before every token, so it has to be quick: modules and tensors are compared as whole dictionaries. What else a module keeps
+is looked at only in modules of other packages, as adapters are, which switch what they do; in all modules, and in configurations,
+where a text begins.
 """
 
 from __future__ import annotations
