@@ -15,6 +15,8 @@ import pytest
 import torch
 from project import ROOT
 
+from sparsec.data import load_model
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 Run = Callable[[str], Any]
@@ -181,3 +183,26 @@ def test_train_sparse_finds_masks_that_move_better_and_by_gradient_best(run: Run
     means = {way: sum(losses) / len(losses) for way, losses in found.items()}
     assert len(found["rigl"]) == 3
     assert means["dense"] < means["rigl"] < means["set"] - 0.01 < means["static"] - 0.04
+
+
+def test_synthetic_checkpoint(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "synthetic_checkpoint.py"))["main"]
+    main.__globals__["SHARD"], main.__globals__["PIECE"] = 100_000, 1000
+    folder = main("tiny", str(tmp_path / "model"))
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 110_000 for file in files)
+    loaded = load_model(folder, None)
+    assert loaded.model.dtype == torch.bfloat16
+    matrices = [p for p in loaded.model.parameters() if p.dim() == 2]
+    assert all(abs(float(p.detach().float().std()) - 0.02) < 0.002 for p in matrices)
+    assert all(bool((p == 1).all()) for p in loaded.model.parameters() if p.dim() == 1)
+    assert loaded.model(torch.arange(8)[None]).logits.isfinite().all()
+    assert len(loaded.tokenizer("abc").input_ids) == 3
+    only = main("config", "tiny", str(tmp_path / "config"))
+    assert not list(only.glob("*.safetensors"))
+    assert (only / "config.json").read_text() == (folder / "config.json").read_text()
+    assert run("synthetic_checkpoint").name == "random-tiny"
+    with pytest.raises(SystemExit, match="no size '2B'; sizes: tiny, 135M"):
+        main("2B")
+    assert capsys.readouterr().out.count("MB in") == 2
