@@ -141,10 +141,10 @@ class ADMM(CalibratedPruning):
             )
         return replace(result, notes=(*result.notes, *said))
 
-    def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
+    def record(self, graph: Graph, weight: Weight, mask: Tensor, pruned: Pruned) -> None:
         """A mask that is kept stays what it is, with its pattern; what is new are the errors."""
         if not self.keeps:
-            super().record(graph, weight, masks, pruned)
+            super().record(graph, weight, mask, pruned)
             return
         first = weight.pruned.criterion if weight.pruned is not None else "mask"
         told = replace(weight.pruned or pruned, error_masked=pruned.error_masked, error=pruned.error)

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from sparsec import serial
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.spill import Made
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,11 @@ class Freeze(Pass):
                 with torch.no_grad():
                     serial.masked(tensor, weight.mask, out=tensor)
             else:
-                graph.replace_tensor(weight.name, serial.masked(tensor.detach(), weight.mask))
-                context.replaced(weight, tensor, graph.tensor(weight.name))
+                made, _ = context.store.made(f"weight {weight.name}", partial(_frozen, tensor, weight.mask))
+                context.write(graph, weight.name, made["weight"])
             graph.update(weight.name, frozen=True)
         return PassResult(changed=bool(waiting), summary=f"{len(waiting)} masks written into their weights")
+
+
+def _frozen(tensor: Tensor, mask: Tensor) -> Made:
+    return {"weight": serial.masked(tensor.detach(), mask)}, {}

@@ -5,6 +5,7 @@ Global scope compares all layers with each other, as in Gale et al. 2019, arXiv:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -15,10 +16,11 @@ from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.patterns import Compared, Pattern
-from sparsec.pipeline.allocation import Share
+from sparsec.pipeline.allocation import Share, stored_mask
 from sparsec.pipeline.base import Context, PassResult
 from sparsec.pipeline.options import check_choice
 from sparsec.pipeline.pruning import PruningPass
+from sparsec.spill import Made
 
 SCOPES = ("global", "layer", "row")
 
@@ -56,11 +58,14 @@ class Magnitude(PruningPass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises WeightError for NaN, inf and shapes that the pattern does not fit, SelectionError for what matches nothing."""
         chosen = self.selected(graph)
-        shares = self.shares(graph, chosen, context)
-        masks = iter(self._masks(graph, chosen, shares, context))
-        for weight in chosen:
-            of_weight = [next(masks) for _ in graph.matrices(weight.name)]
-            self.record(graph, weight, of_weight, self.pruned(shares[weight.name]))
+        shares = self.settled_shares(graph, chosen, context)
+        known = all(context.store.has(f"mask {w.name}") for w in chosen)
+        masks = iter(()) if known else self._masks(graph, chosen, shares, context)
+        for weight in context.each_of("magnitude", chosen):
+            mask = [next(masks) for _ in graph.matrices(weight.name)] if not known else []
+            made = partial(_stored, weight, mask)
+            tensors, _ = context.store.made(f"mask {weight.name}", made)
+            self.record(graph, weight, tensors["mask"], self.pruned(shares[weight.name]))
         how = f"{self.pattern}" if Pattern.parse(self.pattern).nm is not None else f"scope {self._scope}"
         return self.result(graph, chosen, how)
 
@@ -69,20 +74,25 @@ class Magnitude(PruningPass):
         """As given, or what the allocation leaves."""
         return self.scope or ("global" if self.allocation is None else "layer")
 
-    def _masks(self, graph: Graph, chosen: list[Weight], shares: dict[str, Share], context: Context) -> list[Tensor]:
-        """Of each matrix [out, in] of each weight."""
+    def _masks(
+        self, graph: Graph, chosen: list[Weight], shares: dict[str, Share], context: Context
+    ) -> Iterator[Tensor]:
+        """Of each matrix [out, in] of each weight, one after the other."""
         pattern = Pattern.parse(self.pattern)
-        names = [w.name for w in chosen for _ in graph.matrices(w.name)]
-        matrices = [m for w in chosen for m in graph.matrices(w.name)]
-        old: list[Tensor | None] = [m for w in chosen for m in graph.mask_matrices(w.name)]
         if self._scope == "global" and pattern.nm is None:
-            return pattern.masks([partial(_same, m) for m in matrices], self.share, old)
+            matrices = [m for w in chosen for m in graph.matrices(w.name)]
+            old: list[Tensor | None] = [m for w in chosen for m in graph.mask_matrices(w.name)]
+            yield from pattern.masks([partial(_same, m) for m in matrices], self.share, old)
+            return
         compared: Compared = "row" if self._scope == "row" else "layer"
-        masks = []
-        for name, matrix, before in context.each_of("magnitude", list(zip(names, matrices, old, strict=True))):
-            masks.append(pattern.mask(matrix, shares[name].sparsity, before, compared))
-        return masks
+        for weight in chosen:
+            for matrix, before in zip(graph.matrices(weight.name), graph.mask_matrices(weight.name), strict=True):
+                yield pattern.mask(matrix, shares[weight.name].sparsity, before, compared)
 
 
 def _same(matrix: Tensor) -> Tensor:
     return matrix
+
+
+def _stored(weight: Weight, masks: list[Tensor]) -> Made:
+    return {"mask": stored_mask(weight, masks)}, {}

@@ -8,8 +8,9 @@ while all others stay. That moves nothing that is pruned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -20,15 +21,17 @@ from sparsec.calibrate.factor import inverse_factor
 from sparsec.errors import ActivationError, FormatError, PipelineError, SelectionError, SpecError, WeightError, some
 from sparsec.formats.base import HALF_AND_SINGLE
 from sparsec.formats.grid import Grid
-from sparsec.formats.values import EXAMPLES, Codec, check_in_reach
+from sparsec.formats.values import EXAMPLES, Codec, Codes, check_in_reach
 from sparsec.ir.facts import Rounded, Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.pipeline.selection import select_weights
+from sparsec.spill import Made
 
 METHODS = ("gptq", "nearest")
+_PARTS = ("weight", "codes", "scale", "table")
 _TOGETHER = (1 << 15) - 1
 """Numbers that are updated one column after the other before the rest is: so few that torch does not share them among threads."""
 
@@ -99,9 +102,8 @@ class Round(Pass):
         errors: list[float] = []
         if self.method == "nearest":
             for weight in context.each_of("round", chosen):
-                matrix, mask = _matrix(graph, weight.name)
-                grid = Grid.fitted(Codec.parse(self.values), matrix, mask)
-                self._write(graph, weight.name, matrix.float(), grid, context)
+                made = context.store.made(f"weight {weight.name}", partial(self._nearest, graph, weight.name))
+                self._write(graph, weight.name, made[0], context)
             how = "to the nearest numbers"
         else:
             how = self._calibrated(graph, context, chosen, errors, notes)
@@ -153,39 +155,53 @@ class Round(Pass):
             )
         short: list[tuple[int, int]] = []  # of each site that saw too few: tokens, and how many are needed
 
-        def settle(site: Site, statistics: Sequence[Statistics]) -> None:
+        def learn(site: Site, statistics: Sequence[Statistics]) -> Made:
             (seen,) = statistics
             which = ", ".join(site.weights)
+            said = []
             if seen.blind:
-                notes.append(f"{which}: all that is read is zero in all of the text; numbers are the nearest")
-            elif seen.tokens < len(seen.squares):
-                short.append((seen.tokens, len(seen.squares)))
+                said.append(f"{which}: all that is read is zero in all of the text; numbers are the nearest")
+            few = not seen.blind and seen.tokens < len(seen.squares)
             try:
-                factor, _, said = inverse_factor(seen.gram, self.damping, "round these layers with method='nearest'")
+                factor, _, told = inverse_factor(seen.gram, self.damping, "round these layers with method='nearest'")
             except ActivationError as error:
                 raise ActivationError(f"{which}: {error}") from error
-            notes.extend(f"{which}: {text}" for text in said)
+            said.extend(f"{which}: {text}" for text in told)
+            tensors: dict[str, Tensor] = {}
+            lost: dict[str, float] = {}
             for name in site.weights:
                 matrix, mask = _matrix(graph, name)
-                before = matrix.float().masked_fill(~mask, 0)  # a copy: what follows may overwrite the weight
+                before = matrix.float().masked_fill(~mask, 0)
                 grid = Grid.fitted(Codec.parse(self.values), before, mask, seen.gram.diagonal())
                 rounded = compensate(before, mask, grid, factor.float())
                 rounded = descend(before, rounded, mask, grid, seen.gram, self.damping, self.sweeps)
-                after = self._write(graph, name, rounded, grid, context)
+                made = self._made(graph, name, rounded, grid)
+                tensors |= {f"{part} {name}": tensor for part, tensor in made.items()}
+                (after,) = graph.matrices(name, made["weight"])
                 whole = float((seen.sample @ before.t()).square().sum())
-                lost = float((seen.sample @ (after.float() - before).t()).square().sum())
-                errors.append(lost / whole if whole > 0 else 0.0)
-                graph.update(name, rounded=Rounded(self.values, grid.like, errors[-1]))
+                change = float((seen.sample @ (after.float() - before).t()).square().sum())
+                lost[name] = change / whole if whole > 0 else 0.0
+            return tensors, {"notes": said, "lost": lost, "short": [(seen.tokens, len(seen.squares))] if few else []}
+
+        def settle(site: Site, made: Made) -> None:
+            tensors, facts = made
+            notes.extend(facts["notes"])
+            short.extend((seen, needed) for seen, needed in facts["short"])
+            for name in site.weights:
+                errors.append(facts["lost"][name])
+                self._write(graph, name, {part: tensors[f"{part} {name}"] for part in _PARTS}, context, errors[-1])
 
         profile = calibrate(
             graph,
             data,
             [w.name for w in chosen],
+            learn,
             settle,
             gram=True,
             feed=self.feed,
             order=self.order,
             step=lambda done, total: context.step(self.name, done, total),
+            store=context.store,
         )
         if short:
             seen, needed = max(short, key=lambda each: each[1])
@@ -198,19 +214,28 @@ class Round(Pass):
             told = f", which changes outputs by {sum(errors) / len(errors):.2g} of their mean square, at most by {max(errors):.2g}"
         return f"on {data.source}{told}; {profile}"
 
-    def _write(self, graph: Graph, name: str, numbers: Tensor, grid: Grid, context: Context) -> Tensor:
-        """Puts the nearest numbers of a grid [out, in] into a weight, as its codes will be read; returns them in its dtype."""
-        weight, before, mask = graph.weights[name], graph.tensor(name), _matrix(graph, name)[1]
+    def _nearest(self, graph: Graph, name: str) -> Made:
+        matrix, mask = _matrix(graph, name)
+        return self._made(graph, name, matrix.float(), Grid.fitted(Codec.parse(self.values), matrix, mask)), {}
+
+    def _made(self, graph: Graph, name: str, numbers: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """Of numbers [out, in] the nearest ones of a grid, as the weight is stored and as its codes will be read; and the grid."""
+        weight, mask = graph.weights[name], _matrix(graph, name)[1]
         found = grid.codec.decode(grid.codec.encode(numbers, mask, grid.like)).to(weight.dtype)
         if not bool(found.isfinite().all()):
             raise WeightError(
                 f"{name}: holds weights near the largest number of {weight.dtype}, which rounding up would make infinite; leave it "
                 f"out with ignore=({(weight.owners or (name,))[0]!r},)"
             )
-        graph.write_matrices(name, [found], context.may_overwrite(name, before))
-        context.replaced(weight, before, graph.tensor(name))
-        graph.update(name, rounded=Rounded(self.values, grid.like))
-        return found
+        like = grid.like
+        return {"weight": graph.stored(name, [found]), "codes": like.codes, "scale": like.scale, "table": like.table}
+
+    def _write(
+        self, graph: Graph, name: str, made: Mapping[str, Tensor], context: Context, error: float | None = None
+    ) -> None:
+        context.write(graph, name, made["weight"])
+        like = Codes(made["codes"], made["scale"], made["table"])
+        graph.update(name, rounded=Rounded(self.values, like, error))
 
 
 def _matrix(graph: Graph, name: str) -> tuple[Tensor, Tensor]:

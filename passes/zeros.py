@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 from sparsec import serial
@@ -10,6 +11,7 @@ from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_ignore, check_patterns
 from sparsec.pipeline.selection import select_weights
+from sparsec.spill import Made
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,7 @@ class Zeros(Pass):
         chosen = select_weights(graph, self.targets, self.ignore)
         total = zeros = 0
         for weight in context.each_of("zeros", chosen):
-            mask, old = serial.present(graph.tensor(weight.name).detach()), graph.mask(weight.name)
-            if old is not None:
-                mask &= old
+            mask = context.store.made(f"mask {weight.name}", partial(_mask, graph, weight.name))[0]["mask"]
             graph.put_mask(weight.name, mask)
             total += mask.numel()
             zeros += mask.numel() - serial.count(mask)
@@ -56,3 +56,8 @@ class Zeros(Pass):
             summary=f"{zeros:,} of {total:,} weights in {len(chosen)} matrices are zero ({100 * share:.2f} %)",
             notes=notes,
         )
+
+
+def _mask(graph: Graph, name: str) -> Made:
+    mask, old = serial.present(graph.tensor(name).detach()), graph.mask(name)
+    return {"mask": mask if old is None else mask.logical_and_(old)}, {}

@@ -64,6 +64,10 @@ class CheckpointError(SparsecError, ValueError):
     """A saved model that is missing, damaged or of another version, or a folder that cannot be written; names the file."""
 
 
+class SpillError(SparsecError, OSError):
+    """Files that passes keep their work in cannot be written or read; names the folder."""
+
+
 class ConstantsError(SparsecError, ValueError):
     """Constants of the cost model whose file is missing, damaged, or of another version."""
 

@@ -99,18 +99,19 @@ class Pattern:
             return _nm(scores, *self.nm, old)
         if compared == "row" and self.block is None:
             return _rows(scores, sparsity, old)
-        return self.masks([lambda: scores], sparsity, [old])[0]
+        return next(self.masks([lambda: scores], sparsity, [old]))
 
     def masks(
         self, scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+    ) -> Iterator[Tensor]:
         """Masks of several weights that are compared with each other, `sparsity` in all; each N:M group by itself.
 
+        One after the other: a mask is made when its turn comes, and none is held.
         scores: one function per weight that gives its scores, any shape where the pattern is unstructured. They are called several
         times, one after the other, and their results are never kept together. old: of the same shape, or None, per weight.
         """
         if self.nm is not None:
-            return [_nm(score(), *self.nm, before) for score, before in zip(scores, old, strict=True)]
+            return (_nm(score(), *self.nm, before) for score, before in zip(scores, old, strict=True))
         if self.block is not None:
             return _blocks(scores, sparsity, old, self.block)
         return _unstructured(scores, sparsity, old)
@@ -171,7 +172,7 @@ def _above_in_rows(keys: Tensor, zeros: int) -> Tensor:
 
 def _unstructured(
     scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None]
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Exactly `round(sparsity * total)` zeros together. Beside scores and masks it holds a chunk of keys and 2**16 counters.
 
     The threshold is found digit by digit (radix selection): non-negative IEEE numbers order as their bit patterns do, and half
@@ -188,21 +189,18 @@ def _unstructured(
             removed += before.numel() - int(before.count_nonzero())
     zeros = prune_count(sparsity, total) - removed
     if zeros <= 0:
-        return [
-            before.clone() if before is not None else torch.ones_like(score(), dtype=torch.bool)
-            for score, before in pairs
-        ]
+        for score, before in pairs:
+            yield before.clone() if before is not None else torch.ones_like(score(), dtype=torch.bool)
+        return
     threshold, ties = _kth_key(pairs, zeros, wide)
-    masks = []
     for score, before in pairs:
         mask, ties = _above(score(), before, threshold, ties, wide)
-        masks.append(mask)
-    return masks
+        yield mask
 
 
 def _blocks(
     scores: Sequence[Callable[[], Tensor]], sparsity: float, old: Sequence[Tensor | None], block: tuple[int, int]
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Masks over several matrices [out, in], whole blocks r x c at a time: `round(sparsity * blocks)` blocks go together.
 
     A block counts by the mean square of its scores, so by the error that its loss makes. It is gone already when nothing of it is
@@ -219,9 +217,9 @@ def _blocks(
     functions = [partial(score_of, s, o) for s, o in zip(scores, old, strict=True)]
     if len(functions) == 1:  # a single matrix's are few enough to be kept
         functions = [partial(_itself, functions[0]())]
-    small = _unstructured(functions, sparsity, left)
-    masks = [mask.repeat_interleave(r, 0).repeat_interleave(c, 1) for mask in small]
-    return [m if before is None else m & before for m, before in zip(masks, old, strict=True)]
+    for small, before in zip(_unstructured(functions, sparsity, left), old, strict=True):
+        mask = small.repeat_interleave(r, 0).repeat_interleave(c, 1)
+        yield mask if before is None else mask & before
 
 
 def _itself(scores: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sparsec
 from sparsec.calibrate import CalibrationData, Site, Statistics, calibrate, samples, windows
+from sparsec.calibrate.kept import Place
 from sparsec.calibrate.sites import find_sites, spans_by_block
 from sparsec.calibrate.walk import _Walker
 from sparsec.data import Text, load_text
@@ -25,6 +26,7 @@ from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.selection import select_weights
+from sparsec.spill import Keep, Made
 
 NAMES = [name for name in CAUSAL_LMS if name not in ("mamba",)]
 LONG = 7
@@ -96,6 +98,19 @@ def half(matrix: Tensor) -> Tensor:
     return (torch.arange(matrix.numel()).view(matrix.shape) * 7919 % 11) < 6
 
 
+def looking(
+    look: Callable[[Site, Sequence[Statistics]], object],
+) -> tuple[Callable[[Site, Sequence[Statistics]], Made], Callable[[Site, Made], None]]:
+    """For `calibrate`: what looks at the statistics, and does then what it wants to."""
+    seen: dict[Site, Sequence[Statistics]] = {}
+
+    def learn(site: Site, statistics: Sequence[Statistics]) -> Made:
+        seen[site] = statistics
+        return {}, {}
+
+    return learn, lambda site, made: (look(site, seen.pop(site)), None)[1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_statistics_are_those_of_what_the_model_multiplies_its_weights_with(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -108,9 +123,8 @@ def test_statistics_are_those_of_what_the_model_multiplies_its_weights_with(
     data = samples(graph, ids, "test")
     assert len(data.calls) == 3
     found: dict[str, Sequence[Statistics]] = {}
-    calibrate(
-        graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t)), gram=True, feed="dense"
-    )
+    look = looking(lambda s, t: found.update(dict.fromkeys(s.weights, t)))
+    calibrate(graph, data, chosen(graph), *look, gram=True, feed="dense")
     assert set(found) == set(chosen(graph))
     assert ("moe" in name or name == "mixtral") == any(len(each) > 1 for each in found.values())
     for weight, each in found.items():
@@ -155,7 +169,7 @@ def test_each_linear_sees_what_the_pruned_ones_before_it_make(
             graph.update(weight, mask=half(stored), pattern="unstructured")
             waiting.append(weight)
 
-    calibrate(graph, samples(graph, ids, "test"), chosen(graph), prune, order=order)
+    calibrate(graph, samples(graph, ids, "test"), chosen(graph), *looking(prune), order=order)
     assert set(waiting) <= set(chosen(graph))
     assert all(graph.weights[w].mask is not None for w in chosen(graph))
 
@@ -167,7 +181,7 @@ def test_only_the_hidden_state_is_kept_between_two_blocks() -> None:
     spans = spans_by_block(find_sites(graph, chosen(graph)), walker.lives)
     assert [span.name for span in spans] == ["model.layers.0", "model.layers.1"]
     with torch.no_grad():
-        walker.run(spans[0].start, spans[0].end, {}, keep=True)
+        walker.run(spans[0].start, spans[0].end, {}, keep=Place(Keep(), 1))
     assert [v.shape for v in walker.states[0].values()] == [(3, LONG, 32)]
 
 
@@ -185,7 +199,8 @@ def norms_and_inputs(
     """By weight: the norms that calibration finds when nothing is pruned, and what the model multiplies it with."""
     found: dict[str, Tensor] = {}
     data = CalibrationData(tuple(inputs), "test")
-    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t[0].norms)), order=order)
+    look = looking(lambda s, t: found.update(dict.fromkeys(s.weights, t[0].norms)))
+    calibrate(graph, data, chosen(graph), *look, order=order)
     with seen_inputs(model) as seen, torch.no_grad():
         for (x,) in inputs:
             model(x)
@@ -260,7 +275,8 @@ def test_sequences_of_any_lengths_count_token_by_token(lengths: list[int], seed:
     rows = [tokens(1, n, seed + i)[0] for i, n in enumerate(lengths)]
     found: dict[str, Statistics] = {}
     data = samples(graph, rows, "test")
-    calibrate(graph, data, chosen(graph), lambda s, t: found.update(dict.fromkeys(s.weights, t[0])), feed="dense")
+    look = looking(lambda s, t: found.update(dict.fromkeys(s.weights, t[0])))
+    calibrate(graph, data, chosen(graph), *look, feed="dense")
     with seen_inputs(model) as seen, torch.no_grad():
         for row in rows:
             model(input_ids=row[None], use_cache=False)

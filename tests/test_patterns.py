@@ -75,7 +75,7 @@ def test_threshold_search_agrees_with_sorting_everything(case, chunk: int) -> No
     scores, old, sparsity = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patterns, "CHUNK", chunk)
-        masks = Pattern().masks([lambda s=s: s for s in scores], sparsity, old)
+        masks = list(Pattern().masks([lambda s=s: s for s in scores], sparsity, old))
     for mask, expected in zip(masks, by_sorting(scores, old, sparsity), strict=True):
         assert torch.equal(mask, expected)
 
@@ -113,14 +113,15 @@ def test_weights_of_different_dtypes_are_compared_by_value(case, data) -> None:
 
 def test_old_masks_are_not_handed_out_for_change() -> None:
     old = torch.tensor([True, False])
-    mask = Pattern().masks([lambda: torch.ones(2)], 0.0, [old])[0]
+    mask = next(Pattern().masks([lambda: torch.ones(2)], 0.0, [old]))
     mask[:] = False
     assert old.tolist() == [True, False]
 
 
 def test_global_threshold_needs_scratch_below_five_percent_of_the_weights() -> None:
     weights = [torch.randn(1536, 576) for _ in range(30)]  # 27M weights, 106 MB
-    peak = _peak_allocation(lambda: Pattern().masks([lambda w=w: w for w in weights], 0.5, [None] * len(weights)))
+    scores = [lambda w=w: w for w in weights]
+    peak = _peak_allocation(lambda: list(Pattern().masks(scores, 0.5, [None] * len(weights))))
     masks = sum(w.numel() for w in weights)
     assert peak - masks < 0.05 * sum(w.nbytes for w in weights)
 
@@ -168,6 +169,6 @@ def test_the_search_opens_no_parallel_region(dtype: torch.dtype) -> None:
     """Each would wait for a thread whose CPU another process has."""
     matrix, old = torch.randn(200, 400).to(dtype), torch.rand(200, 400) < 0.9
     with Sizes() as sizes:
-        Pattern().masks([lambda: matrix], 0.5, [old])
+        list(Pattern().masks([lambda: matrix], 0.5, [old]))
         Pattern().mask(matrix, 0.5, compared="row")
     assert sizes.large <= {"aten.empty.memory_format"}

@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "private",
         "progress",
         "reference",
+        "spill",
         "serial",
         "imports",
         "transformers_hook",

@@ -48,6 +48,11 @@ class Site:
         """For messages."""
         return self.block or self.weights[0]
 
+    @property
+    def key(self) -> str:
+        """Tells it from all others of a graph, in every process."""
+        return f"site {self.weights[0]}"
+
 
 @dataclass(frozen=True, eq=False)
 class Span:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -20,11 +21,13 @@ from sparsec.arguments import checked
 from sparsec.calibrate.attention import CausalAttention
 from sparsec.calibrate.data import CalibrationData
 from sparsec.calibrate.dataflow import varying, views_of_weights, writes
+from sparsec.calibrate.kept import Place, flat, gone, whole
 from sparsec.calibrate.sites import Operand, Site, find_sites, spans_by_block, spans_by_value, steps_of
 from sparsec.calibrate.statistics import SAMPLE, Statistics
 from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
 from sparsec.memory import trim
+from sparsec.spill import Keep, Made
 
 _Due = dict[fx.Node, list[tuple[Operand, Sequence[Sequence[Statistics]]]]]
 """What can be looked at once a node is computed: for each read the statistics of the sites that it belongs to."""
@@ -63,19 +66,22 @@ def calibrate(
     graph: Graph,
     data: CalibrationData,
     weights: Sequence[str],
-    prune: Callable[[Site, Sequence[Statistics]], None],
+    learn: Callable[[Site, Sequence[Statistics]], Made],
+    settle: Callable[[Site, Made], None],
     *,
     gram: bool = False,
     feed: str = "pruned",
     order: str = "block",
     step: Callable[[int, int], None] | None = None,
+    store: Keep | None = None,
 ) -> Profile:
-    """Calls `prune` for every site of the weights, in order of execution, with the statistics of what it reads: of fused experts,
-    those of every expert.
+    """Calls `learn` for every site of the weights, in order of execution, with the statistics of what it reads (of fused experts,
+    those of every expert), and then `settle` with what that made.
 
-    prune: changes masks and weights in the graph. gram: with Gram matrices. feed: `pruned` lets each block read what the pruned
-    blocks before it make, `dense` what the unpruned ones make. order: `block` shows every linear of a block the inputs of the
-    unpruned block, as the papers' code does; `true` prunes linear by linear. step: called with (done, spans).
+    learn: changes nothing. settle: changes masks and weights in the graph, or keeps what was learnt. gram: with Gram matrices.
+    feed: `pruned` lets each block read what the pruned blocks before it make, `dense` what the unpruned ones make. order: `block`
+    shows every linear of a block the inputs of the unpruned block, as the papers' code does; `true` prunes linear by linear. step:
+    called with (done, spans). store: keeps what was learnt, and what is alive between two spans, so that a killed run goes on.
 
     Raises ActivationError for NaN or inf in what a linear reads.
     """
@@ -88,37 +94,56 @@ def calibrate(
     by_value = order == "true" and feed == "pruned"
     spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
     trim()  # what tracing and tokenising left
-    for i, span in enumerate(spans):
+    store = store or Keep()
+    begun = walker.resumed(store, len(spans))
+    for span in spans[:begun]:
+        for site in span.sites:
+            settle(site, store.made(site.key, gone))
+    for i, span in enumerate(spans[begun:], begun):
         if step is not None:
             step(i, len(spans))
-        seen = {site: _statistics(graph, site, gram, data) for site in span.sites}
+        last = i + 1 == len(spans)
+        again = span.again and feed == "pruned"
+        seen: dict[Site, list[Statistics]] = {}
+        if not all(store.has(site.key) for site in span.sites):
+            seen = {site: _statistics(graph, site, gram, data) for site in span.sites}
         watched: dict[Operand, list[Sequence[Statistics]]] = {}
         for site, statistics in seen.items():
             for read in site.reads:
                 watched.setdefault(read, []).append(statistics)
         held = sum(each.nbytes for statistics in seen.values() for each in statistics)
         walker.profile.statistics_bytes = max(walker.profile.statistics_bytes, held)
-        last = i + 1 == len(spans)
-        again = span.again and feed == "pruned"
-        walker.run(span.start, span.end, watched, keep=not (again or last))
+        if seen or not (again or last):
+            walker.run(span.start, span.end, watched, keep=None if again or last else Place(store, i + 1))
         # Masks stay and temporaries go, so that the heap is in pieces: without this it grows by half of a 135M model.
         watched.clear()
         trim()
         for site in span.sites:
-            statistics = seen.pop(site)
-            for each in statistics:
-                each.settle()
-            if not all(each.finite for each in statistics):
-                raise ActivationError(_not_finite(site, data))
+            made = partial(_learnt, site, seen.pop(site, []), learn, data)
             with walker.profile.timed("pruning"):
-                prune(site, statistics)
+                settle(site, store.made(site.key, made))
+            del made
         trim()
         if again and not last:
-            walker.run(span.start, span.end, {}, keep=True)
+            walker.run(span.start, span.end, {}, keep=Place(store, i + 1))
             trim()
+        walker.done(store, i + 1)
     if step is not None:
         step(len(spans), len(spans))
     return walker.profile
+
+
+def _learnt(
+    site: Site,
+    statistics: list[Statistics],
+    learn: Callable[[Site, Sequence[Statistics]], Made],
+    data: CalibrationData,
+) -> Made:
+    for each in statistics:
+        each.settle()
+    if not all(each.finite for each in statistics):
+        raise ActivationError(_not_finite(site, data))
+    return learn(site, statistics)
 
 
 class _Walker:
@@ -148,7 +173,13 @@ class _Walker:
         self.attention = CausalAttention()
         self.rooms: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
-    def run(self, start: int, end: int, watched: Mapping[Operand, Sequence[Sequence[Statistics]]], keep: bool) -> None:
+    def run(
+        self,
+        start: int,
+        end: int,
+        watched: Mapping[Operand, Sequence[Sequence[Statistics]]],
+        keep: Place | None,
+    ) -> None:
         """Runs [start, end) for every call. keep: the walker then stands at `end`; else it stays at `start`."""
         alive = (n for n in self.needed - self.views if keep and self.position[n] < end <= self.last_read[n])
         goals = set(alive)
@@ -177,9 +208,11 @@ class _Walker:
             # The first call makes what is the same for all.
             self._execute(changing if i else steps, call, tensors, shared, values, due, forget)
             if keep:
-                self.states[i] = self._stored(i, {n: v for n, v in values.items() if n in goals})
+                self.states[i] = self._stored(i, {n: v for n, v in values.items() if n in goals}, keep)
         if keep:
             self.shared = {n: v for n, v in shared.items() if n in goals}
+            if keep.store.lasting and self.lasting:
+                keep.store.made(keep.key("shared"), partial(flat, self.shared))
             kept = (v for state in self.states for v in state.values() if isinstance(v, Tensor))
             self.profile.activation_bytes = max(
                 self.profile.activation_bytes, sum(v.numel() * v.itemsize for v in kept)
@@ -226,11 +259,38 @@ class _Walker:
                 if forget.get(used, -1) == self.position[node]:
                     values.pop(used, None)
 
-    def _stored(self, call: int, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
-        """What is alive after a span, in the memory of what was alive before it where that fits.
+    def resumed(self, store: Keep, spans: int) -> int:
+        """Goes to the last span that an earlier run came to, and says which: 0 where there was none."""
+        begun = next((i for i in range(spans, 0, -1) if store.has(Place(store, i).reached)), 0)
+        if 0 < begun < spans:
+            kept = Place(store, begun)
+            named = {node.name: node for node in self.steps}
+            self.states = [whole(store.made(kept.key(call), gone), named) for call in range(len(self.states))]
+            self.shared = whole(store.made(kept.key("shared"), gone), named)
+        return begun
+
+    def done(self, store: Keep, span: int) -> None:
+        """Everything before a span is settled, and what is alive there is kept: a killed run goes on from it."""
+        if not (store.lasting and self.lasting):
+            return
+        store.made(Place(store, span).reached, lambda: ({}, {}))
+        before = Place(store, span - 1)
+        for call in (*range(len(self.states)), "shared"):
+            store.drop(before.key(call))
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is alive can be kept in a file: not where a value is written to, which others may see."""
+        return not self.written
+
+    def _stored(self, call: int, values: dict[fx.Node, Any], keep: Place) -> dict[fx.Node, Any]:
+        """What is alive after a span: kept by a lasting store, else in the memory of what was alive before it where that fits.
 
         New tensors, one by one between the temporaries of a forward pass, leave the heap in pieces. That of a GPU is another.
         """
+        if keep.store.lasting and self.lasting:
+            named = {node.name: node for node in values}
+            return whole(keep.store.made(keep.key(call), partial(flat, values)), named)
         if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values.values()):
             return values
         if self.written:  # what is written to may be seen through another value: both must stay where they are

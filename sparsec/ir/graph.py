@@ -159,16 +159,12 @@ class Graph:
                 if weight.packed is None:
                     self.update(weight.name, nnz=None)
 
-    def write_matrices(self, name: str, matrices: Sequence[Tensor], in_place: bool) -> None:
-        """Other matrices [out, in] for a weight, converted to its dtype; in_place overwrites the stored tensor."""
-        tensor = self.tensor(name)
-        if not in_place:
-            tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        with torch.no_grad():
-            for place, matrix in zip(_matrices(self.weights[name], tensor), matrices, strict=True):
-                place.copy_(matrix)
-        if not in_place:
-            self.replace_tensor(name, tensor.detach())
+    def stored(self, name: str, matrices: Sequence[Tensor]) -> Tensor:
+        """Matrices [out, in] as one new tensor, of the dtype of a weight and in the layout that it is stored in."""
+        tensor = torch.empty_like(self.tensor(name), requires_grad=False, memory_format=torch.contiguous_format)
+        for place, matrix in zip(_matrices(self.weights[name], tensor), matrices, strict=True):
+            place.copy_(matrix.detach())
+        return tensor
 
     def replace_tensor(self, name: str, tensor: Tensor) -> None:
         """Puts another tensor in a weight's place, in this graph only. It is trained where the old one was."""

@@ -31,6 +31,7 @@ from sparsec.patterns import Pattern
 from sparsec.pipeline.base import Context
 from sparsec.pipeline.options import check_choice, check_sparsity
 from sparsec.pipeline.selection import matches
+from sparsec.spill import Made
 
 Table = tuple[tuple[str, float], ...]
 SPREADS = {"owl": 0.08, "alphapruning": 0.3, "sensitivity": 0.25}
@@ -211,12 +212,25 @@ def _norms(
     assert context.calibration is not None
     found: dict[str, list[Tensor]] = {}
 
-    def look(site: Site, statistics: Sequence[Statistics]) -> None:
-        norms = [each.norms for each in statistics]
+    def learn(site: Site, statistics: Sequence[Statistics]) -> Made:
+        return {str(e): each.norms for e, each in enumerate(statistics)}, {}
+
+    def settle(site: Site, made: Made) -> None:
+        norms = [made[0][str(e)] for e in range(len(made[0]))]
         found.update((name, norms) for name in site.weights)
 
     names = [w.name for group in members.values() for w in group]
-    calibrate(graph, context.calibration, names, look, feed="dense", step=lambda i, n: context.step(what, i, n))
+    store = context.store.within(what)
+    calibrate(
+        graph,
+        context.calibration,
+        names,
+        learn,
+        settle,
+        feed="dense",
+        step=lambda i, n: context.step(what, i, n),
+        store=store,
+    )
     return found
 
 

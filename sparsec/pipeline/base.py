@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from sparsec.calibrate import CalibrationData
@@ -17,6 +18,7 @@ from sparsec.ir.graph import Graph
 from sparsec.memory import is_own, page_out
 from sparsec.pipeline.trained import TrainingFigures
 from sparsec.progress import Noted, Progress, each_of
+from sparsec.spill import Keep
 
 T = TypeVar("T")
 
@@ -52,6 +54,7 @@ class Context:
         None
     )  # has the model that is consumed hold another tensor for a weight that it owns
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
+    store: Keep = field(default_factory=Keep)  # where what a pass makes is kept: a place of its own for each pass
 
     def owns(self, weight: str) -> bool:
         """Whether nobody else needs the tensor of this weight."""
@@ -60,6 +63,16 @@ class Context:
     def may_overwrite(self, weight: str, tensor: Tensor) -> bool:
         """Whether to write into a weight's tensor: it is owned, and nobody lent it, as mapped files and arrays are."""
         return self.owns(weight) and is_own(tensor)
+
+    def write(self, graph: Graph, name: str, tensor: Tensor) -> None:
+        """Gives a weight other values: in its own memory where that may be overwritten, else `tensor` takes its place."""
+        old = graph.tensor(name)
+        if self.may_overwrite(name, old):
+            with torch.no_grad():
+                old.copy_(tensor)
+        else:
+            graph.replace_tensor(name, tensor.detach())
+            self.replaced(graph.weights[name], old, graph.tensor(name))
 
     def replaced(self, weight: Weight, old: Tensor, new: Tensor) -> None:
         """The graph holds `new` for a weight: so does the model that is consumed, and the old one's memory goes back."""

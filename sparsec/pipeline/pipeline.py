@@ -175,10 +175,12 @@ class Pipeline:
         said = settle(graph)
         self.validate(graph.facts)
         context = context or Context()
+        store = context.store
         timing = Timing()
         records: list[PassRecord] = []
         for i, p in enumerate(self.passes, first):
             held = _Promise(p, i, graph, context, verify)
+            context.store = store.within(f"{i:02d} {p.name}")
             with ExitStack() as around:
                 around.enter_context(stage(context.progress, f"pass {i} {unparse_one(p)}"))
                 for instrument in (*instruments, timing):

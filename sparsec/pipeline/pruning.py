@@ -5,7 +5,7 @@ An algorithm is a subclass that says how much a weight matters; everything else 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from sparsec.pipeline.allocation import CALIBRATED, Share, Table, allocate, chec
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
 from sparsec.pipeline.selection import select_weights
+from sparsec.spill import Made
 
 _SLACK = 1e-9
 
@@ -109,15 +110,23 @@ class PruningPass(Pass):
         pattern = Pattern.parse(self.pattern)
         return allocate(graph, chosen, self.share, pattern, self.sharing, self.spread, context)
 
+    def settled_shares(self, graph: Graph, chosen: Sequence[Weight], context: Context) -> dict[str, Share]:
+        """The same, and kept: what they follow from may be gone when a killed run goes on."""
+
+        def make() -> Made:
+            shares = self.shares(graph, chosen, context)
+            return {}, {name: (share.sparsity, share.measure) for name, share in shares.items()}
+
+        return {name: Share(*pair) for name, pair in context.store.made("shares", make)[1].items()}
+
     def pruned(self, share: Share, error_masked: float | None = None, error: float | None = None) -> Pruned:
         """The record of a weight that got this share."""
         allocation = self.sharing if isinstance(self.sharing, str) else "table"
         return Pruned(self.name, share.sparsity, allocation, share.measure, error_masked, error)
 
-    def record(self, graph: Graph, weight: Weight, masks: Sequence[Tensor], pruned: Pruned) -> None:
-        """Writes the masks [out, in] of one weight's matrices down."""
-        stored = stored_mask(weight, masks)
-        graph.put_mask(weight.name, stored, self.pattern, pruned)
+    def record(self, graph: Graph, weight: Weight, mask: Tensor, pruned: Pruned) -> None:
+        """Writes the mask of a weight down, as it is stored."""
+        graph.put_mask(weight.name, mask, self.pattern, pruned)
 
     def result(self, graph: Graph, chosen: Sequence[Weight], how: str, notes: Sequence[str] = ()) -> PassResult:
         """What was masked."""
@@ -216,53 +225,34 @@ class CalibratedPruning(PruningPass):
         if data is None:
             raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
         chosen = self.selected(graph)
-        shares = self.shares(graph, chosen, context)
+        shares = self.settled_shares(graph, chosen, context)
         notes: list[str] = []
         short: list[tuple[int, int]] = []  # of each layer that saw too few: tokens, and how many are needed
         scratch = 0
 
-        def prune(site: Site, statistics: Sequence[Statistics]) -> None:
+        def settle(site: Site, made: Made) -> None:
             nonlocal scratch
-            known = [graph.weights[name] for name in site.weights]
-            dense = [context.dense.get(w.name) if self.dense and not w.trained else None for w in known]
-            settled = [
-                _Settled(graph, w.name, shares[w.name].sparsity, held) for w, held in zip(known, dense, strict=True)
-            ]
-            for e, each in enumerate(statistics):
-                old = [s.old[e] for s in settled]
-                before = [
-                    s.matrices[e] if self.dense else _masked(s.matrices[e], mask)
-                    for s, mask in zip(settled, old, strict=True)
-                ]
-                scratch = max(scratch, self.scratch(sum(len(m) for m in before), len(each.squares)))
-                which = ", ".join(site.weights) + (f", expert {e}" if len(statistics) > 1 else "")
-                try:
-                    masks, updated, said = self.prune(before, old, [s.share for s in settled], each)
-                except ActivationError as error:
-                    raise ActivationError(f"{which}: {error}") from error
-                notes.extend(f"{which}: {text}" for text in said)
-                for i, s in enumerate(settled):
-                    s.add(before[i], masks[i], None if updated is None else updated[i], each.sample)
-            notes.extend(self._unseen(site, statistics))
-            needed = self.enough(len(statistics[0].squares))
-            if len(statistics) == 1 and not statistics[0].blind and statistics[0].tokens < needed:
-                short.extend([(statistics[0].tokens, needed)] * len(site.weights))
-            for s in settled:
-                if s.updated:
-                    name, before_update = s.weight.name, graph.tensor(s.weight.name)
-                    graph.write_matrices(name, s.updated, context.may_overwrite(name, before_update))
-                    context.replaced(s.weight, before_update, graph.tensor(name))
-                self.record(graph, s.weight, s.masks, self.pruned(shares[s.weight.name], *s.errors))
+            tensors, facts = made
+            scratch = max(scratch, facts["scratch"])
+            notes.extend(facts["notes"])
+            short.extend((seen, needed) for seen, needed in facts["short"])
+            for name in site.weights:
+                if (updated := tensors.get(f"weight {name}")) is not None:
+                    context.write(graph, name, updated)
+                pruned = self.pruned(shares[name], *facts["errors"][name])
+                self.record(graph, graph.weights[name], tensors[f"mask {name}"], pruned)
 
         profile = calibrate(
             graph,
             data,
             [w.name for w in chosen],
-            prune,
+            lambda site, statistics: self._learnt(graph, context, shares, site, statistics),
+            settle,
             gram=self.gram,
             feed=self.feed,
             order=self.order,
             step=lambda done, total: context.step(self.name, done, total),
+            store=context.store,
         )
         if short:
             seen, needed = max(n for n, _ in short), max(n for _, n in short)
@@ -272,6 +262,47 @@ class CalibratedPruning(PruningPass):
             )
         how = f"on {data.source}; {profile}; pruning a layer takes about {scratch / 1e6:.1f} MB more"
         return self.result(graph, chosen, how, notes)
+
+    def _learnt(
+        self,
+        graph: Graph,
+        context: Context,
+        shares: Mapping[str, Share],
+        site: Site,
+        statistics: Sequence[Statistics],
+    ) -> Made:
+        """Masks and weights of a site's matrices, as they are stored, and what is to be said of them."""
+        known = [graph.weights[name] for name in site.weights]
+        dense = [context.dense.get(w.name) if self.dense and not w.trained else None for w in known]
+        settled = [_Settled(graph, w.name, shares[w.name].sparsity, held) for w, held in zip(known, dense, strict=True)]
+        notes: list[str] = []
+        scratch = 0
+        for e, each in enumerate(statistics):
+            old = [s.old[e] for s in settled]
+            before = [
+                s.matrices[e] if self.dense else _masked(s.matrices[e], mask)
+                for s, mask in zip(settled, old, strict=True)
+            ]
+            scratch = max(scratch, self.scratch(sum(len(m) for m in before), len(each.squares)))
+            which = ", ".join(site.weights) + (f", expert {e}" if len(statistics) > 1 else "")
+            try:
+                masks, updated, said = self.prune(before, old, [s.share for s in settled], each)
+            except ActivationError as error:
+                raise ActivationError(f"{which}: {error}") from error
+            notes.extend(f"{which}: {text}" for text in said)
+            for i, s in enumerate(settled):
+                s.add(before[i], masks[i], None if updated is None else updated[i], each.sample)
+        notes.extend(self._unseen(site, statistics))
+        needed = self.enough(len(statistics[0].squares))
+        few = len(statistics) == 1 and not statistics[0].blind and statistics[0].tokens < needed
+        tensors = {f"mask {s.weight.name}": stored_mask(s.weight, s.masks) for s in settled}
+        tensors |= {f"weight {s.weight.name}": graph.stored(s.weight.name, s.updated) for s in settled if s.updated}
+        return tensors, {
+            "errors": {s.weight.name: s.errors for s in settled},
+            "notes": notes,
+            "scratch": scratch,
+            "short": [(statistics[0].tokens, needed)] * len(known) if few else [],
+        }
 
     def _unseen(self, site: Site, statistics: Sequence[Statistics]) -> list[str]:
         """Of which nothing can be learned: what reads zeros alone, experts to which the text sent no token, or too few."""

@@ -100,11 +100,7 @@ def write_trained(graph: Graph, trained: Mapping[str, Tensor], context: Context)
         value = tensor.to(before.dtype)
         if mask is not None:
             value = serial.masked(value, mask)
-        if context.may_overwrite(name, before):
-            before.copy_(value)
-        else:
-            graph.replace_tensor(name, value.contiguous())
-            context.replaced(graph.weights[name], before, graph.tensor(name))
+        context.write(graph, name, value.contiguous())
         graph.update(name, trained="under")
 
 
