@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsec.errors import FormatError, SpecError
-from sparsec.formats.faults import Field, field_faults
+from sparsec.formats.faults import Field, cut_faults, field_faults
+from sparsec.formats.positions import bits_of
 from sparsec.formats.values import PLAIN, Codec
 from sparsec.patterns import Pattern
 
@@ -153,6 +154,47 @@ class Packed(ABC):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of `unpack()`, bit for bit: [n, in_features] of row numbers ids [n], each from 0 to out_features - 1."""
         return self.unpack().index_select(0, ids)
+
+    @property
+    def cut_steps(self) -> tuple[int, int]:
+        """Rows, and columns, at multiples of which the matrix can be cut; it ends where it ends."""
+        return (1, 1)
+
+    def cut_rows(self, first: int, end: int) -> Self:
+        """Rows first to end - 1 in the same layout: `unpack()[first:end]`, bit for bit. Its tensors may lie within these.
+
+        FormatError unless 0 <= first <= end <= out_features, both of them multiples of `cut_steps` or out_features. A kept 0.0 may
+        not be counted as kept in it, where the layout does not tell it from what it fills up.
+        """
+        self._check_cut("rows", first, end, self.cut_steps[0], self.shape[0])
+        return self if (first, end) == (0, self.shape[0]) else self._cut_rows(first, end)
+
+    def cut_columns(self, first: int, end: int) -> Self:
+        """Columns first to end - 1, numbered from 0, in the same layout: `unpack()[:, first:end]`, bit for bit; else as rows."""
+        self._check_cut("columns", first, end, self.cut_steps[1], self.shape[1])
+        return self if (first, end) == (0, self.shape[1]) else self._cut_columns(first, end)
+
+    def _check_cut(self, what: str, first: int, end: int, step: int, size: int) -> None:
+        if faults := cut_faults(what, first, end, step, size):
+            raise FormatError(f"{self.describe()} [{self.shape[0]}x{self.shape[1]}]: {'; '.join(faults)}")
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        return self._repacked(slice(first, end), slice(None))
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        return self._repacked(slice(None), slice(first, end))
+
+    def _repacked(self, rows: slice, columns: slice) -> Self:
+        """A part of the matrix, unpacked and packed again."""
+        pack: Any = self.pack  # type: ignore[attr-defined]
+        options = self.options(self.describe().removeprefix(self.format))
+        mask = self._stored()[rows, columns].clone(memory_format=torch.contiguous_format)
+        part: Self = pack(self.scatter()[rows, columns], mask, **options)
+        return part
+
+    def _stored(self) -> Tensor:
+        """What takes a place [out, in], bool, as far as it can be told."""
+        return bits_of(self.scatter()) != 0
 
     @abstractmethod
     def fields(self) -> list[Field]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
+from sparsec.formats.code_bytes import step_counts, step_runs
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, pointer_faults
 from sparsec.formats.panels import (
     LANES,
@@ -102,6 +104,35 @@ class Bitmap(Packed):
         flags, places = bitmap_rows(self.bits, ids)
         places = places + self.panel_ptr[ids // LANES].long()[:, None]
         return self.values[places].masked_fill(~flags, 0)[:, : self.in_features]
+
+    def _stored(self) -> Tensor:
+        return from_panels(unpack_bits(self.bits), self.out_features, self.in_features)
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        a, b = first // LANES, panel_count(end)
+        ptr = self.panel_ptr[a : b + 1]
+        values = F.pad(self.values[int(ptr[0]) : int(ptr[-1])], (0, LANES))
+        above, rows = a * LANES, min(b * LANES, self.out_features) - a * LANES
+        whole = replace(self, values=values, bits=self.bits[a:b], panel_ptr=ptr - ptr[0], out_features=rows)
+        if (above, rows) == (first, end - first):
+            return whole
+        return whole._repacked(slice(first - above, end - above), slice(None))
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        lane = lane_columns(self.values.dtype)
+        a, b = first // lane, -(-end // lane)
+        values, panel_ptr = step_runs(self.values, self.panel_ptr, step_counts(self.bits), a, b)
+        before, columns = a * lane, min(b * lane, self.in_features) - a * lane
+        whole = replace(
+            self,
+            values=F.pad(values, (0, LANES)),
+            bits=self.bits[:, a:b].contiguous(),
+            panel_ptr=panel_ptr,
+            in_features=columns,
+        )
+        if (before, columns) == (first, end - first):
+            return whole
+        return whole._repacked(slice(None), slice(first - before, end - before))
 
     def fields(self) -> list[Field]:
         panels = panel_count(self.out_features)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
@@ -21,7 +22,7 @@ from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.csr import csr_rows
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
 from sparsec.formats.panels import lane_columns
-from sparsec.formats.positions import flat_positions, starts, unsigned
+from sparsec.formats.positions import flat_positions, starts, unsigned, whole_numbers
 from sparsec.formats.rows import row_entries
 from sparsec.formats.sound import ascending
 from sparsec.patterns import Pattern
@@ -46,6 +47,9 @@ class BSR(Packed):
     parameters: ClassVar[tuple[str, ...]] = ("16x16",)
     checked: ClassVar[tuple[str, ...]] = ("16x16", "64x64", "128x128")
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("16x16",), "cuda": ("16x16", "64x64")}
+
+    filler: ClassVar[int] = 0
+    """In the place of weights of a block that were not kept, as a whole number."""
 
     values: Tensor  # [blocks, c / lane, r, lane]: rows side by side, each with the columns of a lane, 1 where these do not divide c
     col_idx: Tensor  # [blocks], the number of the block's column of blocks; int16 (read as unsigned) or int32
@@ -159,6 +163,30 @@ class BSR(Packed):
 
     def describe(self) -> str:
         return f"bsr{self.block[0]}x{self.block[1]}"
+
+    @property
+    def cut_steps(self) -> tuple[int, int]:
+        return self.block
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        r = self.block[0]
+        ptr = self.row_ptr[first // r : end // r + 1]
+        a, b = int(ptr[0]), int(ptr[-1])
+        return self._of_blocks(self.values[a:b], self.col_idx[a:b], ptr - ptr[0], self.in_features)
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        c = self.block[1]
+        columns = unsigned(self.col_idx)
+        inside = (columns >= first // c) & (columns < end // c)
+        row_ptr = F.pad(inside.cumsum(0, dtype=torch.int32), (1, 0))[self.row_ptr.long()]
+        col_idx = (columns[inside] - first // c).to(self.col_idx.dtype)
+        return self._of_blocks(self.values[inside], col_idx, row_ptr, end - first)
+
+    def _of_blocks(self, values: Tensor, col_idx: Tensor, row_ptr: Tensor, in_features: int) -> Self:
+        """Some of these blocks as a matrix. As many weights are kept as differ from what fills blocks up, if anything does here."""
+        full = self.kept == self.values.numel()
+        kept = values.numel() if full else int((whole_numbers(values) != self.filler).count_nonzero())
+        return replace(self, values=values, col_idx=col_idx, row_ptr=row_ptr, in_features=in_features, kept=kept)
 
     def fields(self) -> list[Field]:
         blocks = ("blocks", self.values.shape[0] if self.values.ndim else 0)

@@ -68,6 +68,18 @@ def byte_starts(title: str, counts: Tensor, table: Tensor) -> Tensor:
     return F.pad(ends, (1, 0)).to(torch.int32)
 
 
+def step_runs(values: Tensor, panel_ptr: Tensor, counts: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Of a bitmap, the values of steps first to end - 1 of every panel, and where each panel starts among them.
+
+    counts: values of every step [panels, steps].
+    """
+    ends = F.pad(counts.cumsum(1), (1, 0)) + panel_ptr[:-1, None]
+    begin, stop = ends[:, first], ends[:, end]
+    runs = [values[a:b] for a, b in zip(begin.tolist(), stop.tolist(), strict=True)]
+    panel_ptr = F.pad((stop - begin).cumsum(0), (1, 0)).to(torch.int32)
+    return torch.cat(runs) if runs else values[:0], panel_ptr
+
+
 def in_steps(codes: Tensor, flags: Tensor, counts: Tensor, table: Tensor) -> Tensor:
     """Codes [panels, steps, 16, 4] as a bitmap stores those whose flags are set: [bytes + 64]. counts: the flags of each step."""
     if table.numel():

@@ -6,10 +6,13 @@ would, and eight say what 4:8's four numbers of three bits would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
@@ -26,12 +29,13 @@ from sparsec.formats.code_bytes import (
     lane_faults,
     step_counts,
     step_faults,
+    step_runs,
 )
 from sparsec.formats.csr import CSR, REACH
 from sparsec.formats.dense_panels import DensePanels
 from sparsec.formats.faults import Field, count_faults
 from sparsec.formats.nm import INDEX_BITS, NM, nm_of, with_full_groups
-from sparsec.formats.panels import LANES, from_panels, pack_bits, stray_bits, to_panels, unpack_bits
+from sparsec.formats.panels import LANES, from_panels, pack_bits, panel_count, stray_bits, to_panels, unpack_bits
 from sparsec.formats.positions import flat_positions
 from sparsec.formats.quantised import BYTE, OWN, SCALARS, MaskHeld, Quantised
 from sparsec.formats.values import ZERO, Codec, Codes
@@ -48,6 +52,7 @@ class _Bitmap(Bitmap):
 
 class _BSR(BSR):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = BYTE
+    filler: ClassVar[int] = ZERO
 
     def _count_faults(self) -> list[str]:
         return count_faults(self.nnz, lambda: int((self.values != ZERO).count_nonzero()), self.values.numel())
@@ -55,6 +60,7 @@ class _BSR(BSR):
 
 class _CSR(CSR):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = BYTE
+    filler: ClassVar[int] = ZERO
 
     def _zeros_at_reach(self) -> int:
         return int((self.values[flat_positions(self.col_idx == REACH)] == ZERO).sum())
@@ -137,6 +143,49 @@ class QuantisedBitmap(Quantised):
     def scatter(self) -> Tensor:
         return from_panels(from_steps(self.values, self.places["bits"], self.table), *self.shape).contiguous()
 
+    def _cut_rows(self, first: int, end: int) -> Self:
+        a, b = first // LANES, panel_count(end)
+        ptr, above = self.places["panel_ptr"][a : b + 1], a * LANES
+        rows = slice(above, min(b * LANES, self.shape[0]))
+        values = self.values[int(ptr[0]) : int(ptr[-1])]
+        whole = self._of_steps(values, self.places["bits"][a:b], ptr - ptr[0], rows, slice(0, self.shape[1]))
+        if (rows.start, rows.stop) != (first, end):
+            whole = whole._repacked(slice(first - above, end - above), slice(None))
+        return replace(whole, kept=self._kept_in(whole))
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        a, b = first // LANE, -(-end // LANE)
+        bits, before = self.places["bits"], a * LANE
+        columns = slice(before, min(b * LANE, self.shape[1]))
+        counts = step_counts(bits)
+        held = counts + 1 >> 1 if self.table.numel() else counts
+        values, panel_ptr = step_runs(self.values, self.places["panel_ptr"], held, a, b)
+        whole = self._of_steps(values, bits[:, a:b].contiguous(), panel_ptr, slice(0, self.shape[0]), columns)
+        if (columns.start, columns.stop) != (first, end):
+            whole = whole._repacked(slice(None), slice(first - before, end - before))
+        return replace(whole, kept=self._kept_in(whole))
+
+    def _of_steps(self, values: Tensor, bits: Tensor, panel_ptr: Tensor, rows: slice, columns: slice) -> Self:
+        """Some of these steps as a matrix, whose kept weights are yet to be counted."""
+        return replace(
+            self,
+            values=F.pad(values, (0, SPARE)),
+            scale=self.codec.cut_scales(self.scale, self.shape, rows, columns),
+            places={"bits": bits, "panel_ptr": panel_ptr},
+            numbers={"out_features": rows.stop - rows.start, "in_features": columns.stop - columns.start},
+        )
+
+    def _repacked(self, rows: slice, columns: slice) -> Self:
+        codes = self.scatter()[rows, columns].contiguous()
+        scale = self.codec.cut_scales(self.scale, self.shape, rows, columns)
+        held = MaskHeld(codes != 0, codes != 0, {}, self.n, self.m)
+        values, places, numbers = self._placed(Codes(codes, scale, self.table), held, False)
+        return replace(self, values=values, scale=scale, places=places, numbers=numbers)
+
+    def _kept_in(self, part: Self) -> int:
+        """How many weights a part keeps."""
+        return int(step_counts(part.places["bits"]).sum())
+
     def _place_faults(self) -> list[str]:
         bits = self.places["bits"]
         past_rows, past_columns = stray_bits(bits, *self.shape)
@@ -181,10 +230,20 @@ class QuantisedNM(QuantisedBitmap):
     def describe(self) -> str:
         return f"nm{self.n}:{self.m}:{self.codec.name}"
 
+    @property
+    def cut_steps(self) -> tuple[int, int]:
+        return 1, math.lcm(self.m, self.group or 1)
+
     def layout_faults(self) -> list[str]:
         if self.m not in INDEX_BITS or not 0 < self.n < self.m or self.numbers["in_features"] % self.m:
             return [f"n and m must be of 0 < n < m = 4 or 8, a divisor of in_features, got {self.n} and {self.m}"]
         return super().layout_faults()
+
+    def _kept_in(self, part: Self) -> int:
+        if self.kept == self.shape[0] * self.shape[1] // self.m * self.n:
+            return part.shape[0] * part.shape[1] // self.m * self.n
+        codes = part.scatter()
+        return int(((codes != 0) & (codes != ZERO)).count_nonzero())
 
     def _kept_faults(self, stored: int) -> list[str]:
         flags = from_panels(unpack_bits(self.places["bits"]), *self.shape)

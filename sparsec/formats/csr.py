@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import MAX_COUNT, Packed, Plan
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
-from sparsec.formats.positions import columns, flat_positions, starts, unsigned
+from sparsec.formats.positions import columns, flat_positions, starts, unsigned, whole_numbers
 from sparsec.formats.rows import row_entries
 from sparsec.formats.sound import ascending, distances_ascend
 
@@ -45,6 +46,9 @@ class CSR(Packed):
     checked: ClassVar[tuple[str, ...]] = ("16", "32")
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("8", "16"), "cuda": ("32",)}
     twins: ClassVar[Mapping[str, str]] = {"cuda": "wcsr"}
+
+    filler: ClassVar[int] = 0
+    """What bridges gaps, as a whole number."""
 
     values: Tensor  # [stored]: the kept weights, and with 8-bit columns the zeros that bridge gaps
     col_idx: Tensor  # [stored]: columns in int16 (read as unsigned) or int32; distances in uint8, at a row's first the column
@@ -130,6 +134,38 @@ class CSR(Packed):
 
     def describe(self) -> str:
         return f"csr{self.index_bits}"
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        ptr = self.row_ptr[first : end + 1]
+        a, b = int(ptr[0]), int(ptr[-1])
+        kept = int(self._weights()[a:b].count_nonzero())
+        return replace(
+            self,
+            values=self.values[a:b],
+            col_idx=self.col_idx[a:b],
+            row_ptr=ptr - ptr[0],
+            out_features=end - first,
+            kept=kept,
+        )
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        rows = csr_rows(self.row_ptr, self.values.numel())
+        numbers = csr_columns(self.col_idx, self.row_ptr, rows)
+        inside = (numbers >= first) & (numbers < end) & self._weights()
+        row_ptr = F.pad(inside.cumsum(0, dtype=torch.int32), (1, 0))[self.row_ptr.long()]
+        numbers, values, width = numbers[inside] - first, self.values[inside], end - first
+        if self.index_bits == 8:
+            kept = rows[inside] * width + numbers
+            col_idx, held, row_ptr = _bridged(_distances(kept, row_ptr, width), values, row_ptr, self.filler)
+        else:
+            col_idx, held = numbers.to(self.col_idx.dtype), values
+        return replace(self, values=held, col_idx=col_idx, row_ptr=row_ptr, in_features=width, kept=values.numel())
+
+    def _weights(self) -> Tensor:
+        """Which entries [stored] are kept weights, and bridge no gap: a filler where there are any, as far as it can be told."""
+        if self.kept == self.values.numel():
+            return torch.ones_like(self.col_idx, dtype=torch.bool)
+        return (self.col_idx != REACH) | (whole_numbers(self.values) != self.filler)
 
     def fields(self) -> list[Field]:
         stored = (("stored", self.values.numel()),)
@@ -231,8 +267,8 @@ def _fillers(distances: Tensor) -> Tensor:
     return (distances - 1).clamp_(min=0).div_(REACH, rounding_mode="floor")
 
 
-def _bridged(distances: Tensor, values: Tensor, row_ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """col_idx, values and row_ptr with the zeros that bridge gaps."""
+def _bridged(distances: Tensor, values: Tensor, row_ptr: Tensor, filler: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """col_idx, values and row_ptr with the zeros that bridge gaps. filler: their value."""
     if not distances.numel() or int(distances.max()) <= REACH:
         return distances.to(torch.uint8), values, row_ptr
     fillers = _fillers(distances)
@@ -243,4 +279,4 @@ def _bridged(distances: Tensor, values: Tensor, row_ptr: Tensor) -> tuple[Tensor
     col_idx = torch.full((stored,), REACH, dtype=torch.uint8, device=values.device)
     col_idx[places] = (distances - REACH * fillers).to(torch.uint8)
     before = torch.cat([before.new_zeros(1), before])[row_ptr.to(torch.int64)]
-    return col_idx, values.new_zeros(stored).index_copy_(0, places, values), row_ptr + before.to(torch.int32)
+    return col_idx, values.new_full((stored,), filler).index_copy_(0, places, values), row_ptr + before.to(torch.int32)

@@ -6,7 +6,7 @@ four columns of a row, as in every other layout (panels.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -58,6 +58,21 @@ class DensePanels(Packed):
 
     def rows(self, ids: Tensor) -> Tensor:
         return panel_rows(self.values, ids)[:, : self.in_features]
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        if first % LANES or (end % LANES and end != self.out_features):
+            values = to_panels(self.scatter()[first:end], self.values.shape[-1])
+        else:
+            values = self.values[first // LANES : panel_count(end)]
+        return replace(self, values=values, out_features=end - first)
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        lane = self.values.shape[-1]
+        if first % lane or (end % lane and end != self.in_features):
+            values = to_panels(self.scatter()[:, first:end], lane)
+        else:
+            values = self.values[:, first // lane : -(-end // lane)].contiguous()
+        return replace(self, values=values, in_features=end - first)
 
     def fields(self) -> list[Field]:
         lane = lane_columns(self.values.dtype)

@@ -59,6 +59,16 @@ def pointer_faults(name: str, pointers: Tensor, end: int, end_name: str, unit: s
     return [f"{name} must not fall, but does after {unit} {int(falls[0])}"] if len(falls) else []
 
 
+def cut_faults(what: str, first: int, end: int, step: int, size: int) -> list[str]:
+    """Why a matrix of so many rows, or columns, cannot be cut at two of them. step: it can be at multiples of this, and where it
+    ends. what: `rows` or `columns`."""
+    if not 0 <= first <= end <= size:
+        return [f"{what} must be cut at two of 0 to {size}, ascending, got {first} and {end}"]
+    if odd := [place for place in (first, end) if place % step and place != size]:
+        return [f"{what} can be cut at multiples of {step} alone, got {' and '.join(map(str, odd))}"]
+    return []
+
+
 def count_faults(nnz: int, fewest: Callable[[], int], most: int) -> list[str]:
     """What is wrong with the number of kept weights, which the values bound. fewest: reads the values, where that must be."""
     if nnz == most or (least := fewest()) <= nnz <= most:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
@@ -161,6 +162,40 @@ class NM(Packed):
         if self.in_features % self.m:
             return [f"in_features must be divisible by m = {self.m}, got {self.in_features}"]
         return super().layout_faults()
+
+    @property
+    def cut_steps(self) -> tuple[int, int]:
+        return (1, self.m)
+
+    def _stored(self) -> Tensor:
+        return replace(self, values=torch.ones_like(self.values)).scatter() != 0
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        a, b = first // LANES, panel_count(end)
+        slots = self.in_features // self.m * self.n
+        index = self.index[:-PADDING].view(-1, 2 * INDEX_BITS[self.m])[a * slots : b * slots].reshape(-1)
+        above, rows = a * LANES, min(b * LANES, self.out_features) - a * LANES
+        whole = replace(self, values=self.values[a:b], index=F.pad(index, (0, PADDING)), out_features=rows)
+        if (above, rows) != (first, end - first):
+            whole = whole._repacked(slice(first - above, end - above), slice(None))
+        return self._counted(whole)
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        a, b = first // self.m * self.n, end // self.m * self.n
+        panels, lane = panel_count(self.out_features), self.values.shape[-1]
+        # Absent rows have slots too, zeros of column 0.
+        values = to_panels(self._slots(panels * LANES)[:, a:b], lane)
+        slots = self.in_features // self.m * self.n
+        index = self.index[:-PADDING].view(panels, slots, 2 * INDEX_BITS[self.m])[:, a:b].reshape(-1)
+        part = replace(self, values=values, index=F.pad(index, (0, PADDING)), in_features=end - first)
+        return self._counted(part)
+
+    def _counted(self, part: Self) -> Self:
+        """With the number of weights that it keeps: all slots where all of these are kept, else those that hold no +0.0."""
+        out_features, in_features = self.shape
+        if self.kept == out_features * in_features // self.m * self.n:
+            return replace(part, kept=part.out_features * part.in_features // self.m * self.n)
+        return replace(part, kept=int(bits_of(part.values).count_nonzero()))
 
     def fields(self) -> list[Field]:
         panels, slots, dtype = panel_count(self.out_features), self.in_features // self.m * self.n, self.values.dtype

@@ -38,6 +38,11 @@ def bits_of(values: Tensor) -> Tensor:
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
+def whole_numbers(values: Tensor) -> Tensor:
+    """Values, or codes, as integers."""
+    return bits_of(values) if values.is_floating_point() else values
+
+
 def unsigned(numbers: Tensor) -> Tensor:
     """Stored numbers as int64, those of 16 bits read as unsigned."""
     wide = numbers.to(torch.int64)

@@ -7,6 +7,7 @@ columns of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -208,6 +209,30 @@ class Quantised(Packed):
     def rows(self, ids: Tensor) -> Tensor:
         codes = codes_of_rows(self._husk(), self.values, self.table, ids)
         return self._rounded(self.codec.decode_rows(codes, self.scale, ids))
+
+    @property
+    def cut_steps(self) -> tuple[int, int]:
+        rows, columns = self._husk().cut_steps
+        return rows, math.lcm(columns, self.group or 1)
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        return self._rewrapped(self._wide().cut_rows(first, end), slice(first, end), slice(None))
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        return self._rewrapped(self._wide().cut_columns(first, end), slice(None), slice(first, end))
+
+    def _rewrapped(self, inner: Packed, rows: slice, columns: slice) -> Self:
+        """A part of the matrix. inner: of the plain format, with codes that take a byte each."""
+        places = {name: t for name, t in inner.tensors().items() if name not in OWN}
+        numbers = {name: number for name, number in inner.scalars().items() if name != "nnz"}
+        return replace(
+            self,
+            values=narrow(inner.values, self.table),
+            scale=self.codec.cut_scales(self.scale, self.shape, rows, columns),
+            places=places,
+            numbers=numbers,
+            kept=inner.nnz,
+        )
 
     def _rounded(self, exact: Tensor) -> Tensor:
         # The nearest number of a half type may be inf where the weight was its largest.

@@ -170,6 +170,13 @@ class Codec:
         panels = both.view(panel_count(len(scale)), LANES, *both.shape[1:]).permute(0, 3, 2, 1)
         return panels.to(torch.bfloat16).contiguous().view(torch.int16)
 
+    def cut_scales(self, scale: Tensor, shape: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+        """Those of a part of a packed matrix of this shape, which ends where groups end, of its scales."""
+        held = self.spread(scale, *shape)
+        first, end, _ = columns.indices(shape[1])
+        groups = slice(self.groups(first), self.groups(end)) if self.group else slice(None)
+        return self.pack_scales(*(each[rows, groups] for each in held))
+
     def _grouped(self, matrix: Tensor) -> Tensor:
         """[out, in] -> [out, groups, columns of a group], absent columns 0."""
         out_features, in_features = matrix.shape
