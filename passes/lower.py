@@ -13,7 +13,7 @@ import torch
 from sparsec.arguments import shown
 from sparsec.cost.choice import OWN, Choice, Setting, choose
 from sparsec.errors import FormatError, KernelError, SpecError, some
-from sparsec.formats.layout import Layout, for_device
+from sparsec.formats.layout import Layout
 from sparsec.formats.parts import DENSE
 from sparsec.formats.quantised import DIGITS, Quantised
 from sparsec.formats.values import EXAMPLES, Codec
@@ -23,7 +23,8 @@ from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
 from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
-from sparsec.lowering.rounded import check_rounded, codes_like, zero_text
+from sparsec.lowering.packing import Wanted
+from sparsec.lowering.rounded import check_rounded
 from sparsec.lowering.rounding import BOUND, admitted, digits_said
 from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
@@ -278,29 +279,16 @@ class Lower(Pass):
         self, graph: Graph, weight: Weight, plan: Choice | None, context: Context, told: dict[str, list[str]]
     ) -> Weight:
         layout = Layout.parse(self.layout) if plan is None else plan.best.layout
-        matrix, mask = graph.matrix(weight.name), graph.mask_matrix(weight.name)
-        if layout.format == DENSE:
-            mask = torch.ones_like(matrix, dtype=torch.bool)
-        assert mask is not None
-        if plan is None and (wanted := self.values or layout.values):
-            (first, *_), said = admitted(wanted, self.bound, matrix, mask, weight.rounded)
-            layout = replace(layout, values=first)
-            if said:
-                graph.update(weight.name, reason=f"{layout}: {said}")
-                told.setdefault(said, []).append(weight.name)
-            if layout.stays:
-                return graph.weights[weight.name]
-        like, said = codes_like(weight, layout, matrix, mask)
-        packed = layout.pack(matrix, mask, like, self.digits)
-        if isinstance(packed, Quantised):
-            said = said or zero_text(like, packed.table)
-        if said:
+        wanted = Wanted(layout, (self.values or layout.values) if plan is None else "", self.bound, self.digits)
+        packed, facts = wanted.packed(graph, weight, context.store)
+        for said in facts["told"]:
             told.setdefault(said, []).append(weight.name)
-        packed = for_device(packed, matrix.device.type)  # as a later .to() would lay it out
-        del matrix, mask  # the dense weight's memory goes back when nobody holds it
+        reason = plan.reason if plan is not None else facts["reason"]
+        if reason:
+            graph.update(weight.name, reason=reason)
+        if packed is None:
+            return graph.weights[weight.name]
         kernel = select_kernel(Problem.of(packed, self._rows(context)))
-        if plan is not None:
-            graph.update(weight.name, reason=plan.reason)
         if context.owns(weight.name):
             context.put(weight, graph.tensor(weight.name).detach().new_empty(0))
         return lower_weight(graph, weight.name, packed, kernel.name)

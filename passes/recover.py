@@ -27,6 +27,7 @@ from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.pipeline.trained import TrainingFigures
 from sparsec.recover.blocks import BlockByBlock
 from sparsec.recover.figures import Figures, Looking, told
+from sparsec.recover.kept import COUNTED, Trainings
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
 from sparsec.recover.precision import DTYPES, Compute, dtype_of, loss_scale, precision
 from sparsec.recover.regrow import WAYS, Regrowth
@@ -43,8 +44,6 @@ RATES = {"distill": 2e-4, "blocks": 2e-4, "norms": 1e-3, "lora": 5e-4}
 MINUTES = 10.0
 ACTIVATIONS = 3 << 27
 """Bytes of activations that are kept; further ones are computed again for their gradients."""
-_COUNTED = ("steps", "tokens", "seconds", "notes")
-"""What a training block by block has done so far."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,9 @@ class _Work:
             self._model(self.graph.read, (*text.held, *text.second), Towards()), text, self.context.generates
         )
         before = looking.figures()
-        at = self._blocks(folder) if options.method == "blocks" else self._whole(folder)
+        kept = Trainings(self.graph, self.context, options.values, options.regrow is not None)
+        blocks = options.method == "blocks"
+        at = self._blocks(folder, kept) if blocks else kept.made(self.names, lambda: self._whole(folder))
         round_rest(self.graph, self.names, options.values, self.context)
         after: Figures = ({}, {})
         try:
@@ -288,7 +289,7 @@ class _Work:
         student.settle(self.context)
         return at
 
-    def _blocks(self, folder: StateFolder | None) -> Progressed:
+    def _blocks(self, folder: StateFolder | None, kept: Trainings) -> Progressed:
         work = BlockByBlock(
             self.stretches,
             self.text,
@@ -301,21 +302,25 @@ class _Work:
             self.compute[1],
             varying(self.stretches.steps, CalibrationData((*self.text.trained, *self.text.held), ""), set()),
             self._tell,
+            store=self.context.store,
         )
-        found = None if folder is None else folder.load("stretches", *_COUNTED)
+        if folder is None and kept.lasting:
+            work.done, work.at = kept.stretches(len(self.stretches.stretches))
+            work.keep = kept.keep
+        found = None if folder is None else folder.load("stretches", *COUNTED)
         if folder is not None and found is not None:
             tensors, numbers = found
             with folder.fitting():
                 write_trained(self.graph, {name: tensors[name] for name in self.names}, self.context)
                 take_likes(self.graph, tensors, self.options.values)
             work.done = numbers["stretches"]
-            work.at = Progressed(**{name: numbers[name] for name in _COUNTED})
+            work.at = Progressed(**{name: numbers[name] for name in COUNTED})
             work.at.notes.append(f"went on from stretch {work.done}, from {self.options.checkpoint}")
         if folder is not None:
-            work.keep = lambda done, at: self._save(
+            work.keep = lambda done, names, at: self._save(
                 folder,
                 {name: self.graph.tensor(name) for name in self.names} | likes_of(self.graph, self.options.values),
-                {"stretches": done, **{name: getattr(at, name) for name in _COUNTED}},
+                {"stretches": done, **{name: getattr(at, name) for name in COUNTED}},
                 at,
             )
         return work.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
@@ -28,7 +29,7 @@ from sparsec.ir.parts import is_encoder, positions, usual_rows
 from sparsec.ir.settle import settle
 from sparsec.ir.tracer import trace
 from sparsec.kernels.modules.packed_layer import PackedLayer
-from sparsec.memory import computed, shared_copy
+from sparsec.memory import computed, is_own, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.pruning import NO_CALIBRATION
@@ -36,6 +37,7 @@ from sparsec.program.decoder import decode_natively
 from sparsec.progress import stage
 from sparsec.recover.holding import Holding, strip
 from sparsec.reference import ModelReference
+from sparsec.spill import Keep, Spill
 from sparsec.taught import parameters, taught_by
 from sparsec.wrapped import refuse_meta, refuse_wrapper, traced_again
 
@@ -59,6 +61,7 @@ def compile(
     bos: bool = True,
     seed: int = 0,
     copy: bool | Literal["changed"] = True,
+    spill: str | os.PathLike[str] | None = None,
     verify: Verify = "structure",
     progress: Progress | None = None,
     instruments: Sequence[Instrument] = (),
@@ -83,6 +86,9 @@ def compile(
     module or a state dict of the process holds it too: then theirs stays as it was, which is said. Who has the very Parameter, an
     optimiser say, keeps its memory alive, with the mask's zeros in it. "changed" leaves `model` untouched too, and copies nothing
     that the passes leave as it is: both models then share the memory of their tensors, so train neither.
+    spill: a folder; what passes make is kept there in files and mapped, so that it takes no memory, and the result holds tensors
+    of these files. A run that was killed, and is begun again with the same folder and the same arguments, goes on where it stopped;
+    the folder is the caller's to check and to delete. Take copy=False with it.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
     The result's `.sparsec` holds the graph, the records of the passes and `report()`.
@@ -109,8 +115,10 @@ def compile(
     if copy:
         dense = parameters(model)  # the given model stays what it is: nothing is held twice
         model = _copied(model, shares)
-    elif any(p.needs_dense for p in pipeline.passes):
-        dense = {name: tensor.clone() for name, tensor in parameters(model).items()}
+    elif any(p.uses_dense for p in pipeline.passes):
+        needed = any(p.needs_dense for p in pipeline.passes)
+        lent = {name: tensor for name, tensor in parameters(model).items() if not is_own(tensor)}  # nobody writes to it
+        dense = lent | {n: t.clone() for n, t in parameters(model).items() if n not in lent and needed}
     strip(model)
     start = perf_counter()
     with stage(progress, "tracing"):
@@ -134,6 +142,7 @@ def compile(
         calibration=data,
         dense=dense,
         progress=progress,
+        store=Keep() if spill is None else Spill.of(spill),
     )
     records = pipeline.run(graph, context, verify, instruments)
     learnt = _learnt(pipeline, data)

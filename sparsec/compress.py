@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsec import memory
 from sparsec.calibrate import Sequences
 from sparsec.checkpoint.folder import read_config
 from sparsec.checkpoint.places import saved_folder
@@ -28,6 +31,7 @@ from sparsec.console.command import (
     threads,
     untrained_text,
 )
+from sparsec.console.events import Events
 from sparsec.console.output import guarded, writable_folder
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, mega, paragraph
@@ -42,6 +46,8 @@ from sparsec.report.words import zeros_of
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import Effort, plan
 from sparsec.study.sample import Prompt, check_prompt, generated, read_prompt
+from sparsec.study.variants import scarce
+from sparsec.unfinished import Unfinished, beginning
 
 PROG = "python -m sparsec.compress"
 NEW_TOKENS = 40
@@ -52,6 +58,7 @@ examples:
   python -m sparsec.compress my-folder out --passes "wanda(0.5),freeze,sparsity,flops,fuse,lower(bitmap)" --calibration my.txt
   python -m sparsec.compress my-pruned-model out --passes "zeros,freeze,sparsity,flops,fuse,lower(auto)"
   python -m sparsec.compress my-model.gguf out --dtype bf16 --max-shard-size 2GB
+  python -m sparsec.compress my-large-model out --dtype bf16 --max-memory 4GB --resume   # larger than memory, killed or not
   python -m sparsec.compress tiny out --measure                              # quality and speed go into the model card
 
 Then: sparsec generate OUT, sparsec check OUT, or in Python sparsec.load("OUT").
@@ -62,7 +69,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     p = CommandLine(
         prog=prog,
-        description="Compiles a model and saves it: packed weights, tokenizer, report and model card in one folder.",
+        description="Compiles a model and saves it: packed weights, tokenizer, report and model card in one folder. "
+        "Weights are read from their files block by block, so the model may be larger than memory.",
         epilog=EXAMPLES.replace(PROG, prog),
     )
     p.add_argument(
@@ -80,6 +88,19 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         default="5GB",
         metavar="SIZE",
         help="of one file at most, such as 500MB; default: %(default)s",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was killed; it keeps what it made in DIR.unfinished, which goes away in the end",
+    )
+    p.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 4GB: what would take more is refused before work starts; mapped files do not count",
+    )
+    p.add_argument(
+        "--json", action="store_true", help="lines of JSON on the standard output: every step, and the result"
     )
     p.add_argument("--threads", type=threads, metavar="N", help="threads of torch; default: as torch chooses")
     p.add_argument(
@@ -129,29 +150,78 @@ def _run(args: argparse.Namespace) -> None:
         raise DataError(
             "--text is what quality is measured on, and nothing is measured; add --measure, or leave it out"
         )
+    if args.measure and (args.resume or args.max_memory is not None):
+        raise DataError(
+            "--measure compares models side by side in memory, so that nothing is kept to go on from; leave out --measure, and "
+            "measure the saved model with: sparsec report " + args.folder
+        )
     text = load_text(args.text) if args.measure else None
     learnt = calibration_text(args, [pipeline])
     second = None if text is None else untrained_text(args, [pipeline], text, learnt)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    with shown_progress(sys.stderr) as progress:
-        with stage(progress, "loading the model"):
-            loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed)
-        drawn = calibration(loaded, args, [pipeline], learnt, progress)
+    unfinished = None if args.measure else Unfinished.begun(Path(args.folder).expanduser(), args.resume)
+    with shown_progress(sys.stderr) as shown, memory.Peak() as peak:
+        events = Events(sys.stdout, shown) if args.json else None
+        progress = events or shown
+        with beginning(unfinished):
+            with stage(progress, "loading the model"):
+                spill = None if unfinished is None else unfinished.spill
+                loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed, spill)
+            drawn = calibration(loaded, args, [pipeline], learnt, progress)
+            if unfinished is not None:
+                unfinished.fits(_fingerprint(args, pipeline, loaded, drawn, unfinished.hashed(loaded.files, progress)))
+        place = Path(args.folder).expanduser() if unfinished is None else unfinished.result
         if text is not None:
             model, report, lines = _measured(loaded, pipeline, args, (text, second), drawn, progress)
         else:
-            model, report, lines = _compiled(loaded, pipeline, args, drawn, progress)
+            assert unfinished is not None
+            model, report, lines = _compiled(loaded, pipeline, args, drawn, progress, unfinished)
         model.sparsec.save_pretrained(
-            Path(args.folder).expanduser(),
+            place,
             tokenizer=loaded.tokenizer,
             max_shard_size=args.max_shard_size,
             report=report,
             progress=progress,
         )
-    then = "generate" if model.can_generate() else "check"
-    print("\n".join([*lines, *_saved(args.folder, report, then), *_better(pipeline)]).lstrip("\n"))
+        then = "generate" if model.can_generate() else "check"
+        if unfinished is not None:
+            unfinished.unchanged()
+            unfinished.done()
+    if events is not None:
+        events.say("saved", **_saved_facts(args.folder, report), peak_memory_bytes=peak.nbytes)
+        return
+    held = [f"memory: {mega(peak.nbytes)} MB at most, mapped files aside"] if peak.nbytes else []
+    print("\n".join([*lines, *_saved(args.folder, report, then), *held, *_better(pipeline)]).lstrip("\n"))
+
+
+def _fingerprint(
+    args: argparse.Namespace, pipeline: Pipeline, loaded: LoadedModel, drawn: Sequences | None, source: dict[str, str]
+) -> dict[str, Any]:
+    """What the bytes of the result follow from, beside the machine."""
+    names = ("sparsec", "torch", "transformers", "safetensors")
+    text = "" if drawn is None else hashlib.sha256(repr([list(map(int, t)) for t in drawn.tokens]).encode()).hexdigest()
+    return {
+        "source": source,
+        "config": loaded.model.config.to_json_string(),
+        "calibration": text,
+        "passes": str(pipeline),
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _saved_facts(folder: str, report: Report) -> dict[str, Any]:
+    _, record = read_config(Path(folder).expanduser())
+    return {
+        "folder": folder,
+        "bytes": sum(int(facts["bytes"]) for facts in record.files.values()),
+        "bytes_dense": report.bytes_dense,
+        "layouts": dict(Counter(stored.layout for stored in record.layers.values())),
+    }
 
 
 def _saved(folder: str, report: Report, then: str) -> list[str]:
@@ -216,14 +286,27 @@ def _compiled(
     args: argparse.Namespace,
     drawn: Sequences | None,
     progress: Progress,
+    unfinished: Unfinished,
 ) -> tuple[Any, Report, list[str]]:
     """The model, what is counted of it, and lines that show what it writes."""
     prompt, lines = None, []
-    if not args.no_sample:
+    if not args.no_sample and scarce(loaded.model):
+        lines.append(
+            "no sample: the dense model takes most of this machine's memory, and every word would read all of it"
+        )
+    elif not args.no_sample:
         prompt, why = _prompt(loaded, args)
         lines += why
     before = _sample(loaded, loaded.model, prompt, args.new_tokens, progress, "what it writes before")
-    model = compile(loaded.model, pipeline, calibration=drawn, copy=False, progress=progress)
+    model = compile(
+        loaded.model,
+        pipeline,
+        calibration=drawn,
+        copy=False,
+        spill=unfinished.spill.folder,
+        progress=progress,
+        instruments=(unfinished,),
+    )
     after = _sample(loaded, model, prompt, args.new_tokens, progress, "what it writes after")
     if prompt is not None:
         lines += heading(f"Before and after, of {prompt.text!r}")

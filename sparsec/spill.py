@@ -7,6 +7,7 @@ finds there what it had made, and makes the rest.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsec.errors import SpillError, briefly
+from sparsec.memory import trim
 
 Made = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 """Tensors by name, and what else is to be known of them, as JSON has it."""
@@ -60,12 +62,26 @@ class Spill(Keep):
     folder: Path
     lasting = True
 
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str]) -> Spill:
+        """In a folder, which is made where it is not there. Raises SpillError where that fails."""
+        place = Path(folder).expanduser()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise SpillError(
+                f"spill={str(folder)!r}: this folder cannot be made: {briefly(error)}; name another"
+            ) from error
+        return cls(place)
+
     def made(self, key: str, make: Make) -> Made:
         """As of `Keep`. Raises SpillError where the folder cannot be written or a file is damaged."""
         path = self._path(key)
         if not path.exists():
             tensors, facts = make()
             self._write(path, tensors, facts)
+            del tensors
+            trim()  # what was made lay between what stays: without this the heap grows by half of the model
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()[_FACTS])

@@ -42,7 +42,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "private",
         "progress",
         "reference",
-        "spill",
         "serial",
         "imports",
         "transformers_hook",
@@ -50,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("formats",),
     ("ir",),
     ("kernels",),
-    ("holders", "machine", "memory"),
+    ("holders", "machine", "memory", "spill"),
     ("timing",),
     ("cost",),
     ("data", "calibrate"),
@@ -79,6 +78,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cost.__main__",
         "bench",
         "testing",
+        "unfinished",
     ),
 )
 """Imports go to an earlier line or stay in their own. A name stands for all below it, the longest one wins."""

@@ -44,10 +44,15 @@ class Pace:
 
     def left(self, now: float) -> str:
         """`about 3 min left`, or nothing where no step tells."""
+        seconds = self.seconds_left(now)
+        return "" if seconds is None else f"about {_rounded(seconds)} left"
+
+    def seconds_left(self, now: float) -> float | None:
+        """None where no step tells."""
         if self.done <= self.first or self.done >= self.total:
-            return ""
+            return None
         seconds = (self.at - self.began) / (self.done - self.first) * (self.total - self.done) - (now - self.at)
-        return f"about {_rounded(max(0.0, seconds))} left"
+        return max(0.0, seconds)
 
 
 @contextmanager

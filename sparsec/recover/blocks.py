@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from sparsec.calibrate.kept import flat, gone, whole
 from sparsec.errors import some
 from sparsec.recover.loop import Progressed, Settings, Training
 from sparsec.recover.losses import relative_error
@@ -21,12 +23,20 @@ from sparsec.recover.precision import Compute
 from sparsec.recover.stretches import Read, Stretch, Stretches, Values
 from sparsec.recover.student import Student
 from sparsec.recover.text import TrainingText
+from sparsec.spill import Keep
+
+_WHO = ("student", "teacher")
+
+
+def _key(who: str, place: int, call: int) -> str:
+    return f"{who} {place:05d} {call:05d}"
 
 
 @dataclass
 class BlockByBlock:
     """student: makes the one that trains some weights; its result is put into the graph before the next stretch. names: weights to
-    train. varying: nodes whose values differ from call to call. done: stretches that are trained already, by number."""
+    train. keep: told of each stretch that was trained, by number, and of its weights. store: of what is alive between stretches.
+    varying: nodes whose values differ from call to call. done: stretches that are trained already, by number."""
 
     stretches: Stretches
     text: TrainingText
@@ -39,13 +49,14 @@ class BlockByBlock:
     precision: Compute
     varying: set[fx.Node]
     tell: Callable[[float, str], None]
-    keep: Callable[[int, Progressed], None] = lambda number, at: None
+    keep: Callable[[int, Sequence[str], Progressed], None] = lambda number, names, at: None
+    store: Keep = field(default_factory=Keep)
     done: int = 0
     at: Progressed = field(default_factory=Progressed)
 
     def run(self) -> Progressed:
         """Trains every stretch that has something to train."""
-        begun = perf_counter() - self.at.seconds
+        start = perf_counter() - self.at.seconds
         calls = [*self.text.trained, *self.text.held]
         mine: list[Values] = [{} for _ in calls]
         theirs: list[Values] = [{} for _ in calls]
@@ -53,34 +64,58 @@ class BlockByBlock:
         own = [self._trained(stretch) for stretch in stretches]
         sizes = [sum(self.stretches.graph.weights[name].numel for name in names) for names in own]
         late: list[str] = []
+        begun = self.done if self._kept(self.done, len(calls)) else 0
+        if begun:
+            mine, theirs = self._held("student", begun, len(calls)), self._held("teacher", begun, len(calls))
         try:
             for i, stretch in enumerate(stretches):
+                if i < begun:
+                    continue
                 if self.at.stopped or not any(own[i:]):
                     break
                 first = perf_counter()
-                theirs = self._moved(stretch, calls, theirs, self.teacher)
+                theirs = self._moved(stretch, calls, theirs, self.teacher, ("teacher", i + 1))
                 if own[i] and i >= self.done:
                     # Once for the teacher, once for the student, in each stretch to come.
                     moving = perf_counter() - first
                     share = sizes[i] / max(1, sum(sizes[i:]))
-                    settings = self._settings(begun, 2 * moving * (len(stretches) - i), share)
+                    settings = self._settings(start, 2 * moving * (len(stretches) - i), share)
                     if settings is None:
                         late.append(stretch.name)
                     else:
                         self._train(
                             stretch, own[i], calls, mine, theirs, settings, (sum(sizes[:i]), sizes[i], sum(sizes))
                         )
-                    self.at.seconds = perf_counter() - begun
+                    self.at.seconds = perf_counter() - start
                     if not self.at.stopped:  # else the stretch is trained anew when the run goes on
-                        self.keep(i + 1, self.at)
-                mine = self._moved(stretch, calls, mine, self.stored)
+                        self.keep(i + 1, own[i], self.at)
+                mine = self._moved(stretch, calls, mine, self.stored, ("student", i + 1))
+                self._drop(i, len(calls))
         except KeyboardInterrupt:  # between two trainings, or before the first step of one
             self.at.stopped = True
             self.at.notes.append(f"interrupted after {self.at.steps} steps; what is trained so far stays")
         if late:
             self.at.notes.append(f"{some(late)}: not trained, since no time was left; give more minutes=")
-        self.at.seconds = perf_counter() - begun
+        self.at.seconds = perf_counter() - start
         return self.at
+
+    @property
+    def _lasting(self) -> bool:
+        return self.store.lasting and not self.stretches.in_place
+
+    def _kept(self, place: int, calls: int) -> bool:
+        """Whether what is alive after so many stretches is kept from an earlier run."""
+        keys = [_key(who, place, number) for who in _WHO for number in range(calls)]
+        return self._lasting and place > 0 and all(self.store.has(key) for key in keys)
+
+    def _held(self, who: str, place: int, calls: int) -> list[Values]:
+        named = {node.name: node for node in self.stretches.steps}
+        return [whole(self.store.made(_key(who, place, number), gone), named) for number in range(calls)]
+
+    def _drop(self, place: int, calls: int) -> None:
+        for who in _WHO if self._lasting else ():
+            for number in range(calls):
+                self.store.drop(_key(who, place, number))
 
     def _settings(self, begun: float, moving: float, share: float) -> Settings | None:
         """Of one stretch: its share of the minutes that are left; None where none are."""
@@ -99,14 +134,23 @@ class BlockByBlock:
 
     @torch.no_grad()
     def _moved(
-        self, stretch: Stretch, calls: Sequence[tuple[Tensor, ...]], states: list[Values], read: Read
+        self,
+        stretch: Stretch,
+        calls: Sequence[tuple[Tensor, ...]],
+        states: list[Values],
+        read: Read,
+        place: tuple[str, int],
     ) -> list[Values]:
-        """The states after a stretch. What does not differ from call to call is held once."""
+        """The states after a stretch. What does not differ from call to call is held once; a store that lasts keeps them all."""
         shared: dict[tuple[torch.Size, ...], Values] = {}
         moved = []
-        for call, values in zip(calls, states, strict=True):
+        for number, (call, values) in enumerate(zip(calls, states, strict=True)):
             with self.precision():
                 made = self.stretches.run(stretch.start, stretch.end, call, values, read)
+            if self._lasting:
+                named = {node.name: node for node in made}
+                moved.append(whole(self.store.made(_key(*place, number), partial(flat, made)), named))
+                continue
             same = shared.setdefault(tuple(t.shape for t in call), made)
             moved.append({node: value if node in self.varying else same[node] for node, value in made.items()})
         return moved

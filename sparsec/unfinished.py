@@ -1,0 +1,166 @@
+"""The folder of a run that is not done: what it has made, and what it is of, so that it can go on after it was killed.
+
+It stands beside the folder that the run is to write, which is there when all of it is, and not before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsec import files
+from sparsec.errors import DataError, SpillError, briefly, some
+from sparsec.ir.graph import Graph
+from sparsec.pipeline import Pass
+from sparsec.progress import Progress
+from sparsec.spill import Spill
+
+ENDING = ".unfinished"
+_RUN = "run.json"
+_SCHEMA = "sparsec.unfinished/1"
+
+
+@dataclass
+class Unfinished:
+    """place: of the result. path: of the folder beside it."""
+
+    place: Path
+    path: Path
+    sources: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # size, time and number of each file
+
+    @classmethod
+    def begun(cls, place: Path, resume: bool) -> Unfinished:
+        """Makes the folder, or goes on with the one that is there.
+
+        Raises DataError for one that is there and shall not be gone on with, SpillError for one that cannot be made.
+        """
+        place = Path(os.path.abspath(place))
+        path = place.with_name(f"{place.name}{ENDING}")
+        if path.exists() and not resume:
+            raise DataError(
+                f"{path} holds a run that was not done; --resume goes on with it, and deleting the folder begins anew"
+            )
+        try:
+            (path / "kept").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpillError(f"{path} cannot be made: {briefly(error)}; name another folder to save in") from error
+        return cls(place, path)
+
+    @property
+    def spill(self) -> Spill:
+        """For what passes make."""
+        return Spill(self.path / "kept")
+
+    def fits(self, of: Mapping[str, Any]) -> None:
+        """Writes down what the run is of; where it goes on, DataError unless it is the same. Only names of JSON."""
+        given = json.loads(json.dumps({"schema": _SCHEMA, **of}))
+        known = self.path / _RUN
+        if known.exists():
+            try:
+                before = json.loads(known.read_text("utf-8"))
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"{known} cannot be read: {briefly(error)}; delete {self.path} to begin anew"
+                ) from error
+            if differing := _differing(before, given):
+                raise DataError(
+                    f"{self.path} holds a run of something else: {some(differing)}; begin it as it was begun, or delete the folder "
+                    "to begin anew"
+                )
+            return
+        try:
+            files.write(known, json.dumps(given, indent=1).encode())
+        except OSError as error:
+            raise SpillError(f"{known} cannot be written: {briefly(error)}; make room") from error
+
+    def hashed(self, sources: Iterable[Path], progress: Progress | None) -> dict[str, str]:
+        """SHA-256 of each file of the source, by name; `unchanged` looks at the same files. DataError for one that is gone."""
+        found, listed = {}, sorted({Path(path).resolve() for path in sources})
+        total = sum(_size(path) for path in listed)
+        done = 0
+        for path in listed:
+            if progress is not None:
+                progress("hashing the source", done, max(1, total))
+            self.sources[str(path)] = _seen(path)
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            done += _size(path)
+        if progress is not None:
+            progress("hashing the source", max(1, total), max(1, total))
+        return found
+
+    def unchanged(self) -> None:
+        """Raises DataError where a file of the source is not the one that was hashed."""
+        for name, before in self.sources.items():
+            path = Path(name)
+            if not path.exists() or _seen(path) != before:
+                raise DataError(
+                    f"{path} changed while it was read, so that nothing is written; give a source that stays as it is, and begin "
+                    f"anew after deleting {self.path}"
+                )
+
+    @contextmanager
+    def around(self, index: int, p: Pass, graph: Graph) -> Iterator[None]:
+        """As an instrument of a pipeline: looks at the source before and after every pass."""
+        self.unchanged()
+        yield
+        self.unchanged()
+
+    @property
+    def result(self) -> Path:
+        """Where to write: a folder that becomes `place` when it is whole, or `place`, where an earlier save is replaced."""
+        if self.place.is_dir() and any(self.place.iterdir()):
+            return self.place
+        return self.path / "result"
+
+    def done(self) -> None:
+        """The result is whole: it goes to its place, and what was kept goes away."""
+        if self.result != self.place:
+            if self.place.is_dir():
+                self.place.rmdir()  # an empty one
+            self.result.rename(self.place)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def beginning(unfinished: Unfinished | None) -> Iterator[None]:
+    """Around what comes before anything is kept: where it fails, a folder that was just made goes away."""
+    try:
+        yield
+    except BaseException:
+        if unfinished is not None and not (unfinished.path / _RUN).exists():
+            shutil.rmtree(unfinished.path, ignore_errors=True)
+        raise
+
+
+def _differing(before: Any, now: Mapping[str, Any]) -> list[str]:
+    """In words what is not the same."""
+    if not isinstance(before, dict):
+        return ["its record is damaged"]
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{key}: {name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        elif old != new:
+            found.append(f"{key} was {str(old)[:80]}, now {str(new)[:80]}")
+    return found
+
+
+def _seen(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {briefly(error)}; is the model whole?") from error
