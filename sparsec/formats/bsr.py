@@ -257,8 +257,7 @@ def _fullness(mask: Tensor, r: int, c: int) -> float:
     looked = [few, mask] if few.shape[0] < mask.shape[0] else [mask]
     fullness = 0.0
     for part in looked:
-        kept = part.reshape(part.shape[0] // r, r, part.shape[1] // c, c).any(3).any(1)
-        fullness = float(part.count_nonzero()) / max(1, int(kept.count_nonzero()) * r * c)
+        fullness = serial.count(part) / max(1, serial.count(_keeping(part, r, c)) * r * c)
         if fullness < FULL / 2:
             break
     return fullness
@@ -266,9 +265,15 @@ def _fullness(mask: Tensor, r: int, c: int) -> float:
 
 def _kept_blocks(mask: Tensor, r: int, c: int) -> Tensor:
     """Ascending flat positions (int64) of the blocks that keep any weight."""
+    return flat_positions(_keeping(mask, r, c))
+
+
+def _keeping(mask: Tensor, r: int, c: int) -> Tensor:
+    """Bool [out / r, in / c]: which blocks keep any weight."""
     rows, columns = mask.shape[0] // r, mask.shape[1] // c
     # Rows first: they lie apart, so this half is fast and leaves 1 / r of the work.
-    return flat_positions(mask.reshape(rows, r, columns * c).any(1).view(rows, columns, c).any(2))
+    lines = serial.present_along(mask.reshape(rows, r, columns * c), 1)
+    return serial.present_along(lines.view(rows, columns, c), 2)
 
 
 def _index_dtype(columns: int) -> torch.dtype:

@@ -250,7 +250,7 @@ def _index_bits(in_features: int, wanted: int | None) -> int:
 def _has_empty_window(mask: Tensor) -> bool:
     """Whether 128 columns in a row, from a multiple of 128 on, are all dropped. Without one no distance exceeds 255."""
     windows = mask.shape[1] // 128
-    kept = mask[:, : windows * 128].reshape(mask.shape[0], windows, 128).any(2)
+    kept = serial.present_along(mask[:, : windows * 128].reshape(mask.shape[0], windows, 128), 2)
     return not bool(kept.all())
 
 
