@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sparsec.loading import load
     from sparsec.pipeline import Context, DumpIR, Effect, Pass, PassRecord, PassResult, Pipeline, PrintIR, Timing
     from sparsec.recover.callback import RegrowCallback
+    from sparsec.splitting import tensor_parallel
     from sparsec.training import masked
 
 try:
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "masked",
     "save",
+    "tensor_parallel",
     "trace",
 ]
 
@@ -77,6 +79,7 @@ _HOMES = {
         *("Context", "DumpIR", "Effect", "Pass", "PassRecord", "PassResult", "Pipeline", "PrintIR", "Timing"),
     ),
     "sparsec.recover.callback": ("RegrowCallback",),
+    "sparsec.splitting": ("tensor_parallel",),
     "sparsec.training": ("masked",),
 }
 

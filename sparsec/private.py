@@ -76,6 +76,17 @@ def absent() -> list[str]:
     ]
 
 
+def tensor_mesh(model: Any) -> tuple[int, int, torch.device]:
+    """Of a model that transformers split over processes: the number of this one, how many there are, and its device."""
+    mesh = model._mesh_manager.get_mesh("tp")
+    device = (
+        torch.device("cpu")
+        if mesh.device_type == "cpu"
+        else torch.device(mesh.device_type, torch.accelerator.current_device_index())
+    )
+    return int(mesh.get_local_rank()), int(mesh.size()), device
+
+
 def holders(tensor: torch.Tensor) -> int:
     """How many tensors hold the memory of one, itself among them."""
     storage = tensor.untyped_storage()
@@ -103,5 +114,6 @@ __all__ = [
     "peek_interpreter_stack",
     "pytree",
     "same_kind",
+    "tensor_mesh",
     "without_keys",
 ]

@@ -143,6 +143,12 @@ def pruned() -> nn.Module:
     return sparsec.compile(Plain(), "magnitude(0.5,targets='*'),freeze", example_inputs=torch.ones(2, 8))
 
 
+@cache
+def causal() -> nn.Module:
+    """A compiled model of transformers."""
+    return sparsec.compile(tiny.tiny_model(), "lower(dense)")
+
+
 def packed() -> formats.Packed:
     """A small matrix."""
     return formats.CSR.pack(torch.ones(4, 4), torch.eye(4, dtype=torch.bool))
@@ -235,6 +241,9 @@ def targets() -> dict[str, Target]:
             sparsec.save, lambda: {"module": pruned(), "folder": Path("saved"), "max_shard_size": "1GB"}
         ),
         "sparsec.load": Target(sparsec.load, lambda: {"place": saved(), "into": Plain()}),
+        "sparsec.tensor_parallel": Target(
+            sparsec.tensor_parallel, lambda: {"model": copy.deepcopy(causal()), "distributed_config": None}
+        ),
         "sparsec.trace": Target(sparsec.trace, lambda: {"model": Plain(), "example_inputs": ones}),
         "sparsec.graph_text": Target(sparsec.graph_text, lambda: {"graph": graph()}),
         "sparsec.Pipeline": Target(sparsec.Pipeline, lambda: {"passes": ()}),

@@ -81,6 +81,26 @@ def test_a_part_is_what_its_own_dense_weight_would_be_packed_to(name: str, dim: 
         assert torch.equal(whole(tensor), whole(wanted))
 
 
+@by_rows_and_columns
+@settings(max_examples=30)
+@given(st.data())
+def test_gaps_that_8_bits_do_not_reach_are_bridged_anew(dim: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    weight = torch.randn(5, 1500, generator=generator)
+    mask = torch.rand(5, 1500, generator=generator) < 0.003
+    weight[mask] = torch.where(torch.rand(int(mask.sum()), generator=generator) < 0.2, -0.0, weight[mask])
+    for layout in map(Layout.parse, ("csr8", "csr8:int8")):
+        packed = layout.pack(weight, mask)
+        first, end = places(data, packed, dim)
+        part = assert_cut(packed, dim, first, end)
+        rows, columns = (slice(None), slice(first, end)) if dim else (slice(first, end), slice(None))
+        if not layout.values:
+            assert part.nnz == int(mask[rows, columns].sum())
+        if dim:
+            wanted = layout.pack(weight[:, first:end], mask[:, first:end].contiguous()).tensors()["col_idx"]
+            assert layout.values or torch.equal(part.tensors()["col_idx"], wanted)
+
+
 def whole(tensor: Tensor) -> Tensor:
     return bits(tensor) if tensor.is_floating_point() else tensor
 

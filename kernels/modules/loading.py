@@ -89,7 +89,8 @@ def unpickled(state: dict[str, Any]) -> Packed:
         packed = packed.ordered()
     if not faults and all(type(t) is Tensor and not t.is_meta for t in packed.tensors().values()):
         faults = packed.content_faults()
-    if not faults and packed.shape != (state.get("out_features"), state.get("in_features")):
+    sizes, share = (state.get("out_features"), state.get("in_features")), state.get("share")
+    if not faults and packed.shape != (sizes if share is None else share.sizes(*sizes)):
         faults = [f"the matrix is {list(packed.shape)}, and the layer another"]
     if not faults and isinstance(bias, Tensor) and (bias.shape != packed.shape[:1] or bias.dtype != packed.dtype):
         faults = [f"bias must be {packed.dtype} [{packed.shape[0]}], got {bias.dtype} {list(bias.shape)}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -17,6 +18,37 @@ from sparsec.kernels.modules.loading import loadable, unpickled
 from sparsec.kernels.modules.weight_view import WeightView, write_error
 
 
+@dataclass(frozen=True)
+class HeldShare:
+    """What a process holds of a matrix that several hold together: some of its rows (dim 0) or columns (dim 1)."""
+
+    dim: int
+    first: int
+    end: int
+    processes: int
+
+    @classmethod
+    def of_rank(cls, shape: tuple[int, int], dim: int, rank: int, processes: int) -> Self:
+        """As torch.chunk splits: all have as many, but for the last ones."""
+        each = -(-shape[dim] // processes)
+        first = min(each * rank, shape[dim])
+        return cls(dim, first, min(first + each, shape[dim]), processes)
+
+    def cut(self, packed: Packed) -> Packed:
+        """Of the whole matrix. FormatError where its layout cannot be cut there."""
+        return (packed.cut_columns if self.dim else packed.cut_rows)(self.first, self.end)
+
+    def sizes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Of the share of a matrix of these."""
+        held = self.end - self.first
+        return (out_features, held) if self.dim else (held, in_features)
+
+    def __str__(self) -> str:
+        return (
+            f"{'columns' if self.dim else 'rows'} {self.first} to {self.end - 1} in this of {self.processes} processes"
+        )
+
+
 class PackedLayer(nn.Module):
     """Holds a packed matrix [out_features, in_features] as buffers, under the names that the format gives them.
 
@@ -28,6 +60,8 @@ class PackedLayer(nn.Module):
     out_features: int
     format: str
     bias: nn.Parameter | None
+    share: HeldShare | None = None
+    """What is held here of a matrix of these sizes, where other processes hold the rest."""
     path: str = ""
     """Of the module in its model, for messages."""
     follow: partial[Packed] | None = None
@@ -50,7 +84,7 @@ class PackedLayer(nn.Module):
     def _take(self, packed: Packed) -> None:
         """Holds a packed matrix of this module's size in place of any before."""
         for name in self.__dict__.get("_names", ()):
-            del self._buffers[name]
+            self._buffers.pop(name, None)
         self.format = packed.format
         self._packed_type = type(packed)
         self._op = self._operator(packed)
@@ -59,6 +93,17 @@ class PackedLayer(nn.Module):
         self._scalar_args = tuple(self._scalars.values())
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
+
+    def let_go(self) -> None:
+        """Holds no matrix until `hold_share` gives it one."""
+        for name in self._names:
+            self._buffers.pop(name, None)
+
+    def hold_share(self, packed: Packed, share: HeldShare | None) -> None:
+        """Holds a share of the matrix, whose sizes stay those of this module; None: packed is the whole."""
+        self.follow = None  # a graph tells of the whole
+        self._take(packed)
+        self.share = share
 
     def _operator(self, packed: Packed) -> private.OpOverload:
         """The one that `forward` calls."""

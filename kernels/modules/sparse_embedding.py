@@ -25,6 +25,8 @@ _PROBE = torch.tensor([[0, 3, 3], [1, 0, 2]])
 class SparseEmbedding(PackedLayer):
     """Rows of a packed table [num_embeddings, embedding_dim] by token ids [...], as nn.Embedding gives them: [..., embedding_dim].
 
+    Where several processes hold the table's rows, one gives zeros for the rows of others, and the sum is that of the table.
+
     Times `embed_scale` where the embedding that stood here multiplies by it. Only the rows of the ids are expanded. The table has
     no gradient. Not an nn.Embedding, because there is no weight that could be written to.
     """
@@ -81,20 +83,33 @@ class SparseEmbedding(PackedLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...], int32 or int64 -> [..., embedding_dim]. IndexError for an id that the table does not have."""
         args = (*[self._buffers[n] for n in self._names], *self._scalar_args)
+        others = None
+        if self.share is not None and not self.share.dim:
+            ids, others = self._own(ids, self.share.first, self.share.end)
         rows: Tensor
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed():
             rows = self._op(ids, *args)
         else:
             with private.below_autograd():
                 rows = self._op(ids, *args)
+        if others is not None:
+            rows = rows.masked_fill(others[..., None], 0.0)
         scale = self._buffers.get(SCALE, self.kept.get(SCALE))
         if scale is None:
             return rows
         return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
+    def _own(self, ids: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Numbers of the rows that are held here, 0 for others, and which are those of others: their processes look them up."""
+        if ids.is_cpu and bool(((ids < 0) | (ids >= self.num_embeddings)).any()):
+            raise IndexError(f"ids must lie from 0 to {self.num_embeddings - 1}, the last row of the table")
+        others = (ids < first) | (ids >= end)
+        return (ids - first).masked_fill(others, 0), others
+
     def extra_repr(self) -> str:
         packed = self.packed
-        return f"{self.num_embeddings}, {self.embedding_dim}, {packed.describe()}, {packed.sparsity:.1%} zero"
+        share = f", {self.share}" if self.share is not None else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {packed.describe()}, {packed.sparsity:.1%} zero{share}"
 
 
 def not_served(embedding: nn.Module) -> str:

@@ -110,4 +110,5 @@ class SparseLinear(Grouped, PackedLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{packed.describe()}, {packed.sparsity:.1%} zero, {select(problem).name}"
+            f"{f', {self.share}' if self.share is not None else ''}"
         )

@@ -26,6 +26,7 @@ from sparsec.kernels.modules.loading import unguard_loading
 from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.kernels.modules.sparse_embedding import SparseEmbedding
 from sparsec.memory import computed
+from sparsec.parallel.shares import refuse_share
 from sparsec.program.decoder import decode_plainly
 from sparsec.recover.holding import strip
 from sparsec.transformers_hook import METHOD
@@ -49,6 +50,7 @@ def dense_copy(model: Model, *, share: bool = False) -> Model:
     Tied weights are tied, hooks and modes are kept. New weights ask for gradients if any Parameter of the model does.
     share: over the very tensors of the model, the packed ones apart: for reading.
     """
+    refuse_share(model)
     memo: dict[int, Any] = dict(computed(model))
     if share:
         memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}

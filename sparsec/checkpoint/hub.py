@@ -95,9 +95,12 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             refuse,
             rest_faults,
             stored_matrix,
+            take_dense_kernels,
         )
         from sparsec.checkpoint.record import BUFFERS, below
         from sparsec.errors import CheckpointError
+        from sparsec.parallel.plan import processes_wanted, split_dims
+        from sparsec.parallel.shares import await_shares
 
         files: Sequence[str] = kwargs.get("checkpoint_files") or ()
         folder = check_files(files, self.record, str(getattr(model.config, "_name_or_path", "")))
@@ -111,6 +114,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         refuse("config.json", joint_faults(model, self.record) + dense_faults(self.record, tensors))
         # What the files lack transformers would fill with noise.
         refuse(str(folder), rest_faults(model, self.record, self.record.unpacked(named)))
+        self.processes, whole = processes_wanted(model), {}
         for path, stored in self.record.layers.items():
             try:
                 old = model.get_submodule(path)
@@ -122,10 +126,15 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             packed = stored.on_meta()
             check_packed(path, stored, packed, "config.json")
             check_shape(path, packed, old, "config.json")
-            stored_matrix(path, stored, named, str(folder), contents=False)
+            whole[path], _ = stored_matrix(path, stored, named, str(folder), contents=False)
             bias = torch.empty(packed.shape[0], dtype=packed.dtype, device="meta") if stored.bias else None
             model.set_submodule(path, layer_for(old, path, packed, bias, "config.json"))
         guard_embeddings(model)
+        if self.processes > 1:  # transformers leaves packed tensors to us, of which each process reads its share
+            self.whole, self.dims = whole, split_dims(model, whole, self.processes)
+            await_shares(model.get_submodule(path) for path in whole)  # type: ignore[misc]
+            take_dense_kernels(model, self.record)  # before transformers wraps them
+            outside += [f"{path}.{name}" for path, stored in self.record.layers.items() for name in stored.tensors]
         ignored: Any = model
         ignored._keys_to_ignore_on_load_unexpected = {
             *(ignored._keys_to_ignore_on_load_unexpected or ()),
@@ -140,17 +149,28 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from sparsec.checkpoint.folder import saved_report
-        from sparsec.checkpoint.reading import check_packed, join, put_computed, say_loaded, tie
+        from sparsec.checkpoint.reading import check_packed, join, make_groups, put_computed, say_loaded, tie
         from sparsec.kernels.modules.packed_layer import PackedLayer
+        from sparsec.parallel.shares import take_shares, whole_groups
 
-        tie(model, self.record, "config.json")
-        for path, stored in self.record.layers.items():
-            layer = model.get_submodule(path)
-            assert isinstance(layer, PackedLayer)
-            check_packed(path, stored, layer.packed, "the files")
-            layer.lay_out(layer.packed.values.device.type)
+        if self.processes > 1:
+            for path, packed in self.whole.items():
+                check_packed(path, self.record.layers[path], packed, "the files")
+            take_shares(model, self.whole, self.dims)
+            del self.whole
+            tie(model, self.record.without(self.dims), "config.json")
+        else:
+            tie(model, self.record, "config.json")
+            for path, stored in self.record.layers.items():
+                layer = model.get_submodule(path)
+                assert isinstance(layer, PackedLayer)
+                check_packed(path, stored, layer.packed, "the files")
+                layer.lay_out(layer.packed.values.device.type)
         put_computed(model, self.computed, "the files")
-        join(model, self.record)
+        if self.processes > 1:
+            make_groups(model, whole_groups(model, self.record.groups))
+        else:
+            join(model, self.record)
         if self.dtype != (self.record.dtype or self.dtype):
             model.to(self.dtype)
         name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))

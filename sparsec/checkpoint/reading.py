@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,19 @@ def dense_faults(record: Record, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def join(model: nn.Module, record: Record) -> None:
     """Gives linears sparsec's dense kernel, and makes groups of those whose products are one call; `joint_faults` comes before."""
+    take_dense_kernels(model, record)
+    make_groups(model, record.groups)
+
+
+def take_dense_kernels(model: nn.Module, record: Record) -> None:
+    """Gives linears sparsec's dense kernel."""
     for path in record.dense_kernels:
         model.set_submodule(path, DenseLinear(model.get_submodule(path)))  # type: ignore[arg-type]
-    for paths in record.groups:
+
+
+def make_groups(model: nn.Module, groups: Iterable[tuple[str, ...]]) -> None:
+    """Makes the products of modules one call, and has the model look at what is loaded into it."""
+    for paths in groups:
         group = Group(len(paths))
         for i, path in enumerate(paths):
             member = model.get_submodule(path)

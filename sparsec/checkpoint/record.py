@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Self, TypeVar
@@ -122,6 +122,11 @@ class Record:
             dense_kernels=tuple(p[cut:] for p in self.dense_kernels if p.startswith(prefix)),
             groups=tuple(tuple(p[cut:] for p in g) for g in self.groups if all(p.startswith(prefix) for p in g)),
         )
+
+    def without(self, paths: Iterable[str]) -> Record:
+        """Of a model whose tied names within these modules are left aside."""
+        inside = tuple(f"{path}." for path in paths)
+        return replace(self, tied={n: first for n, first in self.tied.items() if not n.startswith(inside)})
 
     def json(self) -> dict[str, Any]:
         """What `read` takes."""

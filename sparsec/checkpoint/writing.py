@@ -29,6 +29,7 @@ from sparsec.errors import CheckpointError
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.kernels.modules.packed_layer import PackedLayer
+from sparsec.parallel.shares import refuse_share
 from sparsec.progress import Progress, stage
 
 SHARD = 5_000_000_000
@@ -98,7 +99,8 @@ def store(
 
 
 def describe(module: nn.Module, history: History) -> Record:
-    """What is to be known of a module, without its files."""
+    """What is to be known of a module, without its files. CheckpointError for one of which this process holds a share."""
+    refuse_share(module)
     return Record(
         files={},
         layers={p: Stored.of(m.packed, m.bias, history.reasons.get(p, "")) for p, m in _packed(module)},

@@ -24,6 +24,7 @@ from sparsec.kernels.derivatives import transformed
 from sparsec.kernels.library.loader import has_native
 from sparsec.kernels.program import NAME, Program
 from sparsec.kv_cache import cache_argument
+from sparsec.parallel.shares import processes_of
 from sparsec.program.operators import OPERATORS
 from sparsec.program.served import NotServedError
 from sparsec.program.standing import AsItStood
@@ -225,6 +226,8 @@ def _prepare(model: nn.Module, batch: int) -> _Prepared | _Refused:
 
 
 def _made(model: nn.Module, batch: int, holding: AsItStood) -> _Prepared | str:
+    if (processes := processes_of(model)) > 1:
+        return f"{processes} processes hold its weights, and no program sums what they compute"
     if holding.patched():
         return "it is in training, or a module inside has a forward of its own"
     device = {t.device.type for t in (*model.parameters(), *model.buffers())}
