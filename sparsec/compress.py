@@ -47,7 +47,7 @@ from sparsec.study.measure import measured_report
 from sparsec.study.plan import Effort, plan
 from sparsec.study.sample import Prompt, check_prompt, generated, read_prompt
 from sparsec.study.variants import scarce
-from sparsec.unfinished import Unfinished, beginning
+from sparsec.unfinished import Unfinished, cleared_away
 
 PROG = "python -m sparsec.compress"
 NEW_TOKENS = 40
@@ -165,7 +165,7 @@ def _run(args: argparse.Namespace) -> None:
     with shown_progress(sys.stderr) as shown, memory.Peak() as peak:
         events = Events(sys.stdout, shown) if args.json else None
         progress = events or shown
-        with beginning(unfinished):
+        with cleared_away(unfinished):
             with stage(progress, "loading the model"):
                 spill = None if unfinished is None else unfinished.spill
                 loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed, spill)

@@ -130,7 +130,7 @@ class Unfinished:
 
 
 @contextmanager
-def beginning(unfinished: Unfinished | None) -> Iterator[None]:
+def cleared_away(unfinished: Unfinished | None) -> Iterator[None]:
     """Around what comes before anything is kept: where it fails, a folder that was just made goes away."""
     try:
         yield

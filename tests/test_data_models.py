@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sparsec.data import gguf_cache, load_model, models
+from sparsec.data import gguf_cache, gguf_dense, load_model, models
 from sparsec.data.tiny import byte_tokenizer, tiny_model
 from sparsec.errors import DataError, MissingExtraError
 
@@ -307,11 +308,28 @@ def test_gguf_is_converted_once_and_names_its_precision(
     assert not hasattr(first.model.config, "quantization_config")
     assert "%|" not in capfd.readouterr().err  # transformers' bars would end up in a pipe
 
-    monkeypatch.setattr(gguf_cache, "_read", lambda *_: pytest.fail("converted a second time"))
+    monkeypatch.setattr(gguf_cache, "write_dense", lambda *_: pytest.fail("converted a second time"))
     second = load_model(str(gguf_file))
     state = second.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.model.state_dict().items())
     assert [p.name[0] for p in (tmp_path / "sparsec" / "models").iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gguf_file_read_tensor_by_tensor_is_what_transformers_reads(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gguf_dense, "_ROWS", 32 * 5)  # tables in many pieces, the last one smaller
+    monkeypatch.setattr(gguf_dense, "_SHARD", 5000)
+    own = load_model(str(gguf_file), dtype).model.state_dict()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        str(gguf_file.parent), gguf_file=gguf_file.name, dtype=dtype
+    ).state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.items())
+    (folder,) = (tmp_path / "sparsec" / "models").iterdir()
+    assert len(list(folder.glob("*.safetensors"))) > 3
 
 
 def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(
@@ -319,12 +337,11 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    class Interrupted:
-        def save_pretrained(self, folder: Path) -> None:
-            (folder / "config.json").write_text("{}")
-            raise OSError(28, "No space left on device")
+    def interrupted(file: Path, dtype: torch.dtype, folder: Path, step: object) -> None:
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_cache, "_read", lambda *_: (Interrupted(), None, []))
+    monkeypatch.setattr(gguf_cache, "write_dense", interrupted)
     with pytest.raises(DataError, match=r"cannot be kept there \(No space left on device\); make room"):
         load_model(str(gguf_file))
     assert list((tmp_path / "sparsec" / "models").iterdir()) == []
