@@ -202,6 +202,7 @@ class Round(Pass):
             order=self.order,
             step=lambda done, total: context.step(self.name, done, total),
             store=context.store,
+            ranks=context.ranks,
         )
         if short:
             seen, needed = max(short, key=lambda each: each[1])

@@ -32,9 +32,11 @@ from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.memory import computed, is_own, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
+from sparsec.pipeline.fingerprint import by_all_ranks, facts_of_run
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.program.decoder import decode_natively
 from sparsec.progress import stage
+from sparsec.ranks import Ranks
 from sparsec.recover.holding import Holding, strip
 from sparsec.reference import ModelReference
 from sparsec.spill import Keep, Spill
@@ -104,49 +106,54 @@ def compile(
         model=model,
         progress=progress,
     )
-    unwanted = isinstance(calibration, str) and calibration == SELF and not pipeline.learning
-    drawn = None if unwanted else draw.before_trace(calibration, plain=example_inputs is not None)
-    if drawn is None and tokenizer is not None and pipeline.learning:
-        drawn = draw.drawn()
-    _require_calibration(pipeline, drawn)
-    shares = copy == "changed"
-    elsewhere = {} if copy else held_elsewhere(model)
-    dense: Mapping[str, Tensor] = {}
-    if copy:
-        dense = parameters(model)  # the given model stays what it is: nothing is held twice
-        model = _copied(model, shares)
-    elif any(p.uses_dense for p in pipeline.passes):
-        needed = any(p.needs_dense for p in pipeline.passes)
-        lent = {name: tensor for name, tensor in parameters(model).items() if not is_own(tensor)}  # nobody writes to it
-        dense = lent | {n: t.clone() for n, t in parameters(model).items() if n not in lent and needed}
-    strip(model)
-    start = perf_counter()
-    with stage(progress, "tracing"):
-        graph = trace(model, example_inputs)
-        data = draw.calls(graph, drawn)
-        if isinstance(drawn, Sequences) and data is not None and example_inputs is None and graph.rung != "dynamic":
-            # It takes one length only: that of the calibration.
-            graph = trace(model, dict(zip(graph.inputs, data.calls[0], strict=True)))
+    with by_all_ranks(pipeline) as ranks:
+        unwanted = isinstance(calibration, str) and calibration == SELF and not pipeline.learning
+        drawn = None if unwanted else draw.before_trace(calibration, plain=example_inputs is not None)
+        if drawn is None and tokenizer is not None and pipeline.learning:
+            drawn = draw.drawn()
+        _require_calibration(pipeline, drawn)
+        shares = copy == "changed"
+        elsewhere = {} if copy else held_elsewhere(model)
+        dense: Mapping[str, Tensor] = {}
+        if copy:
+            dense = parameters(model)  # the given model stays what it is: nothing is held twice
+            model = _copied(model, shares)
+        elif any(p.uses_dense for p in pipeline.passes):
+            needed = any(p.needs_dense for p in pipeline.passes)
+            lent = {
+                name: tensor for name, tensor in parameters(model).items() if not is_own(tensor)
+            }  # nobody writes to it
+            dense = lent | {n: t.clone() for n, t in parameters(model).items() if n not in lent and needed}
+        strip(model)
+        start = perf_counter()
+        with stage(progress, "tracing"):
+            graph = trace(model, example_inputs)
             data = draw.calls(graph, drawn)
-    traced = perf_counter() - start
-    if not any(graph.prunable(name) for name in graph.weights):
-        raise CompileError(_nothing_to_prune(graph))
-    if calibration is not None and not pipeline.learning:
-        graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
-    context = _context(
-        model,
-        graph,
-        not shares,
-        elsewhere=elsewhere,
-        masks=masks or {},
-        calibration=data,
-        dense=dense,
-        progress=progress,
-        store=Keep() if spill is None else Spill.of(spill),
-    )
-    records = pipeline.run(graph, context, verify, instruments)
-    learnt = _learnt(pipeline, data)
-    return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)
+            if isinstance(drawn, Sequences) and data is not None and example_inputs is None and graph.rung != "dynamic":
+                # It takes one length only: that of the calibration.
+                graph = trace(model, dict(zip(graph.inputs, data.calls[0], strict=True)))
+                data = draw.calls(graph, drawn)
+        traced = perf_counter() - start
+        if not any(graph.prunable(name) for name in graph.weights):
+            raise CompileError(_nothing_to_prune(graph))
+        if calibration is not None and not pipeline.learning:
+            graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
+        context = _context(
+            model,
+            graph,
+            not shares,
+            elsewhere=elsewhere,
+            masks=masks or {},
+            calibration=data,
+            dense=dense,
+            progress=progress,
+            store=_store(spill, ranks),
+            ranks=ranks,
+        )
+        ranks.agree(lambda: facts_of_run(pipeline, graph, data))
+        records = pipeline.run(graph, context, verify, instruments)
+        learnt = _learnt(pipeline, data)
+        return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)
 
 
 @checked_but("passes", "verify")
@@ -185,37 +192,40 @@ def extend(
     more.validate(before.graph.facts)
     limit, pad = _positions_and_pad(compiled)
     draw = Draw(tokenizer, calibration_sequences, calibration_length, seed, bos, limit, pad, teacher, progress)
-    drawn = draw.before_trace(calibration, plain=not takes_tokens(before.graph))
-    if drawn is None and tokenizer is not None and more.learning:
-        drawn = draw.drawn()
-    _require_calibration(more, drawn)
-    dense = taught_by(more, before.graph, teacher)
-    shares = before.shares
-    elsewhere = {} if copy or shares else held_elsewhere(compiled)
-    model = _copied(compiled, shares) if copy else compiled
-    part = model.get_submodule(path)
-    own: Compiled = vars(part).pop("sparsec")
-    for name in ("save_pretrained", "push_to_hub"):
-        vars(part).pop(name, None)
-    graph, notes = own.graph, list(own.notes)
-    if own.holding is not None:
-        own.holding.release()
-    if rebind(graph, part) or path:
-        graph, said = traced_again(model, graph)
-        notes += said
-    notes += settle(graph)
-    if teacher is not None and not dense and not (isinstance(calibration, str) and calibration == SELF):
-        notes.append(f"teacher= was given, and none of {more} learns from it")
-    again = [p for p in own.pipeline.passes if p.produces & (before.graph.facts - graph.facts)]
-    more = Pipeline((*dict.fromkeys(again), *more.passes))
-    data = draw.calls(graph, drawn)
-    context = _context(model, graph, not shares, elsewhere=elsewhere, calibration=data, dense=dense, progress=progress)
-    records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
-    learnt = _learnt(more, data) or own.calibration
-    whole = Pipeline((*own.pipeline.passes, *more.passes))
-    said_once = tuple(dict.fromkeys(notes))
-    done = (*own.records, *records)
-    made = _emitted(model, graph, whole, done, own.trace_seconds, said_once, context, learnt)
+    with by_all_ranks(more) as ranks:
+        drawn = draw.before_trace(calibration, plain=not takes_tokens(before.graph))
+        if drawn is None and tokenizer is not None and more.learning:
+            drawn = draw.drawn()
+        _require_calibration(more, drawn)
+        dense = taught_by(more, before.graph, teacher)
+        shares = before.shares
+        elsewhere = {} if copy or shares else held_elsewhere(compiled)
+        model = _copied(compiled, shares) if copy else compiled
+        part = model.get_submodule(path)
+        own: Compiled = vars(part).pop("sparsec")
+        for name in ("save_pretrained", "push_to_hub"):
+            vars(part).pop(name, None)
+        graph, notes = own.graph, list(own.notes)
+        if own.holding is not None:
+            own.holding.release()
+        if rebind(graph, part) or path:
+            graph, said = traced_again(model, graph)
+            notes += said
+        notes += settle(graph)
+        if teacher is not None and not dense and not (isinstance(calibration, str) and calibration == SELF):
+            notes.append(f"teacher= was given, and none of {more} learns from it")
+        again = [p for p in own.pipeline.passes if p.produces & (before.graph.facts - graph.facts)]
+        more = Pipeline((*dict.fromkeys(again), *more.passes))
+        data = draw.calls(graph, drawn)
+        given = {"elsewhere": elsewhere, "calibration": data, "dense": dense, "progress": progress, "ranks": ranks}
+        context = _context(model, graph, not shares, **given)
+        ranks.agree(lambda: facts_of_run(more, graph, data))
+        records = more.run(graph, context, verify, instruments, first=len(own.records) + 1)
+        learnt = _learnt(more, data) or own.calibration
+        whole = Pipeline((*own.pipeline.passes, *more.passes))
+        said_once = tuple(dict.fromkeys(notes))
+        done = (*own.records, *records)
+        made = _emitted(model, graph, whole, done, own.trace_seconds, said_once, context, learnt)
     if own.holding is not None and "lowered" not in graph.facts:
         vars(made)["sparsec"].holding = Holding(graph, made)
     return made
@@ -257,6 +267,14 @@ def inside(model: nn.Module, call: str) -> tuple[str, Compiled]:
 
 def _from_zeros(model: nn.Module, call: str) -> str:
     return f": {call}(sparsec.compile(model, 'zeros,freeze')) keeps the zeros that it has" if call == "masked" else ""
+
+
+def _store(spill: str | os.PathLike[str] | None, ranks: Ranks) -> Keep:
+    """A place for what passes make; each of several ranks has its own, since each has seen a part of the text."""
+    if spill is None:
+        return Keep()
+    store = Spill.of(spill)
+    return store if ranks.alone else store.within(f"rank {ranks.number} of {ranks.count}")
 
 
 def _context(model: nn.Module, graph: Graph, owns_weights: bool, **given: Any) -> Context:

@@ -48,6 +48,10 @@ class RecoverError(SparsecError, RuntimeError):
     """Training under masks that cannot go on: no masks, no teacher, no memory, a loss that is NaN, a state of another run."""
 
 
+class RanksError(SparsecError, RuntimeError):
+    """Several processes that cannot work as one: one is gone, hangs or failed, or they were started with different things."""
+
+
 class FormatError(SparsecError, ValueError):
     """Packed tensors that do not form a valid matrix, or a matrix that a format cannot hold."""
 

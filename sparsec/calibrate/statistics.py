@@ -5,8 +5,12 @@ All of them are sums over tokens, so that one block's activations are in memory 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
+
+from sparsec.ranks import Ranks
 
 SAMPLE = 512
 """Rows of x that are kept, to tell what pruning does to a layer's outputs."""
@@ -42,6 +46,18 @@ class Statistics:
         else:
             self.squares += rows.square().sum(0)  # three to five times as fast as a norm down the columns
 
+    def joined(self, counts: Tensor, rank: int) -> Iterator[Tensor]:
+        """What is to be added up over the ranks, after this. counts: [2, ranks] of tokens and of sampled rows."""
+        rows, before = self._sample[: self._sampled], int(counts[1, :rank].sum())
+        self.tokens, self._sampled = (int(n) for n in counts.sum(1))
+        self._sample = rows.new_zeros(self._sampled, rows.shape[1])
+        self._sample[before : before + len(rows)] = rows
+        yield self._sample
+        if self._gram is None:
+            yield self.squares
+        else:
+            yield from (self._gram[band, band.start :] for band in _bands(len(self._gram)))
+
     def settle(self) -> None:
         """After the last `add`: the parts that were left out are filled in."""
         if self._gram is not None:
@@ -59,6 +75,11 @@ class Statistics:
         """[in, in]."""
         assert self._gram is not None, "these statistics were made without a Gram matrix"
         return self._gram
+
+    @property
+    def with_gram(self) -> bool:
+        """Whether there is one."""
+        return self._gram is not None
 
     @property
     def norms(self) -> Tensor:
@@ -82,9 +103,29 @@ class Statistics:
         return bool(self.squares.isfinite().all())
 
 
-def _add_products(gram: Tensor, rows: Tensor) -> None:
-    """gram += rows.T @ rows, on and above the diagonal: by bands of columns, 10 of 16 blocks where there are four bands."""
-    n = gram.shape[0]
+@torch.no_grad()
+def join_statistics(parts: Sequence[Statistics], owners: Sequence[int], ranks: Ranks) -> None:
+    """Of what every rank saw by itself, the statistics of what all of them saw: each at its owner. Before `settle`."""
+    if ranks.alone:
+        return
+    counts = torch.zeros(len(parts), 2, ranks.count, dtype=torch.int64)
+    for of_one, part in zip(counts, parts, strict=True):
+        of_one[:, ranks.number] = torch.tensor([part.tokens, part._sampled])
+    ranks.sum([counts])
+    ranks.add_up(
+        (tensor, owner)
+        for part, owner, of_one in zip(parts, owners, counts, strict=True)
+        for tensor in part.joined(of_one, ranks.number)
+    )
+
+
+def _bands(n: int) -> Iterator[slice]:
+    """Of columns: four, whose blocks on and above the diagonal are 10 of 16."""
     size = max(64, -(-n // _BANDS))
-    for start in range(0, n, size):
-        gram[start : start + size, start:].addmm_(rows[:, start : start + size].t(), rows[:, start:])
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
+def _add_products(gram: Tensor, rows: Tensor) -> None:
+    """gram += rows.T @ rows, on and above the diagonal: by bands of columns."""
+    for band in _bands(gram.shape[0]):
+        gram[band, band.start :].addmm_(rows[:, band].t(), rows[:, band.start :])

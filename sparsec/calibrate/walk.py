@@ -21,12 +21,14 @@ from sparsec.arguments import checked
 from sparsec.calibrate.attention import CausalAttention
 from sparsec.calibrate.data import CalibrationData
 from sparsec.calibrate.dataflow import varying, views_of_weights, writes
+from sparsec.calibrate.jobs import learnt
 from sparsec.calibrate.kept import Place, flat, gone, whole
 from sparsec.calibrate.sites import Operand, Site, find_sites, spans_by_block, spans_by_value, steps_of
 from sparsec.calibrate.statistics import SAMPLE, Statistics
 from sparsec.errors import ActivationError, DataError
 from sparsec.ir.graph import Graph
 from sparsec.memory import trim
+from sparsec.ranks import ALONE, Ranks
 from sparsec.spill import Keep, Made
 
 _Due = dict[fx.Node, list[tuple[Operand, Sequence[Sequence[Statistics]]]]]
@@ -37,19 +39,22 @@ ORDERS = ("block", "true")
 
 @dataclass
 class Profile:
-    """Where the time went, in seconds; and the most bytes that were held, beside the model: activations between two blocks, and the
-    statistics of one."""
+    """Where the time of this rank went, in seconds; and the most bytes that were held, beside the model: activations between two
+    blocks, and the statistics of one."""
 
     forward: float = 0.0
     statistics: float = 0.0
     pruning: float = 0.0
+    ranks: int = 1
     activation_bytes: int = 0
     statistics_bytes: int = 0
 
     def __str__(self) -> str:
+        shared = f"on each of {self.ranks} ranks " if self.ranks > 1 else ""
         return (
-            f"{self.forward:.1f} s in forward passes, {self.statistics:.1f} s in statistics, {self.pruning:.1f} s in pruning; held "
-            f"at most {self.activation_bytes / 1e6:.1f} MB of activations and {self.statistics_bytes / 1e6:.1f} MB of statistics"
+            f"{shared}{self.forward:.1f} s in forward passes, {self.statistics:.1f} s in statistics, {self.pruning:.1f} s in "
+            f"pruning; held at most {self.activation_bytes / 1e6:.1f} MB of activations and {self.statistics_bytes / 1e6:.1f} MB "
+            "of statistics"
         )
 
     @contextmanager
@@ -74,6 +79,7 @@ def calibrate(
     order: str = "block",
     step: Callable[[int, int], None] | None = None,
     store: Keep | None = None,
+    ranks: Ranks = ALONE,
 ) -> Profile:
     """Calls `learn` for every site of the weights, in order of execution, with the statistics of what it reads (of fused experts,
     those of every expert), and then `settle` with what that made.
@@ -82,6 +88,7 @@ def calibrate(
     feed: `pruned` lets each block read what the pruned blocks before it make, `dense` what the unpruned ones make. order: `block`
     shows every linear of a block the inputs of the unpruned block, as the papers' code does; `true` prunes linear by linear. step:
     called with (done, spans). store: keeps what was learnt, and what is alive between two spans, so that a killed run goes on.
+    ranks: each runs its share of the calls, and each site is learnt by one of them; all settle all.
 
     Raises ActivationError for NaN or inf in what a linear reads.
     """
@@ -90,7 +97,7 @@ def calibrate(
         what = f"{unknown[0]!r} is no weight of a linear product in this graph" if unknown else "weights names none"
         raise DataError(f"calibrate: {what}; the names are the keys of graph.weights")
     sites = find_sites(graph, weights)
-    walker = _Walker(graph, data, sites)
+    walker = _Walker(graph, data, sites, ranks)
     by_value = order == "true" and feed == "pruned"
     spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
     trim()  # what tracing and tokenising left
@@ -105,8 +112,8 @@ def calibrate(
         last = i + 1 == len(spans)
         again = span.again and feed == "pruned"
         seen: dict[Site, list[Statistics]] = {}
-        if not all(store.has(site.key) for site in span.sites):
-            seen = {site: _statistics(graph, site, gram, data) for site in span.sites}
+        if not all(ranks.told(all(store.has(site.key) for site in span.sites))):
+            seen = {site: _statistics(graph, site, gram, data, len(walker.calls)) for site in span.sites}
         watched: dict[Operand, list[Sequence[Statistics]]] = {}
         for site, statistics in seen.items():
             for read in site.reads:
@@ -118,11 +125,12 @@ def calibrate(
         # Masks stay and temporaries go, so that the heap is in pieces: without this it grows by half of a 135M model.
         watched.clear()
         trim()
-        for site in span.sites:
-            made = partial(_learnt, site, seen.pop(site, []), learn, data)
-            with walker.profile.timed("pruning"):
-                settle(site, store.made(site.key, made))
-            del made
+        with walker.profile.timed("pruning"):
+            for site, made in learnt(
+                graph, span.sites, seen, partial(_settled, learn, data), ranks, store, data.device
+            ):
+                settle(site, made)
+                del made
         trim()
         if again and not last:
             walker.run(span.start, span.end, {}, keep=Place(store, i + 1))
@@ -133,11 +141,11 @@ def calibrate(
     return walker.profile
 
 
-def _learnt(
-    site: Site,
-    statistics: list[Statistics],
+def _settled(
     learn: Callable[[Site, Sequence[Statistics]], Made],
     data: CalibrationData,
+    site: Site,
+    statistics: Sequence[Statistics],
 ) -> Made:
     for each in statistics:
         each.settle()
@@ -147,10 +155,11 @@ def _learnt(
 
 
 class _Walker:
-    """A graph and, for each call, the values that are alive where it stands."""
+    """A graph and, for each call that falls to this rank, the values that are alive where it stands."""
 
-    def __init__(self, graph: Graph, data: CalibrationData, sites: Iterable[Site]) -> None:
-        self.graph, self.data, self.profile = graph, data, Profile()
+    def __init__(self, graph: Graph, data: CalibrationData, sites: Iterable[Site], ranks: Ranks = ALONE) -> None:
+        self.graph, self.data, self.profile, self.ranks = graph, data, Profile(ranks=ranks.count), ranks
+        self.calls = [data.calls[i] for i in ranks.mine([call[0].numel() for call in data.calls])]
         self.steps = steps_of(graph)
         self.position = {node: i for i, node in enumerate(self.steps)}
         self.views = views_of_weights(self.steps)
@@ -169,7 +178,7 @@ class _Walker:
             for p in range(self.position[node] + 1, until + 1):
                 self.lives[p] += node in self.varying
         self.shared: dict[fx.Node, Any] = {}
-        self.states: list[dict[fx.Node, Any]] = [{} for _ in data.calls]
+        self.states: list[dict[fx.Node, Any]] = [{} for _ in self.calls]
         self.attention = CausalAttention()
         self.rooms: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
@@ -198,7 +207,8 @@ class _Walker:
         shared = dict(self.shared) if keep or not written else _cloned(self.shared)
         changing = [node for node in steps if node in self.varying]
         forget = {n: p for n, p in until.items() if n in self.varying and n not in goals}
-        for i, call in enumerate(self.data.calls):
+        for i, call in enumerate(self.calls):
+            self.ranks.check()
             # A copy: what was alive before stays, for another run or for its memory.
             values = _cloned(self.states[i]) if written and not keep else dict(self.states[i])
 
@@ -261,7 +271,8 @@ class _Walker:
 
     def resumed(self, store: Keep, spans: int) -> int:
         """Goes to the last span that an earlier run came to, and says which: 0 where there was none."""
-        begun = next((i for i in range(spans, 0, -1) if store.has(Place(store, i).reached)), 0)
+        reached = next((i for i in range(spans, 0, -1) if store.has(Place(store, i).reached)), 0)
+        begun = min(self.ranks.told(reached))
         if 0 < begun < spans:
             kept = Place(store, begun)
             named = {node.name: node for node in self.steps}
@@ -274,6 +285,7 @@ class _Walker:
         if not (store.lasting and self.lasting):
             return
         store.made(Place(store, span).reached, lambda: ({}, {}))
+        self.ranks.told(span)  # nobody drops what another one, which was killed here, goes on from
         before = Place(store, span - 1)
         for call in (*range(len(self.states)), "shared"):
             store.drop(before.key(call))
@@ -352,14 +364,12 @@ def _cloned(values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
     return {node: value.clone() if isinstance(value, Tensor) else value for node, value in values.items()}
 
 
-def _statistics(graph: Graph, site: Site, gram: bool, data: CalibrationData) -> list[Statistics]:
-    """One, or one for every expert."""
+def _statistics(graph: Graph, site: Site, gram: bool, data: CalibrationData, mine: int) -> list[Statistics]:
+    """One, or one for every expert. mine: of the calls, how many are looked at here."""
     weight = graph.weights[site.weights[0]]
     experts, calls = weight.shape[0] if weight.kind == "experts" else 1, len(data.calls)
     rows = -(-SAMPLE // (calls * experts))
-    return [
-        Statistics(weight.matrix_shape[1], gram, rows, calls * len(site.reads), data.device) for _ in range(experts)
-    ]
+    return [Statistics(weight.matrix_shape[1], gram, rows, mine * len(site.reads), data.device) for _ in range(experts)]
 
 
 def _not_finite(site: Site, data: CalibrationData) -> str:

@@ -230,6 +230,7 @@ def _norms(
         feed="dense",
         step=lambda i, n: context.step(what, i, n),
         store=store,
+        ranks=context.ranks,
     )
     return found
 
@@ -258,20 +259,27 @@ def _outliers(graph: Graph, members: Mapping[str, Sequence[Weight]], context: Co
 
 def _tails(graph: Graph, members: Mapping[str, Sequence[Weight]], context: Context) -> list[float]:
     """Of every block the mean exponent of its matrices' spectra."""
-    found = []
-    for group in context.each_of("spectra", members.values()):
-        exponents = []
-        for weight in group:
-            for matrix in graph.matrices(weight.name):
-                exponent = tail_exponent(matrix)
-                if not math.isfinite(exponent):
-                    raise WeightError(
-                        f"{weight.name}: its singular values have no tail to fit (they are equal, or all but a few are zero); "
-                        "take another allocation, or leave it out with ignore="
-                    )
-                exponents.append(exponent)
-        found.append(sum(exponents) / len(exponents))
+    blocks = list(members.values())
+
+    def tail(block: int) -> float:
+        context.step("spectra", block, len(blocks))
+        exponents = [_exponent(w.name, matrix) for w in blocks[block] for matrix in graph.matrices(w.name)]
+        return sum(exponents) / len(exponents)
+
+    sizes = [sum(w.numel * min(w.matrix_shape) for w in block) for block in blocks]
+    found = list(context.ranks.each(sizes, tail))
+    context.step("spectra", len(blocks), len(blocks))
     return found
+
+
+def _exponent(name: str, matrix: Tensor) -> float:
+    exponent = tail_exponent(matrix)
+    if not math.isfinite(exponent):
+        raise WeightError(
+            f"{name}: its singular values have no tail to fit (they are equal, or all but a few are zero); "
+            "take another allocation, or leave it out with ignore="
+        )
+    return exponent
 
 
 def tail_exponent(matrix: Tensor) -> float:
@@ -301,21 +309,28 @@ def _sensitivities(graph: Graph, chosen: Sequence[Weight], sparsity: float, cont
         if tokens >= TOKENS:
             break
     found = dict.fromkeys((w.name for w in chosen), 0.0)
+    ahead = [len(ordered) - i for i in range(len(ordered))]  # the later a weight, the less of the model runs after it
     with torch.no_grad():
         for c, call in enumerate(calls):
             standing = Standing(graph, call)
             dense = standing.finish()
-            for i, weight in enumerate(ordered):
+
+            def loss(i: int, c: int = c, standing: Standing = standing, dense: Any = dense) -> float:
+                weight = ordered[i]
                 context.step("sensitivity", c * len(ordered) + i, len(calls) * len(ordered))
+                context.ranks.check()
                 standing.go(graph.ops_of(weight.name)[0].node)
                 with _masked(graph, weight, _smallest(graph, weight, norms, sparsity)):
-                    loss = divergence(dense, standing.finish())
-                if not math.isfinite(loss):
+                    found = divergence(dense, standing.finish())
+                if not math.isfinite(found):
                     raise ActivationError(
                         f"with {weight.name} pruned the model gives NaN or inf, or it did before, so no loss can be measured; "
                         "repair the checkpoint, or take another allocation"
                     )
-                found[weight.name] += loss / len(calls)
+                return found
+
+            for weight, lost in zip(ordered, context.ranks.each(ahead, loss), strict=True):
+                found[weight.name] += lost / len(calls)
     context.step("sensitivity", len(calls) * len(ordered), len(calls) * len(ordered))
     return list(found.values())
 

@@ -18,6 +18,7 @@ from sparsec.ir.graph import Graph
 from sparsec.memory import is_own, page_out
 from sparsec.pipeline.trained import TrainingFigures
 from sparsec.progress import Noted, Progress, each_of
+from sparsec.ranks import ALONE, Ranks
 from sparsec.spill import Keep
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class Context:
         None
     )  # has the model that is consumed hold another tensor for a weight that it owns
     probe: tuple[Tensor, ...] = ()  # example inputs, for the verifier's strictest level
+    ranks: Ranks = ALONE  # who works on this model, each on a graph of its own that stays the same on all
     store: Keep = field(default_factory=Keep)  # where what a pass makes is kept: a place of its own for each pass
 
     def owns(self, weight: str) -> bool:

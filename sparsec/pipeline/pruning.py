@@ -117,6 +117,10 @@ class PruningPass(Pass):
             shares = self.shares(graph, chosen, context)
             return {}, {name: (share.sparsity, share.measure) for name, share in shares.items()}
 
+        if not all(context.ranks.told(context.store.has("shares"))):
+            context.store.drop(
+                "shares"
+            )  # of a killed run, where not all ranks had come so far: they are made by all together
         return {name: Share(*pair) for name, pair in context.store.made("shares", make)[1].items()}
 
     def pruned(self, share: Share, error_masked: float | None = None, error: float | None = None) -> Pruned:
@@ -253,6 +257,7 @@ class CalibratedPruning(PruningPass):
             order=self.order,
             step=lambda done, total: context.step(self.name, done, total),
             store=context.store,
+            ranks=context.ranks,
         )
         if short:
             seen, needed = max(n for n, _ in short), max(n for _, n in short)

@@ -1,0 +1,146 @@
+"""Several processes: whoever shares the work gets what one process gets, and nobody waits for one that is gone."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsec.ranks import ALONE, share_out
+
+SCRIPT = Path(__file__).parent / "ranks_cases.py"
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def start(case: str, count: int, folder: Path) -> list[subprocess.Popen[str]]:
+    """So many processes of a case."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, case, str(rank), str(count), port, folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def ended(ranks: list[subprocess.Popen[str]], seconds: float = 300) -> list[tuple[int, str]]:
+    """(exit code, what it said) of each."""
+    try:
+        told = [each.communicate(timeout=seconds)[0] for each in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
+    return [(each.returncode, text) for each, text in zip(ranks, told, strict=True)]
+
+
+def run(case: str, count: int, folder: Path) -> None:
+    found = ended(start(case, count, folder))
+    assert [code for code, _ in found] == [0] * count, found
+
+
+@given(sizes=st.lists(st.integers(0, 1000), max_size=40), count=st.integers(1, 9))
+def test_every_job_is_done_once_and_loads_differ_by_the_largest_at_most(sizes: list[int], count: int) -> None:
+    owners = share_out(sizes, count)
+    assert len(owners) == len(sizes)
+    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(count)]
+    assert sum(loads) == sum(sizes)
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+@given(size=st.integers(1, 9), jobs=st.integers(1, 40), count=st.integers(1, 9))
+def test_equal_jobs_are_shared_out_evenly(size: int, jobs: int, count: int) -> None:
+    owners = share_out([size] * jobs, count)
+    counts = [owners.count(rank) for rank in range(count)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_one_alone_does_all_and_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.distributed.new_group")
+    order: list[int] = []
+    results = ALONE.each([1, 2, 3], lambda job: order.append(job) or job)
+    assert next(results) == 0
+    assert order == [0]  # one after the other, so that no more than one result is held
+    assert ALONE.told("x") == ["x"]
+    ALONE.agree(lambda: {"passes": str(1 // 0)})
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sums_jobs_and_what_is_told(count: int, tmp_path: Path) -> None:
+    run("sums", count, tmp_path)
+
+
+SPECS = [
+    ("llama", "wanda(0.5)"),
+    ("llama", "sparsegpt(0.5),freeze,round('int8g32')"),
+    ("gpt2", "admm(0.5, pattern='2:4')"),
+    ("llama", "wanda(0.4, order='true'),freeze,admm"),
+    ("llama", "sparsegpt(0.5, feed='dense', allocation='sensitivity')"),
+    ("qwen2-moe", "sparsegpt(0.5)"),
+    ("mixtral", "wanda(0.5, allocation='owl')"),
+    ("gpt2", "wanda(0.5, allocation='alphapruning')"),
+]
+
+
+@pytest.mark.slow
+def test_masks_and_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+    found: dict[int, list[list[dict[str, Any]]]] = {}
+    for count in (1, 2, 3, 5):  # of four calls: one has none at all
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        torch.save(SPECS, folder / "specs.pt")
+        run("passes", count, folder)
+        found[count] = [[torch.load(folder / f"{i}-{r}.pt") for r in range(count)] for i in range(len(SPECS))]
+    for i, spec in enumerate(SPECS):
+        (one,) = found[1][i]
+        for count in (2, 3, 5):
+            first = found[count][i][0]
+            for other in found[count][i][1:]:  # all ranks hold the same, to the bit
+                assert other["notes"] == first["notes"], spec
+                assert all(torch.equal(m, other["masks"][n]) for n, m in first["masks"].items()), spec
+                assert all(torch.equal(t, other["tensors"][n]) for n, t in first["tensors"].items()), spec
+            assert first["masks"].keys() == one["masks"].keys()
+            equal = sum(int((m == first["masks"][n]).sum()) for n, m in one["masks"].items())
+            assert equal >= 0.9999 * sum(m.numel() for m in one["masks"].values()), (spec, count)
+            assert first["notes"] == one["notes"], spec
+            for name, error in one["errors"].items():
+                assert first["errors"][name] == pytest.approx(error, rel=0.05, abs=1e-6), (spec, name)
+
+
+def test_ranks_that_were_given_different_things_are_refused(tmp_path: Path) -> None:
+    run("other_text", 3, tmp_path)
+    texts = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
+    assert len(texts) == 6
+    for what, named in (("text", "calibration"), ("passes", "passes")):
+        assert texts[f"{what}-0"].startswith(f"rank 1 differs from rank 0 in {named}")
+        assert texts[f"{what}-1"].startswith(f"rank 0 differs from rank 1 in {named}")
+        assert "rank 1" in texts[f"{what}-2"]
+    assert "wanda(0.4)" in texts["passes-0"]
+    assert "wanda(0.5)" in texts["passes-0"]
+
+
+def test_the_failure_of_one_is_said_by_all(tmp_path: Path) -> None:
+    run("failing", 3, tmp_path)
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
+    assert told[1].startswith("ZeroDivisionError")
+    for other in (told[0], told[2]):
+        assert other.startswith("RanksError: rank 1 stopped: ZeroDivisionError")
+
+
+def test_a_rank_may_work_by_itself(tmp_path: Path) -> None:
+    run("by_itself", 2, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.txt", "1.txt"]
