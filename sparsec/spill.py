@@ -80,8 +80,9 @@ class Spill(Keep):
         if not path.exists():
             tensors, facts = make()
             self._write(path, tensors, facts)
+            nbytes = sum(tensor.nbytes for tensor in tensors.values())
             del tensors
-            trim()  # what was made lay between what stays: without this the heap grows by half of the model
+            _tidied(nbytes)
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()[_FACTS])
@@ -116,6 +117,20 @@ class Spill(Keep):
             ) from error
         finally:
             made.unlink(missing_ok=True)
+
+
+_UNTIDY = 1 << 27
+"""Bytes that are made until freed memory goes back to the system."""
+_made = 0
+
+
+def _tidied(nbytes: int) -> None:
+    """What was made lay between what stays: without this the heap grows by half of the model."""
+    global _made
+    _made += nbytes
+    if _made >= _UNTIDY:
+        _made = 0
+        trim()
 
 
 def _file_name(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,28 +61,33 @@ def _index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
 def _put(model: nn.Module, index: Mapping[str, Mapping[str, str]], spill: Spill) -> set[Path]:
     """The files that it maps."""
     made: dict[tuple[str, str], nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if not parameter.is_meta:
-            continue
-        facts = index.get(name)
-        if facts is None or "safetensors_file" not in facts:
-            raise DataError(f"{name}: transformers found no file for this weight; is the checkpoint whole?")
-        key = (facts["safetensors_file"], facts["weight_name"])
-        if key not in made:
-            made[key] = nn.Parameter(_tensor(*key, parameter.dtype, spill), parameter.requires_grad)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, made[key])
+    with ExitStack() as stack:
+        opened: dict[str, Any] = {}  # once each: a page that many mappings hold is slow to hand back
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if not parameter.is_meta:
+                continue
+            facts = index.get(name)
+            if facts is None or "safetensors_file" not in facts:
+                raise DataError(f"{name}: transformers found no file for this weight; is the checkpoint whole?")
+            path, key = facts["safetensors_file"], facts["weight_name"]
+            if (path, key) not in made:
+                try:
+                    if path not in opened:
+                        opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+                    tensor = opened[path].get_tensor(key)
+                except (OSError, SafetensorError, RuntimeError) as error:
+                    raise DataError(
+                        f"{path}: the tensor {key} cannot be read: {briefly(error)}; is the file whole, and does the index name "
+                        "the right one?"
+                    ) from error
+                tensor = _converted(name, tensor, parameter.dtype, spill)
+                made[path, key] = nn.Parameter(tensor, parameter.requires_grad)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, made[path, key])
     return {Path(path) for path, _ in made}
 
 
-def _tensor(path: str, name: str, dtype: torch.dtype, spill: Spill) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: the tensor {name} cannot be read: {briefly(error)}; is the file whole, and does the index name the right one?"
-        ) from error
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype, spill: Spill) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
 
