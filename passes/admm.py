@@ -184,9 +184,9 @@ class ADMM(CalibratedPruning):
             solved[:, still] = weights[:, still].masked_fill_(~mask[:, still], 0)
         return list(torch.split(mask, rows)), list(torch.split(solved, rows)), notes
 
-    def scratch(self, rows: int, in_features: int) -> int:
-        """H, its factor and its inverse, and the weights four times, in fp32; and two masks."""
-        return 12 * in_features**2 + 18 * rows * in_features
+    def scratch(self, rows: Sequence[int], in_features: int) -> int:
+        """H, its factor and its inverse while that is made; then the inverse twice, the weights four times, and three masks."""
+        return max(16 * in_features, 8 * in_features + 19 * sum(rows)) * in_features
 
     def enough(self, in_features: int) -> int:
         """Fewer tokens than columns leave the Gram matrix singular."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sparsec import serial
+from sparsec.cost.phase import Phase
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.spill import Made
 
 
@@ -27,6 +30,13 @@ class Freeze(Pass):
     effect: ClassVar[Effect] = Effect.EXACT
     requires: ClassVar[frozenset[str]] = frozenset({"mask"})
     produces: ClassVar[frozenset[str]] = frozenset({"frozen"})
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """One weight with its zeros after the other, where it cannot be written in place."""
+        for weight in graph.masked():
+            copied = weight.numel * weight.dtype.itemsize if foreseen.streaming else 0
+            yield Phase("writing zeros", weight.name, {"a weight with its zeros": copied})
+            graph.update(weight.name, frozen=True)
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """In place where that is allowed, else into new tensors."""

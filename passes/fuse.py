@@ -5,7 +5,7 @@ Why: at one token a small product costs little more than its call and the waking
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,11 +13,13 @@ import torch
 from torch import fx
 
 from sparsec import private
+from sparsec.cost.phase import Phase
 from sparsec.ir.facts import Op
 from sparsec.ir.graph import Graph
 from sparsec.lowering import dense_readers, fuse_products
 from sparsec.lowering.fuse import bias_of
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_ignore, check_patterns
 from sparsec.pipeline.selection import select_weights
 from sparsec.private import OpOverload
@@ -44,6 +46,10 @@ class Fuse(Pass):
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """Products change, and no tensor does."""
+        yield from ()
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises SelectionError for patterns that match nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -12,6 +12,7 @@ import torch
 
 from sparsec.arguments import shown
 from sparsec.cost.choice import OWN, Choice, Setting, choose
+from sparsec.cost.phase import Phase
 from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout
 from sparsec.formats.parts import DENSE
@@ -28,6 +29,7 @@ from sparsec.lowering.rounded import check_rounded
 from sparsec.lowering.rounding import BOUND, admitted, digits_said
 from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_choice, check_ignore, check_number, check_patterns, check_positive
 from sparsec.pipeline.selection import matches, select_weights
 from sparsec.pipeline.spec import unparse_one
@@ -158,6 +160,18 @@ class Lower(Pass):
                 f"lower({replace(layout, values='')}, values='{self.values}')"
             )
         return Layout.parse(f"{layout}:{self.values}")
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """One weight after the other is packed."""
+        whole = self.layout.split(":")[0] == DENSE
+        chosen = select_weights(graph, self.targets, self.ignore) if whole else self._masked(graph)
+        layout = Layout.parse("csr" if self.layout == AUTO else self.layout)  # auto may take any of them
+        each = Quantised.packing if self.values else 0.0 if layout.stays else layout.kind.packing
+        for weight in chosen:
+            if each and not _stays_dense(graph, weight):
+                yield Phase(
+                    "packing", weight.name, {"a packed weight and what it takes to pack it": int(each * weight.numel)}
+                )
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for what the format that was asked for cannot serve."""

@@ -12,12 +12,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparsec.cost.phase import Phase
 from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
-from sparsec.patterns import Compared, Pattern
+from sparsec.patterns import SEARCH, Compared, Pattern
 from sparsec.pipeline.allocation import Share, stored_mask
 from sparsec.pipeline.base import Context, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_choice
 from sparsec.pipeline.pruning import PruningPass
 from sparsec.spill import Made
@@ -68,6 +70,19 @@ class Magnitude(PruningPass):
             self.record(graph, weight, tensors["mask"], self.pruned(shares[weight.name]))
         how = f"{self.pattern}" if Pattern.parse(self.pattern).nm is not None else f"scope {self._scope}"
         return self.result(graph, chosen, how)
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """A mask is chosen for one weight after the other; what is kept of it is the mask."""
+        chosen = self.fitting(graph)
+        pattern = Pattern.parse(self.pattern)
+        for weight in chosen:
+            per_weight = pattern.scratch(weight.dtype.itemsize, weight.mask is not None)
+            yield Phase(
+                "choosing",
+                weight.name,
+                {"a mask and what it takes to choose it": int(per_weight * weight.numel) + SEARCH},
+            )
+        self.foresee(graph, chosen, foreseen)
 
     @property
     def _scope(self) -> str:

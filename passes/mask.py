@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sparsec import serial
+from sparsec.cost.phase import Phase
 from sparsec.errors import MaskError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.selection import check_dtype
 
 
@@ -33,6 +36,12 @@ class Mask(Pass):
     excludes: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     wants: ClassVar[str] = "masks of your own (masks= in Python)"
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """Raises MaskError: masks are given to a run, not to a plan."""
+        raise MaskError(
+            "the pass 'mask' takes masks of yours, which a plan does not know; plan with magnitude(SPARSITY) in its place"
+        )
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises MaskError: no masks given, an unknown name, a weight of no linear layer, a wrong dtype, shape or device."""

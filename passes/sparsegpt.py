@@ -85,9 +85,10 @@ class SparseGPT(CalibratedPruning):
         mask = solve(weights, upper, shares, pattern, self._columns, rows, before)
         return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes
 
-    def scratch(self, rows: int, in_features: int) -> int:
-        """The matrix to factor and its factor in fp64, the factor in fp32, the weights in fp32 twice."""
-        return (8 + 8 + 4) * in_features**2 + 12 * rows * in_features
+    def scratch(self, rows: Sequence[int], in_features: int) -> int:
+        """Three matrices in fp64 while the Gram matrix is factored; then the factor in fp64 and fp32, the weights in fp32 three
+        times, and the mask."""
+        return max(24 * in_features, 12 * in_features + 13 * sum(rows)) * in_features
 
     def enough(self, in_features: int) -> int:
         """Fewer tokens than columns leave the Gram matrix singular."""

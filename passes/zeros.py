@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
 from sparsec import serial
+from sparsec.cost.phase import Phase
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_ignore, check_patterns
 from sparsec.pipeline.selection import select_weights
 from sparsec.spill import Made
@@ -34,6 +37,16 @@ class Zeros(Pass):
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", check_patterns(self.targets, "targets"))
         object.__setattr__(self, "ignore", check_ignore(self.ignore))
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """How many zeros a checkpoint holds is not known from shapes: none is taken for granted."""
+        chosen = select_weights(graph, self.targets, self.ignore)
+        for weight in chosen:
+            yield Phase("looking for zeros", weight.name, {"a mask": 2 * weight.numel})
+        foreseen.granted(
+            f"{self.name}: the zeros of the checkpoint are not known without its weights; as if there were none"
+        )
+        foreseen.pruned(graph, dict.fromkeys((w.name for w in chosen), 0.0), "unstructured")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises SelectionError for patterns that match nothing."""

@@ -29,6 +29,8 @@ torch gives tensors of 2**15 numbers and more to several threads, and where anot
 operation may wait milliseconds for one of them.
 """
 
+SEARCH = 1 << 21
+"""Bytes that the search for a threshold takes beside scores and masks: counters, and a chunk of keys."""
 _CHUNK_ELSEWHERE = 1 << 20  # where every operation is a launch
 
 Compared = Literal["layer", "row"]
@@ -115,6 +117,14 @@ class Pattern:
         if self.block is not None:
             return _blocks(scores, sparsity, old, self.block)
         return _unstructured(scores, sparsity, old)
+
+    def scratch(self, itemsize: int, earlier: bool = False) -> float:
+        """Bytes that `mask` takes for every score of so many bytes, the mask included. earlier: with an old one."""
+        if self.nm is not None:  # magnitudes, sorted ones, and their places
+            return 2 * itemsize + 9 + earlier
+        if self.block is not None:  # squares, in fp32
+            return (8 if itemsize < 4 else 4) + 4 * earlier + 0.1
+        return 1.1
 
     def extend(self, mask: Tensor, columns: slice, scores: Tensor, sparsity: float, old: Tensor | None = None) -> None:
         """Chooses further columns of a mask [out, in] that is chosen from left to right, in place.

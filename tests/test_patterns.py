@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from allocated import peak_allocation
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -121,7 +122,7 @@ def test_old_masks_are_not_handed_out_for_change() -> None:
 def test_global_threshold_needs_scratch_below_five_percent_of_the_weights() -> None:
     weights = [torch.randn(1536, 576) for _ in range(30)]  # 27M weights, 106 MB
     scores = [lambda w=w: w for w in weights]
-    peak = _peak_allocation(lambda: list(Pattern().masks(scores, 0.5, [None] * len(weights))))
+    peak = peak_allocation(lambda: list(Pattern().masks(scores, 0.5, [None] * len(weights))))
     masks = sum(w.numel() for w in weights)
     assert peak - masks < 0.05 * sum(w.nbytes for w in weights)
 
@@ -131,23 +132,9 @@ def test_the_magnitude_pass_keeps_to_that_on_one_large_weight_too(scope: str) ->
     model = nn.Sequential(nn.Linear(5120, 5120, bias=False))  # 26M weights, 105 MB
     graph = trace(model, torch.randn(2, 5120))
     p = Magnitude(0.5, scope=scope)
-    peak = _peak_allocation(lambda: p.run(graph, Context()))
+    peak = peak_allocation(lambda: p.run(graph, Context()))
     weight = model[0].weight
     assert peak - weight.numel() < 0.05 * weight.nbytes
-
-
-def _peak_allocation(function) -> int:
-    """Peak of torch's CPU allocations while the function runs, in bytes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = function()
-    held = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert events
-    assert result
-    return peak
 
 
 class Sizes(TorchDispatchMode):

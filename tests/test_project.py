@@ -58,6 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("lowering", "recover"),
     ("passes",),
+    ("planning",),
     ("console",),
     ("emitter", "evaluate", "inductor", "parallel", "program", "wrapped"),
     ("taught",),

@@ -97,7 +97,7 @@ def calibrate(
         what = f"{unknown[0]!r} is no weight of a linear product in this graph" if unknown else "weights names none"
         raise DataError(f"calibrate: {what}; the names are the keys of graph.weights")
     sites = find_sites(graph, weights)
-    walker = _Walker(graph, data, sites, ranks)
+    walker = Walker(graph, data, sites, ranks)
     by_value = order == "true" and feed == "pruned"
     spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
     trim()  # what tracing and tokenising left
@@ -154,7 +154,7 @@ def _settled(
     return learn(site, statistics)
 
 
-class _Walker:
+class Walker:
     """A graph and, for each call that falls to this rank, the values that are alive where it stands."""
 
     def __init__(self, graph: Graph, data: CalibrationData, sites: Iterable[Site], ranks: Ranks = ALONE) -> None:
@@ -164,7 +164,7 @@ class _Walker:
         self.position = {node: i for i, node in enumerate(self.steps)}
         self.views = views_of_weights(self.steps)
         values = {value for site in sites for value in site.values}
-        self.needed = self._ancestors([*values, *self._writing(0, max(self.position[v] for v in values))], 0)
+        self.needed = self.ancestors([*values, *self._writing(0, max(self.position[v] for v in values))], 0)
         self.varying = varying(self.steps, data, values)
         self.written = any(writes(node) for node in self.needed)
         self.last_read = {
@@ -194,7 +194,7 @@ class _Walker:
         goals = set(alive)
         shown = [node for read in watched for node in read.nodes]
         seen = max((self.position[v] for v in shown), default=start)
-        wanted = self._ancestors([*goals, *shown, *self._writing(start, end if keep else seen)], start)
+        wanted = self.ancestors([*goals, *shown, *self._writing(start, end if keep else seen)], start)
         steps = [n for n in self.steps[:end] if n in wanted and (self.position[n] >= start or n in self.views)]
         until = {n: max((self.position[u] for u in n.users if u in wanted), default=-1) for n in wanted}
         due: _Due = {}
@@ -343,7 +343,7 @@ class _Walker:
         """Steps that write to a tensor in place: what they change may be read through another view of it."""
         return [node for node in self.steps[start:end] if writes(node)]
 
-    def _ancestors(self, nodes: Iterable[fx.Node], start: int) -> set[fx.Node]:
+    def ancestors(self, nodes: Iterable[fx.Node], start: int) -> set[fx.Node]:
         """The nodes and all that they are computed from, from position `start` on; those before it that are read are in it too.
 
         What is made of stored tensors alone is made anew, since pruning may have changed them.

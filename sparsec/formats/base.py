@@ -74,6 +74,8 @@ class Packed(ABC):
     """Types of device that it is laid out for; None: every one."""
     twins: ClassVar[Mapping[str, str]] = {}
     """Type of device -> the format that holds the same matrices and has kernels there, where this one has none."""
+    packing: ClassVar[float] = 14.5
+    """Bytes for every weight of a matrix, half of them kept, that `pack` takes at its worst moment, the packed matrix included."""
     order: ClassVar[int] = 1
     """Of the values in the tensors; raised when it changes, so that what was pickled before is refused, not read wrongly."""
     widest: ClassVar[int | None] = None

@@ -37,6 +37,7 @@ class WarpCSR(Packed):
     """CSR for GPUs: rows in chunks of the width of a warp, columns as 8 or 16 bits."""
 
     format: ClassVar[str] = "wcsr"
+    packing: ClassVar[float] = 31.0
     title: ClassVar[str] = "warp CSR"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     tensor_names: ClassVar[tuple[str, ...]] = ("values", "col_idx", "base", "row_ptr")

@@ -96,7 +96,7 @@ def allocate(
     Raises PipelineError for a share that no layer can give, SelectionError for a table that names what is not pruned.
     """
     if not isinstance(allocation, str):
-        return _by_table(graph, chosen, sparsity, allocation)
+        return by_table(graph, chosen, sparsity, allocation)
     if allocation == "uniform":
         return {w.name: Share(sparsity) for w in chosen}
     if allocation == "global":
@@ -133,7 +133,8 @@ def _checked(shares: dict[str, Share], allocation: str, spread: float | None) ->
     return shares
 
 
-def _by_table(graph: Graph, chosen: Sequence[Weight], sparsity: float, table: Table) -> dict[str, Share]:
+def by_table(graph: Graph, chosen: Sequence[Weight], sparsity: float, table: Table) -> dict[str, Share]:
+    """Of each weight what the last pattern that matches it says, else `sparsity`. Raises SelectionError."""
     shares = {w.name: Share(sparsity) for w in chosen}
     for pattern, share in table:
         found = [w for w in chosen if matches(graph, w, pattern)]

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate import CalibrationData
+from sparsec.cost.phase import Phase
 from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.memory import is_own, page_out
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.trained import TrainingFigures
 from sparsec.progress import Noted, Progress, each_of
 from sparsec.ranks import ALONE, Ranks
@@ -169,6 +171,11 @@ class Pass(ABC):
     def needs_dense(self) -> bool:
         """Whether this instance needs the parameters as the model came in (`Context.dense`)."""
         return False
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """What a run would take, in order, told from shapes alone: `graph` may be on torch's device meta. Writes into both what the
+        run would leave: masks without numbers, sparsities. Raises what `run` raises for what shapes and names show to be wrong."""
+        yield from ()
 
     @abstractmethod
     def run(self, graph: Graph, context: Context) -> PassResult:

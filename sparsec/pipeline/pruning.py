@@ -5,23 +5,35 @@ An algorithm is a subclass that says how much a weight matters; everything else 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsec import serial
 from sparsec.calibrate import FEEDS, ORDERS, Site, Statistics, calibrate
+from sparsec.calibrate.rehearsal import rehearse
+from sparsec.cost.phase import Phase
 from sparsec.errors import ActivationError, PipelineError, SpecError, WeightError
 from sparsec.ir.facts import Pruned, Weight
 from sparsec.ir.graph import Graph
 from sparsec.patterns import CHUNK, Pattern
-from sparsec.pipeline.allocation import CALIBRATED, Share, Table, allocate, check_allocation, check_spread, stored_mask
+from sparsec.pipeline.allocation import (
+    CALIBRATED,
+    Share,
+    Table,
+    allocate,
+    by_table,
+    check_allocation,
+    check_spread,
+    stored_mask,
+)
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_sparsity
 from sparsec.pipeline.selection import select_weights
+from sparsec.pipeline.settled import Settled
 from sparsec.spill import Made
 
 _SLACK = 1e-9
@@ -95,13 +107,28 @@ class PruningPass(Pass):
 
     def selected(self, graph: Graph) -> list[Weight]:
         """The weights to prune. Raises SelectionError; WeightError for NaN, inf and shapes that the pattern does not fit."""
+        chosen = self.fitting(graph)
+        for weight in chosen:
+            check_finite(graph.tensor(weight.name), weight)
+        return chosen
+
+    def fitting(self, graph: Graph) -> list[Weight]:
+        """The weights to prune, by names and shapes alone. Raises SelectionError, and WeightError as `selected` does for shapes."""
         chosen = select_weights(graph, self.targets, self.ignore)
         pattern = Pattern.parse(self.pattern)
         for weight in chosen:
             for why in pattern.misfits(*weight.matrix_shape):
                 raise WeightError(f"{weight.name}: {why}; leave it out with ignore=({_owner(weight)!r},)")
-            check_finite(graph.tensor(weight.name), weight)
         return chosen
+
+    def foresee(self, graph: Graph, chosen: Sequence[Weight], foreseen: Foreseen) -> None:
+        """Writes down the masks that these weights would get."""
+        shares = dict.fromkeys((w.name for w in chosen), self.share)
+        if not isinstance(self.sharing, str):
+            shares = {name: each.sparsity for name, each in by_table(graph, chosen, self.share, self.sharing).items()}
+        elif self.sharing != "uniform":
+            foreseen.granted(f"{self.name}: layers are taken to be equally sparse; {self.sharing!r} looks at weights")
+        foreseen.pruned(graph, shares, self.pattern)
 
     def shares(self, graph: Graph, chosen: Sequence[Weight], context: Context) -> dict[str, Share]:
         """How sparse each weight shall be. Raises PipelineError, SelectionError, ActivationError."""
@@ -215,9 +242,19 @@ class CalibratedPruning(PruningPass):
         columns = len(statistics.norms)
         return masks, None, [f"{dead} of {columns} input columns are zero in all of the text"] if dead else []
 
-    def scratch(self, rows: int, in_features: int) -> int:
-        """Bytes that `prune` takes beside what it is given and gives back, for matrices of so many rows in all."""
-        return 8 * rows * in_features
+    def scratch(self, rows: Sequence[int], in_features: int) -> int:
+        """Bytes that `prune` takes at its worst moment for matrices of so many rows, masks and new weights included."""
+        of_scores = 4 + Pattern.parse(self.pattern).scratch(4, earlier=True)
+        return int(max(8.0, of_scores) * max(rows) + sum(rows)) * in_features
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """As the calibration goes. Raises PipelineError without calls, TraceError where no shapes are known."""
+        if foreseen.data is None:
+            raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
+        chosen = self.fitting(graph)
+        names, how = [w.name for w in chosen], (self.gram, self.feed, self.order, foreseen.streaming)
+        yield from rehearse(graph, foreseen.data, names, *how, scratch=self.scratch)
+        self.foresee(graph, chosen, foreseen)
 
     def enough(self, in_features: int) -> int:
         """How many tokens a layer must have seen for its statistics to be trusted."""
@@ -279,16 +316,13 @@ class CalibratedPruning(PruningPass):
         """Masks and weights of a site's matrices, as they are stored, and what is to be said of them."""
         known = [graph.weights[name] for name in site.weights]
         dense = [context.dense.get(w.name) if self.dense and not w.trained else None for w in known]
-        settled = [_Settled(graph, w.name, shares[w.name].sparsity, held) for w, held in zip(known, dense, strict=True)]
+        settled = [Settled(graph, w.name, shares[w.name].sparsity, held) for w, held in zip(known, dense, strict=True)]
         notes: list[str] = []
         scratch = 0
         for e, each in enumerate(statistics):
             old = [s.old[e] for s in settled]
-            before = [
-                s.matrices[e] if self.dense else _masked(s.matrices[e], mask)
-                for s, mask in zip(settled, old, strict=True)
-            ]
-            scratch = max(scratch, self.scratch(sum(len(m) for m in before), len(each.squares)))
+            before = [s.matrices[e] if self.dense else s.masked(e) for s in settled]
+            scratch = max(scratch, self.scratch([len(m) for m in before], len(each.squares)))
             which = ", ".join(site.weights) + (f", expert {e}" if len(statistics) > 1 else "")
             try:
                 masks, updated, said = self.prune(before, old, [s.share for s in settled], each)
@@ -327,33 +361,6 @@ class CalibratedPruning(PruningPass):
         return [f"{', '.join(site.weights)}: {text}" for text in said]
 
 
-class _Settled:
-    """One weight while its matrices are pruned one by one."""
-
-    def __init__(self, graph: Graph, name: str, share: float, dense: Tensor | None) -> None:
-        self.weight, self.share = graph.weights[name], share
-        self.matrices, self.old = graph.matrices(name, dense), graph.mask_matrices(name)
-        self.masks: list[Tensor] = []
-        self.updated: list[Tensor] = []
-        self._dense = self._masked = self._lost = 0.0
-
-    def add(self, before: Tensor, mask: Tensor, updated: Tensor | None, sample: Tensor) -> None:
-        """The next matrix. sample: rows [rows, in] that it reads."""
-        self.masks.append(mask)
-        self._dense += _squares(before, sample)
-        masked = _squares(before.float() - _masked(before, mask).float(), sample)
-        self._masked += masked
-        if updated is not None:
-            self.updated.append(updated)
-            masked = _squares(before.float() - updated.to(self.weight.dtype).float(), sample)
-        self._lost += masked
-
-    @property
-    def errors(self) -> tuple[float, float]:
-        """By the masks, and with the updates: mean square of the change of the outputs over that of the outputs."""
-        return (self._masked / self._dense, self._lost / self._dense) if self._dense > 0 else (0.0, 0.0)
-
-
 NO_CALIBRATION = (
     "in Python give calibration= token ids [sequences, length], a list of strings, or a text file's path with tokenizer=..., or "
     "tokenizer=... alone for the embedded text; on the command line --calibration FILE"
@@ -387,12 +394,3 @@ def joined_masks(matrices: Sequence[Tensor], old: Sequence[Tensor | None]) -> Te
         return None
     pairs = zip(matrices, old, strict=True)
     return torch.cat([torch.ones_like(w, dtype=torch.bool) if mask is None else mask for w, mask in pairs])
-
-
-def _masked(matrix: Tensor, mask: Tensor | None) -> Tensor:
-    return matrix if mask is None else serial.masked(matrix, mask)
-
-
-def _squares(matrix: Tensor, sample: Tensor) -> float:
-    """Sum of the squares of matrix @ x over sampled rows x [rows, in]."""
-    return float((sample @ matrix.float().t()).square().sum(dtype=torch.float64))

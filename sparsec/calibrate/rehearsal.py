@@ -1,0 +1,260 @@
+"""A calibration without its numbers: which bytes it would hold, span by span, from shapes alone.
+
+The graph is run once on torch's device meta, on the largest call. What is alive where follows from the dataflow, by the rules of
+the walker (sparsec/calibrate/walk.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsec.calibrate.data import CalibrationData
+from sparsec.calibrate.sites import Site, Span, find_sites, spans_by_block, spans_by_value
+from sparsec.calibrate.statistics import SAMPLE
+from sparsec.calibrate.walk import Walker
+from sparsec.cost.phase import Phase
+from sparsec.errors import TraceError
+from sparsec.ir.graph import Graph
+from sparsec.private import pytree
+
+_META = torch.device("meta")
+_Storages = dict[int, int]
+"""Bytes by storage: views of one count once."""
+
+
+class Rehearsal:
+    """A graph's values on one call, by shape. Raises TraceError where a shape depends on numbers."""
+
+    def __init__(self, graph: Graph, data: CalibrationData, sites: Sequence[Site]) -> None:
+        self.graph, self.data = graph, data
+        self.call = max(data.calls, key=lambda call: call[0].numel())
+        self.tokens = self.call[0].numel()
+        # Two calls that differ tell what varies from call to call.
+        alike = [c for c in data.calls if all(a.shape == b.shape for a, b in zip(c, self.call, strict=True))]
+        other = tuple(t if all(c[i] is t for c in alike) else t.clone() for i, t in enumerate(self.call))
+        self.walker = Walker(graph, CalibrationData((self.call, other), ""), sites)
+        self.storages: dict[fx.Node, _Storages] = {}
+        self.shapes: dict[fx.Node, Tensor] = {}
+        self._kept: list[Any] = []  # a storage that is freed would lend its address to the next one
+        self._run()
+
+    def nbytes(self, nodes: Iterable[fx.Node]) -> int:
+        """Of these values, each storage once."""
+        found: _Storages = {}
+        for node in nodes:
+            found.update(self.storages.get(node, {}))
+        return sum(found.values())
+
+    def shape(self, node: fx.Node) -> Tensor:
+        """A meta tensor of a node's shape and dtype."""
+        return self.shapes[node]
+
+    def alive(self, place: int, end: int) -> list[fx.Node]:
+        """Values that are made before `place` and read at it or later, as the walker keeps them between two spans."""
+        w = self.walker
+        return [n for n in w.needed - w.views if w.position[n] < place <= w.last_read[n] and w.position[n] < end]
+
+    def held_between(self, place: int) -> int:
+        """Bytes of what is alive there for all calls: what varies by their tokens, the rest once."""
+        alive = self.alive(place, place)
+        varies = [n for n in alive if n in self.walker.varying]
+        tokens = sum(call[0].numel() for call in self.data.calls)
+        return self.nbytes(varies) * tokens // self.tokens + self.nbytes(set(alive) - set(varies))
+
+    def forward(self, span: Span, watched: Mapping[fx.Node, int], keep: bool) -> int:
+        """The most bytes that one run of a span's nodes makes beside what was alive before it.
+
+        watched: values that statistics look at once they are made, and the bytes that looking takes. keep: the values alive at the
+        span's end are made, not only those that are watched.
+        """
+        w = self.walker
+        goals = set(self.alive(span.end, span.end)) if keep else set()
+        wanted = w.ancestors([*goals, *watched], span.start)
+        steps = [n for n in w.steps[span.start : span.end] if n in wanted]
+        last = {n: max((w.position[u] for u in n.users if u in wanted), default=-1) for n in wanted}
+        own: dict[fx.Node, _Storages] = {}
+        most = 0
+        for node in steps:
+            own[node] = self.storages.get(node, {})
+            held: _Storages = {}
+            for storages in own.values():
+                held.update(storages)
+            most = max(most, sum(held.values()) + self._within(node) + watched.get(node, 0))
+            for used in node.all_input_nodes:
+                if last.get(used, -1) == w.position[node] and used not in goals:
+                    own.pop(used, None)
+        return most
+
+    def _within(self, node: fx.Node) -> int:
+        """What a kernel takes while it runs: of attention, the logarithms of sums."""
+        if "scaled_dot_product" not in str(node.target):
+            return 0
+        made = self.shapes[node]
+        return 4 * made.numel() // max(1, made.shape[-1])
+
+    def _run(self) -> None:
+        inputs = dict(zip(self.graph.inputs, (t.to(_META) for t in self.call), strict=True))
+        values: dict[fx.Node, Any] = {}
+        stored: set[int] = set()
+
+        def value(node: fx.Node) -> Any:
+            if node.op == "get_attr" and node not in values:
+                held: Any = self.graph.module
+                for part in str(node.target).split("."):
+                    held = getattr(held, part)
+                values[node] = held.detach().to(_META) if isinstance(held, Tensor) else held
+                if isinstance(held, Tensor):
+                    self._kept.append(values[node])
+                    stored.add(_address(values[node]))
+            return values[node]
+
+        for node in self.walker.steps:
+            if node not in self.walker.needed and node.op != "placeholder":
+                continue
+            if node.op == "placeholder":
+                made: Any = inputs[str(node.target)]
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+                args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
+                try:
+                    made = node.target(*args, **kwargs)  # type: ignore[operator]
+                except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
+                    first = str(error).strip().splitlines()[0]
+                    raise TraceError(
+                        f"{node.name}: its shape is not known without its numbers ({first}), so that nothing can be planned"
+                    ) from error
+            values[node] = made
+            self._kept.append(made)
+            if isinstance(made, Tensor):
+                self.shapes[node] = made
+                if _address(made) not in stored:
+                    self.storages[node] = {_address(made): made.untyped_storage().nbytes()}
+            elif isinstance(made, list | tuple):
+                parts = [t for t in made if isinstance(t, Tensor) and _address(t) not in stored]
+                self.storages[node] = {_address(t): t.untyped_storage().nbytes() for t in parts}
+
+
+def rehearse(
+    graph: Graph,
+    data: CalibrationData,
+    weights: Sequence[str],
+    gram: bool,
+    feed: str,
+    order: str,
+    streaming: bool,
+    *,
+    scratch: Callable[[Sequence[int], int], int],
+) -> Iterator[Phase]:
+    """The phases of `calibrate` with the same arguments.
+
+    streaming: what is alive between two spans is kept in files, where the walker can. scratch: the bytes that masks and new weights
+    of a site take with what is needed to make them, for the rows of its matrices and their columns.
+    """
+    sites = find_sites(graph, weights)
+    rehearsal = Rehearsal(graph, data, sites)
+    walker = rehearsal.walker
+    by_value = order == "true" and feed == "pruned"
+    spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
+    masked = {w.name for w in graph.masked() if not w.frozen}
+    filed = streaming and walker.lasting
+    for i, span in enumerate(spans):
+        last = i + 1 == len(spans)
+        again = span.again and feed == "pruned"
+        before, after = (0 if filed else rehearsal.held_between(place) for place in (span.start, span.end))
+        statistics = {site: _statistics_bytes(graph, site, gram, data) for site in span.sites}
+        watched: dict[fx.Node, int] = {}
+        for site in span.sites:
+            for read in site.reads:
+                x = rehearsal.shape(read.x)
+                looking = x.numel() * ((0 if x.dtype == torch.float32 else 4) + (0 if gram else 4))
+                watched.update(dict.fromkeys(read.nodes, 0))
+                watched[max(read.nodes, key=walker.position.__getitem__)] = looking
+        keep = not (again or last)
+        between, held = max(before, after if keep else 0), sum(statistics.values())
+        yield Phase(
+            "forward",
+            span.name,
+            {
+                "activations between blocks": between,
+                "activations of one call": rehearsal.forward(span, watched, keep),
+                "statistics": held,
+                "masked weights": _masked_bytes(graph, walker, span, masked),
+            },
+        )
+        for site, own in statistics.items():
+            columns = graph.weights[site.weights[0]].matrix_shape[1]
+            rows = [graph.weights[name].matrix_shape[0] for name in site.weights]
+            # The triangle that was left out is filled in by way of two more matrices.
+            settled = 8 * columns**2 if gram else 0
+            yield Phase(
+                "settling",
+                site.name,
+                {"activations between blocks": between, "statistics": held, "its other triangle": settled},
+            )
+            yield Phase(
+                "solving",
+                ", ".join(site.weights),
+                {
+                    "activations between blocks": between,
+                    "statistics": held,
+                    "masks, weights and workspace of a solve": max(
+                        scratch(rows, columns), _counting(rows, columns, gram, graph.weights[site.weights[0]].dtype)
+                    ),
+                },
+            )
+            held -= own
+        masked.update(name for site in span.sites for name in site.weights)
+        if again and not last:
+            yield Phase(
+                "forward again",
+                span.name,
+                {
+                    "activations between blocks": max(before, after),
+                    "activations of one call": rehearsal.forward(span, {}, True),
+                    "masked weights": _masked_bytes(graph, walker, span, masked),
+                },
+            )
+
+
+def _statistics_bytes(graph: Graph, site: Site, gram: bool, data: CalibrationData) -> int:
+    """As `Statistics` holds them: sums of squares, some rows, and the Gram matrix where asked for; of every expert."""
+    weight = graph.weights[site.weights[0]]
+    experts, calls = weight.shape[0] if weight.kind == "experts" else 1, len(data.calls)
+    columns, rows = weight.matrix_shape[1], -(-SAMPLE // (calls * experts))
+    sampled = rows * calls * len(site.reads)
+    return experts * (8 * columns + 4 * sampled * columns + (4 * columns**2 if gram else 0))
+
+
+def _counting(rows: Sequence[int], columns: int, gram: bool, dtype: torch.dtype) -> int:
+    """While the errors of a solve are counted: masks, weights in fp32 where they change, and copies of the largest matrix, or one
+    and the squares of its outputs on the rows that are kept, in fp32 and fp64."""
+    copies = max(
+        sum(rows) // max(rows) * dtype.itemsize * columns * gram,
+        (8 if dtype == torch.float32 else 12) * columns,
+        4 * columns + 12 * SAMPLE,
+    )
+    return columns * sum(rows) * (5 if gram else 1) + max(rows) * copies
+
+
+def _masked_bytes(graph: Graph, walker: Walker, span: Span, masked: set[str]) -> int:
+    """Of the copies with zeros in them that a span's products read, all until it is through."""
+    read = {
+        str(n.target)
+        for step in walker.steps[span.start : span.end]
+        if step in walker.needed
+        for n in step.all_input_nodes
+        if n.op == "get_attr"
+    }
+    return sum(w.numel * w.dtype.itemsize for w in graph.weights.values() if w.name in read & masked)
+
+
+def _address(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _on_meta(value: Any) -> Any:
+    return _META if isinstance(value, torch.device) else value

@@ -1,0 +1,1 @@
+"""What a run would take, told before it begins: memory, from a graph's shapes and what passes say of themselves."""

@@ -1,0 +1,103 @@
+"""The most memory that passes would take on a graph, and which of them where: an upper bound, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsec import memory
+from sparsec.calibrate import CalibrationData
+from sparsec.cost.phase import Phase
+from sparsec.ir.graph import Graph
+from sparsec.pipeline import Pipeline
+from sparsec.pipeline.base import Effect, Pass
+from sparsec.pipeline.foreseen import Foreseen
+from sparsec.pipeline.spec import unparse_one
+
+PROCESS = 500_000_000
+"""Interpreter and libraries with a traced model and the native kernels, where the system does not tell what this process takes."""
+SLACK = 1.05
+"""What allocators and libraries take beside what is asked of them."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A phase of a pass. standing: bytes of the model, in all states between the passes, where it is no mapped file."""
+
+    spec: str
+    phase: Phase
+    standing: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """All that is held, the process aside."""
+        return self.standing + int(SLACK * self.phase.nbytes)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """process: bytes of interpreter and libraries. notes: what was taken for granted."""
+
+    process: int
+    moments: tuple[Moment, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> Moment | None:
+        """Where most is held; None where passes take nothing to speak of."""
+        return max(self.moments, key=lambda moment: moment.nbytes, default=None)
+
+    @property
+    def total(self) -> int:
+        """Bytes at the worst moment."""
+        return self.process + (self.worst.nbytes if self.worst is not None else 0)
+
+    def __str__(self) -> str:
+        """In words: the figure, and what it is made of."""
+        worst = self.worst
+        parts = {"interpreter and libraries": self.process}
+        if worst is not None:
+            parts |= {"the model": worst.standing} if worst.standing else {}
+            parts |= {what: int(SLACK * n) for what, n in worst.phase.held.items() if n}
+        told = ", ".join(f"{what} {n / 1e6:,.1f}" for what, n in parts.items())
+        where = f" in {worst.spec}, {worst.phase.what} of {worst.phase.where}" if worst is not None else ""
+        return f"{self.total / 1e6:,.1f} MB{where}: {told}"
+
+
+def peak(
+    graph: Graph,
+    pipeline: Pipeline,
+    data: CalibrationData | None = None,
+    *,
+    streaming: bool = True,
+    process: int | None = None,
+) -> Footprint:
+    """What running a pipeline on a graph would hold at most. The graph stays what it is, and no weight is read.
+
+    data: the calls that it would be calibrated on; only their shapes count, so they may be on torch's device meta. streaming:
+    weights, masks and packed tensors lie in mapped files, which are no memory; else all of the model is held. process: bytes of
+    interpreter and libraries, by default what this process takes. Raises PipelineError, SelectionError and WeightError as a run
+    does, and TraceError where shapes depend on numbers.
+    """
+    pipeline.validate(graph.facts)
+    graph, foreseen = graph.view(), Foreseen(data, streaming)
+    moments: list[Moment] = []
+    for p in pipeline.passes:
+        before = _standing(graph, streaming)
+        phases = list(p.phases(graph, foreseen))
+        graph.forget(p.invalidates - p.produces)
+        graph.facts |= p.produces
+        standing = max(before, _standing(graph, streaming))
+        moments += [Moment(unparse_one(p), phase, standing) for phase in phases]
+        if not phases and p.effect is not Effect.ANALYSIS and type(p).phases is Pass.phases:
+            foreseen.granted(f"{p.name}: the pass does not say what it takes, so it is taken to need no memory")
+    if process is None:
+        process = memory.resident() or PROCESS
+    return Footprint(process, tuple(moments), tuple(foreseen.notes))
+
+
+def _standing(graph: Graph, streaming: bool) -> int:
+    """Bytes of weights and masks, each storage once."""
+    if streaming:
+        return 0
+    masks = sum(w.numel for w in graph.masked())
+    return memory.held(graph.module).total + masks
