@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparsec import memory
+from sparsec.beside import begun, helped, loaded_once
 from sparsec.calibrate import Sequences
 from sparsec.checkpoint.folder import read_config
 from sparsec.checkpoint.places import saved_folder
@@ -35,11 +36,12 @@ from sparsec.console.events import Events
 from sparsec.console.output import guarded, writable_folder
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, mega, paragraph
-from sparsec.data import LoadedModel, Text, load_model, load_text
+from sparsec.data import LoadedModel, Text, load_text
 from sparsec.errors import DataError, SpecError
 from sparsec.generate import Told, says_little
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress, stage
+from sparsec.ranks import Ranks, launched
 from sparsec.report.collect import Report
 from sparsec.report.summary import summary_lines
 from sparsec.report.words import zeros_of
@@ -134,10 +136,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = parser(prog).parse_args(argv)
-    return guarded(lambda: _run(args), args.traceback)
+    return guarded(lambda: _launched(args), args.traceback)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _launched(args: argparse.Namespace) -> None:
+    with launched() as ranks:
+        _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     # What can be wrong is looked at before anything slow runs.
     pipeline = Pipeline.parse(args.passes)
     pipeline.validate()
@@ -155,23 +162,32 @@ def _run(args: argparse.Namespace) -> None:
             "--measure compares models side by side in memory, so that nothing is kept to go on from; leave out --measure, and "
             "measure the saved model with: sparsec report " + args.folder
         )
+    if args.measure and not ranks.alone:
+        raise DataError(
+            "--measure takes times, which several ranks on a machine would disturb; leave it out, and measure the saved model "
+            "with: sparsec report " + args.folder
+        )
     text = load_text(args.text) if args.measure else None
     learnt = calibration_text(args, [pipeline])
     second = None if text is None else untrained_text(args, [pipeline], text, learnt)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    unfinished = None if args.measure else Unfinished.begun(Path(args.folder).expanduser(), args.resume)
+    unfinished = None if args.measure else begun(args, ranks)
     with shown_progress(sys.stderr) as shown, memory.Peak() as peak:
         events = Events(sys.stdout, shown) if args.json else None
         progress = events or shown
         with cleared_away(unfinished):
             with stage(progress, "loading the model"):
-                spill = None if unfinished is None else unfinished.spill
-                loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed, spill)
+                loaded = loaded_once(args, ranks, progress, unfinished)
             drawn = calibration(loaded, args, [pipeline], learnt, progress)
             if unfinished is not None:
-                unfinished.fits(_fingerprint(args, pipeline, loaded, drawn, unfinished.hashed(loaded.files, progress)))
+                of = _fingerprint(args, pipeline, loaded, drawn, unfinished.hashed(loaded.files, progress))
+                unfinished.fits(of)
+                ranks.agree(lambda: {name: str(value) for name, value in of.items() if name != "threads"})
+        if not ranks.first:
+            helped(loaded, pipeline, drawn, ranks, unfinished)
+            return
         place = Path(args.folder).expanduser() if unfinished is None else unfinished.result
         if text is not None:
             model, report, lines = _measured(loaded, pipeline, args, (text, second), drawn, progress)
@@ -188,6 +204,7 @@ def _run(args: argparse.Namespace) -> None:
         then = "generate" if model.can_generate() else "check"
         if unfinished is not None:
             unfinished.unchanged()
+            ranks.told("written")
             unfinished.done()
     if events is not None:
         events.say("saved", **_saved_facts(args.folder, report), peak_memory_bytes=peak.nbytes)

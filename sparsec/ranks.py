@@ -7,11 +7,14 @@ longer than that allows: a rank that died or hangs ends the others with its name
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -198,6 +201,8 @@ class Ranks:
         finally:
             for group in (*groups, *self._watch.groups):
                 group.abort()  # else it would wait for what never comes
+            self._watch.close()
+            for group in () if self._watch.broken else (*groups, *self._watch.groups):
                 dist.destroy_process_group(group)
             self._groups = []
 
@@ -233,6 +238,45 @@ def together(ends_process: bool = False) -> Iterator[Ranks]:
         ranks._leave(None, ranks._groups)
     finally:
         _here.reset(token)
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """`together` in a command that torchrun may have started: the process group begins and ends with it, and the first rank alone
+    speaks. Raises RanksError where not all ranks come."""
+    named = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if not named or os.environ["WORLD_SIZE"] == "1" or not dist.is_available() or dist.is_initialized():
+        with together() as ranks:
+            yield ranks
+        return
+    try:
+        dist.init_process_group("gloo", timeout=MEET)
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at {os.environ['MASTER_ADDR']}, port "
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]:.200}); start all of them with torchrun"
+        ) from error
+    try:
+        with ExitStack() as quiet:
+            if dist.get_rank():
+                quiet.enter_context(redirect_stdout(io.StringIO()))
+                quiet.enter_context(redirect_stderr(io.StringIO()))
+            yield quiet.enter_context(together(ends_process=True))
+    except RanksError:
+        atexit.register(_end)  # taking connections down would wait for a rank that hangs
+        raise
+    dist.destroy_process_group()
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def first_here(ranks: Ranks) -> int:
+    """The rank that torchrun counts first on this machine; this one itself where nothing tells."""
+    return ranks.number - (0 if ranks.alone else int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ class Unfinished:
     sources: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # size, time and number of each file
 
     @classmethod
-    def begun(cls, place: Path, resume: bool) -> Unfinished:
-        """Makes the folder, or goes on with the one that is there.
+    def begun(cls, place: Path, resume: bool, rank: int = 0) -> Unfinished:
+        """Makes the folder, or goes on with the one that is there. rank: of several processes; all but 0 keep theirs within it.
 
         Raises DataError for one that is there and shall not be gone on with, SpillError for one that cannot be made.
         """
         place = Path(os.path.abspath(place))
         path = place.with_name(f"{place.name}{ENDING}")
+        path = path / f"rank {rank}" if rank else path
         if path.exists() and not resume:
             raise DataError(
                 f"{path} holds a run that was not done; --resume goes on with it, and deleting the folder begins anew"
@@ -56,7 +57,12 @@ class Unfinished:
     @property
     def spill(self) -> Spill:
         """For what passes make."""
-        return Spill(self.path / "kept")
+        return self.of_rank(None)
+
+    def of_rank(self, rank: int | None) -> Spill:
+        """The same of another rank on this machine; None: this one."""
+        whole = self.place.with_name(f"{self.place.name}{ENDING}")
+        return Spill((self.path if rank is None else whole / f"rank {rank}" if rank else whole) / "kept")
 
     def fits(self, of: Mapping[str, Any]) -> None:
         """Writes down what the run is of; where it goes on, DataError unless it is the same. Only names of JSON."""
@@ -127,6 +133,12 @@ class Unfinished:
                 self.place.rmdir()  # an empty one
             self.result.rename(self.place)
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def forget(self) -> None:
+        """Another rank has written the result: what this one kept goes away."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # another rank's are in it
+            self.path.parent.rmdir()
 
 
 @contextmanager

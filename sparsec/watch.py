@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -73,9 +72,21 @@ class Watch:
         if error is None:
             self.check()
 
+    @property
+    def broken(self) -> bool:
+        """Whether another rank was lost: then nothing is waited for any more."""
+        return bool(self._lost)
+
+    def close(self) -> None:
+        """After its groups are."""
+        self._thread.join(2 * BEAT)
+
     def _run(self) -> None:
         while not self._lost:
-            state, text = (self._conducted if self.number == 0 else self._followed)()
+            try:
+                state, text = (self._conducted if self.number == 0 else self._followed)()
+            except Exception as error:  # whatever it is, the others must not be waited for
+                state, text = _FAILED, f"rank {self.number} cannot watch the others: {briefly(error)}"
             if state == _DONE:
                 break
             if state == _FAILED:
@@ -88,15 +99,20 @@ class Watch:
                     time.sleep(BEAT / 20)  # what is left to wait for is short
         self._over.set()
         if self._lost and self.ends_process and not self._left.wait(_GRACE):
-            print(f"error: {self._lost}", file=sys.stderr, flush=True)
+            print(f"error: {self._lost}", file=sys.__stderr__, flush=True)
             os._exit(2)
 
     def _conducted(self) -> tuple[int, str]:
         """As rank 0: hears all, and tells all."""
         heard = {0: (self._state, self._text)}
         letters = {rank: _empty() for rank in range(1, self.count)}
-        works: Mapping[int, Any] = {r: dist.irecv(letter, r, group=self.groups[0]) for r, letter in letters.items()}
+        works: dict[int, Any] = {}
         until = time.monotonic() + SILENT
+        for rank, letter in letters.items():
+            try:
+                works[rank] = dist.irecv(letter, rank, group=self.groups[0])
+            except RuntimeError as error:
+                heard[rank] = _FAILED, _gone(rank, error)
         for rank, work in works.items():
             try:
                 _done(work, max(0.001, until - time.monotonic()))
@@ -108,23 +124,23 @@ class Watch:
         failed = [each for each in heard.values() if each[0] == _FAILED]
         over = len(heard) == self.count and all(state == _DONE for state, _ in heard.values())
         verdict = failed[0] if failed else (_DONE if over else _GOES_ON, "")
-        letter = _written(*verdict)
-        for rank in works:
-            try:
-                _done(dist.isend(letter, rank, group=self.groups[1]), 2 * BEAT)
-            except RuntimeError as error:
-                if verdict[0] == _GOES_ON:  # those that are told below end the rest
-                    verdict = _FAILED, _gone(rank, error)
-                    letter = _written(*verdict)
+        told: dict[int, Any] = {}
+        for rank in letters if not failed else (r for r, (state, _) in heard.items() if r and state != _FAILED):
+            with suppress(RuntimeError):  # the next beat says so
+                told[rank] = dist.isend(_written(*verdict), rank, group=self.groups[1])
+        for work in told.values():
+            with suppress(RuntimeError):
+                _done(work, 2 * BEAT if failed else max(BEAT, until - time.monotonic()))
         return verdict
 
     def _followed(self) -> tuple[int, str]:
-        """As another one: tells rank 0, and hears of all."""
+        """As another one: tells rank 0, and hears of all. Either is taken when the other side is ready for it."""
+        until = time.monotonic() + SILENT + 5 * BEAT
         with suppress(RuntimeError):  # the verdict says why
-            _done(dist.isend(_written(self._state, self._text), 0, group=self.groups[0]), 2 * BEAT)
+            _done(dist.isend(_written(self._state, self._text), 0, group=self.groups[0]), SILENT)
+        letter = _empty()
         try:
-            letter = _empty()
-            _done(dist.irecv(letter, 0, group=self.groups[1]), SILENT + 5 * BEAT)
+            _done(dist.irecv(letter, 0, group=self.groups[1]), max(BEAT, until - time.monotonic()))
         except RuntimeError as error:
             return _FAILED, _gone(0, error)
         return _read(letter)

@@ -71,6 +71,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "",
         "__main__",
+        "beside",
         "check",
         "overview",
         "compress",

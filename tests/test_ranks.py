@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_calibrate import traced_llama
 
+import sparsec
+from sparsec.calibrate import samples
+from sparsec.calibrate.data import spread
+from sparsec.kernels import SparseLinear
 from sparsec.ranks import ALONE, share_out
 
 SCRIPT = Path(__file__).parent / "ranks_cases.py"
@@ -144,3 +152,108 @@ def test_the_failure_of_one_is_said_by_all(tmp_path: Path) -> None:
 def test_a_rank_may_work_by_itself(tmp_path: Path) -> None:
     run("by_itself", 2, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.txt", "1.txt"]
+
+
+COMPRESS = (
+    *("tiny", "--passes", "sparsegpt(0.5),freeze,lower(bitmap)", "--no-sample"),
+    *("--calibration-sequences", "8", "--calibration-length", "600"),
+)
+
+
+def compressing(
+    how: str, place: str, rank: int, count: int, folder: Path, more: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """`sparsec compress` in so many plain processes, one of which ends itself at a place."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, SCRIPT.with_name("killed_rank.py"), how, place, str(rank)),
+                *("compress", COMPRESS[0], folder, *COMPRESS[1:], *more),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ
+            | {"RANK": str(number), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "place", "rank"),
+    [
+        ("SIGKILL", "calibration", 2),
+        ("SIGKILL", "calibration", 0),
+        ("SIGKILL", "solving", 1),
+        ("SIGKILL", "writing", 0),
+        ("SIGSTOP", "calibration", 3),
+        ("SIGSTOP", "calibration", 0),
+    ],
+)
+def test_a_rank_that_ends_or_hangs_ends_all_within_a_minute(how: str, place: str, rank: int, tmp_path: Path) -> None:
+    ranks = compressing(how, place, rank, 4, tmp_path / "made")
+    try:
+        assert ranks[rank].stdout is not None
+        said = ""
+        while "ending" not in said:
+            line = ranks[rank].stdout.readline()
+            assert line, said
+            said += line
+        begun = time.monotonic()
+        others = [each for number, each in enumerate(ranks) if number != rank]
+        told = [each.communicate(timeout=90)[0] for each in others]
+        assert time.monotonic() - begun < 60
+    finally:
+        for each in ranks:
+            each.kill()
+    for each, text in zip(others, told, strict=True):
+        assert each.returncode == 2, text
+        assert f"error: rank {rank} {'hangs' if how == 'SIGSTOP' else 'is gone'}" in text
+        assert "Traceback" not in text
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
+def test_the_command_in_several_processes_writes_what_one_writes(tmp_path: Path) -> None:
+    for count in (1, 3):
+        found = ended(compressing("SIGKILL", "writing", -1, count, tmp_path / str(count)))
+        assert [code for code, _ in found] == [0] * count, found
+        assert all(text == "" for _, text in found[1:])
+        assert "Saved" in found[0][1]
+    one, several = ({n: m.weight != 0 for n, m in packed(tmp_path / folder).items()} for folder in ("1", "3"))
+    assert one.keys() == several.keys()
+    differ = sum(int((mask != several[name]).sum()) for name, mask in one.items())
+    assert differ <= 1e-4 * sum(mask.numel() for mask in one.values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
+
+
+@pytest.mark.slow
+def test_ranks_go_on_together_after_one_was_killed(tmp_path: Path) -> None:
+    killed = ended(compressing("SIGKILL", "solving", 1, 3, tmp_path / "again"))
+    assert [code for code, _ in killed] == [2, -9, 2]
+    for folder, more in (("again", ["--resume"]), ("once", [])):
+        found = ended(compressing("SIGKILL", "solving", -1, 3, tmp_path / folder, more))
+        assert [code for code, _ in found] == [0] * 3, found
+    again, once = packed(tmp_path / "again"), packed(tmp_path / "once")
+    assert all(torch.equal(m.weight, once[name].weight) for name, m in again.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "once"]
+
+
+def packed(folder: Path) -> dict[str, Any]:
+    """The packed layers of a saved model, by name."""
+    return {name: m for name, m in sparsec.load(folder).named_modules() if isinstance(m, SparseLinear)}
+
+
+@given(lengths=st.lists(st.integers(2, 6), min_size=1, max_size=9), count=st.integers(1, 4))
+def test_calls_are_cut_so_that_every_rank_has_some(lengths: list[int], count: int) -> None:
+    graph = traced_llama()[1]
+    data = samples(graph, [torch.full((n,), 3 + i) for i, n in enumerate(lengths)], "test")
+    cut = spread(data, graph, count)
+    rows = [sorted(r.tolist() for call in each.calls for r in call[0]) for each in (data, cut)]
+    assert rows[0] == rows[1]
+    assert count == 1 or len(cut.calls) >= min(count, len(lengths))
+    masks = {call[1].shape: call[1] for call in cut.calls}
+    assert all(masks[call[1].shape] is call[1] for call in cut.calls)  # what is the same for all calls is computed once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +22,8 @@ SEQUENCES = 32
 BESIDE = 2
 """Sequences of another text than the one that is trained on, to tell how that fares."""
 _TOKENS_PER_CALL = 1024
+_CALLS_PER_RANK = 4
+"""At least, where there are so many sequences: one call more or less is then little."""
 _NO_LABEL = -100
 INPUTS = frozenset({"input_ids", "attention_mask"})
 """What a graph may take and still be calibrated on tokens alone."""
@@ -161,6 +163,26 @@ def samples(graph: Graph, tokens: Tensor | Sequence[Tensor], source: str) -> Cal
 def takes_tokens(graph: Graph) -> bool:
     """Whether it can be called with token ids and nothing else."""
     return set(graph.inputs) <= INPUTS and "input_ids" in graph.inputs
+
+
+def spread(data: CalibrationData, graph: Graph, ranks: int) -> CalibrationData:
+    """With fewer sequences in a call, where a language model's calls are too few to be shared out evenly."""
+    wanted = _CALLS_PER_RANK * ranks
+    if ranks == 1 or len(data.calls) >= wanted or not takes_tokens(graph) or graph.rung == "static":
+        return data
+    known: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def part(tensor: Tensor, start: int, size: int) -> Tensor:
+        found = tensor[start : start + size]
+        same = known.setdefault((id(tensor), found.shape), found)
+        return same if torch.equal(same, found) else found
+
+    calls = []
+    for call in data.calls:
+        sequences = call[0].shape[0]
+        size = -(-sequences // min(sequences, -(-wanted // len(data.calls))))
+        calls += [tuple(part(t, start, size) for t in call) for start in range(0, sequences, size)]
+    return replace(data, calls=tuple(calls))
 
 
 def _check_ids(ids: Tensor, vocabulary: int | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from sparsec.arguments import checked
 from sparsec.calibrate.attention import CausalAttention
-from sparsec.calibrate.data import CalibrationData
+from sparsec.calibrate.data import CalibrationData, spread
 from sparsec.calibrate.dataflow import varying, views_of_weights, writes
 from sparsec.calibrate.jobs import learnt
 from sparsec.calibrate.kept import Place, flat, gone, whole
@@ -113,7 +113,7 @@ def calibrate(
         again = span.again and feed == "pruned"
         seen: dict[Site, list[Statistics]] = {}
         if not all(ranks.told(all(store.has(site.key) for site in span.sites))):
-            seen = {site: _statistics(graph, site, gram, data, len(walker.calls)) for site in span.sites}
+            seen = {site: _statistics(graph, site, gram, walker.data, len(walker.calls)) for site in span.sites}
         watched: dict[Operand, list[Sequence[Statistics]]] = {}
         for site, statistics in seen.items():
             for read in site.reads:
@@ -158,6 +158,7 @@ class Walker:
     """A graph and, for each call that falls to this rank, the values that are alive where it stands."""
 
     def __init__(self, graph: Graph, data: CalibrationData, sites: Iterable[Site], ranks: Ranks = ALONE) -> None:
+        data = spread(data, graph, ranks.count)
         self.graph, self.data, self.profile, self.ranks = graph, data, Profile(ranks=ranks.count), ranks
         self.calls = [data.calls[i] for i in ranks.mine([call[0].numel() for call in data.calls])]
         self.steps = steps_of(graph)

@@ -39,7 +39,7 @@ def facts_of_run(pipeline: Pipeline, graph: Graph, data: CalibrationData | None)
     more = data.training.sha256[:16] if data is not None and data.training is not None else ""
     return {
         **versions(),
-        "passes": str(pipeline),
+        "passes": str(pipeline.learning_part),
         "calibration": text,
         "text to train on": more,
         "shapes of the weights": _shapes(graph),

@@ -86,6 +86,12 @@ class Pipeline:
         """Names of the passes that train."""
         return tuple(p.name for p in self.passes if p.trains)
 
+    @property
+    def learning_part(self) -> Pipeline | None:
+        """The passes up to the last one that needs calibration data: what several ranks share; None where none does."""
+        last = max((i for i, p in enumerate(self.passes, 1) if p.needs_calibration), default=0)
+        return Pipeline(self.passes[:last]) if last else None
+
     @checked
     def before(self, name: str) -> Pipeline:
         """The passes that stand before the first pass of that name; all, when there is none."""
