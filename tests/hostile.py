@@ -48,24 +48,11 @@ def values(folder: Path) -> dict[str, Any]:
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "empty").write_text("")
     numbers = {
-        "True": True,
-        "3": 3,
-        "0": 0,
-        "-1": -1,
-        "huge": 2**70,
-        "1.5": 1.5,
-        "NaN": math.nan,
-        "-inf": -math.inf,
-        "1j": 1j,
-    }
+        "True": True, "3": 3, "0": 0, "-1": -1, "huge": 2**70, "1.5": 1.5, "NaN": math.nan, "-inf": -math.inf, "1j": 1j,
+    }  # fmt: skip
     strings = {
-        "''": "",
-        "a word": "surely-no-such-thing",
-        "NUL": "a\0b",
-        "surrogate": "\udce9",
-        "long": "x" * 20000,
-        "bytes": b"x",
-    }
+        "''": "", "a word": "surely-no-such-thing", "NUL": "a\0b", "surrogate": "\udce9", "long": "x" * 20000, "bytes": b"x",
+    }  # fmt: skip
     empty = {
         "None": None,
         "[]": [],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsec import private
-from sparsec.errors import FormatError
+from sparsec.errors import FormatError, SparsecWarning
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout, for_device
 from sparsec.kernels.modules.loading import loadable, unpickled
@@ -139,6 +140,13 @@ class PackedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise write_error(self.path)
+        if name == "_hf_hook" and any(map(_leaves_buffers, (value, *getattr(value, "hooks", ())))):
+            warnings.warn(
+                "accelerate offloads layers whose packed weights are buffers, and keeps these on the device that computes; give it "
+                "offload_buffers=True, and they are offloaded too",
+                SparsecWarning,
+                stacklevel=2,
+            )
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -218,6 +226,11 @@ class PackedLayer(nn.Module):
         self._take(packed)
         if type(packed.values) is Tensor:  # not one that only pretends to have contents
             self.lay_out(packed.values.device.type)
+
+
+def _leaves_buffers(hook: Any) -> bool:
+    """Whether a hook of accelerate offloads parameters alone."""
+    return bool(getattr(hook, "offload", False)) and not getattr(hook, "offload_buffers", True)
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -129,11 +129,12 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
             whole[path], _ = stored_matrix(path, stored, named, str(folder), contents=False)
             bias = torch.empty(packed.shape[0], dtype=packed.dtype, device="meta") if stored.bias else None
             model.set_submodule(path, layer_for(old, path, packed, bias, "config.json"))
+        take_dense_kernels(model, self.record)  # before transformers, or accelerate, wraps what they find
         guard_embeddings(model)
+        self.whole = whole
         if self.processes > 1:  # transformers leaves packed tensors to us, of which each process reads its share
-            self.whole, self.dims = whole, split_dims(model, whole, self.processes)
+            self.dims = split_dims(model, whole, self.processes)
             await_shares(model.get_submodule(path) for path in whole)  # type: ignore[misc]
-            take_dense_kernels(model, self.record)  # before transformers wraps them
             outside += [f"{path}.{name}" for path, stored in self.record.layers.items() for name in stored.tensors]
         ignored: Any = model
         ignored._keys_to_ignore_on_load_unexpected = {
@@ -149,29 +150,34 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from sparsec.checkpoint.folder import saved_report
-        from sparsec.checkpoint.reading import check_packed, join, make_groups, put_computed, say_loaded, tie
+        from sparsec.checkpoint.reading import check_packed, make_groups, put_computed, say_loaded, tie
+        from sparsec.errors import CheckpointError
         from sparsec.kernels.modules.packed_layer import PackedLayer
         from sparsec.parallel.shares import take_shares, whole_groups
 
+        whole = self.__dict__.pop("whole")
+        offloaded = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         if self.processes > 1:
-            for path, packed in self.whole.items():
+            for path, packed in whole.items():
                 check_packed(path, self.record.layers[path], packed, "the files")
-            take_shares(model, self.whole, self.dims)
-            del self.whole
+            take_shares(model, whole, self.dims)
             tie(model, self.record.without(self.dims), "config.json")
         else:
             tie(model, self.record, "config.json")
             for path, stored in self.record.layers.items():
                 layer = model.get_submodule(path)
                 assert isinstance(layer, PackedLayer)
-                check_packed(path, stored, layer.packed, "the files")
+                away = layer.packed.values.is_meta  # offloaded: what will come is what the files hold
+                check_packed(path, stored, whole[path] if away else layer.packed, "the files")
                 layer.lay_out(layer.packed.values.device.type)
         put_computed(model, self.computed, "the files")
-        if self.processes > 1:
-            make_groups(model, whole_groups(model, self.record.groups))
-        else:
-            join(model, self.record)
+        make_groups(model, whole_groups(model, self.record.groups))
         if self.dtype != (self.record.dtype or self.dtype):
+            if offloaded:
+                raise CheckpointError(
+                    f"from_pretrained: dtype={self.dtype} with offloaded layers: {self.folder} holds {self.record.dtype}, and "
+                    "what is offloaded is not converted; leave dtype out, or convert sparsec.load(folder).to(dtype) and save that"
+                )
             model.to(self.dtype)
         name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
         say_loaded(model, self.record, name, saved_report(self.folder, self.record))

@@ -69,11 +69,9 @@ def leave_groups(model: nn.Module) -> None:
 
 def _groups_here(module: Any) -> bool:
     """Whether the product of a module may be computed with others: of plain tensors, and not one to be summed over processes."""
-    return (
-        isinstance(module, Grouped)
-        and isinstance(module, PackedLayer)
-        and (module.share is None or not module.share.dim)
-    )
+    if isinstance(module, PackedLayer) and module.share is not None and module.share.dim:
+        return False
+    return isinstance(module, Grouped) and not any(map(is_split, module._parameters.values()))
 
 
 def refuse_share(model: nn.Module) -> None:
@@ -85,7 +83,7 @@ def refuse_share(model: nn.Module) -> None:
         )
 
 
-def is_split(tensor: Tensor) -> bool:
+def is_split(tensor: Tensor | None) -> bool:
     """Whether several processes hold a tensor together."""
     distributed = sys.modules.get("torch.distributed.tensor")  # nobody made one without it
     return distributed is not None and isinstance(tensor, distributed.DTensor)

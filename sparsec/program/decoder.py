@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from sparsec.reference import ModelReference
 
 BATCH = 8
 """Sequences at most; beyond, the model's own code runs."""
+WRAPPED = "_old_forward"
+"""Where accelerate keeps the forward that its hooks stand around."""
 _IGNORED = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"))
 _ATTENTIONS = {"eager", "sdpa"}
 """Names of transformers whose attention is that of a program."""
@@ -43,14 +46,22 @@ _PROBES = ((0, 3), (1, 7))
 
 def decode_natively(model: nn.Module) -> None:
     """Lets a causal model of transformers decode by programs: its `forward` asks for one first. Other models stay as they are."""
-    if decodes(model) and "forward" not in vars(model):
+    own = vars(model)
+    if not decodes(model):
+        return
+    if "forward" not in own:
         object.__setattr__(model, "forward", StepForward(model))
+    elif getattr(own.get(WRAPPED), "__func__", None) is type(model).forward:
+        object.__setattr__(model, WRAPPED, StepForward(model))
 
 
 def decode_plainly(model: nn.Module) -> None:
     """Takes that back."""
-    if isinstance(vars(model).get("forward"), StepForward):
-        del vars(model)["forward"]
+    own = vars(model)
+    if isinstance(own.get("forward"), StepForward):
+        del own["forward"]
+    if isinstance(own.get(WRAPPED), StepForward):
+        object.__setattr__(model, WRAPPED, MethodType(type(model).forward, model))
 
 
 def decodes(model: nn.Module) -> bool:
@@ -228,6 +239,8 @@ def _prepare(model: nn.Module, batch: int) -> _Prepared | _Refused:
 def _made(model: nn.Module, batch: int, holding: AsItStood) -> _Prepared | str:
     if (processes := processes_of(model)) > 1:
         return f"{processes} processes hold its weights, and no program sums what they compute"
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return "weights of it are offloaded, and come at every call"
     if holding.patched():
         return "it is in training, or a module inside has a forward of its own"
     device = {t.device.type for t in (*model.parameters(), *model.buffers())}

@@ -30,6 +30,7 @@ class AsItStood:
         self._held: list[dict[str, Any]] = []
         self._hooks: list[dict[int, Any]] = []
         self._modules: list[dict[str, Any]] = []
+        self._forwards: list[Any] = []  # of their classes
         self._foreign: list[dict[str, Any]] = []
         self._configs: dict[int, dict[str, Any]] = {}
         for module in model.modules():
@@ -39,6 +40,7 @@ class AsItStood:
                 self._configs[id(config)] = config
             if module is not model:
                 self._modules.append(own)
+                self._forwards.append(type(module).forward)
                 self._hooks += [own[name] for name in _HOOKS]
                 if type(module).__module__.partition(".")[0] not in _KNOWN:
                     self._foreign.append(own)
@@ -97,7 +99,10 @@ class AsItStood:
         """Whether a module inside has a forward of its own, or is in training."""
         if self._root["training"]:
             return True
-        return any("forward" in own or own["training"] for own in self._modules)
+        return any(
+            own["training"] or ("forward" in own and getattr(own["forward"], "__func__", None) is not forward)
+            for own, forward in zip(self._modules, self._forwards, strict=True)
+        )  # hooks of accelerate that are taken off leave the class's own behind
 
     def hooked(self) -> bool:
         """Whether a module inside has hooks, or all modules; not those that transformers leaves behind, which do nothing here."""

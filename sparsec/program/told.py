@@ -6,7 +6,7 @@ import itertools
 
 from torch import nn
 
-from sparsec.program.decoder import StepForward
+from sparsec.program.decoder import WRAPPED, StepForward
 
 NATIVE = "one native call a token"
 
@@ -16,9 +16,12 @@ def told_decoding(model: nn.Module) -> str | None:
 
     Prepares the program where none is yet, which takes as long as some tokens.
     """
-    forward = vars(model).get("forward")
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    if not isinstance(forward, StepForward) or model.training or any(t.device.type != "cpu" for t in tensors):
+    known = (vars(model).get(name) for name in ("forward", WRAPPED))
+    forward = next((each for each in known if isinstance(each, StepForward)), None)
+    devices = {t.device.type for t in itertools.chain(model.parameters(), model.buffers())}
+    if any("_hf_hook" in vars(m) for m in model.modules()):  # of accelerate: what is on meta comes when it is called
+        devices.discard("meta")
+    if forward is None or model.training or devices - {"cpu"}:
         return None
     reason = forward.reason()
     return f"the model's own code, no native call: {reason}" if reason else NATIVE
