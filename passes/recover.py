@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -51,16 +52,17 @@ class Recover(Pass):
     """Trains the masked weights, norms and biases towards the dense model, on the calibration text.
 
     method: `distill` trains the whole model towards the dense one's logits; `blocks` each block's attention and MLP towards the
-    dense one's outputs, one after the other, in little memory; `norms` trains norms and biases alone, towards the logits;
-    `lora` low-rank products under the masks, merged in the end. steps or minutes: how long (10 minutes; of `blocks`, steps are
-    those of each half of a block). learning_rate: at its highest, after a short warm-up; schedule: how it falls. batch: pieces
-    of a step; length: sequences are cut into pieces of at most so many tokens, None leaves them whole. cross_entropy: share of what
-    comes next in the text beside the dense model's logits; hidden: weight of the hidden states' relative error; temperature: of
-    both distributions. rank, alpha: of `lora`. regrow: masks move while training (`distill` alone): every regrow_every steps
-    the weakest weights go and others come, where the gradient is largest (`rigl`) or at random (`set`); regrow_share of the
-    kept ones at first, fewer later. dtype: to compute products in; auto: bfloat16 where that is faster here. recompute:
-    activations are computed twice instead of kept; None: those beyond 0.4 GB. checkpoint: a folder that keeps the state; a run
-    that was stopped goes on from it. values: of `lower`; weights are rounded to them in every forward pass, and in the end.
+    dense one's outputs, one after the other, in little memory; `norms` trains norms and biases alone, towards the logits; `lora`
+    low-rank products under the masks, merged in the end. steps or minutes: how long (10 minutes; of `blocks`, steps are those of
+    each half of a block). learning_rate: at its highest, after a short warm-up; schedule: how it falls. batch: pieces of a step;
+    of several ranks each takes its share, one at least; length: sequences are cut into pieces of at most so many tokens, None
+    leaves them whole. cross_entropy: share of what comes next in the text beside the dense model's logits; hidden: weight of the
+    hidden states' relative error; temperature: of both distributions. rank, alpha: of `lora`. regrow: masks move while training
+    (`distill` alone): every regrow_every steps the weakest weights go and others come, where the gradient is largest (`rigl`) or
+    at random (`set`); regrow_share of the kept ones at first, fewer later. dtype: to compute products in; auto: bfloat16 where
+    that is faster here. recompute: activations are computed twice instead of kept; None: those beyond 0.4 GB. checkpoint: a folder
+    that keeps the state; a run that was stopped goes on from it. values: of `lower`; weights are rounded to them in every forward
+    pass, and in the end.
     """
 
     name: ClassVar[str] = "recover"
@@ -199,11 +201,11 @@ class Recover(Pass):
     def _run(self, graph: Graph, context: Context, data: CalibrationData) -> PassResult:
         teacher = dense_reader(graph, context) if self.needs_dense else None
         names = _trained(graph, self.method)
-        text = training_text(graph, data, self.length, self.batch)
+        text = training_text(graph, data, self.length, max(self.batch, context.ranks.count))
         stretches = Stretches(graph)
         self._check_head(stretches, context)
         begun = None if self.checkpoint is None else StateFolder.begun_with(self.checkpoint, "dtype")
-        dtype = dtype_of(self.dtype, graph, begun)
+        dtype = context.ranks.told(dtype_of(self.dtype, graph, begun))[0]
         work = _Work(self, graph, context, text, teacher, names, stretches, dtype, precision(dtype, graph))
         try:
             return work.run()
@@ -246,7 +248,7 @@ class _Work:
     def run(self) -> PassResult:
         options, text = self.options, self.text
         folder = None
-        if options.checkpoint is not None:
+        if options.checkpoint is not None and self.context.ranks.first:
             given = f"{replace(options, checkpoint=None)} {self.compute[0]}"
             folder = StateFolder.open(options.checkpoint, self.graph, self.teacher, text, given)
         looking = Looking(
@@ -261,6 +263,8 @@ class _Work:
         try:
             after = looking.figures()
         except KeyboardInterrupt:
+            if not self.context.ranks.alone:
+                raise
             at.notes.append("interrupted while the figures after the training were taken; the trained weights stay")
         how = f"{at.steps} steps, {at.tokens:,} tokens, {at.seconds / 60:.1f} min, {self.compute[0]}"
         held, second = looking.on_texts(before, after)
@@ -277,13 +281,15 @@ class _Work:
         count = len(self.text.trained)
         held = range(count, count + len(self.text.held))
         model.recompute = self._recomputed(model) if options.recompute is None else float(options.recompute)
-        training = Training(student, self._settings, count, model.gradients, lambda: model.loss(held), tell=self._tell)
+        ranks = self.context.ranks
+        training = Training(
+            student, self._settings, count, model.gradients, lambda: model.loss(held), self._tell, ranks=ranks
+        )
+        if (found := self._loaded(folder, *SAVED)) is not None:
+            with nullcontext() if folder is None else folder.fitting():
+                resume(training, *found)
+            training.at.notes.append(f"went on from step {training.at.steps}, from {options.checkpoint}")
         if folder is not None:
-            found = folder.load(*SAVED)
-            if found is not None:
-                with folder.fitting():
-                    resume(training, *found)
-                training.at.notes.append(f"went on from step {training.at.steps}, from {options.checkpoint}")
             training.keep = lambda now: self._save(folder, *training_state(now), now.at)
         at = training.run()
         student.settle(self.context)
@@ -303,14 +309,14 @@ class _Work:
             varying(self.stretches.steps, CalibrationData((*self.text.trained, *self.text.held), ""), set()),
             self._tell,
             store=self.context.store,
+            ranks=self.context.ranks,
         )
-        if folder is None and kept.lasting:
+        if self.options.checkpoint is None and kept.lasting:
             work.done, work.at = kept.stretches(len(self.stretches.stretches))
             work.keep = kept.keep
-        found = None if folder is None else folder.load("stretches", *COUNTED)
-        if folder is not None and found is not None:
+        if (found := self._loaded(folder, "stretches", *COUNTED)) is not None:
             tensors, numbers = found
-            with folder.fitting():
+            with nullcontext() if folder is None else folder.fitting():
                 write_trained(self.graph, {name: tensors[name] for name in self.names}, self.context)
                 take_likes(self.graph, tensors, self.options.values)
             work.done = numbers["stretches"]
@@ -324,6 +330,10 @@ class _Work:
                 at,
             )
         return work.run()
+
+    def _loaded(self, folder: StateFolder | None, *needed: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """As of `StateFolder`, which the first rank alone has."""
+        return next(self.context.ranks.each([1], lambda _: None if folder is None else folder.load(*needed)))
 
     def _save(
         self, folder: StateFolder, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], at: Progressed
@@ -344,7 +354,8 @@ class _Work:
 
     @property
     def _settings(self) -> Settings:
-        return replace(self.options.settings, scale=loss_scale(self.graph))
+        batch = max(self.options.batch, self.context.ranks.count)  # something to do for every rank
+        return replace(self.options.settings, scale=loss_scale(self.graph), batch=batch)
 
     def _teaching(self) -> Read:
         assert self.teacher is not None

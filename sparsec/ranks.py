@@ -96,6 +96,18 @@ class Ranks:
             for tensor in tensors:
                 self._wait(dist.all_reduce(tensor, group=self._group(tensor), async_op=True))
 
+    def of_first(self, number: float) -> float:
+        """A number as the first rank has it."""
+        if self.alone:
+            return number
+        told = torch.tensor([number if self.first else 0.0], dtype=torch.float64)
+        self.sum([told])
+        return float(told)
+
+    def clock(self) -> float:
+        """Seconds, as `perf_counter`; of the first rank, so that all see a time pass alike."""
+        return self.of_first(time.perf_counter())
+
     def told(self, mine: T) -> list[T]:
         """What each rank has to say, by rank; no tensors on a GPU."""
         if self.alone:

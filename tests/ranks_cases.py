@@ -44,6 +44,16 @@ def passes(rank: int, folder: Path) -> None:
         torch.save(outcome(compiled(name, spec)), folder / f"{number}-{rank}.pt")
 
 
+def recovered(rank: int, folder: Path) -> None:
+    """Trainings of the file that the test wrote, each with a checkpoint of its own."""
+    for number, (name, spec) in enumerate(torch.load(folder / "specs.pt")):
+        for again in range(2 if "checkpoint" in spec else 1):
+            model = compiled(name, spec.replace("CHECKPOINT", f"{folder}/state-{number}"))
+            (told,) = (r for r in model.sparsec.records if r.training is not None)
+            facts = {"summary": told.summary, "steps": told.training.steps, "tokens": told.training.tokens}
+            torch.save(outcome(model) | facts, folder / f"{number}-{again}-{rank}.pt")
+
+
 def other_text(rank: int, folder: Path) -> None:
     """Ranks that were given different things are told which, and with which rank."""
     given = {"text": TOKENS.flip(1) if rank == 1 else TOKENS, "passes": TOKENS}
@@ -104,7 +114,7 @@ def sums(rank: int, folder: Path) -> None:
 
 
 CASES: dict[str, Callable[[int, Path], None]] = {
-    each.__name__: each for each in (passes, other_text, failing, by_itself, sums)
+    each.__name__: each for each in (passes, recovered, other_text, failing, by_itself, sums)
 }
 
 if __name__ == "__main__":

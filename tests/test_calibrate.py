@@ -20,7 +20,7 @@ import sparsec
 from sparsec.calibrate import CalibrationData, Site, Statistics, calibrate, samples, windows
 from sparsec.calibrate.kept import Place
 from sparsec.calibrate.sites import find_sites, spans_by_block
-from sparsec.calibrate.walk import _Walker
+from sparsec.calibrate.walk import Walker
 from sparsec.data import Text, load_text
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import ActivationError, DataError
@@ -177,7 +177,7 @@ def test_each_linear_sees_what_the_pruned_ones_before_it_make(
 def test_only_the_hidden_state_is_kept_between_two_blocks() -> None:
     model, _ = tiny_model("llama")
     graph = trace(model)
-    walker = _Walker(graph, samples(graph, tokens(3), "test"), find_sites(graph, chosen(graph)))
+    walker = Walker(graph, samples(graph, tokens(3), "test"), find_sites(graph, chosen(graph)))
     spans = spans_by_block(find_sites(graph, chosen(graph)), walker.lives)
     assert [span.name for span in spans] == ["model.layers.0", "model.layers.1"]
     with torch.no_grad():

@@ -129,6 +129,47 @@ def test_masks_and_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path) 
                 assert first["errors"][name] == pytest.approx(error, rel=0.05, abs=1e-6), (spec, name)
 
 
+TRAININGS = [
+    ("llama", "wanda(0.5),freeze,recover(steps=4, batch=3, optimizer='sgd', learning_rate=0.05)"),
+    ("gpt2", "wanda(0.5),freeze,recover(steps=4, batch=3, regrow='rigl', regrow_every=2, regrow_share=0.1)"),
+    ("qwen2-moe", "magnitude(0.5),freeze,recover(steps=3, batch=3, checkpoint='CHECKPOINT')"),
+    ("llama", "magnitude(0.5),freeze,recover(method='blocks', steps=3, batch=3, checkpoint='CHECKPOINT')"),
+    (
+        "llama",
+        "magnitude(0.5),freeze,recover(minutes=0.03, batch=2)",
+    ),  # by the clock, which is not the same for two runs
+]
+
+
+@pytest.mark.slow
+def test_a_training_by_several_ranks_is_that_of_one(tmp_path: Path) -> None:
+    found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for count in (1, 2, 3):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        torch.save(TRAININGS, folder / "specs.pt")
+        run("recovered", count, folder)
+        runs = [f"{i}-{again}" for i, (_, spec) in enumerate(TRAININGS) for again in range(1 + ("CHECK" in spec))]
+        found[count] = {name: [torch.load(folder / f"{name}-{r}.pt") for r in range(count)] for name in runs}
+    for name, (one,) in found[1].items():
+        for count in (2, 3):
+            first, *others = found[count][name]
+            for other in others:
+                assert all(torch.equal(t, other["tensors"][n]) for n, t in first["tensors"].items()), name
+                assert all(torch.equal(m, other["masks"][n]) for n, m in first["masks"].items()), name
+                assert other["steps"] == first["steps"] > 0
+            if "minutes" in TRAININGS[int(name[0])][1]:
+                continue
+            assert (first["steps"], first["tokens"]) == (one["steps"], one["tokens"])
+            differ = sum(int((m != first["masks"][n]).sum()) for n, m in one["masks"].items())
+            assert differ <= 1e-3 * sum(m.numel() for m in one["masks"].values()), name
+            for n, tensor in one["tensors"].items():
+                if "sgd" in TRAININGS[int(name[0])][1]:
+                    torch.testing.assert_close(first["tensors"][n], tensor, rtol=1e-4, atol=1e-6)
+                # AdamW takes a step of the same size where a gradient is nothing but rounding.
+                assert (first["tensors"][n] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, (name, n)
+
+
 def test_ranks_that_were_given_different_things_are_refused(tmp_path: Path) -> None:
     run("other_text", 3, tmp_path)
     texts = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sparsec.calibrate.kept import flat, gone, whole
 from sparsec.errors import some
+from sparsec.ranks import ALONE, Ranks
 from sparsec.recover.loop import Progressed, Settings, Training
 from sparsec.recover.losses import relative_error
 from sparsec.recover.precision import Compute
@@ -51,12 +52,13 @@ class BlockByBlock:
     tell: Callable[[float, str], None]
     keep: Callable[[int, Sequence[str], Progressed], None] = lambda number, names, at: None
     store: Keep = field(default_factory=Keep)
+    ranks: Ranks = ALONE
     done: int = 0
     at: Progressed = field(default_factory=Progressed)
 
     def run(self) -> Progressed:
         """Trains every stretch that has something to train."""
-        start = perf_counter() - self.at.seconds
+        start = self.ranks.clock() - self.at.seconds
         calls = [*self.text.trained, *self.text.held]
         mine: list[Values] = [{} for _ in calls]
         theirs: list[Values] = [{} for _ in calls]
@@ -77,7 +79,7 @@ class BlockByBlock:
                 theirs = self._moved(stretch, calls, theirs, self.teacher, ("teacher", i + 1))
                 if own[i] and i >= self.done:
                     # Once for the teacher, once for the student, in each stretch to come.
-                    moving = perf_counter() - first
+                    moving = self.ranks.of_first(perf_counter() - first)
                     share = sizes[i] / max(1, sum(sizes[i:]))
                     settings = self._settings(start, 2 * moving * (len(stretches) - i), share)
                     if settings is None:
@@ -86,17 +88,19 @@ class BlockByBlock:
                         self._train(
                             stretch, own[i], calls, mine, theirs, settings, (sum(sizes[:i]), sizes[i], sum(sizes))
                         )
-                    self.at.seconds = perf_counter() - start
+                    self.at.seconds = self.ranks.clock() - start
                     if not self.at.stopped:  # else the stretch is trained anew when the run goes on
                         self.keep(i + 1, own[i], self.at)
                 mine = self._moved(stretch, calls, mine, self.stored, ("student", i + 1))
                 self._drop(i, len(calls))
         except KeyboardInterrupt:  # between two trainings, or before the first step of one
+            if not self.ranks.alone:
+                raise
             self.at.stopped = True
             self.at.notes.append(f"interrupted after {self.at.steps} steps; what is trained so far stays")
         if late:
             self.at.notes.append(f"{some(late)}: not trained, since no time was left; give more minutes=")
-        self.at.seconds = perf_counter() - start
+        self.at.seconds = self.ranks.clock() - start
         return self.at
 
     @property
@@ -121,7 +125,7 @@ class BlockByBlock:
         """Of one stretch: its share of the minutes that are left; None where none are."""
         if self.settings.minutes is None:
             return self.settings
-        left = (60 * self.settings.minutes - (perf_counter() - begun) - moving) * share
+        left = (60 * self.settings.minutes - (self.ranks.clock() - begun) - moving) * share
         return replace(self.settings, minutes=left / 60) if left > 0 else None
 
     def _trained(self, stretch: Stretch) -> list[str]:
@@ -192,7 +196,7 @@ class BlockByBlock:
         def tell(share: float, text: str) -> None:
             self.tell((before + share * size) / max(1, whole), f"{stretch.name}, {text}")
 
-        training = Training(student, settings, count, gradients, held_out, tell)
+        training = Training(student, settings, count, gradients, held_out, tell, ranks=self.ranks)
         found = training.run()
         self.settle(student)
         self.at.steps += found.steps

@@ -33,6 +33,8 @@ class Trainings:
         """Trains these weights, unless an earlier run did."""
         if not self.lasting:
             return train()
+        if not all(self.context.ranks.told(self.context.store.has("trained"))):
+            self.context.store.drop("trained")  # ranks train together, or none does
         return self._take(names, self.context.store.made("trained", lambda: self._kept(names, train())))
 
     def keep(self, stretch: int, names: Sequence[str], at: Progressed) -> None:
@@ -42,8 +44,13 @@ class Trainings:
     def stretches(self, count: int) -> tuple[int, Progressed]:
         """Takes what an earlier run trained of so many stretches; the number of the last one, and how far it was."""
         last, at = 0, Progressed()
-        for number in range(1, count + 1):
-            if self.context.store.has(f"stretch {number:05d}"):
+        store = self.context.store
+        found = [n for n in range(1, count + 1) if store.has(f"stretch {n:05d}")]
+        agreed = min(self.context.ranks.told(max(found, default=0)))  # that all ranks came to
+        for number in found:
+            if number > agreed:
+                store.drop(f"stretch {number:05d}")
+            else:
                 made = self.context.store.made(f"stretch {number:05d}", lambda: ({}, {}))
                 last, at = number, self._take(made[1]["names"], made)
         return last, at

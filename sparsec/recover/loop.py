@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsec.errors import RecoverError
 from sparsec.memory import trim
+from sparsec.ranks import ALONE, Ranks
 from sparsec.recover.losses import finite
 from sparsec.recover.regrow import Regrowth
 from sparsec.recover.student import Student
@@ -79,7 +80,8 @@ class Training:
 
     gradients: adds the gradients of some sequences, by their numbers, times a scale, and returns (loss, tokens). held_out: the loss
     on what is not trained on. count: of sequences. tell: called with (share done, text). keep: called now and then, to save what
-    there is. changed: called after every step, with its number and the share done.
+    there is. changed: called after every step, with its number and the share done. ranks: each runs its share of every batch, as
+    DistributedDataParallel does; all step alike, by the clock of the first.
     """
 
     student: Student
@@ -90,6 +92,7 @@ class Training:
     tell: Callable[[float, str], None] = lambda share, text: None
     keep: Callable[[Training], None] = lambda training: None
     changed: Callable[[int, float], None] = lambda step, share: None
+    ranks: Ranks = ALONE
     at: Progressed = field(default_factory=Progressed)
     best: tuple[float, dict[str, Tensor]] | None = None
 
@@ -113,38 +116,41 @@ class Training:
 
     def run(self) -> Progressed:
         """Trains to the end, or until the user interrupts; the student then has the best weights that were seen."""
-        start = perf_counter() - self.at.seconds
+        now = self.ranks.clock
+        start = now() - self.at.seconds
         if self.best is None:
-            self.at.before = self.held_out()
+            self.at.before = self._held_out()
             if not finite(self.at.before):
                 raise RecoverError(
                     "the loss is NaN or inf before the first step: the pruned model or its teacher computes no numbers; "
                     "look for inf or NaN in the weights, or train in float32 (dtype='fp32'; of a model of 16 bits, model.float())"
                 )
             self.best = (self.at.before, self.student.kept())
-        saved = perf_counter()
+        saved = now()
         try:
             for batch in self._batches():
                 if self.share >= 1:
                     break
                 place = int(self.share * LOOKS)
                 fine = self._step(batch)
-                self.at.seconds = perf_counter() - start
+                self.at.seconds = now() - start
                 if not fine and not self._again():
                     break
                 if int(self.share * LOOKS) > place:
                     self._look()
-                if int(self.share * LOOKS) > place or perf_counter() - saved > SAVE_EVERY:
-                    self.at.seconds = perf_counter() - start
+                if int(self.share * LOOKS) > place or now() - saved > SAVE_EVERY:
+                    self.at.seconds = now() - start
                     self.keep(self)
-                    saved = perf_counter()
+                    saved = now()
         except KeyboardInterrupt:
+            if not self.ranks.alone:  # the others may be elsewhere in their step
+                raise
             self.at.stopped = True
             self.at.notes.append(f"interrupted after {self.at.steps} steps; the best weights so far stay")
             self._look()
             self.keep(self)
         assert self.best is not None
-        self.at.seconds = perf_counter() - start
+        self.at.seconds = now() - start
         self.at.after = self.best[0]
         self.student.restore(self.best[1])
         if self.at.steps and not self.at.after < self.at.before:
@@ -192,17 +198,38 @@ class Training:
         if at.steps % RAISE_EVERY == 0:
             at.scale = min(2 * at.scale, self.settings.scale)
         first = at.scale
-        loss, tokens = self.gradients(batch, at.scale)
+        loss, tokens = self._shared(batch, at.scale)
         while at.scale > 1 and finite(loss) and not finite(*self._found()):
             self.optimizer.zero_grad()
             at.scale /= 2
-            loss, tokens = self.gradients(batch, at.scale)
+            loss, tokens = self._shared(batch, at.scale)
         if at.scale > 1:
             for gradient in self._found():
                 gradient.div_(at.scale)
         elif first > 1 and not finite(*self._found()):
             at.scale = first  # they are finite at no scale
         return loss, tokens
+
+    def _shared(self, batch: Sequence[int], scale: float) -> tuple[float, int]:
+        """`gradients` of a batch of which every rank runs a part: the sums of all parts, the same on all."""
+        ranks = self.ranks
+        if ranks.alone:
+            return self.gradients(batch, scale)
+        mine = [batch[i] for i in ranks.mine([1] * len(batch))]
+        share = len(mine) / len(batch)
+        loss, tokens = self.gradients(mine, scale * share) if mine else (0.0, 0)
+        leaves = list(self.student.leaves.values())
+        told = torch.tensor([loss * share, tokens, *(leaf.grad is not None for leaf in leaves)], dtype=torch.float64)
+        ranks.sum([told])
+        for leaf, holders in zip(leaves, told[2:].tolist(), strict=True):
+            if holders and leaf.grad is None:  # such as of an expert that saw no token here
+                leaf.grad = torch.zeros_like(leaf)
+        ranks.sum(self._found())
+        return float(told[0]), int(told[1])
+
+    def _held_out(self) -> float:
+        """By the first rank: the others have the same numbers, but for rounding."""
+        return self.ranks.of_first(self.held_out())
 
     def _found(self) -> list[Tensor]:
         return [leaf.grad for leaf in self.student.leaves.values() if leaf.grad is not None]
@@ -225,7 +252,7 @@ class Training:
         return True
 
     def _look(self) -> None:
-        loss = self.held_out()
+        loss = self._held_out()
         assert self.best is not None
         if finite(loss) and loss <= self.best[0]:
             self.best = (loss, {})  # the old copy goes before the new one is made
