@@ -6,13 +6,14 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 
 from sparsec.arguments import shown
 from sparsec.cost.choice import OWN, Choice, Setting, choose
-from sparsec.cost.phase import Phase
+from sparsec.cost.phase import Phase, Sample
 from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout
 from sparsec.formats.parts import DENSE
@@ -36,6 +37,8 @@ from sparsec.pipeline.spec import unparse_one
 
 AUTO = "auto"
 OBJECTIVES = ("latency", "bytes")
+TRIED = 1 << 20
+"""Weights of the piece that tells how long packing takes."""
 LARGE = 1 << 26
 """Bytes of weights to be packed from which on a collection of garbage (0.1 to 0.4 s) is worth the memory."""
 
@@ -169,9 +172,10 @@ class Lower(Pass):
         each = Quantised.packing if self.values else 0.0 if layout.stays else layout.kind.packing
         for weight in chosen:
             if each and not _stays_dense(graph, weight):
-                yield Phase(
-                    "packing", weight.name, {"a packed weight and what it takes to pack it": int(each * weight.numel)}
-                )
+                name, pieces = str(layout), weight.numel / TRIED
+                sample = Sample(f"pack {name} {self.values}", partial(_tried, layout, weight.dtype), pieces)
+                taken = {"a packed weight and what it takes to pack it": int(each * weight.numel)}
+                yield Phase("packing", weight.name, taken, sample=sample)
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises KernelError or FormatError, naming the weight, for what the format that was asked for cannot serve."""
@@ -342,6 +346,12 @@ class Lower(Pass):
 
     def _rows(self, context: Context) -> int:
         return 1 if self.new_tokens else self.tokens or context.rows
+
+
+def _tried(layout: Layout, dtype: torch.dtype) -> object:
+    """Packs a piece of a weight, half of it kept where the layout leaves that free."""
+    mask = layout.sample_mask((1024, TRIED // 1024), 0.5, torch.Generator().manual_seed(0))
+    return layout.pack(torch.randn(mask.shape).to(dtype), mask)
 
 
 def _stays_dense(graph: Graph, weight: Weight) -> str:

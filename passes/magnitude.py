@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from sparsec.cost.phase import Phase
+from sparsec.cost.phase import Phase, Sample
 from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
@@ -25,6 +26,8 @@ from sparsec.pipeline.pruning import PruningPass
 from sparsec.spill import Made
 
 SCOPES = ("global", "layer", "row")
+TRIED = 1 << 20
+"""Weights of the piece that tells how long the choice of a mask takes."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Magnitude(PruningPass):
                 "choosing",
                 weight.name,
                 {"a mask and what it takes to choose it": int(per_weight * weight.numel) + SEARCH},
+                sample=Sample(f"mask {self.pattern}", partial(_tried, pattern, self.share), weight.numel / TRIED),
             )
         self.foresee(graph, chosen, foreseen)
 
@@ -103,6 +107,10 @@ class Magnitude(PruningPass):
         for weight in chosen:
             for matrix, before in zip(graph.matrices(weight.name), graph.mask_matrices(weight.name), strict=True):
                 yield pattern.mask(matrix, shares[weight.name].sparsity, before, compared)
+
+
+def _tried(pattern: Pattern, share: float) -> Tensor:
+    return pattern.mask(torch.randn(1024, TRIED // 1024), share)
 
 
 def _same(matrix: Tensor) -> Tensor:

@@ -152,8 +152,15 @@ class Peak:
 
     def _look(self) -> None:
         while _STATM.exists() and not self._over.wait(self.EVERY):
-            _, held, mapped, *_ = _STATM.read_text().split()
-            self.nbytes = max(self.nbytes, (int(held) - int(mapped)) * os.sysconf("SC_PAGE_SIZE"))
+            self.nbytes = max(self.nbytes, unmapped() or 0)
+
+
+def unmapped() -> int | None:
+    """Bytes that the process holds now, mapped files aside, or None where the system does not tell."""
+    if not _STATM.exists():
+        return None
+    _, held, mapped, *_ = _STATM.read_text().split()
+    return (int(held) - int(mapped)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_notice() -> str | None:

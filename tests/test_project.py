@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "overview",
         "compress",
         "generate",
+        "plan",
         "evaluate.__main__",
         "report.__main__",
         "study.__main__",

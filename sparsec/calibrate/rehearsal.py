@@ -7,6 +7,7 @@ the walker (sparsec/calibrate/walk.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,19 @@ from sparsec.ir.graph import Graph
 from sparsec.private import pytree
 
 _META = torch.device("meta")
+_BANDED = 10 / 16
+"""Share of a Gram matrix that is computed."""
 _Storages = dict[int, int]
 """Bytes by storage: views of one count once."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """nbytes: at most, beside what was alive before. flops, moved: as in `Phase`."""
+
+    nbytes: int
+    flops: Mapping[torch.dtype, float]
+    moved: float
 
 
 class Rehearsal:
@@ -65,8 +77,8 @@ class Rehearsal:
         tokens = sum(call[0].numel() for call in self.data.calls)
         return self.nbytes(varies) * tokens // self.tokens + self.nbytes(set(alive) - set(varies))
 
-    def forward(self, span: Span, watched: Mapping[fx.Node, int], keep: bool) -> int:
-        """The most bytes that one run of a span's nodes makes beside what was alive before it.
+    def forward(self, span: Span, watched: Mapping[fx.Node, int], keep: bool) -> Run:
+        """One run of a span's nodes, on one call.
 
         watched: values that statistics look at once they are made, and the bytes that looking takes. keep: the values alive at the
         span's end are made, not only those that are watched.
@@ -77,8 +89,14 @@ class Rehearsal:
         steps = [n for n in w.steps[span.start : span.end] if n in wanted]
         last = {n: max((w.position[u] for u in n.users if u in wanted), default=-1) for n in wanted}
         own: dict[fx.Node, _Storages] = {}
-        most = 0
+        most, moved, flops = 0, 0.0, dict[torch.dtype, float]()
         for node in steps:
+            work = self._flops(node)
+            if work:
+                dtype = self.shapes[node].dtype
+                flops[dtype] = flops.get(dtype, 0.0) + work
+            elif self.storages.get(node):
+                moved += self.nbytes([node]) + sum(self.nbytes([used]) for used in node.all_input_nodes)
             own[node] = self.storages.get(node, {})
             held: _Storages = {}
             for storages in own.values():
@@ -87,7 +105,24 @@ class Rehearsal:
             for used in node.all_input_nodes:
                 if last.get(used, -1) == w.position[node] and used not in goals:
                     own.pop(used, None)
-        return most
+        return Run(most, flops, moved)
+
+    def _flops(self, node: fx.Node) -> float:
+        """Of a product, or of attention, all of whose scores are counted though half of them may be hidden; else 0."""
+        op = self.graph.ops.get(node.name)
+        made = self.shapes.get(node)
+        if op is None or made is None:
+            return 0.0
+        if op.kind == "attention":
+            keys = node.all_input_nodes[1]
+            return 4.0 * made.numel() * self.shapes[keys].shape[-2]
+        if op.kind == "matmul":
+            first = self.shapes.get(node.all_input_nodes[0])
+            return 0.0 if first is None else 2.0 * made.numel() * first.shape[-1]
+        names = [name for name in op.matrices if name in self.graph.weights]
+        if op.kind not in ("linear", "conv1d", "grouped_linear") or not names:
+            return 0.0
+        return 2.0 * made.numel() * self.graph.weights[names[0]].matrix_shape[1]
 
     def _within(self, node: fx.Node) -> int:
         """What a kernel takes while it runs: of attention, the logarithms of sums."""
@@ -161,62 +196,68 @@ def rehearse(
     spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
     masked = {w.name for w in graph.masked() if not w.frozen}
     filed = streaming and walker.lasting
+    calls = sum(call[0].numel() for call in data.calls) / rehearsal.tokens
     for i, span in enumerate(spans):
         last = i + 1 == len(spans)
         again = span.again and feed == "pruned"
         before, after = (0 if filed else rehearsal.held_between(place) for place in (span.start, span.end))
         statistics = {site: _statistics_bytes(graph, site, gram, data) for site in span.sites}
         watched: dict[fx.Node, int] = {}
+        grams = rows_seen = 0.0
         for site in span.sites:
             for read in site.reads:
                 x = rehearsal.shape(read.x)
                 looking = x.numel() * ((0 if x.dtype == torch.float32 else 4) + (0 if gram else 4))
                 watched.update(dict.fromkeys(read.nodes, 0))
                 watched[max(read.nodes, key=walker.position.__getitem__)] = looking
+                grams += 2.0 * _BANDED * x.numel() * x.shape[-1] if gram else 0.0
+                rows_seen += 12.0 * x.numel()  # read, squared and added up in fp32
         keep = not (again or last)
         between, held = max(before, after if keep else 0), sum(statistics.values())
+        run = rehearsal.forward(span, watched, keep)
+        copies = _masked_bytes(graph, walker, span, masked)
+        flops = {dtype: calls * work for dtype, work in run.flops.items()}
+        flops[torch.float32] = flops.get(torch.float32, 0.0) + calls * grams
         yield Phase(
             "forward",
             span.name,
             {
                 "activations between blocks": between,
-                "activations of one call": rehearsal.forward(span, watched, keep),
+                "activations of one call": run.nbytes,
                 "statistics": held,
-                "masked weights": _masked_bytes(graph, walker, span, masked),
+                "masked weights": copies,
             },
+            flops,
+            calls * (run.moved + rows_seen) + 3 * copies,
         )
         for site, own in statistics.items():
-            columns = graph.weights[site.weights[0]].matrix_shape[1]
+            weight = graph.weights[site.weights[0]]
+            columns, matrices = weight.matrix_shape[1], weight.shape[0] if weight.kind == "experts" else 1
             rows = [graph.weights[name].matrix_shape[0] for name in site.weights]
             # The triangle that was left out is filled in by way of two more matrices.
-            settled = 8 * columns**2 if gram else 0
+            triangle = 8 * columns**2 if gram else 0
+            alive = {"activations between blocks": between, "statistics": held}
             yield Phase(
-                "settling",
-                site.name,
-                {"activations between blocks": between, "statistics": held, "its other triangle": settled},
+                "settling", site.name, {**alive, "its other triangle": triangle}, moved=3.0 * triangle * matrices
             )
-            yield Phase(
-                "solving",
-                ", ".join(site.weights),
-                {
-                    "activations between blocks": between,
-                    "statistics": held,
-                    "masks, weights and workspace of a solve": max(
-                        scratch(rows, columns), _counting(rows, columns, gram, graph.weights[site.weights[0]].dtype)
-                    ),
-                },
-            )
+            taken = max(scratch(rows, columns), _counting(rows, columns, gram, weight.dtype))
+            work = {**alive, "masks, weights and workspace of a solve": taken}
+            for _ in range(matrices):
+                yield Phase("solving", ", ".join(site.weights), work, solve=(tuple(rows), columns))
             held -= own
         masked.update(name for site in span.sites for name in site.weights)
         if again and not last:
+            run, copies = rehearsal.forward(span, {}, True), _masked_bytes(graph, walker, span, masked)
             yield Phase(
                 "forward again",
                 span.name,
                 {
                     "activations between blocks": max(before, after),
-                    "activations of one call": rehearsal.forward(span, {}, True),
-                    "masked weights": _masked_bytes(graph, walker, span, masked),
+                    "activations of one call": run.nbytes,
+                    "masked weights": copies,
                 },
+                {dtype: calls * work for dtype, work in run.flops.items()},
+                calls * run.moved + 3 * copies,
             )
 
 

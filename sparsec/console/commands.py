@@ -57,6 +57,12 @@ COMMANDS: tuple[Command, ...] = (
         'tiny --passes "magnitude({zeros}),freeze,lower(csr)" --grid zeros=0.5,0.9',
     ),
     Command(
+        "plan",
+        "sparsec.plan",
+        "bytes, memory, time and speed that passes would cost and give, from a config alone",
+        'smollm2 --passes "wanda(0.5),freeze,lower(bitmap)"',
+    ),
+    Command(
         "bench",
         "sparsec.bench.__main__",
         "times kernels against dense and torch.sparse, and whole models in tokens per second",

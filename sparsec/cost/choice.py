@@ -88,13 +88,14 @@ class Choice:
 
 
 def choose(matrix: Tensor, mask: Tensor | None, setting: Setting, dense_kernels: Sequence[str] = (TORCH,)) -> Choice:
-    """For a weight [out, in] with its mask, None where it cannot be packed; then only the dense kernels compete.
+    """For a weight [out, in] with its mask, None where it cannot be packed; then only the dense kernels compete. A mask of fewer
+    rows stands for all of them.
 
     dense_kernels: those that may serve it; the first one is what runs if nothing is done. Speedups in the reason are over
     F.linear.
     """
     dense = list(dense_candidates(matrix, setting, dense_kernels))
-    sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, setting))
+    sparse = [] if mask is None else list(sparse_candidates(mask, matrix.dtype, setting, matrix.shape[0]))
     work = Work.dense(matrix.shape[0], matrix.shape[1], matrix.dtype)
     base = Candidate(Layout("dense"), TORCH, work.nbytes, _predict(setting, TORCH, "dense", matrix.dtype, work))
     if not base.predictions or setting.objective == "bytes":
@@ -109,9 +110,14 @@ def dense_candidates(matrix: Tensor, setting: Setting, kernels: Sequence[str]) -
         yield Candidate(Layout("dense"), kernel, work.nbytes, _predict(setting, kernel, "dense", matrix.dtype, work))
 
 
-def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Iterator[Candidate]:
-    """Every layout worth a look that can hold the mask and has a kernel for it."""
-    out_features, in_features = mask.shape
+def sparse_candidates(
+    mask: Tensor, dtype: torch.dtype, setting: Setting, out_features: int | None = None
+) -> Iterator[Candidate]:
+    """Every layout worth a look that can hold the mask and has a kernel for it. out_features: of a matrix of which the mask shows
+    some rows, all others being like them."""
+    rows, in_features = mask.shape
+    out_features = rows if out_features is None else out_features
+    share = out_features / max(1, rows)
     for open_layout in chain.from_iterable(Layout.candidates(mask, setting.device, v) for v in setting.values):
         try:
             layout, plan = open_layout.planned(mask, dtype)
@@ -124,8 +130,8 @@ def sparse_candidates(mask: Tensor, dtype: torch.dtype, setting: Setting) -> Ite
         except (OfferedError, SpecError) as error:
             warnings.warn(f"{error}; {open_layout} is not considered", stacklevel=2)
             continue
-        work = Work(out_features, in_features, plan.stored, plan.nbytes)
-        yield Candidate(layout, kernel, plan.nbytes, _predict(setting, kernel, str(layout), dtype, work))
+        work = Work(out_features, in_features, round(share * plan.stored), round(share * plan.nbytes))
+        yield Candidate(layout, kernel, work.nbytes, _predict(setting, kernel, str(layout), dtype, work))
 
 
 def _predict(

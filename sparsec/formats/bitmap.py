@@ -39,6 +39,7 @@ class Bitmap(Packed):
     """Panel by panel, in it step by step, in it ascending row, of a row ascending column."""
 
     format: ClassVar[str] = "bitmap"
+    packing: ClassVar[float] = 11.0
     order: ClassVar[int] = 2
     title: ClassVar[str] = "bitmap"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE

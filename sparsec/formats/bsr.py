@@ -39,6 +39,7 @@ class BSR(Packed):
     """Block sparse rows; block columns ascend within each row of blocks; weights of a block that were not kept are 0.0."""
 
     format: ClassVar[str] = "bsr"
+    packing: ClassVar[float] = 10.5
     order: ClassVar[int] = 2
     title: ClassVar[str] = "BSR"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE

@@ -1,0 +1,60 @@
+"""A model from its config alone, on torch's device meta: no weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsec.data.folders import check_file, check_folder, local_path
+from sparsec.data.kinds import check_kind, kind_of
+from sparsec.data.models import PACKAGED, packaged
+from sparsec.data.quiet import quiet
+from sparsec.errors import DataError
+
+MOST_LAYERS = 2000
+
+
+def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, str]:
+    """(the model, its name) of a folder with a config.json, of such a file, of a .gguf file, or of a hub id.
+
+    dtype: None is that of the config, where it names one, else bfloat16. Raises DataError for what is no config of a model.
+    """
+    import transformers
+
+    path = packaged() if spec == PACKAGED and local_path(spec) is None else local_path(spec)
+    where, options, name = spec, dict[str, Any](), spec
+    if path is not None:
+        name = path.resolve().stem
+        if path.is_dir():
+            check_folder(path)
+            where, name = str(path), path.resolve().name
+        elif path.suffix == ".json":
+            where, name = str(path), path.resolve().parent.name
+        else:
+            check_file(path)
+            where, options = str(path.parent), {"gguf_file": path.name}
+    elif Path(spec).suffix == ".json" or spec.startswith((".", "/", "~")):
+        raise DataError(f"{spec}: there is no such file; give a config.json, or the folder that holds it")
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+            kind = kind_of(where, config)
+            layers = getattr(config, "num_hidden_layers", 0)
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise DataError(f"{spec}: names {layers:,} layers, and a plan takes {MOST_LAYERS:,} at most")
+            with torch.device("meta"):
+                model: Any = kind.empty(config)
+        except DataError:
+            raise
+        except Exception as error:  # transformers has its own errors for each thing that may be wrong
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{spec}: this is no config of a model that transformers knows ({first}); give a folder with a config.json, that "
+                "file, a .gguf file or a hub id"
+            ) from error
+    check_kind(where, model)
+    named = getattr(config, "dtype", None)
+    known = named if isinstance(named, torch.dtype) and named.is_floating_point else torch.bfloat16
+    return model.to(dtype or known).eval(), name

@@ -1,0 +1,115 @@
+"""Seconds of phases: products and bytes by the cost model's constants, solves by solving some small layers on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from sparsec.calibrate import Statistics
+from sparsec.cost.constants import Constants
+from sparsec.cost.phase import Phase
+from sparsec.errors import ConstantsError
+from sparsec.pipeline.base import Pass
+from sparsec.pipeline.pruning import CalibratedPruning
+
+TRIED = ((256, 256), (1024, 256), (256, 1024), (1024, 512), (1024, 1024), (64, 2048))
+"""Rows and columns of the layers that are solved."""
+_TOKENS = 64
+
+
+@dataclass
+class Clock:
+    """Times phases of passes. constants: of this machine, or of another that SPARSEC_CALIBRATION names."""
+
+    constants: Constants
+    _tried: dict[str, float] = field(default_factory=dict)
+    _solves: dict[Pass, Callable[[int, int, int], float]] = field(default_factory=dict)
+
+    def seconds(self, p: Pass, phase: Phase) -> float:
+        """Of one phase."""
+        bandwidth = self.constants.bandwidth
+        if bandwidth is None:
+            raise ConstantsError(
+                "the cost model does not know how fast this machine reads; measure it with: sparsec cost"
+            )
+        found = phase.moved / bandwidth + sum(work / self.rate(dtype) for dtype, work in phase.flops.items() if work)
+        if phase.solve is not None and isinstance(p, CalibratedPruning):
+            rows, columns = phase.solve
+            if p not in self._solves:
+                self._solves[p] = solve_seconds(p)
+            found += self._solves[p](sum(rows), columns, max(rows))
+        if phase.sample is not None:
+            key = phase.sample.key
+            if key not in self._tried:
+                self._tried[key] = _fastest(phase.sample.run)
+            found += phase.sample.scale * self._tried[key]
+        return found
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """FLOPs a second of large dense products. ConstantsError where none were measured."""
+        found = self.constants.peak(dtype)
+        if found is None:
+            raise ConstantsError(
+                f"the cost model knows no dense products in {dtype}; measure them with: sparsec cost --force"
+            )
+        return found
+
+
+def solve_seconds(p: CalibratedPruning) -> Callable[[int, int, int], float]:
+    """Seconds of `p.prune` on a layer, from its rows, its columns and the rows of its largest matrix: non-negative multiples of
+    columns^3, rows x columns^2, and rows x columns, fitted to what layers of the sizes in TRIED take here."""
+    sizes = [(rows, columns) for rows, columns in TRIED if not columns % 16]
+    times = []
+    for rows, columns in sizes:
+        statistics = _statistics(p, columns)
+        generator = torch.Generator().manual_seed(0)
+        matrix = torch.randn(rows, columns, generator=generator)
+        times.append(_fastest(lambda m=matrix, s=statistics: p.prune([m], [None], [p.sparsity or 0.5], s)))  # type: ignore[misc]
+    terms = torch.tensor([[float(n) ** 3, r * float(n) ** 2, float(r) * n] for r, n in sizes], dtype=torch.float64)
+    factors = non_negative(terms, torch.tensor(times, dtype=torch.float64))
+
+    def seconds(rows: int, columns: int, _: int) -> float:
+        work = (float(columns) ** 3, rows * float(columns) ** 2, float(rows) * columns)
+        return sum(f * w for f, w in zip(factors, work, strict=True))
+
+    return seconds
+
+
+def non_negative(terms: torch.Tensor, times: torch.Tensor) -> list[float]:
+    """Factors [terms] of at least 0 whose relative errors of the times [tries] are least in squares; terms [tries, terms]."""
+    weighed = terms / times[:, None]
+    left = list(range(terms.shape[1]))
+    found = [0.0] * terms.shape[1]
+    while left:
+        scale = weighed[:, left].norm(dim=0)
+        some = torch.linalg.lstsq(weighed[:, left] / scale, torch.ones_like(times)[:, None]).solution[:, 0] / scale
+        if bool((some >= 0).all()):
+            for i, factor in zip(left, some.tolist(), strict=True):
+                found[i] = factor
+            return found
+        left.pop(int(some.argmin()) if len(left) > 1 else 0)
+    return found
+
+
+def _statistics(p: CalibratedPruning, columns: int) -> Statistics:
+    found = Statistics(columns, p.gram, _TOKENS, 64, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(-(-columns // 512) + 1):
+        found.add(torch.randn(512, columns, generator=generator))
+    found.settle()
+    return found
+
+
+def _fastest(run: Callable[[], object], tries: int = 2) -> float:
+    """Seconds of the fastest of some tries, after one that pays for what is made once."""
+    times: Sequence[float] = [_timed(run) for _ in range(1 + tries)]
+    return min(times[1:])
+
+
+def _timed(run: Callable[[], object]) -> float:
+    begun = perf_counter()
+    run()
+    return perf_counter() - begun
