@@ -34,6 +34,7 @@ from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.fingerprint import by_all_ranks, facts_of_run
 from sparsec.pipeline.pruning import NO_CALIBRATION
+from sparsec.planning.memory import refuse_beyond
 from sparsec.program.decoder import decode_natively
 from sparsec.progress import stage
 from sparsec.ranks import Ranks
@@ -41,7 +42,7 @@ from sparsec.recover.holding import Holding, strip
 from sparsec.reference import ModelReference
 from sparsec.spill import Keep, Spill
 from sparsec.taught import parameters, taught_by
-from sparsec.wrapped import refuse_meta, refuse_wrapper, traced_again
+from sparsec.wrapped import nothing_to_prune, refuse_meta, refuse_wrapper, traced_again
 
 DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
 DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
@@ -64,6 +65,7 @@ def compile(
     seed: int = 0,
     copy: bool | Literal["changed"] = True,
     spill: str | os.PathLike[str] | None = None,
+    max_memory: int | None = None,
     verify: Verify = "structure",
     progress: Progress | None = None,
     instruments: Sequence[Instrument] = (),
@@ -91,6 +93,7 @@ def compile(
     spill: a folder; what passes make is kept there in files and mapped, so that it takes no memory, and the result holds tensors
     of these files. A run that was killed, and is begun again with the same folder and the same arguments, goes on where it stopped;
     the folder is the caller's to check and to delete. Take copy=False with it.
+    max_memory: bytes; passes that would hold more, by an upper bound from shapes alone, are refused before they run.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
     The result's `.sparsec` holds the graph, the records of the passes and `report()`.
@@ -135,7 +138,7 @@ def compile(
                 data = draw.calls(graph, drawn)
         traced = perf_counter() - start
         if not any(graph.prunable(name) for name in graph.weights):
-            raise CompileError(_nothing_to_prune(graph))
+            raise CompileError(nothing_to_prune(graph))
         if calibration is not None and not pipeline.learning:
             graph.notes.append(f"calibration data was given, and none of {pipeline} learns from it")
         context = _context(
@@ -151,6 +154,8 @@ def compile(
             ranks=ranks,
         )
         ranks.agree(lambda: facts_of_run(pipeline, graph, data))
+        if max_memory is not None:
+            refuse_beyond(max_memory, graph, pipeline, data, streaming=context.store.lasting)
         records = pipeline.run(graph, context, verify, instruments)
         learnt = _learnt(pipeline, data)
         return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)
@@ -385,14 +390,3 @@ def _refuse(model: nn.Module) -> None:
             f"this model is compiled already and lowered{where}; compile the original again with all passes in one "
             "specification, for instance passes='magnitude(0.5),freeze,lower(csr)'"
         )
-
-
-def _nothing_to_prune(graph: Graph) -> str:
-    if not graph.weights:
-        return "the model has no parameters, so there is nothing to make sparse"
-    kinds = ", ".join(dict.fromkeys(w.kind for w in graph.weights.values()))
-    seen = "".join(f"\n  {note}" for note in graph.notes)
-    return (
-        "the model has no linear layer whose weight is a plain parameter, so there is nothing to make sparse "
-        f"(its parameters: {kinds}); sparsec works on nn.Linear and transformers' Conv1D{seen}"
-    )

@@ -151,6 +151,8 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     _check_places(args.model, args.folder)
     _check_lowers(pipeline)
     shard_bytes(args.max_shard_size)
+    if args.max_memory is not None:
+        args.max_memory = shard_bytes(args.max_memory, "--max-memory")
     if args.prompt is not None:
         check_prompt(args.prompt)
     if args.text is not None and not args.measure:
@@ -174,17 +176,16 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     unfinished = None if args.measure else begun(args, ranks)
-    with shown_progress(sys.stderr) as shown, memory.Peak() as peak:
+    with cleared_away(unfinished), shown_progress(sys.stderr) as shown, memory.Peak() as peak:
         events = Events(sys.stdout, shown) if args.json else None
         progress = events or shown
-        with cleared_away(unfinished):
-            with stage(progress, "loading the model"):
-                loaded = loaded_once(args, ranks, progress, unfinished)
-            drawn = calibration(loaded, args, [pipeline], learnt, progress)
-            if unfinished is not None:
-                of = _fingerprint(args, pipeline, loaded, drawn, unfinished.hashed(loaded.files, progress))
-                unfinished.fits(of)
-                ranks.agree(lambda: {name: str(value) for name, value in of.items() if name != "threads"})
+        with stage(progress, "loading the model"):
+            loaded = loaded_once(args, ranks, progress, unfinished)
+        drawn = calibration(loaded, args, [pipeline], learnt, progress)
+        if unfinished is not None:
+            of = _fingerprint(args, pipeline, loaded, drawn, unfinished.hashed(loaded.files, progress))
+            unfinished.fits(of)
+            ranks.agree(lambda: {name: str(value) for name, value in of.items() if name != "threads"})
         if not ranks.first:
             helped(loaded, pipeline, drawn, ranks, unfinished)
             return
@@ -321,6 +322,7 @@ def _compiled(
         calibration=drawn,
         copy=False,
         spill=unfinished.spill.folder,
+        max_memory=args.max_memory,
         progress=progress,
         instruments=(unfinished,),
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec import files
-from sparsec.errors import DataError, SpillError, briefly, some
+from sparsec.errors import DataError, SparsecError, SpillError, briefly, some
 from sparsec.ir.graph import Graph
 from sparsec.pipeline import Pass
 from sparsec.progress import Progress
@@ -49,6 +49,8 @@ class Unfinished:
                 f"{path} holds a run that was not done; --resume goes on with it, and deleting the folder begins anew"
             )
         try:
+            if not (path / _RUN).exists():  # killed before it was known what the run is of
+                shutil.rmtree(path / "kept", ignore_errors=True)
             (path / "kept").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SpillError(f"{path} cannot be made: {briefly(error)}; name another folder to save in") from error
@@ -143,12 +145,14 @@ class Unfinished:
 
 @contextmanager
 def cleared_away(unfinished: Unfinished | None) -> Iterator[None]:
-    """Around what comes before anything is kept: where it fails, a folder that was just made goes away."""
+    """Around a run: where it fails before any pass kept something, its folder goes away."""
     try:
         yield
-    except BaseException:
-        if unfinished is not None and not (unfinished.path / _RUN).exists():
-            shutil.rmtree(unfinished.path, ignore_errors=True)
+    except BaseException as error:
+        if unfinished is not None and (not (unfinished.path / _RUN).exists() or isinstance(error, SparsecError)):
+            kept = unfinished.path / "kept"
+            if not any(each.name[:2].isdigit() for each in kept.iterdir()):  # as the places of passes begin
+                shutil.rmtree(unfinished.path, ignore_errors=True)
         raise
 
 

@@ -72,3 +72,15 @@ def odd_text(odd: Sequence[str], lowered: bool) -> list[str]:
     return [
         f"since the model was compiled parameters came, went or changed, which this report does not show: {some(odd)}; {way_out}"
     ]
+
+
+def nothing_to_prune(graph: Graph) -> str:
+    """Why a graph has no weight that a pass could prune."""
+    if not graph.weights:
+        return "the model has no parameters, so there is nothing to make sparse"
+    kinds = ", ".join(dict.fromkeys(w.kind for w in graph.weights.values()))
+    seen = "".join(f"\n  {note}" for note in graph.notes)
+    return (
+        "the model has no linear layer whose weight is a plain parameter, so there is nothing to make sparse "
+        f"(its parameters: {kinds}); sparsec works on nn.Linear and transformers' Conv1D{seen}"
+    )

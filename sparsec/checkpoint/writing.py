@@ -164,14 +164,14 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def shard_bytes(given: int | str) -> int:
-    """Of a size, or a text such as '2GB'. CheckpointError."""
+def shard_bytes(given: int | str, option: str = "max_shard_size") -> int:
+    """Of a size, or a text such as '2GB'. CheckpointError, with the option's name."""
     if isinstance(given, str) and given.strip().isdecimal():
         given = int(given)
     elif isinstance(given, str) and (found := _SIZE.fullmatch(given.strip().upper())) is not None:
         given = int(float(found[1]) * _UNITS[found[2]])
     if type(given) is not int or given < 1:
-        raise CheckpointError(f"max_shard_size must be a number of bytes or a text such as '2GB', got {given!r}")
+        raise CheckpointError(f"{option} must be a number of bytes or a text such as '2GB', got {given!r}")
     return given
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sparsec import memory
 from sparsec.calibrate import CalibrationData
 from sparsec.cost.phase import Phase
+from sparsec.errors import CompileError
 from sparsec.ir.graph import Graph
 from sparsec.pipeline import Pipeline
 from sparsec.pipeline.base import Effect, Pass
@@ -93,6 +94,19 @@ def peak(
     if process is None:
         process = memory.resident() or PROCESS
     return Footprint(process, tuple(moments), tuple(foreseen.notes))
+
+
+def refuse_beyond(
+    limit: int, graph: Graph, pipeline: Pipeline, data: CalibrationData | None, *, streaming: bool
+) -> None:
+    """Raises CompileError where `peak` is more than `limit` bytes."""
+    found = peak(graph, pipeline, data, streaming=streaming)
+    if found.total > limit:
+        shorter = "shorter or fewer calibration sequences, " if data is not None else ""
+        raise CompileError(
+            f"this run would hold {found}; max_memory is {limit / 1e6:,.1f} MB: give more, or take {shorter}a pass that holds less "
+            "(magnitude, then wanda, then sparsegpt and admm), or a layout by name in place of lower(auto)"
+        )
 
 
 def _standing(graph: Graph, streaming: bool) -> int:
