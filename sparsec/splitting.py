@@ -25,8 +25,8 @@ def tensor_parallel(model: nn.Module, distributed_config: Any = None) -> nn.Modu
     says of the layer, of the others as transformers does. distributed_config: of transformers, with a plan of your own, say;
     default: `DistributedConfig(tp_plan="auto")`. One process keeps all.
 
-    A saved model is better split while it is read, by `from_pretrained(folder, distributed_config=...)`: no process reads more than
-    its share. CheckpointError, before anything is changed, for a model or a layout that cannot be split so; names the layers.
+    A saved model is better split while it is read, by `from_pretrained(folder, distributed_config=...)`: no process ever holds more
+    than its share. CheckpointError, before anything is changed, for a model or a layout that cannot be split so; names the layers.
     """
     whole_model: Any = model
     if not hasattr(type(model), "maybe_distribute_model"):

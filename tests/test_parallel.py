@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from functools import cache
 from pathlib import Path
@@ -110,8 +111,20 @@ def saved(folder: Path, model: Any) -> Path:
 def tried(folder: Path, cases: dict[str, Any], ways: tuple[str, ...] = ("read",)) -> dict[str, list[dict[str, Any]]]:
     """What two processes found of each model, split as it is read, and in memory."""
     folders = [saved(folder / name, model) for name, model in cases.items()]
+    if "damaged" in cases:
+        damage(folder / "damaged")
     told = together(TESTS / "parallel_run.py", *(f"{way}:{place}" for place in folders for way in ways))
     return {name: [each[name] for each in told] for name in told[0]}
+
+
+def damage(folder: Path) -> None:
+    """Writes over what says where the values of one matrix stand."""
+    (file,) = folder.glob("*.safetensors")
+    held = bytearray(file.read_bytes())
+    size = int.from_bytes(held[:8], "little")
+    begin, end = json.loads(held[8 : 8 + size])["sparsec.model.layers.0.mlp.down_proj.panel_ptr"]["data_offsets"]
+    held[8 + size + begin : 8 + size + end] = b"\x55" * (end - begin)
+    file.write_bytes(held)
 
 
 def assert_alike(name: str, found: list[dict[str, Any]], folder: Path, most: float) -> None:
@@ -131,7 +144,8 @@ def assert_layouts(folder: Path, names: tuple[str, ...], ways: tuple[str, ...] =
     for name, found in tried(folder, {n.replace(":", "-"): by_hand(n) for n in names}, ways).items():
         quantised = "int" in name
         assert_alike(name, found, folder, 2e-3 if quantised else 2e-6)
-        assert found[0]["groups"] == 5, name
+        alone = quantised and ("csr" in name or "bsr" in name)  # formats that the native library does not know
+        assert found[0]["groups"] == (0 if alone else 5), name
         assert len(found[0]["shares"]) == 5, (name, found[0]["shares"])  # rows of 64, 128, 256 and columns of 128, 256
 
 
@@ -154,7 +168,10 @@ def test_compiled_models_with_ties_dense_heads_and_packed_ones(tmp_path: Path) -
     cases["odd"] = sparsec.compile(
         of_family("Llama", intermediate_size=192), "lower('dense:int4g64', targets=('mlp',))"
     )
+    cases["damaged"] = by_hand("bitmap")
     told = tried(tmp_path, cases, ("read", "memory"))
+    for each in (*told.pop("read:damaged"), *told.pop("memory:damaged")):
+        assert "mlp.down_proj" in each["refused"]
     for each in (*told.pop("read:odd"), *told.pop("memory:odd")):  # that of every process
         assert "mlp.down_proj: dense:int4g64 [128x192]: columns can be cut at multiples of 64" in each["refused"]
     for name, found in told.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from sparsec.transformers_hook import METHOD
 
 if TYPE_CHECKING:
     from sparsec.checkpoint.record import Record
+    from sparsec.formats.base import Packed
 
 
 @register_quantization_config(METHOD)
@@ -50,6 +52,13 @@ def _base_prefix(model: Any, layers: Iterable[str]) -> str:
     if len(prefix) < 2 or not inside or any(path in modules for path in paths):
         return ""
     return prefix if all(path in modules for path in inside) else ""
+
+
+def _look(record: Record, path: str, packed: Packed) -> None:
+    """CheckpointError for a share that a kernel must not read."""
+    from sparsec.checkpoint.reading import check_packed
+
+    check_packed(path, record.layers[path], packed, "the files")
 
 
 @register_quantizer(METHOD)
@@ -158,9 +167,7 @@ class SparsecQuantizer(HfQuantizer):  # type: ignore[misc]
         whole = self.__dict__.pop("whole")
         offloaded = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         if self.processes > 1:
-            for path, packed in whole.items():
-                check_packed(path, self.record.layers[path], packed, "the files")
-            take_shares(model, whole, self.dims)
+            take_shares(model, whole, self.dims, check=partial(_look, self.record))
             tie(model, self.record.without(self.dims), "config.json")
         else:
             tie(model, self.record, "config.json")

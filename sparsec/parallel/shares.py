@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,10 +24,16 @@ def await_shares(layers: Iterable[PackedLayer]) -> None:
 
 
 def take_shares(
-    model: nn.Module, whole: Mapping[str, Packed], dims: Mapping[str, int | None], *, copy: bool = False
+    model: nn.Module,
+    whole: Mapping[str, Packed],
+    dims: Mapping[str, int | None],
+    *,
+    copy: bool = False,
+    check: Callable[[str, Packed], None] | None = None,
 ) -> None:
     """Gives every packed layer the share of this process. whole: the matrices by the paths of their layers; layers of the very same
-    tensors stay so. dims: as `split_dims` gives them. copy: no share keeps the whole in memory."""
+    tensors stay so. dims: as `split_dims` gives them. copy: no share keeps the whole in memory. check: looks at each share, of a
+    matrix that nobody has looked at; CheckpointError for one that cannot be cut, since it is damaged."""
     rank, processes, device = private.tensor_mesh(model)
     cut: dict[tuple[int, ...], Packed] = {}
     for path, packed in whole.items():
@@ -37,7 +43,9 @@ def take_shares(
         share = None if dim is None else HeldShare.of_rank(packed.shape, dim, rank, processes)
         key = (-1 if dim is None else dim, *map(id, packed.tensors().values()))
         if key not in cut:
-            part = packed if share is None else share.cut(packed)
+            part = packed if share is None else _cut(path, packed, share)
+            if check is not None:
+                check(path, part)
             cut[key] = (
                 part.from_parts({n: t.clone() for n, t in part.tensors().items()}, part.scalars()) if copy else part
             )
@@ -48,6 +56,15 @@ def take_shares(
             layer._parameters["bias"] = nn.Parameter(local.to_local().detach(), requires_grad=bias.requires_grad)
         layer.to(device)
         layer.lay_out(layer.packed.values.device.type)
+
+
+def _cut(path: str, packed: Packed, share: HeldShare) -> Packed:
+    try:
+        return share.cut(packed)
+    except (RuntimeError, IndexError, ValueError) as error:  # of torch, where pointers point elsewhere
+        raise CheckpointError(
+            f"{path}: {packed.describe()} is damaged, and no share can be cut out of it: {error}"
+        ) from error
 
 
 def whole_groups(model: nn.Module, groups: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
