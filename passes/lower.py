@@ -13,7 +13,7 @@ import torch
 
 from sparsec.arguments import shown
 from sparsec.cost.choice import OWN, Choice, Setting, choose
-from sparsec.cost.phase import Phase, Sample
+from sparsec.cost.phase import Looked, Phase
 from sparsec.errors import FormatError, KernelError, SpecError, some
 from sparsec.formats.layout import Layout
 from sparsec.formats.parts import DENSE
@@ -173,7 +173,7 @@ class Lower(Pass):
         for weight in chosen:
             if each and not _stays_dense(graph, weight):
                 name, pieces = str(layout), weight.numel / TRIED
-                sample = Sample(f"pack {name} {self.values}", partial(_tried, layout, weight.dtype), pieces)
+                sample = Looked(f"pack {name} {self.values}", partial(_tried, layout, weight.dtype), pieces)
                 taken = {"a packed weight and what it takes to pack it": int(each * weight.numel)}
                 yield Phase("packing", weight.name, taken, sample=sample)
 

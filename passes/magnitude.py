@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsec.cost.phase import Phase, Sample
+from sparsec.cost.phase import Looked, Phase
 from sparsec.errors import SpecError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
@@ -84,7 +84,7 @@ class Magnitude(PruningPass):
                 "choosing",
                 weight.name,
                 {"a mask and what it takes to choose it": int(per_weight * weight.numel) + SEARCH},
-                sample=Sample(f"mask {self.pattern}", partial(_tried, pattern, self.share), weight.numel / TRIED),
+                sample=Looked(f"mask {self.pattern}", partial(_tried, pattern, self.share), weight.numel / TRIED),
             )
         self.foresee(graph, chosen, foreseen)
 

@@ -173,7 +173,7 @@ def text(told: Foretold, room: int | None, machine: str, notices: Sequence[str] 
     lines += paragraph(f"streamed{each}, at most {told.footprint}")
     lines += paragraph(f"with all of the model in memory, at most {told.in_memory}")
     if room is not None:
-        lines += paragraph(fits(told, room))
+        lines += paragraph(that_fits(told, room))
     lines += heading("Time")
     shared = "" if told.ranks == 1 else f", shared by {told.ranks} ranks that have such a machine each"
     lines += paragraph(
@@ -189,7 +189,7 @@ def text(told: Foretold, room: int | None, machine: str, notices: Sequence[str] 
     return lines
 
 
-def fits(told: Foretold, room: int) -> str:
+def that_fits(told: Foretold, room: int) -> str:
     """Whether a rank has memory enough, and what to change where it has not."""
     needed = told.footprint.total
     if needed <= room:

@@ -25,7 +25,7 @@ from sparsec.pipeline import Pipeline
 from sparsec.planning import sizes
 from sparsec.planning.foretell import Foretold, foretell, meta_calls
 from sparsec.planning.shape import MOST_LAYERS, shape_of_model
-from sparsec.planning.times import Clock, non_negative, solve_seconds
+from sparsec.planning.times import TimeOf, solve_seconds
 
 LAYOUTS = ["bitmap", "csr8", "csr16", "csr32", "bsr16x16", "nm2:4", "bitmap:int8", "bitmap:int4g64", "dense:int8"]
 REST = "freeze,sparsity,flops,fuse"
@@ -126,7 +126,7 @@ def test_flops_are_those_of_the_shapes() -> None:
 
 def test_a_phase_takes_as_long_as_its_parts() -> None:
     known = constants()
-    clock, ran = Clock(known), list[int]()
+    clock, ran = TimeOf(known), list[int]()
     sample = Sample("a sample", lambda: ran.append(1), 3.0)
     first = clock.seconds(Freeze(), Phase("", "", sample=sample))
     count = len(ran)
@@ -142,14 +142,6 @@ def test_solves_grow_with_rows_and_columns() -> None:
     for p in (Wanda(0.5), SparseGPT(0.5)):
         seconds = solve_seconds(p)
         assert 0 < seconds(256, 256, 256) < seconds(512, 1024, 512) < seconds(4096, 4096, 4096)
-
-
-def test_factors_are_never_below_zero() -> None:
-    terms = torch.tensor([[1.0, 2.0], [2.0, 1.0], [3.0, 3.0]], dtype=torch.float64)
-    assert non_negative(terms, terms @ torch.tensor([2.0, 0.5], dtype=torch.float64)) == pytest.approx([2.0, 0.5])
-    found = non_negative(terms, torch.tensor([1.0, 4.0, 4.5], dtype=torch.float64))
-    assert found[1] == 0.0
-    assert found[0] > 0
 
 
 @pytest.fixture

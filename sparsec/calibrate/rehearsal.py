@@ -30,7 +30,7 @@ _Storages = dict[int, int]
 
 
 @dataclass(frozen=True)
-class Run:
+class Rehearsed:
     """nbytes: at most, beside what was alive before. flops, moved: as in `Phase`."""
 
     nbytes: int
@@ -77,7 +77,7 @@ class Rehearsal:
         tokens = sum(call[0].numel() for call in self.data.calls)
         return self.nbytes(varies) * tokens // self.tokens + self.nbytes(set(alive) - set(varies))
 
-    def forward(self, span: Span, watched: Mapping[fx.Node, int], keep: bool) -> Run:
+    def forward(self, span: Span, watched: Mapping[fx.Node, int], keep: bool) -> Rehearsed:
         """One run of a span's nodes, on one call.
 
         watched: values that statistics look at once they are made, and the bytes that looking takes. keep: the values alive at the
@@ -105,7 +105,7 @@ class Rehearsal:
             for used in node.all_input_nodes:
                 if last.get(used, -1) == w.position[node] and used not in goals:
                     own.pop(used, None)
-        return Run(most, flops, moved)
+        return Rehearsed(most, flops, moved)
 
     def _flops(self, node: fx.Node) -> float:
         """Of a product, or of attention, all of whose scores are counted though half of them may be hidden; else 0."""

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class Looked:
     """A piece of the work, to be timed on the machine at hand. key: the same for the same piece. scale: the work in such pieces."""
 
     key: str
@@ -31,7 +31,7 @@ class Phase:
     flops: Mapping[torch.dtype, float] = field(default_factory=dict)
     moved: float = 0.0
     solve: tuple[tuple[int, ...], int] | None = None
-    sample: Sample | None = field(default=None, compare=False)
+    sample: Looked | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:

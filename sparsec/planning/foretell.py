@@ -23,15 +23,15 @@ from sparsec.pipeline import Pipeline
 from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.spec import unparse_one
 from sparsec.planning.memory import Footprint, Moment, peak
-from sparsec.planning.sizes import chosen, planned_bytes
-from sparsec.planning.times import Clock
+from sparsec.planning.sizes import chosen_layout, planned_bytes
+from sparsec.planning.times import TimeOf
 
 LAYOUTS = ("dense", "bitmap", "csr16", "bitmap:int8", "bitmap:int4g64")
 """That every plan tells the bytes of."""
 
 
 @dataclass(frozen=True)
-class Part:
+class PassPart:
     """What a pass does of one kind, in all: "forward", "solving", ..."""
 
     spec: str
@@ -55,7 +55,7 @@ class Foretold:
     bytes_by_layout: dict[str, int]
     footprint: Footprint  # of each rank, streaming
     in_memory: Footprint  # all of the model held
-    parts: tuple[Part, ...]
+    parts: tuple[PassPart, ...]
     tokens_dense: float  # decoded in a second
     tokens_after: float
     tokens_of_text: int
@@ -101,7 +101,7 @@ def foretell(
         mine = replace(data, calls=data.calls[: -(-len(data.calls) // ranks)])
     footprint = peak(graph, pipeline, mine)
     in_memory = peak(graph, pipeline, mine, streaming=False, process=footprint.process)
-    parts = _parts(pipeline, footprint, Clock(constants), ranks)
+    parts = _parts(pipeline, footprint, TimeOf(constants), ranks)
     view, foreseen = graph.view(), Foreseen(data, True)
     lower = next((p for p in pipeline.passes if p.name == "lower"), None)
     for p in pipeline.passes:
@@ -121,7 +121,7 @@ def foretell(
     prunable = [w for w in linear if w.name in foreseen.zeros and w.kind in ("linear", "conv1d")]
     after: dict[str, Candidate] = {}
     for w in prunable:
-        after[w.name] = chosen(
+        after[w.name] = chosen_layout(
             layout, w.matrix_shape, w.dtype, foreseen.zeros[w.name], w.pattern or "unstructured", setting
         ).best
     whole = memory.held(graph.module).total
@@ -160,7 +160,7 @@ def foretell(
     )
 
 
-def _parts(pipeline: Pipeline, footprint: Footprint, clock: Clock, ranks: int) -> tuple[Part, ...]:
+def _parts(pipeline: Pipeline, footprint: Footprint, clock: TimeOf, ranks: int) -> tuple[PassPart, ...]:
     """Phases of one kind together. Solves and their like are shared out: no rank is done before the largest of a block is."""
     found: dict[tuple[str, str], tuple[float, float]] = {}
     by_spec = {unparse_one(p): p for p in pipeline.passes}
@@ -177,7 +177,7 @@ def _parts(pipeline: Pipeline, footprint: Footprint, clock: Clock, ranks: int) -
         total, longest = sum(s for _, s in solves), max(s for _, s in solves)
         blocks = sum(m.phase.what == "forward" for m in footprint.moments if m.spec == spec)
         found[spec, "solving"] = (0.0, max(total / ranks, longest * max(1, blocks)))
-    return tuple(Part(spec, what, flops, seconds) for (spec, what), (flops, seconds) in found.items())
+    return tuple(PassPart(spec, what, flops, seconds) for (spec, what), (flops, seconds) in found.items())
 
 
 def _tokens(

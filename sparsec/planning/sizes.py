@@ -45,7 +45,7 @@ def planned_bytes(
     return replace(found, nbytes=round(share * found.nbytes), stored=round(share * found.stored))
 
 
-def chosen(
+def chosen_layout(
     layout: str,
     shape: tuple[int, int],
     dtype: torch.dtype,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from sparsec.calibrate import Statistics
 from sparsec.cost.constants import Constants
+from sparsec.cost.fit import non_negative
 from sparsec.cost.phase import Phase
 from sparsec.errors import ConstantsError
 from sparsec.pipeline.base import Pass
@@ -21,7 +23,7 @@ _TOKENS = 64
 
 
 @dataclass
-class Clock:
+class TimeOf:
     """Times phases of passes. constants: of this machine, or of another that SPARSEC_CALIBRATION names."""
 
     constants: Constants
@@ -69,29 +71,14 @@ def solve_seconds(p: CalibratedPruning) -> Callable[[int, int, int], float]:
         matrix = torch.randn(rows, columns, generator=generator)
         times.append(_fastest(lambda m=matrix, s=statistics: p.prune([m], [None], [p.sparsity or 0.5], s)))  # type: ignore[misc]
     terms = torch.tensor([[float(n) ** 3, r * float(n) ** 2, float(r) * n] for r, n in sizes], dtype=torch.float64)
-    factors = non_negative(terms, torch.tensor(times, dtype=torch.float64))
+    weighed = terms.numpy() / np.array(times)[:, None]
+    factors = non_negative(weighed, np.ones(len(times))).tolist()
 
     def seconds(rows: int, columns: int, _: int) -> float:
         work = (float(columns) ** 3, rows * float(columns) ** 2, float(rows) * columns)
         return sum(f * w for f, w in zip(factors, work, strict=True))
 
     return seconds
-
-
-def non_negative(terms: torch.Tensor, times: torch.Tensor) -> list[float]:
-    """Factors [terms] of at least 0 whose relative errors of the times [tries] are least in squares; terms [tries, terms]."""
-    weighed = terms / times[:, None]
-    left = list(range(terms.shape[1]))
-    found = [0.0] * terms.shape[1]
-    while left:
-        scale = weighed[:, left].norm(dim=0)
-        some = torch.linalg.lstsq(weighed[:, left] / scale, torch.ones_like(times)[:, None]).solution[:, 0] / scale
-        if bool((some >= 0).all()):
-            for i, factor in zip(left, some.tolist(), strict=True):
-                found[i] = factor
-            return found
-        left.pop(int(some.argmin()) if len(left) > 1 else 0)
-    return found
 
 
 def _statistics(p: CalibratedPruning, columns: int) -> Statistics:
