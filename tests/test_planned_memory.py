@@ -20,7 +20,7 @@ from sparsec.ir.graph import Graph
 from sparsec.ir.tracer import trace
 from sparsec.pipeline import Pipeline
 from sparsec.pipeline.base import Context
-from sparsec.planning.memory import PROCESS, SLACK, Footprint, peak
+from sparsec.planning.memory import GROWN, PROCESS, SLACK, Footprint, peak
 
 REST = "freeze,sparsity,flops,fuse,lower(bitmap)"
 
@@ -153,8 +153,8 @@ def test_what_no_pass_says_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = trace(model(torch.bfloat16, "meta"))
     found = peak(graph, Pipeline.parse("magnitude(0.5),freeze"))
     assert found.notes == ("freeze: the pass does not say what it takes, so it is taken to need no memory",)
-    monkeypatch.setattr(memory, "resident", lambda: None)
-    assert peak(graph, Pipeline.parse("magnitude(0.5)")).process == PROCESS
+    monkeypatch.setattr(memory, "unmapped", lambda: None)
+    assert peak(graph, Pipeline.parse("magnitude(0.5)")).process == PROCESS + GROWN[False]
 
 
 def test_bad_input_is_refused_as_a_run_would() -> None:

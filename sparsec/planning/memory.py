@@ -14,8 +14,11 @@ from sparsec.pipeline.base import Effect, Pass
 from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.spec import unparse_one
 
-PROCESS = 500_000_000
-"""Interpreter and libraries with a traced model and the native kernels, where the system does not tell what this process takes."""
+PROCESS = 350_000_000
+"""Interpreter and libraries with a traced model, mapped files aside, where the system does not tell what this process takes."""
+GROWN = {False: 64_000_000, True: 150_000_000}
+"""Bytes that libraries take once they compute, and that are freed and not handed back yet while streaming; the second with a
+calibration."""
 SLACK = 1.05
 """What allocators and libraries take beside what is asked of them."""
 
@@ -92,7 +95,7 @@ def peak(
         if not phases and p.effect is not Effect.ANALYSIS and type(p).phases is Pass.phases:
             foreseen.granted(f"{p.name}: the pass does not say what it takes, so it is taken to need no memory")
     if process is None:
-        process = memory.resident() or PROCESS
+        process = (memory.unmapped() or PROCESS) + (GROWN[bool(pipeline.learning)] if streaming else 0)
     return Footprint(process, tuple(moments), tuple(foreseen.notes))
 
 
