@@ -72,7 +72,7 @@ def solve_seconds(p: CalibratedPruning) -> Callable[[int, int, int], float]:
         times.append(_fastest(lambda m=matrix, s=statistics: p.prune([m], [None], [p.sparsity or 0.5], s)))  # type: ignore[misc]
     terms = torch.tensor([[float(n) ** 3, r * float(n) ** 2, float(r) * n] for r, n in sizes], dtype=torch.float64)
     weighed = terms.numpy() / np.array(times)[:, None]
-    factors = non_negative(weighed, np.ones(len(times))).tolist()
+    factors: list[float] = non_negative(weighed, np.ones(len(times))).tolist()
 
     def seconds(rows: int, columns: int, _: int) -> float:
         work = (float(columns) ** 3, rows * float(columns) ** 2, float(rows) * columns)
