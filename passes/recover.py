@@ -26,7 +26,7 @@ from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.pipeline.trained import TrainingFigures
-from sparsec.recover.blocks import BlockByBlock
+from sparsec.recover.blocks import BlockByBlock, Going
 from sparsec.recover.figures import Figures, Looking, told
 from sparsec.recover.kept import COUNTED, Trainings
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
@@ -256,8 +256,12 @@ class _Work:
         )
         before = looking.figures()
         kept = Trainings(self.graph, self.context, options.values, options.regrow is not None)
-        blocks = options.method == "blocks"
-        at = self._blocks(folder, kept) if blocks else kept.made(self.names, lambda: self._whole(folder))
+        if options.method != "blocks":
+            at = kept.made(self.names, lambda: self._whole(folder))
+        elif options.checkpoint is not None:
+            at = self._blocks(self._stretchwise(folder))
+        else:
+            at = kept.made_by_stretch(len(self.stretches.stretches), self._blocks)
         round_rest(self.graph, self.names, options.values, self.context)
         after: Figures = ({}, {})
         try:
@@ -281,10 +285,8 @@ class _Work:
         count = len(self.text.trained)
         held = range(count, count + len(self.text.held))
         model.recompute = self._recomputed(model) if options.recompute is None else float(options.recompute)
-        ranks = self.context.ranks
-        training = Training(
-            student, self._settings, count, model.gradients, lambda: model.loss(held), self._tell, ranks=ranks
-        )
+        own = (student, self._settings, count, model.gradients, lambda: model.loss(held), self._tell)
+        training = Training(*own, ranks=self.context.ranks)
         if (found := self._loaded(folder, *SAVED)) is not None:
             with nullcontext() if folder is None else folder.fitting():
                 resume(training, *found)
@@ -295,8 +297,8 @@ class _Work:
         student.settle(self.context)
         return at
 
-    def _blocks(self, folder: StateFolder | None, kept: Trainings) -> Progressed:
-        work = BlockByBlock(
+    def _blocks(self, going: Going) -> Progressed:
+        return BlockByBlock(
             self.stretches,
             self.text,
             self.names,
@@ -308,28 +310,30 @@ class _Work:
             self.compute[1],
             varying(self.stretches.steps, CalibrationData((*self.text.trained, *self.text.held), ""), set()),
             self._tell,
-            store=self.context.store,
-            ranks=self.context.ranks,
-        )
-        if self.options.checkpoint is None and kept.lasting:
-            work.done, work.at = kept.stretches(len(self.stretches.stretches))
-            work.keep = kept.keep
-        if (found := self._loaded(folder, "stretches", *COUNTED)) is not None:
-            tensors, numbers = found
-            with nullcontext() if folder is None else folder.fitting():
-                write_trained(self.graph, {name: tensors[name] for name in self.names}, self.context)
-                take_likes(self.graph, tensors, self.options.values)
-            work.done = numbers["stretches"]
-            work.at = Progressed(**{name: numbers[name] for name in COUNTED})
-            work.at.notes.append(f"went on from stretch {work.done}, from {self.options.checkpoint}")
-        if folder is not None:
-            work.keep = lambda done, names, at: self._save(
-                folder,
-                {name: self.graph.tensor(name) for name in self.names} | likes_of(self.graph, self.options.values),
-                {"stretches": done, **{name: getattr(at, name) for name in COUNTED}},
-                at,
-            )
-        return work.run()
+            going,
+            self.context.store,
+            self.context.ranks,
+        ).run()
+
+    def _stretchwise(self, folder: StateFolder | None) -> Going:
+        """What a state folder tells of an earlier training, and what keeps this one there. None: the first rank alone has it."""
+
+        def keep(done: int, names: Sequence[str], at: Progressed) -> None:
+            if folder is None or at.stopped:  # in the middle of a stretch, which is trained anew the next time
+                return
+            weights = {name: self.graph.tensor(name) for name in self.names} | likes_of(self.graph, self.options.values)
+            self._save(folder, weights, {"stretches": done, **{name: getattr(at, name) for name in COUNTED}}, at)
+
+        found = self._loaded(folder, "stretches", *COUNTED)
+        if found is None:
+            return Going(keep=keep)
+        tensors, numbers = found
+        with nullcontext() if folder is None else folder.fitting():
+            write_trained(self.graph, {name: tensors[name] for name in self.names}, self.context)
+            take_likes(self.graph, tensors, self.options.values)
+        at = Progressed(**{name: numbers[name] for name in COUNTED})
+        at.notes.append(f"went on from stretch {numbers['stretches']}, from {self.options.checkpoint}")
+        return Going(numbers["stretches"], at, keep)
 
     def _loaded(self, folder: StateFolder | None, *needed: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """As of `StateFolder`, which the first rank alone has."""

@@ -9,6 +9,7 @@ from sparsec.calibrate import Sequences
 from sparsec.compiler import compile
 from sparsec.console.command import DTYPES
 from sparsec.data import LoadedModel, load_model
+from sparsec.data.mapped import checkpoint_files
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 from sparsec.ranks import Ranks, first_here
@@ -31,6 +32,8 @@ def loaded_once(
     if leader != ranks.number:
         ranks.told(None)
     spill = None if unfinished is None else unfinished.of_rank(leader)
+    if unfinished is not None:
+        unfinished.watched(checkpoint_files(Path(args.model).expanduser()))
     loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed, spill)
     if leader == ranks.number:
         ranks.told(None)

@@ -7,9 +7,10 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -136,15 +137,19 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = parser(prog).parse_args(argv)
-    return guarded(lambda: _launched(args), args.traceback)
+    if not args.json:
+        return guarded(lambda: _launched(args, sys.stdout), args.traceback)
+    told = sys.stdout
+    with redirect_stdout(sys.stderr):  # what libraries print is no JSON
+        return guarded(lambda: _launched(args, told), args.traceback)
 
 
-def _launched(args: argparse.Namespace) -> None:
+def _launched(args: argparse.Namespace, out: TextIO) -> None:
     with launched() as ranks:
-        _run(args, ranks)
+        _run(args, ranks, out)
 
 
-def _run(args: argparse.Namespace, ranks: Ranks) -> None:
+def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
     # What can be wrong is looked at before anything slow runs.
     pipeline = Pipeline.parse(args.passes)
     pipeline.validate()
@@ -177,7 +182,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     torch.manual_seed(args.seed)
     unfinished = None if args.measure else begun(args, ranks)
     with cleared_away(unfinished), shown_progress(sys.stderr) as shown, memory.Peak() as peak:
-        events = Events(sys.stdout, shown) if args.json else None
+        events = Events(out, shown) if args.json else None
         progress = events or shown
         with stage(progress, "loading the model"):
             loaded = loaded_once(args, ranks, progress, unfinished)
@@ -223,6 +228,7 @@ def _fingerprint(
     return {
         "source": source,
         "config": loaded.model.config.to_json_string(),
+        "revision": getattr(loaded.model.config, "_commit_hash", None),  # of a hub
         "calibration": text,
         "passes": str(pipeline),
         "dtype": args.dtype,
@@ -312,7 +318,7 @@ def _compiled(
         lines.append(
             "no sample: the dense model takes most of this machine's memory, and every word would read all of it"
         )
-    elif not args.no_sample:
+    elif not args.no_sample and not args.json:
         prompt, why = _prompt(loaded, args)
         lines += why
     before = _sample(loaded, loaded.model, prompt, args.new_tokens, progress, "what it writes before")

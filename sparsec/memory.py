@@ -69,7 +69,7 @@ def _stored(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def _fresh_bytes(tensor: Tensor, seen: set[tuple[str, int]]) -> int:
     key, storage = _key(tensor), tensor.untyped_storage()
-    if key in seen:
+    if key in seen or not storage.nbytes():  # one without bytes may begin where another in the same file does
         return 0
     seen.add(key)
     return storage.nbytes() + beside(storage)
@@ -194,6 +194,17 @@ def is_own(tensor: Tensor) -> bool:
     """
     storage = tensor.untyped_storage()
     return storage.resizable() and not (tensor.device.type == "cpu" and storage.is_shared())
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with a copy of each that shares its memory with one before: safetensors writes none of those."""
+    seen: set[tuple[Any, int]] = set()
+    for name, tensor in tensors.items():
+        memory = (tensor.device, tensor.untyped_storage().data_ptr())
+        if tensor.numel() and memory in seen:
+            tensors[name] = tensor.clone()
+        seen.add(memory)
+    return tensors
 
 
 def page_out(tensors: Iterable[Tensor]) -> None:

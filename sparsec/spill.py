@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsec.errors import SpillError, briefly
-from sparsec.memory import trim
+from sparsec.memory import apart, trim
 
 Made = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 """Tensors by name, and what else is to be known of them, as JSON has it."""
@@ -98,8 +98,7 @@ class Spill(Keep):
 
     def within(self, place: str) -> Spill:
         folder = self.folder / _file_name(place)
-        folder.mkdir(exist_ok=True)
-        return Spill(folder)
+        return Spill.of(folder)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{_file_name(key)}.safetensors"
@@ -107,8 +106,7 @@ class Spill(Keep):
     def _write(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         made = path.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
-            # The tensors may be views of others, of which the library writes none.
-            whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            whole = apart({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
             save_file(whole, made, metadata={_FACTS: json.dumps(dict(facts))})
             made.replace(path)
         except (OSError, SafetensorError) as error:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from sparsec.progress import Progress
 from sparsec.spill import Spill
 
 ENDING = ".unfinished"
+_CONFIG = "config.json"  # of the result: without it a folder is no saved model
+_KEPT = "kept"
+_RESULT = "result"
 _RUN = "run.json"
 _SCHEMA = "sparsec.unfinished/1"
 
@@ -41,7 +45,7 @@ class Unfinished:
 
         Raises DataError for one that is there and shall not be gone on with, SpillError for one that cannot be made.
         """
-        place = Path(os.path.abspath(place))
+        place = Path(os.path.realpath(place))
         path = place.with_name(f"{place.name}{ENDING}")
         path = path / f"rank {rank}" if rank else path
         if path.exists() and not resume:
@@ -49,12 +53,26 @@ class Unfinished:
                 f"{path} holds a run that was not done; --resume goes on with it, and deleting the folder begins anew"
             )
         try:
-            if not (path / _RUN).exists():  # killed before it was known what the run is of
-                shutil.rmtree(path / "kept", ignore_errors=True)
-            (path / "kept").mkdir(parents=True, exist_ok=True)
+            (path / _KEPT).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SpillError(f"{path} cannot be made: {briefly(error)}; name another folder to save in") from error
         return cls(place, path)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Meanwhile no other process works there: DataError where one does. What a killed one had half written goes away, and
+        where it never came to say what its run is of, all that it kept does: that may be of another source."""
+        others: list[str] = []
+        with files.lock(self.path / "lock", 0, others.append) as held:
+            if others and not held:
+                raise DataError(
+                    f"{self.path}: process {others[0]} works there; wait until it is done, or name another folder to save in"
+                )
+            shutil.rmtree(self.path / _RESULT, ignore_errors=True)
+            if not (self.path / _RUN).exists():
+                shutil.rmtree(self.path / _KEPT, ignore_errors=True)
+                (self.path / _KEPT).mkdir()
+            yield
 
     @property
     def spill(self) -> Spill:
@@ -64,7 +82,7 @@ class Unfinished:
     def of_rank(self, rank: int | None) -> Spill:
         """The same of another rank on this machine; None: this one."""
         whole = self.place.with_name(f"{self.place.name}{ENDING}")
-        return Spill((self.path if rank is None else whole / f"rank {rank}" if rank else whole) / "kept")
+        return Spill((self.path if rank is None else whole / f"rank {rank}" if rank else whole) / _KEPT)
 
     def fits(self, of: Mapping[str, Any]) -> None:
         """Writes down what the run is of; where it goes on, DataError unless it is the same. Only names of JSON."""
@@ -88,20 +106,26 @@ class Unfinished:
         except OSError as error:
             raise SpillError(f"{known} cannot be written: {briefly(error)}; make room") from error
 
+    def watched(self, sources: Iterable[Path]) -> None:
+        """Files that are about to be read, which `hashed` and `unchanged` hold against what they are now."""
+        self.sources |= {str(path): _seen(path) for path in {Path(path).resolve() for path in sources}}
+
     def hashed(self, sources: Iterable[Path], progress: Progress | None) -> dict[str, str]:
-        """SHA-256 of each file of the source, by name; `unchanged` looks at the same files. DataError for one that is gone."""
+        """SHA-256 of each file of the source, by name; `unchanged` looks at the same files. DataError for one that is gone, or
+        changed since it was read."""
         found, listed = {}, sorted({Path(path).resolve() for path in sources})
         total = sum(_size(path) for path in listed)
         done = 0
         for path in listed:
             if progress is not None:
                 progress("hashing the source", done, max(1, total))
-            self.sources[str(path)] = _seen(path)
+            self.sources.setdefault(str(path), _seen(path))
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
             done += _size(path)
         if progress is not None:
             progress("hashing the source", max(1, total), max(1, total))
+        self.unchanged()
         return found
 
     def unchanged(self) -> None:
@@ -121,19 +145,23 @@ class Unfinished:
         yield
         self.unchanged()
 
-    @property
+    @cached_property
     def result(self) -> Path:
         """Where to write: a folder that becomes `place` when it is whole, or `place`, where an earlier save is replaced."""
         if self.place.is_dir() and any(self.place.iterdir()):
             return self.place
-        return self.path / "result"
+        return self.path / _RESULT
 
     def done(self) -> None:
-        """The result is whole: it goes to its place, and what was kept goes away."""
+        """The result is whole: it goes to its place, and what was kept goes away. SpillError where something is there by now."""
         if self.result != self.place:
-            if self.place.is_dir():
-                self.place.rmdir()  # an empty one
-            self.result.rename(self.place)
+            try:
+                self._put()
+            except OSError as error:
+                raise SpillError(
+                    f"{self.place} was free when the run began, and the result cannot be put there: {briefly(error)}; it is whole "
+                    f"in {self.result}: move it from there, and delete {self.path}"
+                ) from error
         shutil.rmtree(self.path, ignore_errors=True)
 
     def forget(self) -> None:
@@ -142,18 +170,32 @@ class Unfinished:
         with suppress(OSError):  # another rank's are in it
             self.path.parent.rmdir()
 
+    def _put(self) -> None:
+        """At once; file by file, the one that makes a model of them last, where the empty folder that is there has to stay: a disk
+        is mounted on it, or it is where this process was started."""
+        empty = self.place.is_dir() and not any(self.place.iterdir())
+        if not (empty and (self.place.is_mount() or self.place.samefile(os.curdir))):
+            self.result.rename(self.place)
+            return
+        for path in sorted(self.result.iterdir(), key=lambda path: (path.name == _CONFIG, path.name)):
+            shutil.move(path, self.place / path.name)
+
 
 @contextmanager
 def cleared_away(unfinished: Unfinished | None) -> Iterator[None]:
-    """Around a run: where it fails before any pass kept something, its folder goes away."""
-    try:
+    """Around a run, which is then alone in its folder: where it fails before any pass kept something, that goes away."""
+    if unfinished is None:
         yield
-    except BaseException as error:
-        if unfinished is not None and (not (unfinished.path / _RUN).exists() or isinstance(error, SparsecError)):
-            kept = unfinished.path / "kept"
-            if not any(each.name[:2].isdigit() for each in kept.iterdir()):  # as the places of passes begin
-                shutil.rmtree(unfinished.path, ignore_errors=True)
-        raise
+        return
+    with unfinished.alone():
+        try:
+            yield
+        except BaseException as error:
+            if not (unfinished.path / _RUN).exists() or isinstance(error, SparsecError):
+                kept = unfinished.path / _KEPT
+                if not any(each.name[:2].isdigit() for each in kept.iterdir()):  # as the places of passes begin
+                    shutil.rmtree(unfinished.path, ignore_errors=True)
+            raise
 
 
 def _differing(before: Any, now: Mapping[str, Any]) -> list[str]:

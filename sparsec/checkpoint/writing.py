@@ -29,6 +29,7 @@ from sparsec.errors import CheckpointError
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.group import Group, Grouped
 from sparsec.kernels.modules.packed_layer import PackedLayer
+from sparsec.memory import apart
 from sparsec.parallel.shares import refuse_share
 from sparsec.progress import Progress, stage
 
@@ -201,7 +202,7 @@ def _write_shards(
         )  # a folder: safetensors has temporary files of its own beside
         aside.mkdir()
         try:
-            whole = _apart({n: tensors[n].contiguous() for n in names})
+            whole = apart({n: tensors[n].contiguous() for n in names})
             made = aside / "tensors"
             save_file(whole, made, metadata={"format": "pt"})
             digest = _sha256(made)
@@ -217,17 +218,6 @@ def _write_shards(
             shutil.rmtree(aside, ignore_errors=True)
         named.update(dict.fromkeys(whole, name))
     return named, facts
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, with a copy of each that shares its memory with one before: a view of a weight, say."""
-    seen: set[tuple[Any, int]] = set()
-    for name, tensor in tensors.items():
-        memory = (tensor.device, tensor.untyped_storage().data_ptr())
-        if tensor.numel() and memory in seen:
-            tensors[name] = tensor.clone()
-        seen.add(memory)
-    return tensors
 
 
 def _write_index(place: Path, named: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]]) -> str:

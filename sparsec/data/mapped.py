@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import json
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,61 @@ from sparsec.spill import Made, Spill
 FILES = "mapped files"
 
 
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What transformers looks for in a folder, in this order."""
+
+
+def checkpoint_files(folder: Path) -> tuple[Path, ...]:
+    """The files that transformers reads a folder's weights from, with the index; none where there is no folder or file."""
+    first = next((path for name in _WEIGHTS if (path := folder / name).is_file()), None)
+    if first is None:
+        return ()
+    found = {first}
+    if first.suffix == ".json":
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            # What is wrong with an index, transformers says.
+            found |= {folder / name for name in json.loads(first.read_bytes())["weight_map"].values()}
+    return tuple(sorted(path for path in found if path.is_file()))
+
+
 def loaded_mapped(load: Callable[..., Any], spill: Spill) -> tuple[nn.Module, dict[str, Any]]:
     """What `from_pretrained` returns with its loading info, every parameter mapped; in that, by `FILES`, the files of the source.
 
     load: calls it with further options. transformers puts a weight that it makes of several, or renames, into files of its own,
     and one of another dtype is converted into one: all of them in the folder of `spill`, one weight at a time.
     """
-    from accelerate.hooks import remove_hook_from_module
-
     folder = spill.folder / "made by transformers"
     model, info = load(device_map={"": "disk"}, offload_folder=str(folder))
     index = _index(model)
-    remove_hook_from_module(model, recurse=True)
-    if hasattr(model, "hf_device_map"):
-        del model.hf_device_map
-    read = _put(model, index, spill)
+    _unhook(model)
+    read = _put(model, index, spill, info["missing_keys"])
     return model, {**info, FILES: tuple(sorted(path for path in read if not path.is_relative_to(spill.folder)))}
 
 
 def moved_out(model: nn.Module, spill: Spill) -> None:
     """Keeps every parameter that is held in memory in a file of `spill` instead."""
     for name, parameter in list(model.named_parameters()):
-        if is_own(parameter):
+        if is_own(parameter) and not parameter.is_meta:
             parameter.data = spill.made(f"{name} as read", partial(_as_read, parameter))[0]["weight"]
 
 
 def _as_read(parameter: Tensor) -> Made:
     return {"weight": parameter.detach()}, {}
+
+
+def _unhook(model: nn.Module) -> None:
+    """Takes accelerate's hooks off, and what is left of them: a `forward` that the module holds beside that of its class."""
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in model.modules():
+        if (hook := getattr(module, "_hf_hook", None)) is not None:
+            for each in (hook, *getattr(hook, "hooks", ())):
+                each.original_devices = {}  # where weights would go back to
+            remove_hook_from_module(module)
+            if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+                del module.forward
+    if hasattr(model, "hf_device_map"):
+        del model.hf_device_map
 
 
 def _index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
@@ -58,13 +87,13 @@ def _index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
     return {}
 
 
-def _put(model: nn.Module, index: Mapping[str, Mapping[str, str]], spill: Spill) -> set[Path]:
-    """The files that it maps."""
+def _put(model: nn.Module, index: Mapping[str, Mapping[str, str]], spill: Spill, missing: Collection[str]) -> set[Path]:
+    """The files that it maps. missing: weights that the checkpoint lacks, which stay without values."""
     made: dict[tuple[str, str], nn.Parameter] = {}
     with ExitStack() as stack:
         opened: dict[str, Any] = {}  # once each: a page that many mappings hold is slow to hand back
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if not parameter.is_meta:
+            if not parameter.is_meta or name in missing:
                 continue
             facts = index.get(name)
             if facts is None or "safetensors_file" not in facts:

@@ -26,7 +26,7 @@ from sparsec.arguments import checked_but
 from sparsec.data import compressed_tensors, gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import Kind, check_kind, kind_of, loaded_as, simpler_kinds
-from sparsec.data.mapped import FILES, loaded_mapped, moved_out
+from sparsec.data.mapped import FILES, checkpoint_files, loaded_mapped, moved_out
 from sparsec.data.quiet import quiet
 from sparsec.data.sizes import check_layers, check_room
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
@@ -57,7 +57,7 @@ class LoadedModel:
     resident_bytes: int | None  # what loading added to resident memory, where the system tells
     unowned: tuple[str, ...] = ()  # tensors of the source that no module owns
     notes: tuple[str, ...] = ()  # on what it was loaded as, where that is not what its config names
-    files: tuple[Path, ...] = ()  # that its weights are mapped from, where they are
+    files: tuple[Path, ...] = ()  # that its weights come from, where they are mapped
 
     @property
     def is_encoder(self) -> bool:
@@ -206,7 +206,10 @@ def _from_folder(
     stored = str(getattr(config, "dtype", None) or "unknown").removeprefix("torch.")
     left = name_unowned(where, model, info["unexpected_keys"], told=bool(notes))
     precision = f"checkpoint in {stored}{f', {sparse} of compressed-tensors' if sparse else ''}"
-    return LoadedModel(model.eval(), tokenizer, name, source, precision, added, left, notes, info.get(FILES, ()))
+    mapped: tuple[Path, ...] = info.get(FILES, ())
+    folders = {path.parent for path in mapped} | {Path(where)} if spill is not None else set()
+    read = {path for folder in folders for path in checkpoint_files(folder)} | {*mapped}
+    return LoadedModel(model.eval(), tokenizer, name, source, precision, added, left, notes, tuple(sorted(read)))
 
 
 def _weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as standard
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,11 +13,15 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    accelerate = standard.getLogger("accelerate")
+    before = accelerate.level
+    accelerate.setLevel(standard.ERROR)
     logging.disable_progress_bar()
     logging.set_verbosity(max(level, logging.ERROR))
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        accelerate.setLevel(before)
         if shown:
             logging.enable_progress_bar()

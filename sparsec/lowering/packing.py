@@ -42,7 +42,7 @@ class Wanted:
                 return {}, facts
             return packed.tensors(), {**facts, "layout": str(Layout.of(packed)), "scalars": dict(packed.scalars())}
 
-        tensors, facts = store.made(f"packed {weight.name}", make)
+        tensors, facts = store.made(f"packed {weight.name} {self.layout} {self.values}", make)
         if "layout" not in facts:
             return None, facts
         kind = Layout.parse(facts["layout"], offered=False).kind
@@ -70,7 +70,5 @@ class Wanted:
             said = said or zero_text(like, packed.table)
         if said:
             told.append(said)
-        return for_device(packed, matrix.device.type), {
-            "told": told,
-            "reason": reason,
-        }  # as a later .to() would lay it out
+        # as a later .to() would lay it out
+        return for_device(packed, matrix.device.type), {"told": told, "reason": reason}

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from sparsec.calibrate.kept import flat, gone, whole
 from sparsec.errors import some
-from sparsec.ranks import ALONE, Ranks
+from sparsec.ranks import Ranks
 from sparsec.recover.loop import Progressed, Settings, Training
 from sparsec.recover.losses import relative_error
 from sparsec.recover.precision import Compute
@@ -33,11 +33,24 @@ def _key(who: str, place: int, call: int) -> str:
     return f"{who} {place:05d} {call:05d}"
 
 
+def _nowhere(number: int, names: Sequence[str], at: Progressed) -> None:
+    """Keeps nothing."""
+
+
+@dataclass
+class Going:
+    """How far an earlier training came: stretches that are done, by number, and what it counted. keep: told of each further one, by
+    number from 1, with its weights; of the one too in which the user stops, which is then half trained (`at.stopped`)."""
+
+    done: int = 0
+    at: Progressed = field(default_factory=Progressed)
+    keep: Callable[[int, Sequence[str], Progressed], None] = _nowhere
+
+
 @dataclass
 class BlockByBlock:
     """student: makes the one that trains some weights; its result is put into the graph before the next stretch. names: weights to
-    train. keep: told of each stretch that was trained, by number, and of its weights. store: of what is alive between stretches.
-    varying: nodes whose values differ from call to call. done: stretches that are trained already, by number."""
+    train. varying: nodes whose values differ from call to call. store: of what is alive between stretches."""
 
     stretches: Stretches
     text: TrainingText
@@ -50,11 +63,14 @@ class BlockByBlock:
     precision: Compute
     varying: set[fx.Node]
     tell: Callable[[float, str], None]
-    keep: Callable[[int, Sequence[str], Progressed], None] = lambda number, names, at: None
-    store: Keep = field(default_factory=Keep)
-    ranks: Ranks = ALONE
-    done: int = 0
-    at: Progressed = field(default_factory=Progressed)
+    going: Going
+    store: Keep
+    ranks: Ranks
+
+    @property
+    def at(self) -> Progressed:
+        """How far it is."""
+        return self.going.at
 
     def run(self) -> Progressed:
         """Trains every stretch that has something to train."""
@@ -66,7 +82,9 @@ class BlockByBlock:
         own = [self._trained(stretch) for stretch in stretches]
         sizes = [sum(self.stretches.graph.weights[name].numel for name in names) for names in own]
         late: list[str] = []
-        begun = self.done if self._kept(self.done, len(calls)) else 0
+        # No further than the first stretch that is still to be trained: what was kept behind it is of an earlier training.
+        last = next((i for i, names in enumerate(own) if i >= self.going.done and names), len(stretches))
+        begun = next((i for i in range(last, 0, -1) if self._kept(i, len(calls))), 0)
         if begun:
             mine, theirs = self._held("student", begun, len(calls)), self._held("teacher", begun, len(calls))
         try:
@@ -77,7 +95,7 @@ class BlockByBlock:
                     break
                 first = perf_counter()
                 theirs = self._moved(stretch, calls, theirs, self.teacher, ("teacher", i + 1))
-                if own[i] and i >= self.done:
+                if own[i] and i >= self.going.done:
                     # Once for the teacher, once for the student, in each stretch to come.
                     moving = self.ranks.of_first(perf_counter() - first)
                     share = sizes[i] / max(1, sum(sizes[i:]))
@@ -89,8 +107,9 @@ class BlockByBlock:
                             stretch, own[i], calls, mine, theirs, settings, (sum(sizes[:i]), sizes[i], sum(sizes))
                         )
                     self.at.seconds = self.ranks.clock() - start
-                    if not self.at.stopped:  # else the stretch is trained anew when the run goes on
-                        self.keep(i + 1, own[i], self.at)
+                    self.going.keep(i + 1, own[i], self.at)
+                    if self.at.stopped:
+                        break
                 mine = self._moved(stretch, calls, mine, self.stored, ("student", i + 1))
                 self._drop(i, len(calls))
         except KeyboardInterrupt:  # between two trainings, or before the first step of one

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sparsec.calibrate.kept import gone
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context
+from sparsec.recover.blocks import Going
 from sparsec.recover.loop import Progressed
 from sparsec.recover.rounding import likes_of, take_likes
 from sparsec.spill import Made
 
 COUNTED = ("steps", "tokens", "seconds", "notes")
 """What a training block by block has done so far."""
+
+
+def _stretch(number: int) -> str:
+    """Its key, by number from 1."""
+    return f"stretch {number:05d}"
 
 
 @dataclass(frozen=True)
@@ -24,36 +31,33 @@ class Trainings:
     values: str
     moves: bool
 
-    @property
-    def lasting(self) -> bool:
-        """Whether another run finds what is kept here."""
-        return self.context.store.lasting
-
     def made(self, names: Sequence[str], train: Callable[[], Progressed]) -> Progressed:
         """Trains these weights, unless an earlier run did."""
-        if not self.lasting:
+        if not self.context.store.lasting:
             return train()
         if not all(self.context.ranks.told(self.context.store.has("trained"))):
             self.context.store.drop("trained")  # ranks train together, or none does
         return self._take(names, self.context.store.made("trained", lambda: self._kept(names, train())))
 
-    def keep(self, stretch: int, names: Sequence[str], at: Progressed) -> None:
-        """Keeps what a stretch trained, by number from 1; from then on the graph reads it from there."""
-        self._take(names, self.context.store.made(f"stretch {stretch:05d}", lambda: self._kept(names, at)))
-
-    def stretches(self, count: int) -> tuple[int, Progressed]:
-        """Takes what an earlier run trained of so many stretches; the number of the last one, and how far it was."""
-        last, at = 0, Progressed()
-        store = self.context.store
-        found = [n for n in range(1, count + 1) if store.has(f"stretch {n:05d}")]
+    def made_by_stretch(self, count: int, train: Callable[[Going], Progressed]) -> Progressed:
+        """The same, of so many stretches, each of which is kept by itself. One that the user stopped in stays half trained, since
+        what came after it was made of that."""
+        if not self.context.store.lasting:
+            return train(Going())
+        going, store = Going(keep=self._keep), self.context.store
+        found = [number for number in range(1, count + 1) if store.has(_stretch(number))]
         agreed = min(self.context.ranks.told(max(found, default=0)))  # that all ranks came to
         for number in found:
             if number > agreed:
-                store.drop(f"stretch {number:05d}")
+                store.drop(_stretch(number))
             else:
-                made = self.context.store.made(f"stretch {number:05d}", lambda: ({}, {}))
-                last, at = number, self._take(made[1]["names"], made)
-        return last, at
+                made = store.made(_stretch(number), gone)
+                going.done, going.at = number, self._take(made[1]["names"], made)
+        return self.made((), lambda: train(going))
+
+    def _keep(self, number: int, names: Sequence[str], at: Progressed) -> None:
+        """From then on the graph reads from there."""
+        self._take(names, self.context.store.made(_stretch(number), lambda: self._kept(names, at)))
 
     def _kept(self, names: Sequence[str], at: Progressed) -> Made:
         tensors = {f"weight {name}": self.graph.tensor(name).detach() for name in names}
