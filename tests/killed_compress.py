@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sparsec import compress
-from sparsec.calibrate import walk
+from sparsec.pipeline.pruning import CalibratedPruning
 
 
 def begun(words: list[str], log: Path) -> int:
@@ -32,15 +32,15 @@ def begun(words: list[str], log: Path) -> int:
         return child
     code = 1
     try:
-        learnt = walk._learnt
+        learnt = CalibratedPruning._learnt
 
-        def told(site, *given):  # type: ignore[no-untyped-def]
-            made = learnt(site, *given)
+        def told(self, graph, context, shares, site, statistics):  # type: ignore[no-untyped-def]
+            made = learnt(self, graph, context, shares, site, statistics)
             with log.open("a") as file:
                 file.write(site.key + "\n")
             return made
 
-        walk._learnt = told
+        CalibratedPruning._learnt = told  # type: ignore[method-assign]
         with (log.parent / "out").open("w") as out:
             os.dup2(out.fileno(), 1)
             code = compress.main([*words, "--resume", "--no-sample", "--threads", "1"])

@@ -20,6 +20,7 @@ import sparsec
 from sparsec.calibrate import walk
 from sparsec.data import load_model
 from sparsec.errors import SpillError
+from sparsec.pipeline.pruning import CalibratedPruning
 from sparsec.recover.blocks import BlockByBlock
 from sparsec.recover.loop import Training
 from sparsec.spill import Keep, Spill
@@ -129,18 +130,18 @@ def test_of_every_kind_of_model(name: str, tmp_path: Path) -> None:
 def test_no_site_is_learnt_twice_and_no_span_is_run_again_that_was_left(order: str, made: Any, tmp_path: Path) -> None:
     passes = f"wanda(0.5, order='{order}'),freeze"
     folder, whole = made(passes)
-    learnt, begins, plain = Counter[str](), list[int](), walk._learnt
+    learnt, begins, plain = Counter[str](), list[int](), CalibratedPruning._learnt
 
-    def counted(site: Any, *given: Any) -> Any:
+    def counted(self: Any, graph: Any, context: Any, shares: Any, site: Any, statistics: Any) -> Any:
         learnt[site.key] += 1
-        return plain(site, *given)
+        return plain(self, graph, context, shares, site, statistics)
 
-    class Watched(walk._Walker):
+    class Watched(walk.Walker):
         def run(self, start: int, *given: Any, **options: Any) -> None:
             begins.append(start)
             super().run(start, *given, **options)
 
-    with patch.object(walk, "_learnt", counted), patch.object(walk, "_Walker", Watched):
+    with patch.object(CalibratedPruning, "_learnt", counted), patch.object(walk, "Walker", Watched):
         once = run(folder, tmp_path / "once", passes)
         sites, runs = dict(learnt), list(begins)
         learnt.clear()

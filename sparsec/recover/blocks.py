@@ -91,7 +91,7 @@ class BlockByBlock:
             for i, stretch in enumerate(stretches):
                 if i < begun:
                     continue
-                if self.at.stopped or not any(own[i:]):
+                if self._over() or not any(own[i:]):
                     break
                 first = perf_counter()
                 theirs = self._moved(stretch, calls, theirs, self.teacher, ("teacher", i + 1))
@@ -108,7 +108,7 @@ class BlockByBlock:
                         )
                     self.at.seconds = self.ranks.clock() - start
                     self.going.keep(i + 1, own[i], self.at)
-                    if self.at.stopped:
+                    if self._over():
                         break
                 mine = self._moved(stretch, calls, mine, self.stored, ("student", i + 1))
                 self._drop(i, len(calls))
@@ -121,6 +121,10 @@ class BlockByBlock:
             self.at.notes.append(f"{some(late)}: not trained, since no time was left; give more minutes=")
         self.at.seconds = self.ranks.clock() - start
         return self.at
+
+    def _over(self) -> bool:
+        """Whether the user stopped."""
+        return self.at.stopped
 
     @property
     def _lasting(self) -> bool:
