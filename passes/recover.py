@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from sparsec.calibrate import CalibrationData
 from sparsec.calibrate.dataflow import varying
+from sparsec.cost.phase import Phase
 from sparsec.errors import PipelineError, RecoverError, SparsecWarning, SpecError
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.pipeline.trained import TrainingFigures
@@ -30,6 +32,7 @@ from sparsec.recover.blocks import BlockByBlock, Going
 from sparsec.recover.figures import Figures, Looking, told
 from sparsec.recover.kept import COUNTED, Trainings
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
+from sparsec.recover.phases import ACTIVATIONS, training_phases
 from sparsec.recover.precision import DTYPES, Compute, dtype_of, loss_scale, precision
 from sparsec.recover.regrow import WAYS, Regrowth
 from sparsec.recover.rounding import check_values, likes_of, round_rest, take_likes, whole_student
@@ -43,8 +46,6 @@ from sparsec.recover.whole import Towards, WholeModel
 METHODS = ("distill", "blocks", "norms", "lora")
 RATES = {"distill": 2e-4, "blocks": 2e-4, "norms": 1e-3, "lora": 5e-4}
 MINUTES = 10.0
-ACTIVATIONS = 3 << 27
-"""Bytes of activations that are kept; further ones are computed again for their gradients."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,10 @@ class Recover(Pass):
             if self.regrow is None
             else Regrowth(self.regrow, self.regrow_share, self.regrow_every, self.seed),
         )
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """One for each stretch of `blocks`, else one; of `lora` as of the weights that it is for."""
+        yield from training_phases(self, graph, foreseen, _trained(graph, self.method))
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises PipelineError without calibration data or a dense model, DataError, RecoverError."""

@@ -8,8 +8,8 @@ while all others stay. That moves nothing that is pruned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sparsec.calibrate import FEEDS, ORDERS, Site, Statistics, calibrate
 from sparsec.calibrate.factor import inverse_factor
+from sparsec.calibrate.rehearsal import rehearse
+from sparsec.cost.phase import Phase
 from sparsec.errors import ActivationError, FormatError, PipelineError, SelectionError, SpecError, WeightError, some
 from sparsec.formats.base import HALF_AND_SINGLE
 from sparsec.formats.grid import Grid
@@ -25,6 +27,7 @@ from sparsec.formats.values import EXAMPLES, Codec, Codes, check_in_reach
 from sparsec.ir.facts import Rounded, Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
+from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_choice, check_ignore, check_patterns, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.pipeline.selection import select_weights
@@ -95,6 +98,22 @@ class Round(Pass):
     def needs_calibration(self) -> bool:
         """With GPTQ."""
         return self.method == "gptq"
+
+    def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
+        """As the calibration goes. Raises PipelineError without calls; times of solves are not told."""
+        names = [w.name for w in select_weights(graph, self.targets, self.ignore) if graph.is_linear(w.name)]
+        if self.method == "nearest":
+            for name in names:
+                yield Phase("rounding", name, {"a rounded weight and its workspace": 56 * graph.weights[name].numel})
+        elif foreseen.data is None:
+            raise PipelineError(
+                f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}, or take method='nearest'"
+            )
+        else:
+            how = (True, self.feed, self.order, foreseen.streaming)
+            for phase in rehearse(graph, foreseen.data, names, *how, scratch=_scratch):
+                yield replace(phase, solve=None)
+            foreseen.granted("round: the time of its solves is not in the plan")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises PipelineError without calibration data, ActivationError, SelectionError, WeightError."""
@@ -237,6 +256,11 @@ class Round(Pass):
         context.write(graph, name, made["weight"])
         like = Codes(made["codes"], made["scale"], made["table"])
         graph.update(name, rounded=Rounded(self.values, like, error))
+
+
+def _scratch(rows: Sequence[int], columns: int) -> int:
+    """The factor while it is made; then that, the Hessian, and copies of one matrix while its columns are rounded and go down."""
+    return max(24 * columns, 16 * columns + 46 * max(rows)) * columns
 
 
 def _matrix(graph: Graph, name: str) -> tuple[Tensor, Tensor]:

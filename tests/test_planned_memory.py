@@ -83,6 +83,22 @@ def test_a_pass_takes_what_was_foretold(spec: str, dtype: torch.dtype, shape: tu
     assert 0.95 * real < foretold < 1.3 * real + 3e6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", ["round('int4g64')", "round('int8', method='nearest')", "recover('blocks', steps=4)"])
+def test_what_comes_after_pruning_too(last: str, dtype: torch.dtype) -> None:
+    graph, data, pipeline = traced(model(dtype)), calls(8), Pipeline.parse(f"wanda(0.5),freeze,{last}")
+    found = [
+        m for m in peak(graph, pipeline, data, streaming=False).moments if m.spec.startswith(last.partition("(")[0])
+    ]
+    dense = {name: tensor.detach().clone() for name, tensor in graph.module.named_parameters()}
+    context = Context(calibration=data, owns_weights=True, dense=dense)
+    for p in pipeline.passes[:-1]:
+        p.run(graph, context)
+        graph.facts |= p.produces
+    real = peak_allocation(lambda: pipeline.passes[-1].run(graph, context))
+    assert 0.95 * real < max(moment.nbytes - moment.standing for moment in found) < 1.3 * real
+
+
 def test_without_the_weights_it_is_the_same() -> None:
     """From a config alone, on torch's device meta."""
     specs = [f"{each}(0.5),{REST}" for each in ("magnitude", "wanda", "sparsegpt", "admm")]

@@ -65,6 +65,12 @@ class Rehearsal:
         """A meta tensor of a node's shape and dtype."""
         return self.shapes[node]
 
+    def between(self, weights: Iterable[str]) -> list[fx.Node]:
+        """What is made from the first to the last product of these weights."""
+        read = set(weights)
+        places = [self.walker.position[n] for n in self.walker.steps if read & _read(n)]
+        return self.walker.steps[min(places) : max(places) + 1] if places else []
+
     def alive(self, place: int, end: int) -> list[fx.Node]:
         """Values that are made before `place` and read at it or later, as the walker keeps them between two spans."""
         w = self.walker
@@ -291,6 +297,10 @@ def _masked_bytes(graph: Graph, walker: Walker, span: Span, masked: set[str]) ->
         if n.op == "get_attr"
     }
     return sum(w.numel * w.dtype.itemsize for w in graph.weights.values() if w.name in read & masked)
+
+
+def _read(node: fx.Node) -> set[str]:
+    return {str(used.target) for used in node.all_input_nodes if used.op == "get_attr"}
 
 
 def _address(tensor: Tensor) -> int:

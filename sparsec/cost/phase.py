@@ -32,6 +32,7 @@ class Phase:
     moved: float = 0.0
     solve: tuple[tuple[int, ...], int] | None = None
     sample: Looked | None = field(default=None, compare=False)
+    seconds: float = 0.0  # that the pass is told to take
 
     @property
     def nbytes(self) -> int:

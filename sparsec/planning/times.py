@@ -37,6 +37,8 @@ class TimeOf:
             raise ConstantsError(
                 "the cost model does not know how fast this machine reads; measure it with: sparsec cost"
             )
+        if phase.seconds:
+            return phase.seconds
         found = phase.moved / bandwidth + sum(work / self.rate(dtype) for dtype, work in phase.flops.items() if work)
         if phase.solve is not None and isinstance(p, CalibratedPruning):
             rows, columns = phase.solve
