@@ -181,7 +181,7 @@ def text_arguments() -> dict[str, Any]:
     }  # fmt: skip
 
 
-CALLBACKS = frozenset({"progress", "prune", "step"})
+CALLBACKS = frozenset({"learn", "progress", "settle", "step"})
 """Arguments for which modules are no hostile value: they can be called, and what comes of that is their own error."""
 
 
@@ -191,8 +191,13 @@ def load_model(**given: Any) -> None:
         data.load_model(**given)
 
 
-def no_prune(site: Any, statistics: Any) -> None:
+def no_prune(site: Any, made: Any) -> None:
     """Prunes nothing."""
+
+
+def no_learning(site: Any, statistics: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Learns nothing."""
+    return {}, {}
 
 
 def targets() -> dict[str, Target]:
@@ -265,7 +270,8 @@ def targets() -> dict[str, Target]:
                 "graph": graph(),
                 "data": calibrate.CalibrationData(((ones,),), "ones"),
                 "weights": ["a.weight"],
-                "prune": no_prune,
+                "learn": no_learning,
+                "settle": no_prune,
                 "gram": False,
                 "feed": "pruned",
                 "order": "block",

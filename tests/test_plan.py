@@ -14,7 +14,7 @@ from test_planned_memory import model
 import sparsec
 from sparsec import plan
 from sparsec.cost.constants import machine_constants
-from sparsec.cost.phase import Phase, Sample
+from sparsec.cost.phase import Looked, Phase
 from sparsec.data.models import load_model
 from sparsec.errors import DataError
 from sparsec.formats.layout import Layout
@@ -127,7 +127,7 @@ def test_flops_are_those_of_the_shapes() -> None:
 def test_a_phase_takes_as_long_as_its_parts() -> None:
     known = constants()
     clock, ran = TimeOf(known), list[int]()
-    sample = Sample("a sample", lambda: ran.append(1), 3.0)
+    sample = Looked("a sample", lambda: ran.append(1), 3.0)
     first = clock.seconds(Freeze(), Phase("", "", sample=sample))
     count = len(ran)
     assert clock.seconds(Freeze(), Phase("", "", sample=sample)) == first
@@ -177,10 +177,10 @@ def test_the_command_plans_from_a_config(config: Path, tmp_path: Path, capsys: p
 
 def test_the_ways_out_of_too_little_memory() -> None:
     solving = told("sparsegpt(0.5)", sequences=4)
-    assert "prune with wanda" in plan.fits(solving, 1)
-    assert "ignore=" in plan.fits(solving, 1)
-    assert plan.fits(solving, solving.footprint.total).startswith("fits")
-    assert "does not fit" in plan.fits(solving, solving.footprint.total - 1)
+    assert "prune with wanda" in plan.that_fits(solving, 1)
+    assert "ignore=" in plan.that_fits(solving, 1)
+    assert plan.that_fits(solving, solving.footprint.total).startswith("fits")
+    assert "does not fit" in plan.that_fits(solving, solving.footprint.total - 1)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(1.5, "1.5 s"), (130, "2.2 min"), (9000, "2.5 h"), (200000, "2.3 days")])

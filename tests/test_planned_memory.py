@@ -108,7 +108,13 @@ def test_without_the_weights_it_is_the_same() -> None:
             peak(graph, Pipeline.parse(spec), calls(device=device), streaming=streaming, process=0)
             for graph, device, streaming in ((here, "cpu", True), (there, "meta", True))
         )
-        assert known == planned
+        assert _without_bytes_read(known) == _without_bytes_read(planned)
+
+
+def _without_bytes_read(found: Footprint) -> Footprint:
+    """A mask that only hides the future is not read, and on meta nobody can look."""
+    moments = [replace(moment, phase=replace(moment.phase, moved=0.0)) for moment in found.moments]
+    return replace(found, moments=tuple(moments))
 
 
 def test_streaming_holds_no_model_and_one_block() -> None:

@@ -130,7 +130,7 @@ def test_every_architecture_is_recovered(name: str) -> None:
     given: Any = text() if name != "mlp" else [(example(2, 4 + i)["x"],) for i in range(6)]
     inputs = example() if name == "mlp" else None
     for method in ("distill", "blocks"):
-        spec = f"magnitude(0.5),freeze,recover('{method}', steps=6, batch=2),lower(bitmap)"
+        spec = f"magnitude(0.5),freeze,recover('{method}', steps=6, batch=2, dtype='fp32'),lower(bitmap)"
         compiled = sparsec.compile(model, spec, calibration=given, example_inputs=inputs)
         before, after = figures(compiled)
         assert math.isfinite(after), method

@@ -37,7 +37,7 @@ from sparsec.study import variants
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import QUICK, plan
 
-RECOVER = "magnitude(0.5),freeze,recover(steps=3)"
+RECOVER = "magnitude(0.5),freeze,recover(steps=3, dtype='fp32')"
 SMALL = replace(QUICK, windows=2, length=16, prompt_tokens=4, new_tokens=2, repeats=2, seconds=20.0)
 LITTLE = ["--eval-windows", "2", "--eval-length", "16", "--prompt-tokens", "4", "--new-tokens", "2", "--quick"]
 DRAWN = ["--calibration-sequences", "4", "--calibration-length", "32"]
