@@ -18,8 +18,8 @@ from sparsec.data import load_model
 HERE = Path(__file__).parent
 PASSES = (
     "wanda(0.5, order='true'),freeze,sparsity,flops,fuse,lower(bitmap)",
-    "sparsegpt(0.5),freeze,recover(method='blocks', steps=2, length=16),round('int8'),lower(csr, values='int8')",
-    "magnitude(0.5),freeze,recover(steps=2, length=16),fuse,lower(auto)",
+    "sparsegpt(0.5),freeze,recover(method='blocks', steps=2, length=64),round('int8'),lower(csr, values='int8')",
+    "magnitude(0.5),freeze,recover(steps=2, length=64),fuse,lower(auto)",
 )
 
 
@@ -38,16 +38,9 @@ def small(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 )
 def test_killed_at_any_moment_it_goes_on_and_writes_the_same_files(kills: int, passes: str, tmp_path: Path) -> None:
     small(tmp_path / "model")
-    options = [
-        "--passes",
-        passes,
-        "--calibration-sequences",
-        "4",
-        "--calibration-length",
-        "16",
-        "--max-shard-size",
-        "50KB",
-    ]
+    (tmp_path / "text").write_text(" ".join(str(number**3) for number in range(200)))
+    drawn = ["--calibration", str(tmp_path / "text"), "--calibration-sequences", "4", "--calibration-length", "64"]
+    options = ["--passes", passes, *drawn, "--max-shard-size", "50KB"]
     words = [str(kills), "0", str(tmp_path / "record.json"), str(tmp_path / "model"), str(tmp_path / "a ü"), *options]
     ended = subprocess.run(
         [sys.executable, str(HERE / "killed_compress.py"), *words], capture_output=True, text=True, timeout=1500
