@@ -104,6 +104,21 @@ def test_whenever_a_run_dies_the_next_one_makes_the_same_bits(
     assert told(whole) == told(again)
 
 
+@pytest.mark.parametrize("passes", ["magnitude(0.5),freeze", "zeros,freeze", "magnitude(0.5, scope='row'),freeze"])
+def test_some_of_the_masks_are_those_of_the_run_that_died(passes: str, made: Any, tmp_path: Path) -> None:
+    folder, whole = made(passes)
+    write = Spill._write
+
+    def dies(self: Spill, path: Path, *given: Any) -> None:
+        write(self, path, *given)
+        if len(list(path.parent.glob("mask *"))) == 3:
+            raise Died
+
+    with patch.object(Spill, "_write", dies), pytest.raises(Died):
+        run(folder, tmp_path, passes)
+    assert differing(whole, run(folder, tmp_path, passes)) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", PIPELINES)
 def test_a_run_that_dies_with_every_write_comes_to_its_end(passes: str, made: Any, tmp_path: Path) -> None:
