@@ -32,7 +32,7 @@ from sparsec.recover.blocks import BlockByBlock, Going
 from sparsec.recover.figures import Figures, Looking, told
 from sparsec.recover.kept import COUNTED, Trainings
 from sparsec.recover.loop import OPTIMIZERS, SAVED, SCHEDULES, Progressed, Settings, Training, resume, training_state
-from sparsec.recover.phases import ACTIVATIONS, training_phases
+from sparsec.recover.phases import ACTIVATIONS, is_out_of_memory, training_phases
 from sparsec.recover.precision import DTYPES, Compute, dtype_of, loss_scale, precision
 from sparsec.recover.regrow import WAYS, Regrowth
 from sparsec.recover.rounding import check_values, likes_of, round_rest, take_likes, whole_student
@@ -215,7 +215,7 @@ class Recover(Pass):
         try:
             return work.run()
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise RecoverError(
                 f"recover ran out of memory: {str(error).splitlines()[0]}; take a smaller batch= (now {self.batch}), a shorter "
@@ -397,8 +397,3 @@ def _trained(graph: Graph, method: str) -> list[str]:
             "recover(method='norms') trains norms and biases, and this model has none; take method='distill'"
         )
     return {"norms": spare, "lora": masked}.get(method, [*masked, *spare])
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    texts = ("not enough memory", "out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error).lower() for t in texts)

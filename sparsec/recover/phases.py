@@ -109,3 +109,9 @@ def _pieces(graph: Graph, data: CalibrationData, length: int | None, together: i
         given = {"input_ids": torch.zeros(some, tokens, dtype=torch.int64, device="meta"), "attention_mask": mask}
         calls.append(tuple(given[name] for name in graph.inputs))
     return CalibrationData(tuple(calls), "")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error of torch or of Python tells."""
+    texts = ("not enough memory", "out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error).lower() for t in texts)
