@@ -45,10 +45,11 @@ def streamed(folder: Path, spill: Path, passes: str, dtype: torch.dtype | None =
 
 
 def told(model: Any) -> dict[str, Any]:
-    """The report of a compiled model, without times."""
+    """The report of a compiled model, without times; what was measured may differ in its last bits, by where tensors lie."""
     found = document(model.sparsec.report())
     sums = {key: value for key, value in found.items() if isinstance(value, int | float) and "seconds" not in key}
-    return sums | {"layers": found["layers"], "passes": [_timeless(each) for each in found["passes"]]}
+    rows = [{k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()} for row in found["layers"]]
+    return sums | {"layers": rows, "passes": [_timeless(each) for each in found["passes"]]}
 
 
 def _timeless(record: dict[str, Any]) -> dict[str, Any]:

@@ -223,7 +223,9 @@ class Walker:
         if keep:
             self.shared = {n: v for n, v in shared.items() if n in goals}
             if keep.store.lasting and self.lasting:
-                keep.store.made(keep.key("shared"), partial(flat, self.shared))
+                # As a run finds them that goes on from here: a product's last bit may follow from where a tensor lies in memory.
+                named = {node.name: node for node in self.shared}
+                self.shared = whole(keep.store.made(keep.key("shared"), partial(flat, self.shared)), named)
             kept = (v for state in self.states for v in state.values() if isinstance(v, Tensor))
             self.profile.activation_bytes = max(
                 self.profile.activation_bytes, sum(v.numel() * v.itemsize for v in kept)
