@@ -9,6 +9,7 @@ from sparsec.calibrate import Sequences
 from sparsec.compiler import compile
 from sparsec.console.command import DTYPES
 from sparsec.data import LoadedModel, load_model
+from sparsec.data.folders import local_path
 from sparsec.data.mapped import checkpoint_files
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
@@ -32,8 +33,8 @@ def loaded_once(
     if leader != ranks.number:
         ranks.told(None)
     spill = None if unfinished is None else unfinished.of_rank(leader)
-    if unfinished is not None:
-        unfinished.watched(checkpoint_files(Path(args.model).expanduser()))
+    if unfinished is not None and (place := local_path(args.model)) is not None:
+        unfinished.watched(checkpoint_files(place))
     loaded = load_model(args.model, DTYPES[args.dtype], progress, args.seed, spill)
     if leader == ranks.number:
         ranks.told(None)

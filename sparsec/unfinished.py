@@ -193,8 +193,9 @@ def cleared_away(unfinished: Unfinished | None) -> Iterator[None]:
         except BaseException as error:
             if not (unfinished.path / _RUN).exists() or isinstance(error, SparsecError):
                 kept = unfinished.path / _KEPT
-                if not any(each.name[:2].isdigit() for each in kept.iterdir()):  # as the places of passes begin
-                    shutil.rmtree(unfinished.path, ignore_errors=True)
+                with suppress(FileNotFoundError):  # the first rank's went away, and this one's with it
+                    if not any(each.name[:2].isdigit() for each in kept.iterdir()):  # as the places of passes begin
+                        shutil.rmtree(unfinished.path, ignore_errors=True)
             raise
 
 
