@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate import FEEDS, ORDERS, Site, Statistics, calibrate
-from sparsec.calibrate.factor import inverse_factor
+from sparsec.calibrate.factor import factor_bytes, inverse_factor
 from sparsec.calibrate.rehearsal import rehearse
 from sparsec.cost.phase import Phase
 from sparsec.errors import ActivationError, FormatError, PipelineError, SelectionError, SpecError, WeightError, some
@@ -119,13 +119,14 @@ class Round(Pass):
         """Raises PipelineError without calibration data, ActivationError, SelectionError, WeightError."""
         chosen, notes = self._selected(graph)
         errors: list[float] = []
+        spent: dict[str, float] = {}
         if self.method == "nearest":
             for weight in context.each_of("round", chosen):
                 made = context.store.made(f"weight {weight.name}", partial(self._nearest, graph, weight.name))
                 self._write(graph, weight.name, made[0], context)
             how = "to the nearest numbers"
         else:
-            how = self._calibrated(graph, context, chosen, errors, notes)
+            how, spent = self._calibrated(graph, context, chosen, errors, notes)
         tied = [w.name for w in chosen if w.kind == "embedding"]
         if tied:
             notes.append(
@@ -133,7 +134,7 @@ class Round(Pass):
             )
         kept, total = sum(graph.kept(w.name) for w in chosen), sum(w.numel for w in chosen)
         summary = f"{kept:,} of {total:,} weights in {len(chosen)} matrices rounded to {self.values}, {how}"
-        return PassResult(changed=bool(chosen), summary=summary, notes=tuple(notes))
+        return PassResult(changed=bool(chosen), summary=summary, notes=tuple(notes), spent=spent)
 
     def _selected(self, graph: Graph) -> tuple[list[Weight], list[str]]:
         """The weights to round, and notes on others. Raises SelectionError, and WeightError for what no code stands for."""
@@ -165,8 +166,8 @@ class Round(Pass):
 
     def _calibrated(
         self, graph: Graph, context: Context, chosen: Sequence[Weight], errors: list[float], notes: list[str]
-    ) -> str:
-        """Rounds them all, and says how."""
+    ) -> tuple[str, dict[str, float]]:
+        """Rounds them all, and says how, and what took how long."""
         data = context.calibration
         if data is None:
             raise PipelineError(
@@ -192,7 +193,7 @@ class Round(Pass):
                 matrix, mask = _matrix(graph, name)
                 before = matrix.float().masked_fill(~mask, 0)
                 grid = Grid.fitted(Codec.parse(self.values), before, mask, seen.gram.diagonal())
-                rounded = compensate(before, mask, grid, factor.float())
+                rounded = compensate(before, mask, grid, factor)
                 rounded = descend(before, rounded, mask, grid, seen.gram, self.damping, self.sweeps)
                 made = self._made(graph, name, rounded, grid)
                 tensors |= {f"{part} {name}": tensor for part, tensor in made.items()}
@@ -232,7 +233,7 @@ class Round(Pass):
         told = ""
         if errors:
             told = f", which changes outputs by {sum(errors) / len(errors):.2g} of their mean square, at most by {max(errors):.2g}"
-        return f"on {data.source}{told}; {profile}"
+        return f"on {data.source}{told}; {profile}", profile.spent
 
     def _nearest(self, graph: Graph, name: str) -> Made:
         matrix, mask = _matrix(graph, name)
@@ -260,7 +261,7 @@ class Round(Pass):
 
 def _scratch(rows: Sequence[int], columns: int) -> int:
     """The factor while it is made; then that, the Hessian, and copies of one matrix while its columns are rounded and go down."""
-    return max(24 * columns, 16 * columns + 46 * max(rows)) * columns
+    return max(factor_bytes(columns), (8 * columns + 52 * max(rows)) * columns)
 
 
 def _matrix(graph: Graph, name: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate import Statistics
-from sparsec.calibrate.factor import inverse_factor
+from sparsec.calibrate.factor import factor_bytes, inverse_factor
 from sparsec.errors import SpecError
 from sparsec.patterns import Pattern
 from sparsec.pipeline.options import check_positive
@@ -81,14 +81,12 @@ class SparseGPT(CalibratedPruning):
         weights = torch.cat([m.detach() for m in matrices]).float()
         weights[:, dead] = 0
         before = joined_masks(matrices, old)
-        pattern, upper = Pattern.parse(self.pattern), factor.to(weights.dtype)
-        mask = solve(weights, upper, shares, pattern, self._columns, rows, before)
+        mask = solve(weights, factor, shares, Pattern.parse(self.pattern), self._columns, rows, before)
         return list(torch.split(mask, rows)), list(torch.split(weights, rows)), notes
 
     def scratch(self, rows: Sequence[int], in_features: int) -> int:
-        """Three matrices in fp64 while the Gram matrix is factored; then the factor in fp64 and fp32, the weights in fp32 three
-        times, and the mask."""
-        return max(24 * in_features, 12 * in_features + 13 * sum(rows)) * in_features
+        """The factor while it is made; then that in fp32, the weights in fp32 three times, and the mask."""
+        return max(factor_bytes(in_features), (4 * in_features + 13 * sum(rows)) * in_features)
 
     def enough(self, in_features: int) -> int:
         """Fewer tokens than columns leave the Gram matrix singular."""

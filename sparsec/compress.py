@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
@@ -17,11 +16,12 @@ import torch
 from sparsec import memory
 from sparsec.beside import begun, helped, loaded_once
 from sparsec.calibrate import Sequences
-from sparsec.checkpoint.folder import read_config
 from sparsec.checkpoint.places import saved_folder
+from sparsec.checkpoint.words import saved_facts, saved_lines
 from sparsec.checkpoint.writing import shard_bytes
 from sparsec.command_line import CommandLine
 from sparsec.compiler import DEFAULT_PASSES, compile
+from sparsec.console.account import Account, rate, shares
 from sparsec.console.command import (
     DTYPES,
     add_bos,
@@ -45,7 +45,6 @@ from sparsec.progress import Progress, stage
 from sparsec.ranks import Ranks, launched
 from sparsec.report.collect import Report
 from sparsec.report.summary import summary_lines
-from sparsec.report.words import zeros_of
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import Effort, plan
 from sparsec.study.sample import Prompt, check_prompt, generated, read_prompt
@@ -183,7 +182,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
     unfinished = None if args.measure else begun(args, ranks)
     with cleared_away(unfinished), shown_progress(sys.stderr) as shown, memory.Peak() as peak:
         events = Events(out, shown) if args.json else None
-        progress = events or shown
+        progress = Account(events or shown)
         with stage(progress, "loading the model"):
             loaded = loaded_once(args, ranks, progress, unfinished)
         drawn = calibration(loaded, args, [pipeline], learnt, progress)
@@ -212,11 +211,17 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
             unfinished.unchanged()
             ranks.told("written")
             unfinished.done()
+    taken, spent = progress.total, progress.by_kind(report.passes)
+    source = sum(path.stat().st_size for path in loaded.files)
     if events is not None:
-        events.say("saved", **_saved_facts(args.folder, report), peak_memory_bytes=peak.nbytes)
+        facts = saved_facts(args.folder, report)
+        events.say("saved", **facts, peak_memory_bytes=peak.nbytes, source_bytes=source, spent=spent)
         return
-    held = [f"memory: {mega(peak.nbytes)} MB at most, mapped files aside"] if peak.nbytes else []
-    print("\n".join([*lines, *_saved(args.folder, report, then), *held, *_better(pipeline)]).lstrip("\n"))
+    lines += saved_lines(args.folder, report, then)
+    if peak.nbytes:
+        lines.append(f"memory: {mega(peak.nbytes)} MB at most, mapped files aside")
+    lines += paragraph(f"{rate(source, taken)}: {shares(spent, taken)}", "time: ")
+    print("\n".join([*lines, *_better(pipeline)]).lstrip("\n"))
 
 
 def _fingerprint(
@@ -236,40 +241,6 @@ def _fingerprint(
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in names},
     }
-
-
-def _saved_facts(folder: str, report: Report) -> dict[str, Any]:
-    _, record = read_config(Path(folder).expanduser())
-    return {
-        "folder": folder,
-        "bytes": sum(int(facts["bytes"]) for facts in record.files.values()),
-        "bytes_dense": report.bytes_dense,
-        "layouts": dict(Counter(stored.layout for stored in record.layers.values())),
-    }
-
-
-def _saved(folder: str, report: Report, then: str) -> list[str]:
-    _, record = read_config(Path(folder).expanduser())
-    packed = Counter(stored.layout for stored in record.layers.values())
-    layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
-    if not packed:
-        why = Counter(row.reason for row in report.layers if row.kind in ("linear", "conv1d") and row.reason)
-        layouts = f"no matrix is packed: {_kept_dense(why) if why else 'none was pruned'}"
-    on_disk = sum(int(facts["bytes"]) for facts in record.files.values())
-    bytes_text = f"{mega(on_disk)} MB of tensors, dense {mega(report.bytes_dense)} MB"
-    zeros = zeros_of(report)
-    return [
-        *heading("Saved"),
-        *paragraph(f"{folder}: {bytes_text}; {layouts}; {zeros}"),
-        f"next: sparsec {then} {folder}",
-    ]
-
-
-def _kept_dense(why: Counter[str]) -> str:
-    """Why lower packed nothing, and the way to pack all the same."""
-    reason, count = why.most_common(1)[0]
-    said = reason.removeprefix("dense: ")
-    return f"{said} (so for {count} of {sum(why.values())}); lower(bitmap) or lower(csr) in its place packs them anyway"
 
 
 def _better(pipeline: Pipeline) -> list[str]:

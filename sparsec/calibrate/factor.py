@@ -12,16 +12,18 @@ from torch import Tensor
 from sparsec.errors import ActivationError
 
 _MOST_DAMPING = 10.0
+_BLOCK = 256
+"""Columns that are factored together; products do the rest, in place."""
 
 
 def inverse_factor(
     gram: Tensor, damping: float, otherwise: str = "prune these layers with wanda"
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """(upper Cholesky factor of the inverse of H in float64 [in, in], dead columns bool [in], notes).
+    """(upper Cholesky factor of the inverse of H, of the dtype of gram [in, in], dead columns bool [in], notes).
 
     gram: [in, in], the sum of x.T @ x; H is it up to a factor, which cancels. A column that is zero in all of the text is dead: its
-    weights do nothing. otherwise: what to do in place of this, for the error. Raises ActivationError when H cannot be factored even
-    with ten times its mean diagonal added.
+    weights do nothing. otherwise: what to do in place of this, for the error. Computed in one matrix of float64. Raises
+    ActivationError when H cannot be factored even with ten times its mean diagonal added.
     """
     diagonal = gram.diagonal().double()
     dead = diagonal == 0
@@ -32,15 +34,14 @@ def inverse_factor(
     while True:
         # From the last column to the first H = R R', R upper; so H's inverse is U' U with U the inverse of R: half of the work of
         # inverting H and factoring that.
-        hessian = gram.double()
+        hessian = gram.to(torch.float64, copy=True)
         hessian.diagonal().copy_(diagonal + added * scale)
-        factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            torch.eye(len(gram), out=hessian)
-            torch.linalg.solve_triangular(factor.flip(0, 1), hessian, upper=True, out=hessian)
-            factor = hessian
-        if not failed and bool(factor.isfinite().all()):
-            break
+        if _factor(hessian):
+            _invert(hessian)
+            factor = hessian.to(gram.dtype)
+            if bool(factor.isfinite().all()):
+                break
+        del hessian
         if added >= _MOST_DAMPING:
             raise ActivationError(
                 f"the Gram matrix of {len(gram)} input columns cannot be factored, even with {added:g} times its mean diagonal "
@@ -50,3 +51,42 @@ def inverse_factor(
     if added > damping:
         notes.append(f"the Gram matrix could not be factored; damping was raised from {damping:g} to {added:g}")
     return factor, dead, notes
+
+
+def factor_bytes(columns: int) -> int:
+    """What `inverse_factor` takes at its worst moment beside the Gram matrix, which is float32: its own in float64, and copies of a
+    block and of what is above it, or the result and whether that is finite."""
+    block = min(columns, _BLOCK)
+    return 8 * columns**2 + max(5 * columns**2, 24 * block * (block + columns))
+
+
+def _factor(matrix: Tensor) -> bool:
+    """Replaces a symmetric matrix by upper R with matrix = R R', zeros below; only what is on and above the diagonal is read.
+    Whether there is one."""
+    for block in reversed(_blocks(len(matrix))):
+        before = slice(0, block.start)
+        lower, failed = torch.linalg.cholesky_ex(matrix[block, block].triu().flip(0, 1))
+        if failed:
+            return False
+        corner = lower.flip(0, 1)
+        matrix[block, block] = corner
+        matrix[block, before] = 0
+        above = matrix[before, block]
+        above.copy_(torch.linalg.solve_triangular(corner.t(), above, upper=False, left=False))
+        for band in _blocks(block.start):
+            matrix[: band.stop, band].addmm_(above[: band.stop], above[band].t(), alpha=-1)
+    return True
+
+
+def _invert(upper: Tensor) -> None:
+    """Replaces an upper triangular matrix by its inverse."""
+    for block in _blocks(len(upper)):
+        before = slice(0, block.start)
+        corner = upper[block, block]
+        corner.copy_(torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True))
+        above = upper[before, block] @ corner
+        torch.mm(upper[before, before], above.neg_(), out=upper[before, block])
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]

@@ -240,12 +240,9 @@ def rehearse(
             weight = graph.weights[site.weights[0]]
             columns, matrices = weight.matrix_shape[1], weight.shape[0] if weight.kind == "experts" else 1
             rows = [graph.weights[name].matrix_shape[0] for name in site.weights]
-            # The triangle that was left out is filled in by way of two more matrices.
-            triangle = 8 * columns**2 if gram else 0
+            corner = columns**2 if gram else 0  # a part of the triangle that was left out, while it is filled in
             alive = {"activations between blocks": between, "statistics": held}
-            yield Phase(
-                "settling", site.name, {**alive, "its other triangle": triangle}, moved=3.0 * triangle * matrices
-            )
+            yield Phase("settling", site.name, {**alive, "its other triangle": corner}, moved=6.0 * corner * matrices)
             taken = max(scratch(rows, columns), _counting(rows, columns, gram, weight.dtype))
             work = {**alive, "masks, weights and workspace of a solve": taken}
             for _ in range(matrices):

@@ -61,8 +61,10 @@ class Statistics:
     def settle(self) -> None:
         """After the last `add`: the parts that were left out are filled in."""
         if self._gram is not None:
-            upper = self._gram.triu_()
-            self._gram = upper + upper.triu(1).t()
+            for band in _bands(len(self._gram)):
+                corner = self._gram[band, band]
+                corner.copy_(corner.triu() + corner.triu(1).t())
+                self._gram[band.stop :, band] = self._gram[band, band.stop :].t()
             self.squares = self._gram.diagonal().double()
         self.blind = not bool(self.squares.any())
         if self.blind:

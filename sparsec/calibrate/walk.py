@@ -57,6 +57,11 @@ class Profile:
             "of statistics"
         )
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by kind of work."""
+        return {kind: getattr(self, kind) for kind in ("forward", "statistics", "pruning")}
+
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Adds to one of the fields."""

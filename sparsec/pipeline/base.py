@@ -104,6 +104,7 @@ class PassResult:
     summary: str  # one line
     notes: tuple[str, ...] = ()  # what was left alone, and why
     training: TrainingFigures | None = None  # of a pass that trains
+    spent: Mapping[str, float] = field(default_factory=dict)  # seconds by kind of work, of a pass that calibrates
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class PassRecord:
     summary: str
     notes: tuple[str, ...]
     training: TrainingFigures | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

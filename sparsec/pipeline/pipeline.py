@@ -206,6 +206,7 @@ class Pipeline:
                     summary=result.summary,
                     notes=result.notes if records else (*said, *result.notes),
                     training=result.training,
+                    spent=result.spent,
                 )
             )
         return tuple(records)

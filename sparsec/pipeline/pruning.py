@@ -6,7 +6,7 @@ An algorithm is a subclass that says how much a weight matters; everything else 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -303,7 +303,7 @@ class CalibratedPruning(PruningPass):
                 "calibrate on more text"
             )
         how = f"on {data.source}; {profile}; pruning a layer takes about {scratch / 1e6:.1f} MB more"
-        return self.result(graph, chosen, how, notes)
+        return replace(self.result(graph, chosen, how, notes), spent=profile.spent)
 
     def _learnt(
         self,

@@ -36,6 +36,7 @@ PASS: Keys = {
     "summary": ((str,), "one line"),
     "notes": ((list,), "strings: what was left alone, and why"),
     "training": ((dict, NONE), "of TRAINING, of a pass that trains"),
+    "spent": ((dict,), "seconds by kind of work, of a pass that calibrates"),
 }
 TRAINING: Keys = {
     "method": ((str,), "as in the pass's options"),
@@ -232,7 +233,7 @@ def _check(where: str, found: Any, keys: Keys) -> list[str]:
 
 
 def _pass(p: PassRecord) -> dict[str, Any]:
-    found = asdict(p) | {"effect": p.effect.value, "notes": list(p.notes)}
+    found = asdict(p) | {"effect": p.effect.value, "notes": list(p.notes), "spent": dict(p.spent)}
     for text in ("held_out", "second") if p.training is not None else ():
         if found["training"][text] is not None:
             found["training"][text] = {k: _finite(v) for k, v in found["training"][text].items()}

@@ -1,0 +1,48 @@
+"""What is told of a folder once a model is saved in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sparsec.checkpoint.folder import read_config
+from sparsec.console.table import heading, mega, paragraph
+from sparsec.report.collect import Report
+from sparsec.report.words import zeros_of
+
+
+def saved_facts(folder: str, report: Report) -> dict[str, Any]:
+    """Of a folder that was saved: its bytes, those of the dense model, and how many layers lie in which layout."""
+    _, record = read_config(Path(folder).expanduser())
+    return {
+        "folder": folder,
+        "bytes": sum(int(facts["bytes"]) for facts in record.files.values()),
+        "bytes_dense": report.bytes_dense,
+        "layouts": dict(Counter(stored.layout for stored in record.layers.values())),
+    }
+
+
+def saved_lines(folder: str, report: Report, then: str) -> list[str]:
+    """The same in words, with the command that comes next."""
+    _, record = read_config(Path(folder).expanduser())
+    packed = Counter(stored.layout for stored in record.layers.values())
+    layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
+    if not packed:
+        why = Counter(row.reason for row in report.layers if row.kind in ("linear", "conv1d") and row.reason)
+        layouts = f"no matrix is packed: {_kept_dense(why) if why else 'none was pruned'}"
+    on_disk = sum(int(facts["bytes"]) for facts in record.files.values())
+    bytes_text = f"{mega(on_disk)} MB of tensors, dense {mega(report.bytes_dense)} MB"
+    zeros = zeros_of(report)
+    return [
+        *heading("Saved"),
+        *paragraph(f"{folder}: {bytes_text}; {layouts}; {zeros}"),
+        f"next: sparsec {then} {folder}",
+    ]
+
+
+def _kept_dense(why: Counter[str]) -> str:
+    """Why lower packed nothing, and the way to pack all the same."""
+    reason, count = why.most_common(1)[0]
+    said = reason.removeprefix("dense: ")
+    return f"{said} (so for {count} of {sum(why.values())}); lower(bitmap) or lower(csr) in its place packs them anyway"
