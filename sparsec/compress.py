@@ -21,7 +21,7 @@ from sparsec.checkpoint.words import saved_facts, saved_lines
 from sparsec.checkpoint.writing import shard_bytes
 from sparsec.command_line import CommandLine
 from sparsec.compiler import DEFAULT_PASSES, compile
-from sparsec.console.account import Account, rate, shares
+from sparsec.console.account import Account, rate, told_shares
 from sparsec.console.command import (
     DTYPES,
     add_bos,
@@ -220,7 +220,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
     lines += saved_lines(args.folder, report, then)
     if peak.nbytes:
         lines.append(f"memory: {mega(peak.nbytes)} MB at most, mapped files aside")
-    lines += paragraph(f"{rate(source, taken)}: {shares(spent, taken)}", "time: ")
+    lines += paragraph(f"{rate(source, taken)}: {told_shares(spent, taken)}", "time: ")
     print("\n".join([*lines, *_better(pipeline)]).lstrip("\n"))
 
 

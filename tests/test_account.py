@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsec.console.account import Account, rate, shares
+from sparsec.console.account import Account, rate, told_shares
 from sparsec.pipeline.base import Effect, PassRecord
 
 STAGES = st.recursive(st.just([]), lambda inner: st.lists(inner, max_size=3), max_leaves=12)
@@ -52,4 +52,4 @@ def test_kinds_of_work_add_up_to_the_stages(passes: list[tuple[str, float, float
 def test_said_in_words() -> None:
     assert rate(3_556_000_000, 52.9) == "3,556 MB in 52.9 s, 67.2 MB/s"
     assert rate(0, 2.0) == "2.0 s"
-    assert shares({"forward": 6.2, "pruning": 2.0, "fuse": 0.01}, 10.0) == "forward 62 %, pruning 20 %, rest 18 %"
+    assert told_shares({"forward": 6.2, "pruning": 2.0, "fuse": 0.01}, 10.0) == "forward 62 %, pruning 20 %, rest 18 %"

@@ -59,7 +59,7 @@ def rate(source_bytes: int, seconds: float) -> str:
     return f"{source_bytes / 1e6:,.0f} MB in {seconds:,.1f} s, {source_bytes / 1e6 / max(seconds, 1e-9):,.1f} MB/s"
 
 
-def shares(by_kind: dict[str, float], seconds: float) -> str:
+def told_shares(by_kind: dict[str, float], seconds: float) -> str:
     """Such as `forward 62 %, pruning 20 %, rest 3 %`; what is below half a percent is in the rest."""
     told = {kind: part for kind, part in by_kind.items() if part >= 0.005 * seconds}
     rest = {"rest": seconds - sum(told.values())}
