@@ -28,7 +28,7 @@ from sparsec.lowering import dense_readers, lower_weight, use_dense_kernel
 from sparsec.lowering.packing import Wanted
 from sparsec.lowering.rounded import check_rounded
 from sparsec.lowering.rounding import BOUND, admitted, digits_said
-from sparsec.lowering.setting import constants_for, dense_kernels, no_own_kernel
+from sparsec.lowering.setting import constants_for, dense_kernels, measuring, no_own_kernel
 from sparsec.pipeline.base import Context, Effect, Pass, PassResult
 from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_choice, check_ignore, check_number, check_patterns, check_positive
@@ -165,7 +165,9 @@ class Lower(Pass):
         return Layout.parse(f"{layout}:{self.values}")
 
     def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
-        """One weight after the other is packed."""
+        """One weight after the other is packed, where need be once the machine is measured."""
+        if self.layout == AUTO and self.objective == "latency":
+            yield from measuring(graph)
         whole = self.layout.split(":")[0] == DENSE
         chosen = select_weights(graph, self.targets, self.ignore) if whole else self._masked(graph)
         layout = Layout.parse("csr" if self.layout == AUTO else self.layout)  # auto may take any of them

@@ -28,6 +28,7 @@ from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.options import check_choice, check_number, check_positive, check_whole
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.pipeline.trained import TrainingFigures
+from sparsec.ranks import ALONE
 from sparsec.recover.blocks import BlockByBlock, Going
 from sparsec.recover.figures import Figures, Looking, told
 from sparsec.recover.kept import COUNTED, Trainings
@@ -36,9 +37,10 @@ from sparsec.recover.phases import ACTIVATIONS, is_out_of_memory, training_phase
 from sparsec.recover.precision import DTYPES, Compute, dtype_of, loss_scale, precision
 from sparsec.recover.regrow import WAYS, Regrowth
 from sparsec.recover.rounding import check_values, likes_of, round_rest, take_likes, whole_student
+from sparsec.recover.sharded import ShardedWhole, to_be_shared, told_sharing
 from sparsec.recover.state import StateFolder
 from sparsec.recover.stretches import Read, Stretches
-from sparsec.recover.student import LowRank, Student, write_trained
+from sparsec.recover.student import LowRank, Student, trained_names, write_trained
 from sparsec.recover.teacher import dense_reader
 from sparsec.recover.text import LENGTH, Call, TrainingText, training_text
 from sparsec.recover.whole import Towards, WholeModel
@@ -61,7 +63,8 @@ class Recover(Pass):
     hidden states' relative error; temperature: of both distributions. rank, alpha: of `lora`. regrow: masks move while training
     (`distill` alone): every regrow_every steps the weakest weights go and others come, where the gradient is largest (`rigl`) or
     at random (`set`); regrow_share of the kept ones at first, fewer later. dtype: to compute products in; auto: bfloat16 where
-    that is faster here. recompute: activations are computed twice instead of kept; None: those beyond 0.4 GB. checkpoint: a folder
+    that is faster here. recompute: activations are computed twice instead of kept; None: those beyond 0.4 GB. shard: each rank
+    has a share of every weight and its moments (torch's FSDP2); None: where no rank has room for all of them. checkpoint: a folder
     that keeps the state; a run that was stopped goes on from it. values: of `lower`; weights are rounded to them in every forward
     pass, and in the end.
     """
@@ -80,6 +83,7 @@ class Recover(Pass):
         "magnitude(0.5),freeze,recover(steps=2, learning_rate=0.001, cross_entropy=0.5, hidden=0.1)",
         "magnitude(0.5),freeze,recover(steps=2, regrow='rigl', regrow_share=0.1, regrow_every=9)",
         "magnitude(0.5),freeze,recover(steps=2, values='int4g64')",
+        "magnitude(0.5),freeze,recover(steps=2, shard=True)",
     )
     wants: ClassVar[str] = "a text to train on"
 
@@ -103,6 +107,7 @@ class Recover(Pass):
     regrow_every: int = field(default=20, kw_only=True)
     dtype: str = field(default="auto", kw_only=True)
     recompute: bool | None = field(default=None, kw_only=True)
+    shard: bool | None = field(default=None, kw_only=True)
     checkpoint: str | None = field(default=None, kw_only=True)
     values: str = field(default="", kw_only=True)
 
@@ -112,6 +117,7 @@ class Recover(Pass):
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)
         check_choice(self.dtype, "dtype", DTYPES)
         check_choice(self.recompute, "recompute", (None, True, False))
+        check_choice(self.shard, "shard", (None, True, False))
         check_choice(self.regrow, "regrow", (None, *WAYS))
         if self.regrow is not None and self.method != "distill":
             raise SpecError(
@@ -139,6 +145,10 @@ class Recover(Pass):
         check_whole(self.seed, "seed")
         object.__setattr__(self, "values", check_values(self.values, self.method, self.regrow))
         self._check_unused()
+        if self.shard and not self.shardable:
+            raise SpecError(
+                "shard=True is for method='distill' without regrow=, values=, checkpoint=; leave those or it out"
+            )
         if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
             raise SpecError(f"checkpoint must be the path of a folder, got {self.checkpoint!r}")
 
@@ -153,6 +163,11 @@ class Recover(Pass):
             for option in () if used else options:
                 if getattr(self, option) != self.__dataclass_fields__[option].default:
                     raise SpecError(f"{option} does nothing in this training; leave it out, or {way_out}")
+
+    @property
+    def shardable(self) -> bool:
+        """Whether weights may be shared out over ranks."""
+        return self.method == "distill" and self.regrow is None and not self.values and self.checkpoint is None
 
     @property
     def needs_calibration(self) -> bool:
@@ -181,14 +196,12 @@ class Recover(Pass):
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
             seed=self.seed,
-            regrowth=None
-            if self.regrow is None
-            else Regrowth(self.regrow, self.regrow_share, self.regrow_every, self.seed),
+            regrowth=Regrowth(self.regrow, self.regrow_share, self.regrow_every, self.seed) if self.regrow else None,
         )
 
     def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
         """One for each stretch of `blocks`, else one; of `lora` as of the weights that it is for."""
-        yield from training_phases(self, graph, foreseen, _trained(graph, self.method))
+        yield from training_phases(self, graph, foreseen, trained_names(graph, self.method))
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises PipelineError without calibration data or a dense model, DataError, RecoverError."""
@@ -205,7 +218,7 @@ class Recover(Pass):
 
     def _run(self, graph: Graph, context: Context, data: CalibrationData) -> PassResult:
         teacher = dense_reader(graph, context) if self.needs_dense else None
-        names = _trained(graph, self.method)
+        names = trained_names(graph, self.method)
         text = training_text(graph, data, self.length, max(self.batch, context.ranks.count))
         stretches = Stretches(graph)
         self._check_head(stretches, context)
@@ -283,15 +296,18 @@ class _Work:
         return PassResult(changed=True, summary=summary, notes=tuple(notes), training=trained)
 
     def _whole(self, folder: StateFolder | None) -> Progressed:
-        options = self.options
-        student = self._student(self.names)
+        options, ranks = self.options, self.context.ranks
+        shared = options.shardable and to_be_shared(options.shard, self.graph, self.names, ranks)
+        student = ShardedWhole(self.graph, self.names, ranks, self.stretches) if shared else self._student(self.names)
         gc.collect()  # tracing leaves modules in circles, which would hold the weights as they were
         model = self._model(student.read, (*self.text.trained, *self.text.held))
+        model.around, model.ranks = student.run, ranks if shared else ALONE
         count = len(self.text.trained)
         held = range(count, count + len(self.text.held))
         model.recompute = self._recomputed(model) if options.recompute is None else float(options.recompute)
         own = (student, self._settings, count, model.gradients, lambda: model.loss(held), self._tell)
-        training = Training(*own, ranks=self.context.ranks)
+        training = Training(*own, ranks=ranks)
+        training.at.notes.extend(told_sharing(shared, options.shard, ranks))
         if (found := self._loaded(folder, *SAVED)) is not None:
             with nullcontext() if folder is None else folder.fitting():
                 resume(training, *found)
@@ -382,18 +398,3 @@ class _Work:
 
     def _tell(self, share: float, text: str) -> None:
         self.context.step(f"recover {self.options.method}", round(1000 * share), 1000, text)
-
-
-def _trained(graph: Graph, method: str) -> list[str]:
-    """Weights with masks, and what has one dimension: norms and biases."""
-    masked = [w.name for w in graph.masked()]
-    if not masked:
-        raise RecoverError(
-            "recover trains under masks, and no weight has one; prune first, for instance with wanda(0.5),freeze"
-        )
-    spare = [w.name for w in graph.weights.values() if len(w.shape) == 1 and w.dtype.is_floating_point]
-    if method == "norms" and not spare:
-        raise RecoverError(
-            "recover(method='norms') trains norms and biases, and this model has none; take method='distill'"
-        )
-    return {"norms": spare, "lora": masked}.get(method, [*masked, *spare])

@@ -155,7 +155,7 @@ def compile(
         )
         ranks.agree(lambda: facts_of_run(pipeline, graph, data))
         if max_memory is not None:
-            refuse_beyond(max_memory, graph, pipeline, data, streaming=context.store.lasting)
+            refuse_beyond(max_memory, graph, pipeline, data, streaming=context.store.lasting, ranks=ranks.count)
         records = pipeline.run(graph, context, verify, instruments)
         learnt = _learnt(pipeline, data)
         return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)

@@ -30,6 +30,7 @@ _STATM = Path(
     "/proc/self/statm"
 )  # Linux; elsewhere the standard library knows only the peak, which says nothing of a difference
 _MAPS = Path("/proc/self/maps")
+_MEMINFO = Path("/proc/meminfo")
 _PAGEOUT = 21  # of madvise: Linux 5.4 and later, others refuse it and change nothing
 
 
@@ -161,6 +162,16 @@ def unmapped() -> int | None:
         return None
     _, held, mapped, *_ = _STATM.read_text().split()
     return (int(held) - int(mapped)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that a process may still take on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in _MEMINFO.read_text().splitlines() if _MEMINFO.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def resident_notice() -> str | None:

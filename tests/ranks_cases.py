@@ -14,7 +14,12 @@ from architectures import VOCABULARY, tiny_model
 
 import sparsec
 from sparsec.errors import RanksError
+from sparsec.ir.tracer import trace
+from sparsec.pipeline import Context, Pipeline
 from sparsec.ranks import together
+from sparsec.recover.sharded import ShardedWhole
+from sparsec.recover.stretches import Stretches
+from sparsec.recover.student import trained_names
 
 TOKENS = torch.randint(3, VOCABULARY, (7, 12), generator=torch.Generator().manual_seed(0))
 
@@ -52,6 +57,46 @@ def recovered(rank: int, folder: Path) -> None:
             (told,) = (r for r in model.sparsec.records if r.training is not None)
             facts = {"summary": told.summary, "steps": told.training.steps, "tokens": told.training.tokens}
             torch.save(outcome(model) | facts, folder / f"{number}-{again}-{rank}.pt")
+
+
+def shares(rank: int, folder: Path) -> None:
+    """A share of every weight is where it is trained; all of it is what its stretch computes with, and what is written."""
+    graph = trace(tiny_model("llama")[0])
+    Pipeline.parse("magnitude(0.5),freeze").run(graph, Context(owns_weights=True))
+    stretches, names = Stretches(graph), trained_names(graph, "distill")
+    before = {name: graph.tensor(name).detach().clone() for name in names}
+    with together() as ranks:
+        student = ShardedWhole(graph, names, ranks, stretches)
+        everywhere = ranks.told({name: leaf.numel() for name, leaf in student.leaves.items()})
+        for name in names:
+            assert sum(each[name] for each in everywhere) == before[name].numel(), name
+            rows = before[name].shape[0]
+            assert all(each[name] <= -(-rows // ranks.count) * (before[name].numel() // rows) for each in everywhere)
+        with torch.no_grad():
+            for leaf in student.leaves.values():
+                leaf.mul_(2)
+        seen: dict[str, torch.Tensor] = {}
+
+        def run(start: int) -> Callable[[Any], Any]:
+            def inner(values: Any) -> Any:
+                for name in (n for n, (part, _) in student._home.items() if part is student._parts[start]):
+                    seen[name] = student.read(name).detach().clone()
+                return values
+
+            return inner
+
+        for start in student._parts:
+            student.run(start, {}, run(start))
+        assert seen.keys() == before.keys()
+        assert all(torch.equal(seen[name], 2 * before[name]) for name in names)
+        kept = student.kept()
+        with torch.no_grad():
+            for leaf in student.leaves.values():
+                leaf.zero_()
+        student.restore(kept)
+        student.settle(Context(owns_weights=True))
+        assert all(torch.equal(graph.tensor(name), 2 * before[name]) for name in names)
+    (folder / f"{rank}.txt").write_text("done")
 
 
 def other_text(rank: int, folder: Path) -> None:
@@ -114,7 +159,7 @@ def sums(rank: int, folder: Path) -> None:
 
 
 CASES: dict[str, Callable[[int, Path], None]] = {
-    each.__name__: each for each in (passes, recovered, other_text, failing, by_itself, sums)
+    each.__name__: each for each in (passes, recovered, shares, other_text, failing, by_itself, sums)
 }
 
 if __name__ == "__main__":

@@ -92,6 +92,11 @@ def test_sums_jobs_and_what_is_told(count: int, tmp_path: Path) -> None:
     run("sums", count, tmp_path)
 
 
+@pytest.mark.parametrize("count", [2, 5])
+def test_weights_in_training_lie_in_shares(count: int, tmp_path: Path) -> None:
+    run("shares", count, tmp_path)
+
+
 SPECS = [
     ("llama", "wanda(0.5)"),
     ("llama", "sparsegpt(0.5),freeze,round('int8g32')"),
@@ -129,11 +134,14 @@ def test_masks_and_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path) 
                 assert first["errors"][name] == pytest.approx(error, rel=0.05, abs=1e-6), (spec, name)
 
 
+SHARED = "wanda(0.5),freeze,recover(steps=4, batch=3, optimizer='sgd', learning_rate=0.05, shard=True"
 TRAININGS = [
     ("llama", "wanda(0.5),freeze,recover(steps=4, batch=3, optimizer='sgd', learning_rate=0.05)"),
     ("gpt2", "wanda(0.5),freeze,recover(steps=4, batch=3, regrow='rigl', regrow_every=2, regrow_share=0.1)"),
     ("qwen2-moe", "magnitude(0.5),freeze,recover(steps=3, batch=3, checkpoint='CHECKPOINT')"),
     ("llama", "magnitude(0.5),freeze,recover(method='blocks', steps=3, batch=3, checkpoint='CHECKPOINT')"),
+    ("llama-tied", f"{SHARED}, recompute=True, length=5)"),  # pieces of 5 and 2 tokens: not all ranks run as many calls
+    ("qwen2-moe", f"{SHARED}, hidden=0.1)"),
     (
         "llama",
         "magnitude(0.5),freeze,recover(minutes=0.03, batch=2)",
@@ -158,6 +166,7 @@ def test_a_training_by_several_ranks_is_that_of_one(tmp_path: Path) -> None:
                 assert all(torch.equal(t, other["tensors"][n]) for n, t in first["tensors"].items()), name
                 assert all(torch.equal(m, other["masks"][n]) for n, m in first["masks"].items()), name
                 assert other["steps"] == first["steps"] > 0
+            assert any("had a share" in note for note in first["notes"]) == ("shard=" in TRAININGS[int(name[0])][1])
             if "minutes" in TRAININGS[int(name[0])][1]:
                 continue
             assert (first["steps"], first["tokens"]) == (one["steps"], one["tokens"])

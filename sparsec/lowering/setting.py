@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from sparsec.cost.choice import OWN, TORCH
 from sparsec.cost.constants import Constants, machine_constants
+from sparsec.cost.measure import MEASURED_BYTES, MEASURING
+from sparsec.cost.phase import Phase
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.kernels import gpu, status
@@ -40,6 +42,14 @@ def constants_for(
             f"{found.source} says nothing of {', '.join(sorted(names))}: formats for those are chosen by bytes"
         )
     return found.constants, notes
+
+
+def measuring(graph: Graph) -> Iterator[Phase]:
+    """Measuring this machine, where nobody has: before a choice by times."""
+    linear = [w for w in graph.weights.values() if graph.is_linear(w.name)]
+    dtypes = list(dict.fromkeys(w.dtype for w in linear))
+    if dtypes and not unpredicted(["cpu"]) and machine_constants(dtypes, measuring=False) is None:
+        yield Phase(MEASURING, "once, and then kept", {"what is read and multiplied to measure it": MEASURED_BYTES})
 
 
 def unpredicted(devices: Sequence[str]) -> str:

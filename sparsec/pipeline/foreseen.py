@@ -13,10 +13,12 @@ from sparsec.ir.graph import Graph
 
 @dataclass(eq=False)
 class Foreseen:
-    """data: calls, of which shapes count. streaming: weights, masks and packed tensors lie in mapped files, which are no memory."""
+    """data: calls, of which shapes count. streaming: weights, masks and packed tensors lie in mapped files, which are no memory.
+    ranks: processes that work together."""
 
     data: CalibrationData | None = None
     streaming: bool = False
+    ranks: int = 1
     zeros: dict[str, float] = field(default_factory=dict)  # sparsity by weight, of those that were pruned
     notes: list[str] = field(default_factory=list)  # what had to be taken for granted
 

@@ -99,10 +99,10 @@ def foretell(
     mine = data
     if data is not None and ranks > 1:
         mine = replace(data, calls=data.calls[: -(-len(data.calls) // ranks)])
-    footprint = peak(graph, pipeline, mine)
-    in_memory = peak(graph, pipeline, mine, streaming=False, process=footprint.process)
+    footprint = peak(graph, pipeline, mine, ranks=ranks)
+    in_memory = peak(graph, pipeline, mine, streaming=False, process=footprint.process, ranks=ranks)
     parts = _parts(pipeline, footprint, TimeOf(constants), ranks)
-    view, foreseen = graph.view(), Foreseen(data, True)
+    view, foreseen = graph.view(), Foreseen(data, True, ranks)
     lower = next((p for p in pipeline.passes if p.name == "lower"), None)
     for p in pipeline.passes:
         if p is lower:

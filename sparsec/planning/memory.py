@@ -74,16 +74,17 @@ def peak(
     *,
     streaming: bool = True,
     process: int | None = None,
+    ranks: int = 1,
 ) -> Footprint:
     """What running a pipeline on a graph would hold at most. The graph stays what it is, and no weight is read.
 
     data: the calls that it would be calibrated on; only their shapes count, so they may be on torch's device meta. streaming:
     weights, masks and packed tensors lie in mapped files, which are no memory; else all of the model is held. process: bytes of
-    interpreter and libraries, by default what this process takes. Raises PipelineError, SelectionError and WeightError as a run
-    does, and TraceError where shapes depend on numbers.
+    interpreter and libraries, by default what this process takes. ranks: processes that work together, each of which holds that.
+    Raises PipelineError, SelectionError and WeightError as a run does, and TraceError where shapes depend on numbers.
     """
     pipeline.validate(graph.facts)
-    graph, foreseen = graph.view(), Foreseen(data, streaming)
+    graph, foreseen = graph.view(), Foreseen(data, streaming, ranks)
     moments: list[Moment] = []
     for p in pipeline.passes:
         before = _standing(graph, streaming)
@@ -100,10 +101,10 @@ def peak(
 
 
 def refuse_beyond(
-    limit: int, graph: Graph, pipeline: Pipeline, data: CalibrationData | None, *, streaming: bool
+    limit: int, graph: Graph, pipeline: Pipeline, data: CalibrationData | None, *, streaming: bool, ranks: int = 1
 ) -> None:
     """Raises CompileError where `peak` is more than `limit` bytes."""
-    found = peak(graph, pipeline, data, streaming=streaming)
+    found = peak(graph, pipeline, data, streaming=streaming, ranks=ranks)
     if found.total > limit:
         shorter = "shorter or fewer calibration sequences, " if data is not None else ""
         raise CompileError(

@@ -177,9 +177,7 @@ class Training:
         if regrowth is not None and finite(loss) and regrowth.due(self.at.steps, self.share):
             self.student.move(regrowth, self.at.steps, self.share, self.optimizer)
         self.student.clean()
-        leaves = [leaf for leaf in self.student.leaves.values() if leaf.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(leaves, self.settings.clip)
-        fine = finite(loss, norm)
+        fine = finite(loss, self.student.clip(self.settings.clip))
         if fine:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -199,14 +197,14 @@ class Training:
             at.scale = min(2 * at.scale, self.settings.scale)
         first = at.scale
         loss, tokens = self._shared(batch, at.scale)
-        while at.scale > 1 and finite(loss) and not finite(*self._found()):
+        while at.scale > 1 and finite(loss) and not self.student.finite(self._found()):
             self.optimizer.zero_grad()
             at.scale /= 2
             loss, tokens = self._shared(batch, at.scale)
         if at.scale > 1:
             for gradient in self._found():
                 gradient.div_(at.scale)
-        elif first > 1 and not finite(*self._found()):
+        elif first > 1 and not self.student.finite(self._found()):
             at.scale = first  # they are finite at no scale
         return loss, tokens
 
@@ -218,13 +216,9 @@ class Training:
         mine = [batch[i] for i in ranks.mine([1] * len(batch))]
         share = len(mine) / len(batch)
         loss, tokens = self.gradients(mine, scale * share) if mine else (0.0, 0)
-        leaves = list(self.student.leaves.values())
-        told = torch.tensor([loss * share, tokens, *(leaf.grad is not None for leaf in leaves)], dtype=torch.float64)
+        told = torch.tensor([loss * share, tokens], dtype=torch.float64)
         ranks.sum([told])
-        for leaf, holders in zip(leaves, told[2:].tolist(), strict=True):
-            if holders and leaf.grad is None:  # such as of an expert that saw no token here
-                leaf.grad = torch.zeros_like(leaf)
-        ranks.sum(self._found())
+        self.student.sum_gradients(ranks)
         return float(told[0]), int(told[1])
 
     def _held_out(self) -> float:

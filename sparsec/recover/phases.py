@@ -41,18 +41,25 @@ class Trained(Protocol):
     def settings(self) -> Settings:
         """For the loop."""
 
+    @property
+    def shard(self) -> bool | None:
+        """Whether ranks have shares of the weights."""
+
 
 def training_phases(training: Trained, graph: Graph, foreseen: Foreseen, names: Sequence[str]) -> Iterator[Phase]:
     """One for each stretch of a training block by block, else one. names: weights that train. RecoverError for a plain module."""
     settings, length, blocks = training.settings, training.length, training.method == "blocks"
     if foreseen.data is None or not takes_tokens(graph):
         raise RecoverError("recover: a plan knows how to train on tokens alone; leave recover out of the plan")
-    copied = blocks or foreseen.streaming  # else what is in fp32 trains where it stands
+    over = foreseen.ranks if training.shard else 1
+    copied = blocks or foreseen.streaming or over > 1  # else what is in fp32 trains where it stands
     data = _pieces(graph, foreseen.data, length, 1 if blocks else settings.batch)
     linear = [w.name for w in graph.weights.values() if graph.prunable(w.name)]
     rehearsal = Rehearsal(graph, data, find_sites(graph, linear))
     weights = [graph.weights[name] for name in names]
-    stretches = [s.weights for s in Stretches(graph).stretches] if blocks else [tuple(linear)]
+    cut = [s.weights for s in Stretches(graph).stretches]
+    stretches = cut if blocks else [tuple(linear)]
+    largest = max(sum(w.numel for w in weights if w.name in read) for read in cut)
     whole = sum(w.numel for w in weights)
     for read in stretches:
         mine = [w for w in weights if w.name in read or (not blocks and len(w.shape) == 1)]
@@ -72,7 +79,9 @@ def training_phases(training: Trained, graph: Graph, foreseen: Foreseen, names: 
             "training",
             mine[0].name.rpartition(".")[0],
             {
-                "weights, gradients and moments in training": sum(_each(w, settings, foreseen, copied) for w in mine),
+                "weights, gradients and moments in training": sum(_each(w, settings, foreseen, copied) for w in mine)
+                // over,
+                "a stretch and its gradients, whole": 8 * largest if over > 1 else 0,
                 "activations of a backward": made,
                 "states of dense and pruned": _states(graph, foreseen, blocks),
             },

@@ -19,6 +19,8 @@ from sparsec.ir.graph import Graph
 Read = Callable[[str], Any]
 """From the name of a stored tensor to the tensor that is computed with."""
 Values = dict[fx.Node, Any]
+Run = Callable[[Values], Values]
+"""A part of a graph, from what is alive where it begins to what is alive where it ends."""
 _BY_TOKEN = ("add", "sub", "mul", "div", "tanh", "to", "_to_copy", "slice", "alias", "clone", "clamp")
 """What may stand between the head's product and the logits, for them to be made from some tokens at a time."""
 
@@ -125,6 +127,12 @@ class Stretches:
         )
         read_again = any(self.last_read[n] > at for n in self.alive(at) if n is hidden)
         return (at, hidden) if by_token and not read_again else None
+
+    def cuts(self) -> list[int]:
+        """Where stretches begin and end, up to the head."""
+        head = self.head()
+        stop = len(self.steps) if head is None else head[0]
+        return [0, *(stretch.end for stretch in self.stretches if stretch.end < stop), stop]
 
     def _cut(self) -> list[Stretch]:
         """At the fewest values alive between a block's attention and its MLP, and between blocks; the last one holds the head."""

@@ -6,17 +6,21 @@ Whoever trains them reads them by `read`; the graph gets the result by `settle`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsec import serial
+from sparsec.errors import RecoverError
 from sparsec.ir.facts import Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import Context
+from sparsec.ranks import Ranks
+from sparsec.recover.losses import finite
 from sparsec.recover.regrow import Regrowth
+from sparsec.recover.stretches import Run, Values
 
 _MASK = "mask "
 
@@ -63,6 +67,22 @@ class Student(ABC):
                 self.weights[name], mask, leaf, leaf.grad, optimizer, step=step, number=number, done=done
             )
 
+    def run(self, start: int, values: Values, run: Run) -> Values:
+        """Runs the stretch that begins at a place, so that what it reads is there."""
+        return run(values)
+
+    def sum_gradients(self, ranks: Ranks) -> None:
+        """After a backward: every rank has the sum of all ranks' gradients."""
+        summed(list(self.leaves.values()), ranks)
+
+    def clip(self, most: float) -> Tensor:
+        """Bounds the norm of all gradients together, and gives what it was."""
+        return torch.nn.utils.clip_grad_norm_([leaf for leaf in self.leaves.values() if leaf.grad is not None], most)
+
+    def finite(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether none of them is NaN or inf."""
+        return finite(*gradients)
+
     def kept(self) -> dict[str, Tensor]:
         """A copy of the leaves, of those with a mask the values that it keeps, one after the other; of masks where they move."""
         found = {
@@ -90,6 +110,16 @@ class Student(ABC):
         for name, mask in self.masks.items() if self.moves else ():
             self.graph.update(name, mask=mask)
         write_trained(self.graph, {name: self.result(name) for name in self.weights}, context)
+
+
+def summed(leaves: Sequence[Tensor], ranks: Ranks) -> None:
+    """Gradients become the sums over the ranks, in place."""
+    known = torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.int64)
+    ranks.sum([known])
+    for leaf, holders in zip(leaves, known.tolist(), strict=True):
+        if holders and leaf.grad is None:  # such as of an expert that saw no token here
+            leaf.grad = torch.zeros_like(leaf)
+    ranks.sum(leaf.grad for leaf in leaves if leaf.grad is not None)
 
 
 @torch.no_grad()
@@ -170,3 +200,18 @@ class LowRank(Student):
     def result(self, name: str) -> Tensor:
         """Merged."""
         return self._merged(name).detach()
+
+
+def trained_names(graph: Graph, method: str) -> list[str]:
+    """Weights with masks, and what has one dimension: norms and biases."""
+    masked = [w.name for w in graph.masked()]
+    if not masked:
+        raise RecoverError(
+            "recover trains under masks, and no weight has one; prune first, for instance with wanda(0.5),freeze"
+        )
+    spare = [w.name for w in graph.weights.values() if len(w.shape) == 1 and w.dtype.is_floating_point]
+    if method == "norms" and not spare:
+        raise RecoverError(
+            "recover(method='norms') trains norms and biases, and this model has none; take method='distill'"
+        )
+    return {"norms": spare, "lora": masked}.get(method, [*masked, *spare])

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from sparsec.ranks import ALONE, Ranks
 from sparsec.recover.losses import head_loss, relative_error
 from sparsec.recover.precision import Compute
-from sparsec.recover.stretches import Read, Stretches, Values
+from sparsec.recover.stretches import Read, Run, Stretches, Values
 from sparsec.recover.text import Call
 
 TOGETHER = 2048
@@ -54,7 +55,8 @@ class WholeModel:
     """Gradients and losses of a student on sequences, each a call of the graph with one sequence.
 
     student, teacher: read the tensors to compute with. precision: gives the context to compute in. recompute: share of the
-    stretches whose activations are computed again for their gradients, so that only what lies between them is kept.
+    stretches whose activations are computed again for their gradients, so that only what lies between them is kept. around: runs
+    the student's stretch that begins at a place. ranks: those that all have to run a stretch for one to run it.
     """
 
     stretches: Stretches
@@ -65,21 +67,24 @@ class WholeModel:
     precision: Compute
     recompute: float = 0.0
     stackable: bool = True
+    around: Callable[[int, Values, Run], Values] = lambda start, values, run: run(values)
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self._head = self.stretches.head()
-        ends = [s.end for s in self.stretches.stretches]
-        stop = len(self.stretches.steps) if self._head is None else self._head[0]
         self._known: dict[int, Tensor] = {}
         self._known_bytes = 0
-        self._cuts = [0, *(end for end in ends if end < stop), stop]
+        self._cuts = self.stretches.cuts()
 
     def gradients(self, numbers: Sequence[int], scale: float = 1.0) -> tuple[float, int]:
         """Adds the gradients of the mean loss over some sequences, times a scale; returns (loss, tokens)."""
         total, tokens = 0.0, 0
-        for some, call, share in self._together(numbers):
+        calls = list(self._together(numbers))
+        for some, call, share in calls:
             total += share * self._mixed(self._losses(some, call, share * scale))
             tokens += _tokens(call)
+        for _ in range(max(self.ranks.told(len(calls))) - len(calls)):  # others have more lengths than this one
+            self._losses(*calls[0][:2], 0.0)
         return total, tokens
 
     def losses(self, numbers: Sequence[int]) -> Losses:
@@ -119,7 +124,7 @@ class WholeModel:
         cuts = self._cuts[:3]
         with self.precision(), torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t):
             for start, end in pairwise(cuts):
-                values = self.stretches.run(start, end, call, values, self.student)
+                values = self._stretch(start, end, call, values, again=False)
         return sum(held.values()) * max(1, len(self._cuts) - 1) // max(1, len(cuts) - 1)
 
     def _together(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], Call, float]]:
@@ -190,16 +195,27 @@ class WholeModel:
         found: list[Tensor] = []
         frozen = read is not self.student
         for number, (start, end) in enumerate(pairwise(self._cuts)):
-            if number < recompute * (len(self._cuts) - 1):
-                values = checkpoint(self.stretches.run, start, end, call, values, read, use_reentrant=False)
-            elif frozen:
+            if frozen:
                 with torch.no_grad():
                     values = self.stretches.run(start, end, call, values, read)
             else:
-                values = self.stretches.run(start, end, call, values, read)
+                values = self._stretch(start, end, call, values, number < recompute * (len(self._cuts) - 1))
             if states:
                 found += [v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1]
         return values, found
+
+    def _stretch(self, start: int, end: int, call: Call, values: Values, again: bool) -> Values:
+        """Of the student. again: computed again for its gradients."""
+
+        def run(values: Values) -> Values:
+            if again:
+                found: Values = checkpoint(
+                    self.stretches.run, start, end, call, values, self.student, use_reentrant=False
+                )
+                return found
+            return self.stretches.run(start, end, call, values, self.student)
+
+        return self.around(start, values, run)
 
     def _logits(self, call: Call, values: Values, read: Read) -> Callable[[Tensor], Tensor]:
         assert self._head is not None
