@@ -206,18 +206,20 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
             report=report,
             progress=progress,
         )
+        taken, spent = progress.total, progress.by_kind(report.passes)
+        source = sum(path.stat().st_size for path in loaded.files)
         then = "generate" if model.can_generate() else "check"
         if unfinished is not None:
             unfinished.unchanged()
             ranks.told("written")
             unfinished.done()
-    taken, spent = progress.total, progress.by_kind(report.passes)
-    source = sum(path.stat().st_size for path in loaded.files)
+    there = unfinished is None or Path(args.folder).expanduser().exists()
+    folder = args.folder if there else str(unfinished.place)  # such as `new/../out`
     if events is not None:
-        facts = saved_facts(args.folder, report)
+        facts = saved_facts(folder, report)
         events.say("saved", **facts, peak_memory_bytes=peak.nbytes, source_bytes=source, spent=spent)
         return
-    lines += saved_lines(args.folder, report, then)
+    lines += saved_lines(folder, report, then)
     if peak.nbytes:
         lines.append(f"memory: {mega(peak.nbytes)} MB at most, mapped files aside")
     lines += paragraph(f"{rate(source, taken)}: {told_shares(spent, taken)}", "time: ")

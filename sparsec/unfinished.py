@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,6 +31,17 @@ _KEPT = "kept"
 _RESULT = "result"
 _RUN = "run.json"
 _SCHEMA = "sparsec.unfinished/1"
+_OWN = re.compile(rf"{_KEPT}|{_RESULT}|lock|rank [0-9]+|{re.escape(_RUN)}|\.{re.escape(_RUN)}-[0-9a-f]+\.tmp")
+"""What lies in the folder of a run."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """file: its size, the time of its contents, which whoever writes may set back, and its number. changed: when anything of it was,
+    its rights and its names too."""
+
+    file: tuple[int, int, int]
+    changed: int
 
 
 @dataclass
@@ -37,7 +50,8 @@ class Unfinished:
 
     place: Path
     path: Path
-    sources: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # size, time and number of each file
+    sources: dict[str, _Seen] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file, by its path
 
     @classmethod
     def begun(cls, place: Path, resume: bool, rank: int = 0) -> Unfinished:
@@ -48,11 +62,11 @@ class Unfinished:
         place = Path(os.path.realpath(place))
         path = place.with_name(f"{place.name}{ENDING}")
         path = path / f"rank {rank}" if rank else path
-        if path.exists() and not resume:
-            raise DataError(
-                f"{path} holds a run that was not done; --resume goes on with it, and deleting the folder begins anew"
-            )
         try:
+            if _is_run(path) and not resume:
+                raise DataError(
+                    f"{path} holds a run that was not done; --resume goes on with it, and deleting the folder begins anew"
+                )
             (path / _KEPT).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SpillError(f"{path} cannot be made: {briefly(error)}; name another folder to save in") from error
@@ -111,28 +125,31 @@ class Unfinished:
         self.sources |= {str(path): _seen(path) for path in {Path(path).resolve() for path in sources}}
 
     def hashed(self, sources: Iterable[Path], progress: Progress | None) -> dict[str, str]:
-        """SHA-256 of each file of the source, by name; `unchanged` looks at the same files. DataError for one that is gone, or
-        changed since it was read."""
-        found, listed = {}, sorted({Path(path).resolve() for path in sources})
+        """SHA-256 of each file of the source, by name, of several of one name by path; `unchanged` looks at the same files. DataError
+        for one that is gone, or changed since it was read."""
+        listed = sorted({Path(path).resolve() for path in sources})
         total = sum(_size(path) for path in listed)
         done = 0
         for path in listed:
             if progress is not None:
                 progress("hashing the source", done, max(1, total))
             self.sources.setdefault(str(path), _seen(path))
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            self.hashes[str(path)] = _sha256(path)
             done += _size(path)
         if progress is not None:
             progress("hashing the source", max(1, total), max(1, total))
         self.unchanged()
-        return found
+        names = Counter(path.name for path in listed)
+        return {path.name if names[path.name] == 1 else str(path): self.hashes[str(path)] for path in listed}
 
     def unchanged(self) -> None:
         """Raises DataError where a file of the source is not the one that was hashed."""
         for name, before in self.sources.items():
             path = Path(name)
-            if not path.exists() or _seen(path) != before:
+            now = _seen(path) if path.exists() else None
+            if now is not None and now != before and now.file == before.file and _sha256(path) == self.hashes.get(name):
+                self.sources[name] = now  # another name, other rights
+            elif now != before:
                 raise DataError(
                     f"{path} changed while it was read, so that nothing is written; give a source that stays as it is, and begin "
                     f"anew after deleting {self.path}"
@@ -199,6 +216,19 @@ def cleared_away(unfinished: Unfinished | None) -> Iterator[None]:
             raise
 
 
+def _is_run(path: Path) -> bool:
+    """Whether a run's folder stands there. DataError where anything else does, which would go away with what runs keep."""
+    if not os.path.lexists(path):
+        return False
+    others = [each.name for each in path.iterdir() if not _OWN.fullmatch(each.name)] if path.is_dir() else ["no folder"]
+    if others:
+        raise DataError(
+            f"{path} is where a run keeps what it makes, and it is none of a run ({some(sorted(others))}); name another folder to "
+            "save in"
+        )
+    return True
+
+
 def _differing(before: Any, now: Mapping[str, Any]) -> list[str]:
     """In words what is not the same."""
     if not isinstance(before, dict):
@@ -213,9 +243,14 @@ def _differing(before: Any, now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _seen(path: Path) -> tuple[int, int, int]:
+def _seen(path: Path) -> _Seen:
     found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return _Seen((found.st_size, found.st_mtime_ns, found.st_ino), found.st_ctime_ns)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:

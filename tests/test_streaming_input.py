@@ -65,7 +65,10 @@ def shards(model: Path) -> list[Path]:
     return sorted(model.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("broken", ["truncated", "missing", "empty", "wrong shard", "nowhere", "no such file"])
+BROKEN = ("truncated", "missing", "empty", "wrong shard", "nowhere", "no such file", "other shape", "twice")
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_a_source_that_is_broken_is_named_and_nothing_is_left(
     broken: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +81,11 @@ def test_a_source_that_is_broken_is_named_and_nothing_is_left(
         first.unlink()
     elif broken == "empty":
         first.write_bytes(b"")
+    elif broken in ("other shape", "twice"):
+        file = first if broken == "other shape" else second
+        value = load_file(first)[name]
+        changed = value[:-1].contiguous() if broken == "other shape" else value + 1
+        save_file({**load_file(file), name: changed}, file, metadata={"format": "pt"})
     else:
         if broken == "nowhere":
             tensors = load_file(first)
@@ -90,7 +98,8 @@ def test_a_source_that_is_broken_is_named_and_nothing_is_left(
     assert run(model, tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert str(model) in said
-    assert {"wrong shard": name, "nowhere": name, "no such file": "gone"}.get(broken, "") in said
+    assert (name if broken in ("wrong shard", "nowhere", "other shape", "twice") else "") in said
+    assert ("gone" if broken == "no such file" else "") in said
     assert sorted(path.name for path in tmp_path.iterdir()) == [model.name]
 
 
@@ -102,7 +111,13 @@ def test_an_index_that_lacks_a_tensor_loads_as_in_memory(model: Path, tmp_path: 
     assert all(torch.equal(t, there.state_dict()[name]) for name, t in here.state_dict().items())
 
 
-@pytest.mark.parametrize("how", ["in place", "by rename", "gone"])
+def test_a_tensor_that_two_files_hold_alike_is_no_fault(model: Path, tmp_path: Path) -> None:
+    first, second, *_ = shards(model)
+    save_file({**load_file(first), **load_file(second)}, second, metadata={"format": "pt"})
+    assert run(model, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("how", ["in place", "in place, its time set back", "by rename", "gone"])
 def test_a_source_that_changes_is_named_and_nothing_is_written(
     how: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,10 +125,13 @@ def test_a_source_that_changes_is_named_and_nothing_is_written(
 
     def changing(self: Any, *given: Any) -> Any:
         found = plain(self, *given)
-        if how == "in place":
+        if how.startswith("in place"):
+            before = shard.stat()
             with shard.open("r+b") as file:
                 file.seek(-4, os.SEEK_END)
                 file.write(b"\1\2\3\4")
+            if "back" in how:
+                os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
         elif how == "by rename":
             other = shard.with_name("other")
             other.write_bytes(shard.read_bytes())
@@ -126,6 +144,64 @@ def test_a_source_that_changes_is_named_and_nothing_is_written(
     assert run(model, tmp_path / "out") == 2
     assert f"{shard} changed while it was read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_another_name_and_other_rights_change_no_source(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, shard = Freeze.run, shards(model)[1]
+
+    def linking(self: Any, *given: Any) -> Any:
+        os.link(shard, tmp_path / "a backup")
+        shard.chmod(0o400)
+        return plain(self, *given)
+
+    monkeypatch.setattr(Freeze, "run", linking)
+    assert run(model, tmp_path / "out") == 0
+
+
+def test_files_of_one_name_are_hashed_each(tmp_path: Path) -> None:
+    """Regression: of links to files of one name in several folders one hash was kept."""
+    files = [tmp_path / name / "model.safetensors" for name in ("a", "b")]
+    for number, path in enumerate(files):
+        path.parent.mkdir()
+        path.write_bytes(bytes([number]))
+        (tmp_path / f"{number}.safetensors").symlink_to(path)
+    unfinished = Unfinished(tmp_path / "out", tmp_path / "out.unfinished")
+    found = unfinished.hashed([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], None)
+    assert len({*found.values()}) == 2
+
+
+@pytest.mark.parametrize("what", ["the source", "a file", "a folder of the user's"])
+def test_what_is_no_run_is_never_taken_for_one(
+    what: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: `compress m.unfinished m --resume` deleted the model that it had read."""
+    there = tmp_path / "out.unfinished"
+    if what == "the source":
+        shutil.copytree(model, there)
+    elif what == "a file":
+        there.write_text("mine")
+    else:
+        there.mkdir()
+        (there / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for more in ((), ("--resume",)):
+        assert run(there if what == "the source" else model, tmp_path / "out", *more) == 2
+        assert "none of a run" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "n/../out"])
+def test_odd_names_of_the_folder(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(model, tmp_path / name)
+    told = capsys.readouterr()
+    if ".." in name:
+        assert code == 0
+        assert f"generate {tmp_path / 'out'}" in told.out
+    else:
+        assert code == 2
+        assert "name too long" in told.err
 
 
 def test_a_source_that_changes_between_reading_and_hashing_is_seen(

@@ -29,12 +29,37 @@ def checkpoint_files(folder: Path) -> tuple[Path, ...]:
     first = next((path for name in _WEIGHTS if (path := folder / name).is_file()), None)
     if first is None:
         return ()
-    found = {first}
-    if first.suffix == ".json":
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            # What is wrong with an index, transformers says.
-            found |= {folder / name for name in json.loads(first.read_bytes())["weight_map"].values()}
+    found = {first, *(folder / name for name in _weight_map(first).values())}
     return tuple(sorted(path for path in found if path.is_file()))
+
+
+def check_index(folder: Path) -> None:
+    """DataError where another file than the index names holds another tensor of the same name: transformers would take the last."""
+    first = next((path for path in checkpoint_files(folder) if path.name == _WEIGHTS[1]), None)
+    named = {} if first is None else _weight_map(first)
+    with ExitStack() as stack, suppress(OSError, SafetensorError):  # a file that is damaged, transformers names
+        opened = {name: stack.enter_context(safe_open(folder / name, framework="pt")) for name in {*named.values()}}
+        held = {name: set(file.keys()) for name, file in opened.items()}
+        for name, keys in held.items():
+            for key in sorted(keys & named.keys()):
+                right = named[key]
+                if right != name and key in held[right]:
+                    here, there = opened[name].get_tensor(key), opened[right].get_tensor(key)
+                    if here.dtype != there.dtype or not torch.equal(here, there):
+                        raise DataError(
+                            f"{folder}: the tensor {key} is in {right}, as {first.name if first else 'the index'} says, and another "
+                            f"one of that name is in {name}; give a checkpoint that holds each tensor once"
+                        )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor. None of them where this is no index, or a broken one: what is wrong with it, transformers says."""
+    if index.suffix != ".json":
+        return {}
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = json.loads(index.read_bytes())["weight_map"]
+        return {str(key): name for key, name in found.items() if isinstance(name, str)}
+    return {}
 
 
 def loaded_mapped(load: Callable[..., Any], spill: Spill) -> tuple[nn.Module, dict[str, Any]]:
@@ -109,6 +134,11 @@ def _put(model: nn.Module, index: Mapping[str, Mapping[str, str]], spill: Spill,
                         f"{path}: the tensor {key} cannot be read: {briefly(error)}; is the file whole, and does the index name "
                         "the right one?"
                     ) from error
+                if tensor.shape != parameter.shape:
+                    raise DataError(
+                        f"{path}: the tensor {key} is {list(tensor.shape)}, and the model's config makes {name} "
+                        f"{list(parameter.shape)}; is this the config.json of these weights?"
+                    )
                 tensor = _converted(name, tensor, parameter.dtype, spill)
                 made[path, key] = nn.Parameter(tensor, parameter.requires_grad)
             owner, _, leaf = name.rpartition(".")

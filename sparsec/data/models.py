@@ -26,7 +26,7 @@ from sparsec.arguments import checked_but
 from sparsec.data import compressed_tensors, gguf_cache, hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import Kind, check_kind, kind_of, loaded_as, simpler_kinds
-from sparsec.data.mapped import FILES, checkpoint_files, loaded_mapped, moved_out
+from sparsec.data.mapped import FILES, check_index, checkpoint_files, loaded_mapped, moved_out
 from sparsec.data.quiet import quiet
 from sparsec.data.sizes import check_layers, check_room
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
@@ -189,6 +189,7 @@ def _from_folder(
             empty = _reading(where, lambda: kind.empty(config))
         check_kind(where, empty)
         check_room(where, empty)
+        check_index(Path(where))
         load = partial(_weights, where, config, sparse, dtype, common, spill)
         model, info, added = load(kind)
         first, named = info["missing_keys"], type(model).__name__
