@@ -32,7 +32,7 @@ from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.memory import computed, is_own, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
-from sparsec.pipeline.fingerprint import by_all_ranks, facts_of_run
+from sparsec.pipeline.fingerprint import by_all_ranks, facts_of_run, going_on
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.planning.memory import refuse_beyond
 from sparsec.program.decoder import decode_natively
@@ -92,7 +92,7 @@ def compile(
     that the passes leave as it is: both models then share the memory of their tensors, so train neither.
     spill: a folder; what passes make is kept there in files and mapped, so that it takes no memory, and the result holds tensors
     of these files. A run that was killed, and is begun again with the same folder and the same arguments, goes on where it stopped;
-    the folder is the caller's to check and to delete. Take copy=False with it.
+    what another run kept there is refused, and the folder is the caller's to delete. Take copy=False with it.
     max_memory: bytes; passes that would hold more, by an upper bound from shapes alone, are refused before they run.
     verify: none, structure, facts or probe. progress: called with (what, done, total). instruments: see PrintIR and DumpIR.
 
@@ -156,6 +156,7 @@ def compile(
         ranks.agree(lambda: facts_of_run(pipeline, graph, data))
         if max_memory is not None:
             refuse_beyond(max_memory, graph, pipeline, data, streaming=context.store.lasting, ranks=ranks.count)
+        going_on(context.store, pipeline, graph, data, context.masks)
         records = pipeline.run(graph, context, verify, instruments)
         learnt = _learnt(pipeline, data)
         return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)

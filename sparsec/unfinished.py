@@ -37,8 +37,8 @@ _OWN = re.compile(rf"{_KEPT}|{_RESULT}|lock|rank [0-9]+|{re.escape(_RUN)}|\.{re.
 
 @dataclass(frozen=True)
 class _Seen:
-    """file: its size, the time of its contents, which whoever writes may set back, and its number. changed: when anything of it was,
-    its rights and its names too."""
+    """file: its size, the time of its contents, which whoever writes may set back, and its number. changed: when anything of it
+    was, its rights and its names too."""
 
     file: tuple[int, int, int]
     changed: int
@@ -125,8 +125,8 @@ class Unfinished:
         self.sources |= {str(path): _seen(path) for path in {Path(path).resolve() for path in sources}}
 
     def hashed(self, sources: Iterable[Path], progress: Progress | None) -> dict[str, str]:
-        """SHA-256 of each file of the source, by name, of several of one name by path; `unchanged` looks at the same files. DataError
-        for one that is gone, or changed since it was read."""
+        """SHA-256 of each file of the source, by name, of several of one name by path; `unchanged` looks at the same files.
+        DataError for one that is gone, or changed since it was read."""
         listed = sorted({Path(path).resolve() for path in sources})
         total = sum(_size(path) for path in listed)
         done = 0
@@ -179,13 +179,19 @@ class Unfinished:
                     f"{self.place} was free when the run began, and the result cannot be put there: {briefly(error)}; it is whole "
                     f"in {self.result}: move it from there, and delete {self.path}"
                 ) from error
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._away()
 
     def forget(self) -> None:
         """Another rank has written the result: what this one kept goes away."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._away()
         with suppress(OSError):  # another rank's are in it
             self.path.parent.rmdir()
+
+    def _away(self) -> None:
+        """What the run is of goes first: a process that is killed meanwhile leaves nothing that the next one would go on with."""
+        with suppress(OSError):
+            (self.path / _RUN).unlink()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _put(self) -> None:
         """At once; file by file, the one that makes a model of them last, where the empty folder that is there has to stay: a disk

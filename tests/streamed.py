@@ -55,7 +55,7 @@ def told(model: Any) -> dict[str, Any]:
 def _timeless(record: dict[str, Any]) -> dict[str, Any]:
     training = {k: v for k, v in (record["training"] or {}).items() if k != "seconds"}
     texts = [_TIMES.sub("", each) for each in (record["summary"], *record["notes"])]
-    return {**record, "seconds": 0, "summary": texts[0], "notes": texts[1:], "training": training}
+    return {**record, "seconds": 0, "spent": {}, "summary": texts[0], "notes": texts[1:], "training": training}
 
 
 def differing(first: Any, second: Any) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from streamed import differing, saved, streamed, text, told
 
 import sparsec
@@ -301,3 +302,62 @@ def test_weights_of_a_model_in_memory_stay_what_they_are(tmp_path: Path) -> None
     before = {name: t.clone() for name, t in model.state_dict().items()}
     sparsec.compile(model, "magnitude(0.5),freeze,lower(csr)", spill=tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Regression: the second model got the weights of the first one."""
+    passes = "magnitude(0.5),freeze"
+
+    def run(seed: int = 0, passes: str | None = passes, **options: Any) -> Any:
+        return sparsec.compile(load_model("tiny", seed=seed).model, passes, spill=tmp_path, **options)
+
+    first = run()
+    assert differing(first, run()) == []
+    for what, again in {
+        "values of the weights": lambda: run(seed=1),
+        "passes": lambda: run(passes="magnitude(0.7),freeze"),
+        "calibration": lambda: run(passes="wanda(0.5),freeze", calibration=text()),
+    }.items():
+        with pytest.raises(SpillError, match=what):
+            again()
+    assert differing(first, run()) == []
+
+
+def test_other_masks_are_another_run(tmp_path: Path) -> None:
+    def run(kept: bool) -> Any:
+        mask = torch.full((64, 64), kept)
+        mask[0] = not kept
+        given = {"model.layers.0.self_attn.q_proj": mask}
+        return sparsec.compile(load_model("tiny").model, "mask,freeze", masks=given, spill=tmp_path)
+
+    run(True)
+    with pytest.raises(SpillError, match="masks"):
+        run(False)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_what_is_converted_of_two_sources_is_kept_apart(name: str, tmp_path: Path) -> None:
+    """Regression: the second model was loaded with what was converted of the first one."""
+    spill, folders = Spill.of(tmp_path / "spill"), []
+    for number in range(2):
+        folders.append(saved(name, tmp_path / str(number), torch.bfloat16))
+        for path in folders[number].glob("*.safetensors"):
+            save_file({n: t + number for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    for folder in folders:
+        here, there = load_model(folder).model, load_model(folder, spill=spill).model
+        assert all(torch.equal(t, there.state_dict()[n]) for n, t in here.state_dict().items())
+
+
+def test_what_one_process_has_mapped_is_not_written_by_the_next_one(tmp_path: Path) -> None:
+    """Regression: of a model with experts each rank wrote the files anew that the others had mapped."""
+    folder, spill = saved("mixtral", tmp_path / "model"), Spill.of(tmp_path / "spill")
+
+    def seen() -> dict[Path, tuple[int, int]]:
+        return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in spill.folder.rglob("*.safetensors")}
+
+    load_model(folder, spill=spill)
+    before = seen()
+    load_model(folder, spill=spill)
+    assert seen() == before
+    assert before
+    assert not list(spill.folder.rglob("*.tmp"))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparsec import files
 from sparsec.errors import DataError, briefly
 from sparsec.memory import is_own
 from sparsec.spill import Made, Spill
@@ -33,6 +38,12 @@ def checkpoint_files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in found if path.is_file()))
 
 
+def of_source(spill: Spill, where: str, commit: str | None) -> Spill:
+    """The part of a store for what is converted of this source: others may have weights of the same names. commit: of a hub."""
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint_files(Path(where))]
+    return spill.within(f"source {sha256(repr(found or [where, commit]).encode()).hexdigest()[:16]}")
+
+
 def check_index(folder: Path) -> None:
     """DataError where another file than the index names holds another tensor of the same name: transformers would take the last."""
     first = next((path for path in checkpoint_files(folder) if path.name == _WEIGHTS[1]), None)
@@ -47,8 +58,8 @@ def check_index(folder: Path) -> None:
                     here, there = opened[name].get_tensor(key), opened[right].get_tensor(key)
                     if here.dtype != there.dtype or not torch.equal(here, there):
                         raise DataError(
-                            f"{folder}: the tensor {key} is in {right}, as {first.name if first else 'the index'} says, and another "
-                            f"one of that name is in {name}; give a checkpoint that holds each tensor once"
+                            f"{folder}: the tensor {key} is in {right}, as its index says, and another one of that name is in "
+                            f"{name}; give a checkpoint that holds each tensor once"
                         )
 
 
@@ -66,13 +77,23 @@ def loaded_mapped(load: Callable[..., Any], spill: Spill) -> tuple[nn.Module, di
     """What `from_pretrained` returns with its loading info, every parameter mapped; in that, by `FILES`, the files of the source.
 
     load: calls it with further options. transformers puts a weight that it makes of several, or renames, into files of its own,
-    and one of another dtype is converted into one: all of them in the folder of `spill`, one weight at a time.
+    and one of another dtype is converted into one: all of them in the folder of `spill`, one weight at a time. What is there by
+    then stays as it is, since another rank may have mapped it.
     """
     folder = spill.folder / "made by transformers"
-    model, info = load(device_map={"": "disk"}, offload_folder=str(folder))
+    folder.mkdir(exist_ok=True)
+    files.sweep(spill.folder, ".made-*.tmp")
+    aside = spill.folder / f".made-{secrets.token_hex(8)}.tmp"
+    try:
+        model, info = load(device_map={"": "disk"}, offload_folder=str(aside))
+        for made in aside.glob("*") if aside.exists() else ():
+            if not (folder / made.name).exists():
+                made.replace(folder / made.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     index = _index(model)
     _unhook(model)
-    read = _put(model, index, spill, info["missing_keys"])
+    read = _put(model, index, spill, info["missing_keys"], {str(aside): str(folder)})
     return model, {**info, FILES: tuple(sorted(path for path in read if not path.is_relative_to(spill.folder)))}
 
 
@@ -112,8 +133,15 @@ def _index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
     return {}
 
 
-def _put(model: nn.Module, index: Mapping[str, Mapping[str, str]], spill: Spill, missing: Collection[str]) -> set[Path]:
-    """The files that it maps. missing: weights that the checkpoint lacks, which stay without values."""
+def _put(
+    model: nn.Module,
+    index: Mapping[str, Mapping[str, str]],
+    spill: Spill,
+    missing: Collection[str],
+    moved: Mapping[str, str],
+) -> set[Path]:
+    """The files that it maps. missing: weights that the checkpoint lacks, which stay without values. moved: folders by their old
+    names."""
     made: dict[tuple[str, str], nn.Parameter] = {}
     with ExitStack() as stack:
         opened: dict[str, Any] = {}  # once each: a page that many mappings hold is slow to hand back
@@ -123,7 +151,8 @@ def _put(model: nn.Module, index: Mapping[str, Mapping[str, str]], spill: Spill,
             facts = index.get(name)
             if facts is None or "safetensors_file" not in facts:
                 raise DataError(f"{name}: transformers found no file for this weight; is the checkpoint whole?")
-            path, key = facts["safetensors_file"], facts["weight_name"]
+            (folder, _, file), key = facts["safetensors_file"].rpartition(os.path.sep), facts["weight_name"]
+            path = os.path.join(moved.get(folder, folder), file)
             if (path, key) not in made:
                 try:
                     if path not in opened:
