@@ -39,7 +39,9 @@ def inverse_factor(
         if _factor(hessian):
             _invert(hessian)
             factor = hessian.to(gram.dtype)
-            if bool(factor.isfinite().all()):
+            if all(
+                bool(part.isfinite().all()) for part in factor.split(_BLOCK)
+            ):  # of all of it would take half as much again
                 break
         del hessian
         if added >= _MOST_DAMPING:
@@ -54,10 +56,10 @@ def inverse_factor(
 
 
 def factor_bytes(columns: int) -> int:
-    """What `inverse_factor` takes at its worst moment beside the Gram matrix, which is float32: its own in float64, and copies of a
-    block and of what is above it, or the result and whether that is finite."""
+    """What `inverse_factor` takes at its worst moment beside the Gram matrix, which is float32: its own in float64, the result, and
+    copies of a block and of what is above it."""
     block = min(columns, _BLOCK)
-    return 8 * columns**2 + max(5 * columns**2, 24 * block * (block + columns))
+    return 12 * columns**2 + 24 * block * (block + columns)
 
 
 def _factor(matrix: Tensor) -> bool:

@@ -152,6 +152,7 @@ def _settled(
     site: Site,
     statistics: Sequence[Statistics],
 ) -> Made:
+    trim()  # what the solve before this one left: Qwen2.5-Coder-1.5B held up to 200 MB of it
     for each in statistics:
         each.settle()
     if not all(each.finite for each in statistics):

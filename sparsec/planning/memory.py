@@ -16,9 +16,11 @@ from sparsec.pipeline.spec import unparse_one
 
 PROCESS = 350_000_000
 """Interpreter and libraries with a traced model, mapped files aside, where the system does not tell what this process takes."""
-GROWN = {False: 64_000_000, True: 150_000_000}
+GROWN = {False: 64_000_000, True: 170_000_000}
 """Bytes that libraries take once they compute, and that are freed and not handed back yet while streaming; the second with a
 calibration."""
+SCATTERED = 150_000_000
+"""So much more at most, with a calibration: what a solve frees leaves gaps of its own size."""
 SLACK = 1.05
 """What allocators and libraries take beside what is asked of them."""
 
@@ -96,7 +98,9 @@ def peak(
         if not phases and p.effect is not Effect.ANALYSIS and type(p).phases is Pass.phases:
             foreseen.granted(f"{p.name}: the pass does not say what it takes, so it is taken to need no memory")
     if process is None:
-        process = (memory.unmapped() or PROCESS) + (GROWN[bool(pipeline.learning)] if streaming else 0)
+        learning = bool(pipeline.learning)
+        gaps = min(SCATTERED, max((moment.phase.nbytes for moment in moments), default=0)) if learning else 0
+        process = (memory.unmapped() or PROCESS) + (GROWN[learning] + gaps if streaming else 0)
     return Footprint(process, tuple(moments), tuple(foreseen.notes))
 
 
