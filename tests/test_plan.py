@@ -14,7 +14,7 @@ from test_planned_memory import model
 import sparsec
 from sparsec import plan
 from sparsec.cost.constants import machine_constants
-from sparsec.cost.phase import Looked, Phase
+from sparsec.cost.phase import Attended, Looked, Phase
 from sparsec.data.models import load_model
 from sparsec.errors import DataError
 from sparsec.formats.layout import Layout
@@ -134,6 +134,8 @@ def test_a_phase_takes_as_long_as_its_parts() -> None:
     assert len(ran) == count
     assert known.bandwidth is not None
     assert clock.seconds(Freeze(), Phase("", "", moved=known.bandwidth)) == pytest.approx(1)
+    once, twice = (Phase("", "", attention={Attended(torch.float32, 32, 32, 8): n}) for n in (1e9, 2e9))
+    assert 0 < 2 * clock.seconds(Freeze(), once) == pytest.approx(clock.seconds(Freeze(), twice))
     flops = {torch.float32: 2 * clock.rate(torch.float32)}
     assert clock.seconds(Freeze(), Phase("", "", flops=flops)) == pytest.approx(2)
 

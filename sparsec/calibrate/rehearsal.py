@@ -17,7 +17,7 @@ from sparsec.calibrate.data import CalibrationData
 from sparsec.calibrate.sites import Site, Span, find_sites, spans_by_block, spans_by_value
 from sparsec.calibrate.statistics import SAMPLE
 from sparsec.calibrate.walk import Walker
-from sparsec.cost.phase import Phase
+from sparsec.cost.phase import Attended, Phase
 from sparsec.errors import TraceError
 from sparsec.ir.graph import Graph
 from sparsec.private import pytree
@@ -31,11 +31,12 @@ _Storages = dict[int, int]
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """nbytes: at most, beside what was alive before. flops, moved: as in `Phase`."""
+    """nbytes: at most, beside what was alive before. flops, moved, attention: as in `Phase`."""
 
     nbytes: int
     flops: Mapping[torch.dtype, float]
     moved: float
+    attention: Mapping[Attended, float]
 
 
 class Rehearsal:
@@ -95,10 +96,12 @@ class Rehearsal:
         steps = [n for n in w.steps[span.start : span.end] if n in wanted]
         last = {n: max((w.position[u] for u in n.users if u in wanted), default=-1) for n in wanted}
         own: dict[fx.Node, _Storages] = {}
-        most, moved, flops = 0, 0.0, dict[torch.dtype, float]()
+        most, moved, flops, attention = 0, 0.0, dict[torch.dtype, float](), dict[Attended, float]()
         for node in steps:
             work = self._flops(node)
-            if work:
+            if work and (attended := self._attended(node)) is not None:
+                attention[attended] = attention.get(attended, 0.0) + work
+            elif work:
                 dtype = self.shapes[node].dtype
                 flops[dtype] = flops.get(dtype, 0.0) + work
             elif self.storages.get(node):
@@ -111,7 +114,14 @@ class Rehearsal:
             for used in node.all_input_nodes:
                 if last.get(used, -1) == w.position[node] and used not in goals:
                     own.pop(used, None)
-        return Rehearsed(most, flops, moved)
+        return Rehearsed(most, flops, moved, attention)
+
+    def _attended(self, node: fx.Node) -> Attended | None:
+        op = self.graph.ops.get(node.name)
+        if op is None or op.kind != "attention":
+            return None
+        made, keys = self.shapes[node], self.shapes[node.all_input_nodes[1]]
+        return Attended(made.dtype, made.shape[-2], keys.shape[-2], made.shape[-1])
 
     def _flops(self, node: fx.Node) -> float:
         """Of a product, or of attention, all of whose scores are counted though half of them may be hidden; else 0."""
@@ -235,6 +245,7 @@ def rehearse(
             },
             flops,
             calls * (run.moved + rows_seen) + 3 * copies,
+            {attended: calls * work for attended, work in run.attention.items()},
         )
         for site, own in statistics.items():
             weight = graph.weights[site.weights[0]]
@@ -245,8 +256,10 @@ def rehearse(
             yield Phase("settling", site.name, {**alive, "its other triangle": corner}, moved=6.0 * corner * matrices)
             taken = max(scratch(rows, columns), _counting(rows, columns, gram, weight.dtype))
             work = {**alive, "masks, weights and workspace of a solve": taken}
+            # Outputs on the rows that are kept: before, by the masks, and with new weights.
+            counted = {torch.float32: 2.0 * SAMPLE * sum(rows) * columns * (3 if gram else 2)}
             for _ in range(matrices):
-                yield Phase("solving", ", ".join(site.weights), work, solve=(tuple(rows), columns))
+                yield Phase("solving", ", ".join(site.weights), work, counted, solve=(tuple(rows), columns))
             held -= own
         masked.update(name for site in span.sites for name in site.weights)
         if again and not last:
@@ -261,6 +274,7 @@ def rehearse(
                 },
                 {dtype: calls * work for dtype, work in run.flops.items()},
                 calls * run.moved + 3 * copies,
+                {attended: calls * work for attended, work in run.attention.items()},
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -17,12 +18,21 @@ class Looked:
     scale: float
 
 
+class Attended(NamedTuple):
+    """Attention of one size, which is slower than products are: tokens that look, tokens that are looked at."""
+
+    dtype: torch.dtype
+    queries: int
+    keys: int
+    head: int  # numbers of one head
+
+
 @dataclass(frozen=True)
 class Phase:
     """held: bytes at the worst moment of it, by what takes them. where: the block or layer that is worked on.
 
-    flops: multiply-adds count 2, by dtype. moved: bytes that everything else reads and writes. solve: rows of the matrices, and
-    their columns, that a pass's own `prune` works on. sample: what is told by trying it.
+    flops: multiply-adds count 2, of products by dtype. attention: the same, of attention. moved: bytes that everything else reads
+    and writes. solve: rows of the matrices, and their columns, that a pass's own `prune` works on. sample: what is told by trying.
     """
 
     what: str  # "forward", "solving", ...
@@ -30,9 +40,15 @@ class Phase:
     held: Mapping[str, int] = field(default_factory=dict)
     flops: Mapping[torch.dtype, float] = field(default_factory=dict)
     moved: float = 0.0
+    attention: Mapping[Attended, float] = field(default_factory=dict)
     solve: tuple[tuple[int, ...], int] | None = None
     sample: Looked | None = field(default=None, compare=False)
     seconds: float = 0.0  # that the pass is told to take
+
+    @property
+    def arithmetic(self) -> float:
+        """FLOPs of products and attention."""
+        return sum(self.flops.values()) + sum(self.attention.values())
 
     @property
     def nbytes(self) -> int:

@@ -172,7 +172,7 @@ def _parts(pipeline: Pipeline, footprint: Footprint, clock: TimeOf, ranks: int) 
             shared.setdefault(moment.spec, []).append((moment, seconds))
             continue
         before = found.get((moment.spec, phase.what), (0.0, 0.0))
-        found[moment.spec, phase.what] = (before[0] + sum(phase.flops.values()), before[1] + seconds)
+        found[moment.spec, phase.what] = (before[0] + phase.arithmetic, before[1] + seconds)
     for spec, solves in shared.items():
         total, longest = sum(s for _, s in solves), max(s for _, s in solves)
         blocks = sum(m.phase.what == "forward" for m in footprint.moments if m.spec == spec)

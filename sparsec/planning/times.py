@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sparsec.calibrate import Statistics
 from sparsec.cost.constants import Constants
 from sparsec.cost.fit import non_negative
-from sparsec.cost.phase import Phase
+from sparsec.cost.phase import Attended, Phase
 from sparsec.errors import ConstantsError
 from sparsec.pipeline.base import Pass
 from sparsec.pipeline.pruning import CalibratedPruning
@@ -20,6 +22,7 @@ from sparsec.pipeline.pruning import CalibratedPruning
 TRIED = ((256, 256), (1024, 256), (256, 1024), (1024, 512), (1024, 1024), (64, 2048))
 """Rows and columns of the layers that are solved."""
 _TOKENS = 64
+_HEADS = 4
 
 
 @dataclass
@@ -40,17 +43,27 @@ class TimeOf:
         if phase.seconds:
             return phase.seconds
         found = phase.moved / bandwidth + sum(work / self.rate(dtype) for dtype, work in phase.flops.items() if work)
+        found += sum(work * self._attending(attended) for attended, work in phase.attention.items())
         if phase.solve is not None and isinstance(p, CalibratedPruning):
             rows, columns = phase.solve
             if p not in self._solves:
                 self._solves[p] = solve_seconds(p)
             found += self._solves[p](sum(rows), columns, max(rows))
         if phase.sample is not None:
-            key = phase.sample.key
-            if key not in self._tried:
-                self._tried[key] = _fastest(phase.sample.run)
-            found += phase.sample.scale * self._tried[key]
+            found += phase.sample.scale * self._trying(phase.sample.key, phase.sample.run)
         return found
+
+    def _attending(self, attended: Attended) -> float:
+        """Seconds of a FLOP, by some heads of one sequence."""
+        x = torch.ones(1, _HEADS, attended.queries, attended.head, dtype=attended.dtype)
+        seen = torch.ones(1, _HEADS, attended.keys, attended.head, dtype=attended.dtype)
+        attend = partial(F.scaled_dot_product_attention, x, seen, seen, is_causal=attended.queries == attended.keys)
+        return self._trying(str(attended), attend) / (4.0 * x.numel() * attended.keys)
+
+    def _trying(self, key: str, run: Callable[[], object]) -> float:
+        if key not in self._tried:
+            self._tried[key] = _fastest(run)
+        return self._tried[key]
 
     def rate(self, dtype: torch.dtype) -> float:
         """FLOPs a second of large dense products. ConstantsError where none were measured."""
