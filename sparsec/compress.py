@@ -213,8 +213,9 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
             unfinished.unchanged()
             ranks.told("written")
             unfinished.done()
-    there = unfinished is None or Path(args.folder).expanduser().exists()
-    folder = args.folder if there else str(unfinished.place)  # such as `new/../out`
+    folder = args.folder
+    if unfinished is not None and not Path(folder).expanduser().exists():  # such as `new/../out`
+        folder = str(unfinished.place)
     if events is not None:
         facts = saved_facts(folder, report)
         events.say("saved", **facts, peak_memory_bytes=peak.nbytes, source_bytes=source, spent=spent)

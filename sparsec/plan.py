@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 def _run(args: argparse.Namespace) -> int:
     pipeline = Pipeline.parse(args.passes)
     pipeline.validate()
-    room = None if args.memory is None else shard_bytes(args.memory)
+    room = None if args.memory is None else shard_bytes(args.memory, "--memory")
     if args.json is not None:
         writable(args.json)
     with shown_progress(sys.stderr) as progress:

@@ -122,6 +122,12 @@ class Ranks:
         self._wait(dist.all_gather(all_of_them, padded, group=self._groups[0], async_op=True))
         return [pickle.loads(t[:n].numpy().tobytes()) for t, n in zip(all_of_them, sizes.tolist(), strict=True)]
 
+    def mesh(self, device: torch.device) -> Any:
+        """All of them in a row, a DeviceMesh, for torch's FSDP."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh.from_group(self._groups[0 if device.type == "cpu" else -1], device.type)
+
     def agree(self, known: Callable[[], Mapping[str, str]]) -> None:
         """RanksError where ranks differ in one of these facts, each by its name. One alone is not asked."""
         if self.alone:
@@ -244,7 +250,10 @@ def together(ends_process: bool = False) -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        ranks._leave(error, ranks._groups)
+        lost = ranks._watch.instead(error)
+        ranks._leave(lost or error, ranks._groups)
+        if lost is not None:
+            raise lost from error
         raise
     else:
         ranks._leave(None, ranks._groups)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsec.errors import RanksError, briefly
+from sparsec.errors import RanksError, SparsecError, briefly
 
 BEAT = 1.0
 """Seconds between two beats."""
@@ -58,6 +58,13 @@ class Watch:
         """What an exchange that broke means: the thread soon knows who it was."""
         self._over.wait(3 * BEAT)
         return RanksError(self._lost or f"a rank is gone: {briefly(error):.200}")
+
+    def instead(self, error: BaseException) -> RanksError | None:
+        """Where an exchange broke that others made, such as FSDP: the rank that was lost. None where this rank failed by itself."""
+        if isinstance(error, SparsecError) or not isinstance(error, RuntimeError):
+            return None
+        self._over.wait(3 * BEAT)
+        return RanksError(self._lost) if self._lost else None
 
     def leave(self, error: BaseException | None) -> None:
         """Waits until all have done their part; at once where this one failed. RanksError where another one is lost."""

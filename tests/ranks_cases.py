@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -158,8 +159,25 @@ def sums(rank: int, folder: Path) -> None:
     (folder / f"{rank}.txt").write_text("done")
 
 
+def sharded_ends(rank: int, folder: Path) -> None:
+    """One ends itself in a stretch that all compute together."""
+    plain, calls = ShardedWhole.run, list[int]()
+
+    def ending(self: ShardedWhole, *given: Any) -> Any:
+        calls.append(1)
+        if rank == 1 and len(calls) == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, *given)
+
+    ShardedWhole.run = ending  # type: ignore[method-assign]
+    try:
+        compiled("llama", "magnitude(0.5),freeze,recover(steps=30, batch=3, shard=True)")
+    except RanksError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
 CASES: dict[str, Callable[[int, Path], None]] = {
-    each.__name__: each for each in (passes, recovered, shares, other_text, failing, by_itself, sums)
+    each.__name__: each for each in (passes, recovered, shares, sharded_ends, other_text, failing, by_itself, sums)
 }
 
 if __name__ == "__main__":

@@ -204,10 +204,16 @@ def test_what_is_no_config_is_refused(config: Path, tmp_path: Path, capsys: pyte
     (odd / "config.json").write_text(json.dumps({**known, "num_hidden_layers": MOST_LAYERS + 1}))
     with pytest.raises(DataError, match="layers, and a plan takes"):
         shape_of_model(str(odd))
+    for name, size in (("hidden_size", 0), ("intermediate_size", 0), ("hidden_size", 2**40)):
+        (odd / "config.json").write_text(json.dumps({**known, name: size}))
+        with pytest.raises(DataError, match="this config makes model"):
+            shape_of_model(str(odd))
+    many = [str(config), "--passes", "wanda(0.5),freeze,lower(bitmap)", "--calibration-sequences", str(2 * 10**9)]
     for words, said in (
+        (many, "2,000,000,000 sequences"),
         ([str(config), "--passes", "nonsense(0.5)"], "nonsense"),
         ([str(config), "--passes", "magnitude(0.5),lower(bitmap)"], "needs 'frozen'"),
-        ([str(config), "--memory", "much"], "much"),
+        ([str(config), "--memory", "much"], "--memory must be"),
         ([str(tmp_path / "none.gguf")], "none.gguf"),
         ([str(config), "--passes", "mask,freeze"], "a plan does not know"),
     ):

@@ -199,6 +199,15 @@ def test_the_failure_of_one_is_said_by_all(tmp_path: Path) -> None:
         assert other.startswith("RanksError: rank 1 stopped: ZeroDivisionError")
 
 
+@pytest.mark.slow
+def test_a_rank_that_ends_while_weights_lie_in_shares_is_named(tmp_path: Path) -> None:
+    """Regression: the others told of torch's own exchange that a connection was closed, by an address."""
+    found = ended(start("sharded_ends", 3, tmp_path), 100)
+    assert [code for code, _ in found] == [0, -9, 0], found
+    for rank in (0, 2):
+        assert (tmp_path / f"{rank}.txt").read_text().startswith("rank 1 is gone")
+
+
 def test_a_rank_may_work_by_itself(tmp_path: Path) -> None:
     run("by_itself", 2, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.txt", "1.txt"]

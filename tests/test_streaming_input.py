@@ -312,6 +312,21 @@ def test_every_line_is_json_and_the_last_one_says_saved(model: Path, tmp_path: P
     assert not [each for each in lines[:-1] if each["what"].startswith("what it writes")]  # nobody would read it
 
 
+def test_a_run_whose_lines_nobody_reads_any_more_goes_on(model: Path, tmp_path: Path) -> None:
+    """Regression: `--json | head` ended it in silence, with exit code 0 and no model."""
+    words = ["compress", str(model), str(tmp_path / "out"), "--passes", PASSES, "--no-sample", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-m", "sparsec", *words], **pipes) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.readline()
+        child.stdout.close()
+        said = child.stderr.read()
+    assert child.returncode == 0, said
+    assert said.count("nobody reads the lines") == 1
+    assert examine(tmp_path / "out").faults == []
+
+
 def test_a_full_disk_ends_it_by_name_and_it_goes_on_with_room(model: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -20,7 +22,8 @@ class Events:
     EVERY = 0.1
 
     def __init__(self, stream: TextIO, beside: Progress) -> None:
-        self._stream, self._beside = stream, beside
+        self._stream: TextIO | None = stream
+        self._beside = beside
         self._began = perf_counter()
         self._running: dict[str, Pace] = {}
         self._said: dict[str, float] = {}
@@ -48,4 +51,11 @@ class Events:
     def say(self, event: str, **facts: Any) -> None:
         """One line."""
         told = {"event": event, "seconds": round(perf_counter() - self._began, 2), **facts}
-        print(json.dumps(told, allow_nan=False), file=self._stream, flush=True)
+        if self._stream is None:
+            return
+        try:
+            print(json.dumps(told, allow_nan=False), file=self._stream, flush=True)
+        except BrokenPipeError:  # a run of hours is not for its lines
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # where what is left in the buffer goes
+            self._stream = None
+            print("notice: nobody reads the lines of --json any more; the run goes on", file=sys.stderr)

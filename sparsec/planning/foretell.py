@@ -26,6 +26,8 @@ from sparsec.planning.memory import Footprint, Moment, peak
 from sparsec.planning.sizes import chosen_layout, planned_bytes
 from sparsec.planning.times import TimeOf
 
+MOST_CALLS = 20_000
+"""Of a calibration."""
 LAYOUTS = ("dense", "bitmap", "csr16", "bitmap:int8", "bitmap:int4g64")
 """That every plan tells the bytes of."""
 
@@ -75,6 +77,10 @@ def meta_calls(graph: Graph, sequences: int, length: int) -> CalibrationData:
             f"this graph takes {', '.join(graph.inputs)}, and a plan knows how to calibrate on tokens alone"
         )
     some = max(1, min(sequences, 1024 // length))
+    if sequences > MOST_CALLS * some:
+        raise DataError(
+            f"{sequences:,} sequences of {length:,} tokens: a plan takes {MOST_CALLS * some:,} of them at most"
+        )
     mask = torch.ones(some, length, dtype=torch.int64, device="meta")
     calls = []
     for _ in range(-(-sequences // some)):

@@ -14,6 +14,8 @@ from sparsec.data.quiet import quiet
 from sparsec.errors import DataError
 
 MOST_LAYERS = 2000
+WIDEST = 1 << 24
+"""Columns of a weight."""
 
 
 def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, str]:
@@ -55,6 +57,11 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
                 "file, a .gguf file or a hub id"
             ) from error
     check_kind(where, model)
+    for weight, parameter in model.named_parameters():
+        if not parameter.numel() or parameter.shape[-1:] > (WIDEST,):
+            raise DataError(
+                f"{spec}: this config makes {weight} {list(parameter.shape)}; a plan takes sizes from 1 to {WIDEST:,} columns"
+            )
     named = getattr(config, "dtype", None)
     known = named if isinstance(named, torch.dtype) and named.is_floating_point else torch.bfloat16
     return model.to(dtype or known).eval(), name

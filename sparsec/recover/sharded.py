@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -67,7 +66,7 @@ class ShardedWhole(Student):
     def __init__(self, graph: Graph, names: Iterable[str], ranks: Ranks, stretches: Stretches) -> None:
         super().__init__(graph, names)
         device = next(graph.module.parameters()).device
-        self._ranks, self._mesh = ranks, init_device_mesh(device.type, (ranks.count,))
+        self._ranks, self._mesh = ranks, ranks.mesh(device)
         self._parts: dict[int, _Part] = {}
         self._home: dict[str, tuple[_Part, int]] = {}
         cuts = stretches.cuts()
