@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsec.calibrate import Sequences
@@ -12,6 +13,7 @@ from sparsec.data import LoadedModel, load_model
 from sparsec.data.folders import local_path
 from sparsec.data.mapped import checkpoint_files
 from sparsec.pipeline import Pipeline
+from sparsec.pipeline.instruments import First
 from sparsec.progress import Progress
 from sparsec.ranks import Ranks, first_here
 from sparsec.unfinished import Unfinished
@@ -42,18 +44,28 @@ def loaded_once(
 
 
 def helped(
-    loaded: LoadedModel, pipeline: Pipeline, drawn: Sequences | None, ranks: Ranks, unfinished: Unfinished | None
+    loaded: LoadedModel,
+    pipeline: Pipeline,
+    drawn: Sequences | None,
+    ranks: Ranks,
+    unfinished: Unfinished | None,
+    begin: Callable[[], None],
 ) -> None:
-    """What another rank than the first does: its share of what is learnt, while the first one does the rest and writes."""
+    """What another rank than the first does: its share of what is learnt, while the first one does the rest and writes.
+
+    begin: what all of them do before the first pass.
+    """
     assert unfinished is not None
-    if pipeline.learning_part is not None:
+    if pipeline.learning_part is None:
+        begin()
+    else:
         folder = unfinished.spill.folder
         compile(
             *(loaded.model, pipeline.learning_part),
             calibration=drawn,
             copy=False,
             spill=folder,
-            instruments=(unfinished,),
+            instruments=(First(begin), unfinished),
         )
     ranks.told("written")
     unfinished.forget()

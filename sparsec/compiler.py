@@ -33,6 +33,7 @@ from sparsec.memory import computed, is_own, shared_copy
 from sparsec.passes.mask import Mask
 from sparsec.pipeline import Context, Instrument, Pass, PassRecord, Pipeline, Progress, Verify
 from sparsec.pipeline.fingerprint import by_all_ranks, facts_of_run, going_on
+from sparsec.pipeline.instruments import First
 from sparsec.pipeline.pruning import NO_CALIBRATION
 from sparsec.planning.memory import refuse_beyond
 from sparsec.program.decoder import decode_natively
@@ -156,8 +157,8 @@ def compile(
         ranks.agree(lambda: facts_of_run(pipeline, graph, data))
         if max_memory is not None:
             refuse_beyond(max_memory, graph, pipeline, data, streaming=context.store.lasting, ranks=ranks.count)
-        going_on(context.store, pipeline, graph, data, context.masks)
-        records = pipeline.run(graph, context, verify, instruments)
+        same = First(partial(going_on, context.store, pipeline, graph, data, context.masks))
+        records = pipeline.run(graph, context, verify, (*instruments, same))
         learnt = _learnt(pipeline, data)
         return _emitted(model, graph, pipeline, records, traced, tuple(graph.notes), context, learnt)
 

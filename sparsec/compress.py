@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ from sparsec.data import LoadedModel, Text, load_text
 from sparsec.errors import DataError, SpecError
 from sparsec.generate import Told, says_little
 from sparsec.pipeline import Pipeline
+from sparsec.pipeline.instruments import First
 from sparsec.progress import Progress, stage
 from sparsec.ranks import Ranks, launched
 from sparsec.report.collect import Report
@@ -99,7 +100,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="such as 4GB: what would take more is refused before work starts; mapped files do not count",
+        help="such as 4GB: what would take more is refused before any work; mapped files do not count",
     )
     p.add_argument(
         "--json", action="store_true", help="lines of JSON on the standard output: every step, and the result"
@@ -186,19 +187,22 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
         with stage(progress, "loading the model"):
             loaded = loaded_once(args, ranks, progress, unfinished)
         drawn = calibration(loaded, args, [pipeline], learnt, progress)
-        if unfinished is not None:
+
+        def begin() -> None:
+            assert unfinished is not None
             of = _fingerprint(args, pipeline, loaded, drawn, unfinished.hashed(loaded.files, progress))
             unfinished.fits(of)
             ranks.agree(lambda: {name: str(value) for name, value in of.items() if name != "threads"})
+
         if not ranks.first:
-            helped(loaded, pipeline, drawn, ranks, unfinished)
+            helped(loaded, pipeline, drawn, ranks, unfinished, begin)
             return
         place = Path(args.folder).expanduser() if unfinished is None else unfinished.result
         if text is not None:
             model, report, lines = _measured(loaded, pipeline, args, (text, second), drawn, progress)
         else:
             assert unfinished is not None
-            model, report, lines = _compiled(loaded, pipeline, args, drawn, progress, unfinished)
+            model, report, lines = _compiled(loaded, pipeline, args, drawn, progress, unfinished, begin)
         model.sparsec.save_pretrained(
             place,
             tokenizer=loaded.tokenizer,
@@ -285,6 +289,7 @@ def _compiled(
     drawn: Sequences | None,
     progress: Progress,
     unfinished: Unfinished,
+    begin: Callable[[], None],
 ) -> tuple[Any, Report, list[str]]:
     """The model, what is counted of it, and lines that show what it writes."""
     prompt, lines = None, []
@@ -295,7 +300,14 @@ def _compiled(
     elif not args.no_sample and not args.json:
         prompt, why = _prompt(loaded, args)
         lines += why
-    before = _sample(loaded, loaded.model, prompt, args.new_tokens, progress, "what it writes before")
+    before = None
+
+    def first() -> None:
+        """Every file is read for its hash, and all weights for each word of a sample: only once nothing stands in the way."""
+        nonlocal before
+        begin()
+        before = _sample(loaded, loaded.model, prompt, args.new_tokens, progress, "what it writes before")
+
     model = compile(
         loaded.model,
         pipeline,
@@ -304,7 +316,7 @@ def _compiled(
         spill=unfinished.spill.folder,
         max_memory=args.max_memory,
         progress=progress,
-        instruments=(unfinished,),
+        instruments=(First(first), unfinished),
     )
     after = _sample(loaded, model, prompt, args.new_tokens, progress, "what it writes after")
     if prompt is not None:

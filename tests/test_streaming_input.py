@@ -178,6 +178,23 @@ def test_a_source_that_changes_between_reading_and_hashing_is_seen(
     assert "changed while it was read" in capsys.readouterr().err
 
 
+def test_what_is_refused_is_refused_before_files_are_hashed_and_samples_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: a run that would hold too much hashed all files and wrote a sample first, hours for a large model."""
+    known = [str(model), str(tmp_path / "out"), "--passes", PASSES, "--dtype", "bf16"]
+    assert compress.main([*known, "--max-memory", "10MB"]) == 2
+    said = capsys.readouterr().err
+    assert "max_memory is 10.0 MB" in said
+    assert "hashing" not in said
+    assert "what it writes" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [model.name]
+    assert compress.main([*known, "--max-memory", "10GB", "--new-tokens", "2"]) == 0
+    said = capsys.readouterr().err
+    order = ["tracing", "hashing the source", "what it writes before", "pass 1", "what it writes after"]
+    assert sorted(order, key=said.index) == order
+
+
 def test_what_a_run_kept_is_gone_on_with_only_as_it_was_begun(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ An instrument is a context manager per pass; it sees the graph before and after.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -39,6 +39,20 @@ class Timing:
         start = perf_counter()
         yield
         self.seconds[index] = perf_counter() - start
+
+
+class First:
+    """Does something once, before the first pass: what is slow, and would be in vain where the model or the passes are refused."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do = do
+
+    @contextmanager
+    def around(self, index: int, p: Pass, graph: Graph) -> Iterator[None]:
+        """Does it before pass 1."""
+        if index == 1:
+            self._do()
+        yield
 
 
 When = Literal["before", "after", "changed"]

@@ -188,9 +188,10 @@ class Pipeline:
             held = _Promise(p, i, graph, context, verify)
             context.store = store.within(f"{i:02d} {p.name}")
             with ExitStack() as around:
-                around.enter_context(stage(context.progress, f"pass {i} {unparse_one(p)}"))
-                for instrument in (*instruments, timing):
+                for instrument in instruments:  # what they do is no part of the pass
                     around.enter_context(instrument.around(i, p, graph))
+                around.enter_context(stage(context.progress, f"pass {i} {unparse_one(p)}"))
+                around.enter_context(timing.around(i, p, graph))
                 result = _said(p, i, p.run(graph, context))
                 graph.forget(p.invalidates - p.produces)
                 graph.facts |= p.produces
