@@ -23,6 +23,7 @@ from sparsec.console.table import heading, paragraph, table
 from sparsec.cost.constants import machine_constants
 from sparsec.ir.parts import positions
 from sparsec.ir.tracer import trace
+from sparsec.memory import unmapped
 from sparsec.pipeline import Pipeline
 from sparsec.planning.foretell import Foretold, foretell, meta_calls
 from sparsec.planning.memory import Footprint
@@ -50,7 +51,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         epilog=EXAMPLES.replace(PROG, prog),
     )
     p.add_argument(
-        "model", metavar="MODEL_OR_CONFIG", help="a folder with a config.json, that file, a .gguf file, a hub id"
+        "model",
+        metavar="MODEL_OR_CONFIG",
+        help="a folder with a config.json, that file, a .gguf file, a hub id, or `tiny`",
     )
     p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as the config says, else bf16")
@@ -100,6 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         if pipeline.learning:
             length = args.calibration_length or min(LENGTH, positions(model) or LENGTH)
             data = meta_calls(graph, args.calibration_sequences, length)
+        now = unmapped()  # measuring the machine takes more, and a run whose constants are known does not do that
         dtypes = list(dict.fromkeys((*(w.dtype for w in graph.weights.values()), torch.float32)))
         found = machine_constants(dtypes, progress=progress)
         assert found is not None
@@ -113,11 +117,18 @@ def _run(args: argparse.Namespace) -> int:
                 architecture=type(model).__name__,
                 ranks=args.ranks,
                 context=args.context,
+                now=now,
             )
     machine = f"{found.constants.key.processor}, {found.constants.key.threads} threads"
     if args.json is not None:
         write_text(args.json, document(told, room, machine))
-    print("\n".join(text(told, room, machine, found.notices)))
+    notices = list(found.notices)
+    if args.dtype is None and told.dtype != "float32":
+        short = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{told.dtype}")
+        notices.insert(
+            0, f"planned in {told.dtype}, as of the model; sparsec compress then takes --dtype {short}, else it is fp32"
+        )
+    print("\n".join(text(told, room, machine, notices)))
     return 1 if room is not None and told.footprint.total > room else 0
 
 
@@ -153,21 +164,21 @@ def _worst(found: Footprint) -> dict[str, Any]:
 def text(told: Foretold, room: int | None, machine: str, notices: Sequence[str] = ()) -> list[str]:
     """Lines for a person."""
     lines = [
-        f"{told.name}: {told.architecture}, {told.weights / 1e9:,.2f} billion weights in {told.dtype}, of which "
-        f"{told.pruned_weights / 1e9:,.2f} are pruned",
+        *paragraph(
+            f"{told.name}: {told.architecture}, {how_many(told.weights)} weights in {told.dtype}, "
+            f"{how_many(told.pruned_weights)} of them in matrices that are pruned"
+        ),
         *heading("Bytes"),
         *table(
-            ["pruned weights in", "GB", "of dense"],
+            ["the model, pruned matrices as", "bytes", "of dense"],
             [
-                [each, f"{n / 1e9:,.2f}", f"{n / told.bytes_dense:.2f}x"]
-                for each, n in {"as they are": told.bytes_dense, **_but(told.bytes_by_layout, "dense")}.items()
+                [each, size(n), f"{n / told.bytes_dense:.2f}x"]
+                for each, n in {"dense": told.bytes_dense, **_but(told.bytes_by_layout, "dense")}.items()
             ],
         ),
     ]
     layouts = ", ".join(f"{count} as {layout}" for layout, count in told.layouts_after.items())
-    lines += paragraph(
-        f"these passes: {told.bytes_after / 1e9:,.2f} GB{f'; {layouts}' if layouts else '; nothing is packed'}"
-    )
+    lines += paragraph(f"these passes: {size(told.bytes_after)}{f'; {layouts}' if layouts else '; nothing is packed'}")
     each = "" if told.ranks == 1 else f" of each of {told.ranks} ranks"
     lines += heading("Memory")
     lines += paragraph(f"streamed{each}, at most {told.footprint}")
@@ -176,9 +187,8 @@ def text(told: Foretold, room: int | None, machine: str, notices: Sequence[str] 
         lines += paragraph(that_fits(told, room))
     lines += heading("Time")
     shared = "" if told.ranks == 1 else f", shared by {told.ranks} ranks that have such a machine each"
-    lines += paragraph(
-        f"on {machine}{shared}; calibrated on {told.tokens_of_text:,} tokens. Reading and writing files is not in it"
-    )
+    learnt = f"calibrated on {told.tokens_of_text:,} tokens" if told.tokens_of_text else "without a text to learn from"
+    lines += paragraph(f"on {machine}{shared}; {learnt}. Reading and writing files is not in it")
     rows = [[p.spec, p.what, f"{p.flops / 1e12:,.1f}" if p.flops else "", duration(p.seconds)] for p in told.parts]
     lines += table(["pass", "what", "TFLOP", "time"], [*rows, ["all", "", "", duration(told.seconds)]], left=(0, 1))
     lines += heading("Speed")
@@ -193,20 +203,20 @@ def that_fits(told: Foretold, room: int) -> str:
     """Whether a rank has memory enough, and what to change where it has not."""
     needed = told.footprint.total
     if needed <= room:
-        return f"fits into {room / 1e9:,.2f} GB: {(room - needed) / 1e9:,.2f} GB are left"
+        return f"fits into {size(room)}: {size(room - needed)} are left"
     worst = told.footprint.worst
-    ways = ["give more memory"]
-    if worst is not None and worst.phase.solve is not None:
-        ways.append(
-            "prune with wanda, which needs no Gram matrix" if worst.phase.held["statistics"] else "prune with magnitude"
-        )
-        ways.append("leave the widest layers out with ignore=")
-    elif worst is not None and "activations of one call" in worst.phase.held:
-        ways.append("take a shorter --calibration-length")
-    if worst is not None and worst.phase.held.get("activations between blocks"):
-        ways.append("take fewer --calibration-sequences, or more --ranks")
     where = "" if worst is None else f" for {worst.spec}, {worst.phase.what} of {worst.phase.where}"
-    return f"does not fit into {room / 1e9:,.2f} GB: {needed / 1e9:,.2f} GB are needed{where}; {', or '.join(ways)}"
+    return f"does not fit into {size(room)}: {size(needed)} are needed{where}; {', or '.join(told.footprint.ways)}"
+
+
+def how_many(weights: int) -> str:
+    """In the unit that fits."""
+    return f"{weights / 1e9:,.2f} billion" if weights >= 1e9 else f"{weights / 1e6:,.2f} million"
+
+
+def size(nbytes: int) -> str:
+    """In the unit that fits."""
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.2f} MB"
 
 
 def duration(seconds: float) -> str:

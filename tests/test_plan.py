@@ -15,6 +15,7 @@ import sparsec
 from sparsec import plan
 from sparsec.cost.constants import machine_constants
 from sparsec.cost.phase import Attended, Looked, Phase
+from sparsec.data import hub
 from sparsec.data.models import load_model
 from sparsec.errors import DataError
 from sparsec.formats.layout import Layout
@@ -173,7 +174,7 @@ def test_the_command_plans_from_a_config(config: Path, tmp_path: Path, capsys: p
     assert facts["seconds"] == pytest.approx(sum(part["seconds"] for part in facts["parts"]))
     assert plan.main([str(config), *options, "--memory", "1MB"]) == 1
     said = capsys.readouterr().out
-    assert "does not fit into 0.00 GB" in said
+    assert "does not fit into 1.00 MB" in said
     assert "give more memory" in said
 
 
@@ -190,7 +191,10 @@ def test_times_are_said_in_units_that_fit(seconds: float, said: str) -> None:
     assert plan.duration(seconds) == said
 
 
-def test_what_is_no_config_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_config_is_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "unreachable", lambda: "the hub is away")
     odd = tmp_path / "odd"
     odd.mkdir()
     (odd / "config.json").write_text('{"model_type": "nonsense"}')
@@ -214,11 +218,30 @@ def test_what_is_no_config_is_refused(config: Path, tmp_path: Path, capsys: pyte
         ([str(config), "--passes", "nonsense(0.5)"], "nonsense"),
         ([str(config), "--passes", "magnitude(0.5),lower(bitmap)"], "needs 'frozen'"),
         ([str(config), "--memory", "much"], "--memory must be"),
+        (["nobody/no-such-model"], "there is no such local folder or file, and the hub is away"),
         ([str(tmp_path / "none.gguf")], "none.gguf"),
         ([str(config), "--passes", "mask,freeze"], "a plan does not know"),
     ):
         assert plan.main(words) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_small_random_model_is_planned_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: it was looked for on the hub."""
+    options = ["--passes", "magnitude(0.5),freeze,lower(bitmap)", "--dtype", "bf16"]
+    assert plan.main(["tiny", *options, "--json", "-"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    made = sparsec.compile(load_model("tiny", torch.bfloat16).model, options[1])
+    assert facts["bytes_dense"] == pytest.approx(made.sparsec.report().bytes_dense, rel=1e-3)  # a tied head counts once
+    assert facts["layouts_after"] == {"bitmap": 14}
+
+
+def test_another_dtype_than_that_of_compress_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps({**known, "dtype": "bfloat16"}))
+    for options, said in (([], True), (["--dtype", "bf16"], False)):
+        assert plan.main([str(config), *options]) == 0
+        assert ("sparsec compress then takes --dtype bf16" in capsys.readouterr().out) == said
 
 
 def test_the_dtype_is_the_configs_or_the_one_that_is_asked_for(config: Path) -> None:

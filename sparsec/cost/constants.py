@@ -186,7 +186,7 @@ def remarks(found: Constants) -> list[str]:
     """What makes its predictions doubtful."""
     notes, threads = [], found.key.threads
     on_gpu = " --device cuda" if found.key.device == "cuda" else ""
-    anew = f"measure it anew with python -m sparsec.cost{on_gpu} --force"
+    anew = f"measure it anew with sparsec cost{on_gpu} --force"
     if threads > cores():
         notes.append(
             f"{threads} threads share {cores()} cores, so times scatter widely; use torch.set_num_threads({cores()})"

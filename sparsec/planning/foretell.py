@@ -99,13 +99,15 @@ def foretell(
     architecture: str,
     ranks: int = 1,
     context: int = 1024,
+    now: int | None = None,
 ) -> Foretold:
     """A plan of a pipeline on a graph, which may be on torch's device meta. ranks: processes that share text and solves. context:
-    tokens that a decoded one attends to. Raises what `peak` raises, FormatError where a layout cannot hold a mask."""
+    tokens that a decoded one attends to. now: as of `peak`. Raises what `peak` raises, FormatError where a layout cannot hold a
+    mask."""
     mine = data
     if data is not None and ranks > 1:
         mine = replace(data, calls=data.calls[: -(-len(data.calls) // ranks)])
-    footprint = peak(graph, pipeline, mine, ranks=ranks)
+    footprint = peak(graph, pipeline, mine, now=now, ranks=ranks)
     in_memory = peak(graph, pipeline, mine, streaming=False, process=footprint.process, ranks=ranks)
     parts = _parts(pipeline, footprint, TimeOf(constants), ranks)
     view, foreseen = graph.view(), Foreseen(data, True, ranks)

@@ -57,6 +57,24 @@ class Footprint:
         """Bytes at the worst moment."""
         return self.process + (self.worst.nbytes if self.worst is not None else 0)
 
+    @property
+    def ways(self) -> list[str]:
+        """What to change where that is too much, by what takes most."""
+        found, worst = ["give more memory"], self.worst
+        if worst is None:
+            return found
+        if worst.phase.solve is not None:
+            gram = worst.phase.held["statistics"]
+            found.append("prune with wanda, which needs no Gram matrix" if gram else "prune with magnitude")
+            found.append("leave the widest layers out with ignore=")
+        elif "activations of one call" in worst.phase.held:
+            found.append("take shorter calibration sequences")
+        elif worst.spec.startswith("lower(auto"):
+            found.append("name a layout, such as lower(bitmap)")
+        if worst.phase.held.get("activations between blocks"):
+            found.append("take fewer calibration sequences, or more ranks")
+        return found
+
     def __str__(self) -> str:
         """In words: the figure, and what it is made of."""
         worst = self.worst
@@ -76,14 +94,15 @@ def peak(
     *,
     streaming: bool = True,
     process: int | None = None,
+    now: int | None = None,
     ranks: int = 1,
 ) -> Footprint:
     """What running a pipeline on a graph would hold at most. The graph stays what it is, and no weight is read.
 
     data: the calls that it would be calibrated on; only their shapes count, so they may be on torch's device meta. streaming:
     weights, masks and packed tensors lie in mapped files, which are no memory; else all of the model is held. process: bytes of
-    interpreter and libraries, by default what this process takes. ranks: processes that work together, each of which holds that.
-    Raises PipelineError, SelectionError and WeightError as a run does, and TraceError where shapes depend on numbers.
+    interpreter and libraries, by default what this process takes; now: that, looked at before. ranks: processes that work
+    together, each of which holds that. Raises PipelineError, SelectionError and WeightError as a run does, and TraceError where shapes depend on numbers.
     """
     pipeline.validate(graph.facts)
     graph, foreseen = graph.view(), Foreseen(data, streaming, ranks)
@@ -100,7 +119,7 @@ def peak(
     if process is None:
         learning = bool(pipeline.learning)
         gaps = min(SCATTERED, max((moment.phase.nbytes for moment in moments), default=0)) if learning else 0
-        process = (memory.unmapped() or PROCESS) + (GROWN[learning] + gaps if streaming else 0)
+        process = (now or memory.unmapped() or PROCESS) + (GROWN[learning] + gaps if streaming else 0)
     return Footprint(process, tuple(moments), tuple(foreseen.notes))
 
 
@@ -110,10 +129,8 @@ def refuse_beyond(
     """Raises CompileError where `peak` is more than `limit` bytes."""
     found = peak(graph, pipeline, data, streaming=streaming, ranks=ranks)
     if found.total > limit:
-        shorter = "shorter or fewer calibration sequences, " if data is not None else ""
         raise CompileError(
-            f"this run would hold {found}; max_memory is {limit / 1e6:,.1f} MB: give more, or take {shorter}a pass that holds less "
-            "(magnitude, then wanda, then sparsegpt and admm), or a layout by name in place of lower(auto)"
+            f"this run would hold {found}; max_memory is {limit / 1e6:,.1f} MB: {', or '.join(found.ways)}"
         )
 
 

@@ -7,26 +7,32 @@ from typing import Any
 
 import torch
 
+from sparsec.data import hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import check_kind, kind_of
 from sparsec.data.models import PACKAGED, packaged
 from sparsec.data.quiet import quiet
+from sparsec.data.tiny import tiny_model
 from sparsec.errors import DataError
 
 MOST_LAYERS = 2000
 WIDEST = 1 << 24
 """Columns of a weight."""
+SPECS = "give a folder with a config.json, that file, a .gguf file, a hub id, or `tiny`"
 
 
 def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, str]:
-    """(the model, its name) of a folder with a config.json, of such a file, of a .gguf file, or of a hub id.
+    """(the model, its name) of a folder with a config.json, of such a file, of a .gguf file, of a hub id, or `tiny`.
 
     dtype: None is that of the config, where it names one, else bfloat16. Raises DataError for what is no config of a model.
     """
     import transformers
 
+    if spec == "tiny":
+        with torch.device("meta"):
+            return tiny_model(dtype=dtype or torch.float32), spec
     path = packaged() if spec == PACKAGED and local_path(spec) is None else local_path(spec)
-    where, options, name = spec, dict[str, Any](), spec
+    where, options, name, away = spec, dict[str, Any](), spec, ""
     if path is not None:
         name = path.resolve().stem
         if path.is_dir():
@@ -39,6 +45,9 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
             where, options = str(path.parent), {"gguf_file": path.name}
     elif Path(spec).suffix == ".json" or spec.startswith((".", "/", "~")):
         raise DataError(f"{spec}: there is no such file; give a config.json, or the folder that holds it")
+    else:
+        away = hub.unreachable()
+        options = {"local_files_only": bool(away)}
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
@@ -51,10 +60,12 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
         except DataError:
             raise
         except Exception as error:  # transformers has its own errors for each thing that may be wrong
+            asked = hub.hub_name(spec) if path is None else None
+            if asked is not None and (said := away or hub.fault(asked, error)):
+                raise DataError(f"{spec}: there is no such local folder or file, and {said}; {SPECS}") from error
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"{spec}: this is no config of a model that transformers knows ({first}); give a folder with a config.json, that "
-                "file, a .gguf file or a hub id"
+                f"{spec}: this is no config of a model that transformers knows ({first}); {SPECS}"
             ) from error
     check_kind(where, model)
     for weight, parameter in model.named_parameters():
