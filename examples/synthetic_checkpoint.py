@@ -1,9 +1,10 @@
-"""Write a checkpoint of random weights in the shape of a Llama, of any size, in bf16 shards: to try what a large model needs.
+"""Write a checkpoint of random weights in the shape of a Llama, in bf16 shards: to try what a large model needs.
 
-python examples/synthetic_checkpoint.py SIZE FOLDER      # 135M, 1B, 3B, 7B, 70B, 405B, or tiny; 3B takes 6.4 GB of disk
-python examples/synthetic_checkpoint.py config 70B FOLDER      # config.json and no weights, for `sparsec plan FOLDER`
+python examples/synthetic_checkpoint.py SIZE [FOLDER]            # tiny, 135M, 1B, 3B, 7B, 70B or 405B: 2 bytes of disk a weight
+python examples/synthetic_checkpoint.py config SIZE [FOLDER]     # no weights: what `sparsec plan FOLDER` takes
 
-No more than one tensor is in memory. The tokens of its tokenizer are the 256 bytes; what such a model says means nothing.
+FOLDER is a new one, random-SIZE where none is named. 16 million numbers are in memory at a time. The tokens of its tokenizer are
+the 256 bytes; what such a model says means nothing.
 """
 
 from __future__ import annotations
@@ -81,11 +82,15 @@ def write_shard(path: Path, shapes: dict[str, torch.Size], generator: torch.Gene
                 file.write(piece.view(torch.int16).numpy().data)
 
 
-def main(size: str = "tiny", *rest: str) -> Path:
-    only_config = size == "config"
-    size, *places = rest if only_config else (size, *rest)
+def main(*words: str) -> Path:
+    only_config = words[:1] == ("config",)
+    size, *places = words[only_config:] or ("tiny",)
+    if size in ("-h", "--help") or len(places) > 1:
+        raise SystemExit(__doc__)
     folder = Path(places[0] if places else f"random-{size}")
     config = config_of(size)
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already; name a new folder")
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -205,4 +205,6 @@ def test_synthetic_checkpoint(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     assert run("synthetic_checkpoint").name == "random-tiny"
     with pytest.raises(SystemExit, match="no size '2B'; sizes: tiny, 135M"):
         main("2B")
+    with pytest.raises(SystemExit, match="is there already; name a new folder"):
+        main("tiny", str(folder))
     assert capsys.readouterr().out.count("MB in") == 2
