@@ -102,7 +102,8 @@ def peak(
     data: the calls that it would be calibrated on; only their shapes count, so they may be on torch's device meta. streaming:
     weights, masks and packed tensors lie in mapped files, which are no memory; else all of the model is held. process: bytes of
     interpreter and libraries, by default what this process takes; now: that, looked at before. ranks: processes that work
-    together, each of which holds that. Raises PipelineError, SelectionError and WeightError as a run does, and TraceError where shapes depend on numbers.
+    together, each of which holds that.
+    Raises PipelineError, SelectionError and WeightError as a run does, and TraceError where shapes depend on numbers.
     """
     pipeline.validate(graph.facts)
     graph, foreseen = graph.view(), Foreseen(data, streaming, ranks)
