@@ -40,7 +40,7 @@ def inverse_factor(
             _invert(hessian)
             factor = hessian.to(gram.dtype)
             if all(
-                bool(part.isfinite().all()) for part in factor.split(_BLOCK)
+                bool(part.isfinite().all()) for part in torch.split(factor, _BLOCK)
             ):  # of all of it would take half as much again
                 break
         del hessian
