@@ -39,9 +39,8 @@ def inverse_factor(
         if _factor(hessian):
             _invert(hessian)
             factor = hessian.to(gram.dtype)
-            if all(
-                bool(part.isfinite().all()) for part in torch.split(factor, _BLOCK)
-            ):  # of all of it would take half as much again
+            parts = torch.split(factor, _BLOCK)  # looking at all of it at once would take half as much memory again
+            if all(bool(part.isfinite().all()) for part in parts):
                 break
         del hessian
         if added >= _MOST_DAMPING:
