@@ -79,7 +79,8 @@ def meta_calls(graph: Graph, sequences: int, length: int) -> CalibrationData:
     some = max(1, min(sequences, 1024 // length))
     if sequences > MOST_CALLS * some:
         raise DataError(
-            f"{sequences:,} sequences of {length:,} tokens: a plan takes {MOST_CALLS * some:,} of them at most"
+            f"{sequences:,} sequences of {length:,} tokens: a plan takes {MOST_CALLS * some:,} of them at most: "
+            "plan with fewer, since time grows with them and memory hardly"
         )
     mask = torch.ones(some, length, dtype=torch.int64, device="meta")
     calls = []
