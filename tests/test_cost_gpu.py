@@ -205,7 +205,7 @@ def test_a_gpu_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.constants == replace(invented(), key=here)
     assert cal.machine_constants([torch.bfloat16], device="cuda", measuring=False).constants == found.constants
     poor = replace(found.constants, kernels=(replace(invented().kernels[0], error=0.9),))
-    assert "python -m sparsec.cost --device cuda --force" in cal.remarks(poor)[0]
+    assert "sparsec cost --device cuda --force" in cal.remarks(poor)[0]
 
 
 def test_a_calibration_of_the_other_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
