@@ -123,10 +123,11 @@ class Ranks:
         return [pickle.loads(t[:n].numpy().tobytes()) for t, n in zip(all_of_them, sizes.tolist(), strict=True)]
 
     def mesh(self, device: torch.device) -> Any:
-        """All of them in a row, a DeviceMesh, for torch's FSDP."""
-        from torch.distributed.device_mesh import DeviceMesh
+        """All of them in a row, a DeviceMesh, for torch's FSDP. Of the user's own group: torch keeps what it found out about a mesh,
+        and the groups of `together` go with it."""
+        from torch.distributed.device_mesh import init_device_mesh
 
-        return DeviceMesh.from_group(self._groups[0 if device.type == "cpu" else -1], device.type)
+        return init_device_mesh(device.type, (self.count,))
 
     def agree(self, known: Callable[[], Mapping[str, str]]) -> None:
         """RanksError where ranks differ in one of these facts, each by its name. One alone is not asked."""

@@ -141,7 +141,7 @@ TRAININGS = [
     ("qwen2-moe", "magnitude(0.5),freeze,recover(steps=3, batch=3, checkpoint='CHECKPOINT')"),
     ("llama", "magnitude(0.5),freeze,recover(method='blocks', steps=3, batch=3, checkpoint='CHECKPOINT')"),
     ("llama-tied", f"{SHARED}, recompute=True, length=5)"),  # pieces of 5 and 2 tokens: not all ranks run as many calls
-    ("qwen2-moe", f"{SHARED}, hidden=0.1)"),
+    ("qwen2-moe", "wanda(0.5),freeze,recover(steps=3, batch=3, hidden=0.1, shard=True)"),
     (
         "llama",
         "magnitude(0.5),freeze,recover(minutes=0.03, batch=2)",
