@@ -123,7 +123,7 @@ class Ranks:
         return [pickle.loads(t[:n].numpy().tobytes()) for t, n in zip(all_of_them, sizes.tolist(), strict=True)]
 
     def mesh(self, device: torch.device) -> Any:
-        """All of them in a row, a DeviceMesh, for torch's FSDP. Of the user's own group: torch keeps what it found out about a mesh,
+        """All of them in a row, a DeviceMesh, for torch's FSDP. Of the user's own group: torch keeps what it knows of a mesh,
         and the groups of `together` go with it."""
         from torch.distributed.device_mesh import init_device_mesh
 
