@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sparsec import memory
 from sparsec.ir.graph import Graph
@@ -80,6 +78,10 @@ class ShardedWhole(Student):
                 self.leaves[name] = graph.tensor(name).detach().to(torch.float32, copy=True).requires_grad_()
 
     def _share_out(self, start: int, names: Sequence[str]) -> None:
+        # Here, since they take half a second, and not every build of torch has them.
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard, distribute_tensor
+
         part = _Part([self.graph.tensor(name).detach().to(torch.float32, copy=True) for name in names])
         sharded: Any = fully_shard(part, mesh=self._mesh, reshard_after_forward=True)
         sharded.unshard()  # once, since torch may lay shares out anew before their first use
@@ -127,7 +129,7 @@ class ShardedWhole(Student):
             value = self.graph.read(target)
             return value.detach() if isinstance(value, Tensor) else value
         leaf = self._shared(target) if target in self._home else self.leaves[target]
-        assert not isinstance(leaf, DTensor), f"{target} is read outside of its stretch"
+        assert not hasattr(leaf, "full_tensor"), f"{target} is read outside of its stretch"
         return leaf.to(self.weights[target].dtype)
 
     def sum_gradients(self, ranks: Ranks) -> None:
@@ -156,8 +158,11 @@ class ShardedWhole(Student):
 
     def result(self, name: str) -> Tensor:
         """All ranks ask for it together."""
-        shared = self._shared(name) if name in self._home else None
-        return shared.full_tensor().detach() if isinstance(shared, DTensor) else self.leaves[name].detach()
+        if name not in self._home:
+            return self.leaves[name].detach()
+        shared: Any = self._shared(name)
+        whole: Tensor = shared.full_tensor().detach()
+        return whole
 
     @torch.no_grad()
     def settle(self, context: Context) -> None:
@@ -167,8 +172,9 @@ class ShardedWhole(Student):
 
 
 def _local(tensor: Any) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor.to_local()
+    """This rank's part of a DTensor."""
+    part: Tensor = tensor.to_local()
+    return part
 
 
 def _stored_tensors(stretches: Stretches, start: int, end: int) -> set[str]:
