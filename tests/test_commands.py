@@ -103,6 +103,11 @@ def test_help_and_version_import_no_torch(words: list[str]) -> None:
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
 
+def test_passes_are_imported_without_what_several_processes_need() -> None:
+    script = "import sys, sparsec.compiler; sys.exit('torch.distributed.fsdp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
 def test_a_name_is_imported_when_it_is_asked_for() -> None:
     script = (
         "import sys, sparsec\n"
