@@ -22,7 +22,7 @@ BASE = {
     "report": ["tiny", "--no-measure", "--passes", "magnitude(0.5)"],
     "evaluate": ["tiny", "--windows", "1", "--length", "8"],
     "bench": ["--shapes", "8x8", "--formats", "csr", "--sparsity", "50", "--rotate-mb", "1", "--repeats", "2"],
-    "plan": ["smollm2", "--passes=magnitude(0.5),freeze,lower(csr)"],
+    "plan": ["tiny", "--passes=magnitude(0.5),freeze,lower(csr)"],
     "compress": ["tiny", "saved", "--no-sample", "--passes=magnitude(0.5),freeze,lower(csr)"],
     "study": ["tiny", "--passes=magnitude(0.5),freeze", "--windows=1", "--length=16", "--repeats=1", "--new-tokens=1"],
     "generate": ["tiny", "abc", "--new-tokens=1"],
