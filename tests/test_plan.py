@@ -117,6 +117,16 @@ def test_ranks_share_text_and_solves() -> None:
     assert one.seconds == sum(part.seconds for part in one.parts)
 
 
+def test_weights_in_training_are_shared_out_where_that_is_asked_for() -> None:
+    whole, shared = (
+        told(f"magnitude(0.5),freeze,recover(steps=2, shard={shard})", ranks=4).footprint for shard in (False, True)
+    )
+    one, other = (next(m.phase.held for m in found.moments if m.phase.what == "training") for found in (whole, shared))
+    what = "weights, gradients and moments in training"
+    assert other[what] == pytest.approx(one[what] / 4, abs=1)
+    assert other["a stretch and its gradients, whole"] > one["a stretch and its gradients, whole"] == 0
+
+
 def test_flops_are_those_of_the_shapes() -> None:
     (forward,) = (p for p in told("wanda(0.5)", layers=1, sequences=16).parts if p.what == "forward")
     # q, k and v of 256 columns, o, gate and up; attention over 64 tokens; what down_proj makes is not looked at.

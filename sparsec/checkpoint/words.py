@@ -25,14 +25,13 @@ def saved_facts(folder: str, report: Report) -> dict[str, Any]:
 
 def saved_lines(folder: str, report: Report, then: str) -> list[str]:
     """The same in words, with the command that comes next."""
-    _, record = read_config(Path(folder).expanduser())
-    packed = Counter(stored.layout for stored in record.layers.values())
+    facts = saved_facts(folder, report)
+    packed = Counter(facts["layouts"])
     layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
     if not packed:
         why = Counter(row.reason for row in report.layers if row.kind in ("linear", "conv1d") and row.reason)
         layouts = f"no matrix is packed: {_kept_dense(why) if why else 'none was pruned'}"
-    on_disk = sum(int(facts["bytes"]) for facts in record.files.values())
-    bytes_text = f"{mega(on_disk)} MB of tensors, dense {mega(report.bytes_dense)} MB"
+    bytes_text = f"{mega(facts['bytes'])} MB of tensors, dense {mega(facts['bytes_dense'])} MB"
     zeros = zeros_of(report)
     return [
         *heading("Saved"),
