@@ -16,6 +16,14 @@ inline Vec load_some(const T* from, int64_t count) {
   return count >= kRegister ? load_wide(from) : load_part(from, count);
 }
 
+constexpr int64_t kKeysAhead = 12;  // positions
+
+// A position's numbers, which a cache of the CPU will be asked for soon.
+template <class T>
+inline void fetch_row(const T* row, int64_t count) {
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+}
+
 // Q queries times the keys of one position at a time.
 template <int Q, class T>
 inline void score(const sparsec::AttendTask& t, int64_t query) {
@@ -27,6 +35,10 @@ inline void score(const sparsec::AttendTask& t, int64_t query) {
       continue;
     }
     const T* const key = static_cast<const T*>(t.k) + l * t.k_stride;
+    if (!query) {  // keys and values are read by all queries, and have left all caches since the last token
+      if (l + kKeysAhead < t.last) fetch_row(key + kKeysAhead * t.k_stride, t.width);
+      fetch_row(static_cast<const T*>(t.v) + l * t.v_stride, t.value_width);
+    }
     Vec sums[Q] = {};
     for (int64_t d = 0; d < t.width; d += kRegister) {
       const Vec k = load_some(key + d, t.width - d);

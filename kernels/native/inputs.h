@@ -122,6 +122,11 @@ struct Paired {
     const int64_t steps = (in + 1) / 2;
     memory.reset(new uint32_t[std::max<int64_t>(1, groups * steps * lanes)]);
     uint32_t* const to = memory.get();
+    if (lanes == 1 && tokens == 1) {  // whose columns lie side by side as they are
+      if (steps) to[steps - 1] = 0;
+      if (steps) memcpy(to, x, static_cast<size_t>(2 * in));
+      return;
+    }
     constexpr int64_t kRun = 64;  // steps: of a group they stay in a first-level cache
     const int64_t runs = (steps + kRun - 1) / kRun;
     spread(groups * runs, std::max<int64_t>(1, 16384 / (lanes * kRun)), [&](int64_t begin, int64_t end) {

@@ -27,7 +27,7 @@ struct Input {
 
 // Units [first, last) of one part.
 struct Piece {
-  const Part* part;
+  size_t part;
   int64_t first;
   int64_t last;
   int64_t work;  // as work_of() counts it
@@ -40,7 +40,8 @@ int64_t work_of(const Part& part, int64_t tokens) {
 // The unit is then a panel of 16 rows, whatever rows_per_unit is.
 bool by_panels(const Part& part) { return part.way == Way::panels || part.way == Way::pairs || part.way == Way::amx; }
 
-bool is_shared(const Part& part) { return part.way != Way::half && part.way != Way::stock; }
+// Whether a product is cut into pieces for our threads; else torch's own dense product has part in it.
+bool is_shared(Way way) { return way != Way::half && way != Way::stock; }
 
 // Pieces that shrink: `threads` of them take three quarters of the work, as many three quarters of the rest, and so on. A thread that
 // comes late, or whose CPU is taken away, leaves more of them to the others, and all end together ("factoring": Hummel, Schonberg and
@@ -50,7 +51,7 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
   std::vector<Piece> pieces;
   int64_t rest = 0;
   for (const Part& part : parts)
-    if (is_shared(part)) rest += work_of(part, tokens);
+    if (is_shared(part.way)) rest += work_of(part, tokens);
   const int64_t least = kLeastPiece * std::max<int64_t>(1, tokens / 4);
   int64_t size = rest, left = 0;  // of a piece, and of the one that is being cut
   int64_t turn = threads - 1;
@@ -62,8 +63,9 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
     left = size;
   };
   next_piece();
-  for (const Part& part : parts) {
-    if (!is_shared(part)) continue;
+  for (size_t p = 0; p < parts.size(); ++p) {
+    const Part& part = parts[p];
+    if (!is_shared(part.way)) continue;
     const Matrix& w = part.matrix;
     const bool panels = by_panels(part);
     const int64_t units = panels ? (w.out_features + kPanel - 1) / kPanel : w.units;
@@ -84,7 +86,7 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
       }
       if (panels && last < units) last += (last - first) % 2;  // panels are multiplied in pairs
       const int64_t taken = before(last) - start;
-      pieces.push_back(Piece{&part, first, last, taken});
+      pieces.push_back(Piece{p, first, last, taken});
       rest -= taken;
       left -= taken;
       if (left <= 0) next_piece();
@@ -93,6 +95,30 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
   }
   return pieces;
 }
+
+// How a product of some parts is done: chosen once where it is done again and again, since where rows begin has left all caches by then.
+struct Cut {
+  Cut(std::vector<Part>& parts, int64_t rows, const InstructionSet& set) : isa(&set), tokens(rows), available(torch::stable::get_num_threads()) {
+    int64_t work = 0;
+    for (Part& part : parts) {
+      part.way = way_of(part.matrix, tokens, set);
+      ways.push_back(part.way);
+      if (is_shared(part.way)) work += work_of(part, tokens);
+    }
+    threads = std::max<int64_t>(1, std::min<int64_t>(available, work / kBytesPerThread));
+    pieces = split(parts, tokens, threads);
+  }
+
+  bool serves(int64_t rows, const InstructionSet& set) const {
+    return isa == &set && tokens == rows && available == torch::stable::get_num_threads();
+  }
+
+  const InstructionSet* isa;
+  int64_t tokens, available;
+  std::vector<Way> ways;  // of the parts
+  std::vector<Piece> pieces;
+  int64_t threads;  // that it is worth
+};
 
 // Memory of one thread that grows and stays, for one purpose: fresh pages at every call would cost more than small products.
 enum class Purpose { decoding, result };

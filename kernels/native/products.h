@@ -27,8 +27,7 @@ struct Target {
   int64_t width;
 };
 
-void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Target& to) {
-  const Part& part = *piece.part;
+void run(const Part& part, const Piece& piece, const Rows& x, const InstructionSet& isa, const Target& to) {
   const Matrix& w = part.matrix;
   switch (part.way) {
     case Way::lanes:
@@ -92,20 +91,20 @@ void run(const Piece& piece, const Rows& x, const InstructionSet& isa, const Tar
 class Products : public Job {
  public:
   // `weights` holds what the parts' matrices point to.
-  Products(std::vector<Part> parts, std::vector<Piece> pieces, Rows x, const InstructionSet& isa, const std::vector<Tensor>& weights)
-      : parts_(std::move(parts)), pieces_(std::move(pieces)), x_(std::move(x)), isa_(isa), weights_(&weights) {}
+  Products(std::vector<Part> parts, std::shared_ptr<const Cut> cut, Rows x, const std::vector<Tensor>& weights)
+      : parts_(std::move(parts)), cut_(std::move(cut)), x_(std::move(x)), weights_(&weights) {}
 
-  int64_t pieces() const override { return static_cast<int64_t>(pieces_.size()); }
+  int64_t pieces() const override { return static_cast<int64_t>(cut_->pieces.size()); }
   int64_t work(int64_t i) const override { return at(i).work; }
-  void here(int64_t i) override { run(at(i), x_, isa_, whole(i)); }
+  void here(int64_t i) override { run(of(i), at(i), x_, *cut_->isa, whole(i)); }
   void apart(int64_t i) override {
-    const Strip rows(at(i));
+    const Strip rows(of(i), at(i));
     char* const memory = reinterpret_cast<char*>(scratch<Purpose::result>((x_.tokens * rows.bytes() + 3) / 4));
     // The kernels count rows from the first of the whole matrix.
-    run(at(i), x_, isa_, Target{reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(memory) - rows.before()), rows.count});
+    run(of(i), at(i), x_, *cut_->isa, Target{reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(memory) - rows.before()), rows.count});
   }
   void hand_over(int64_t i) override {
-    const Strip rows(at(i));
+    const Strip rows(of(i), at(i));
     const Target to = whole(i);
     const char* const memory = reinterpret_cast<const char*>(scratch<Purpose::result>(0));
     for (int64_t t = 0; t < x_.tokens; ++t)
@@ -119,9 +118,9 @@ class Products : public Job {
  private:
   // Output rows of a piece.
   struct Strip {
-    explicit Strip(const Piece& piece) : value(result_bytes(piece.part->matrix)) {
-      const Matrix& w = piece.part->matrix;
-      const int64_t unit = by_panels(*piece.part) ? kPanel : w.rows_per_unit;
+    Strip(const Part& part, const Piece& piece) : value(result_bytes(part.matrix)) {
+      const Matrix& w = part.matrix;
+      const int64_t unit = by_panels(part) ? kPanel : w.rows_per_unit;
       first = piece.first * unit;
       count = std::min(piece.last * unit, w.out_features) - first;
     }
@@ -130,30 +129,28 @@ class Products : public Job {
     int64_t value, first, count;
   };
 
-  const Piece& at(int64_t i) const { return pieces_[static_cast<size_t>(i)]; }
-  Target whole(int64_t i) const {
-    const Part& part = *at(i).part;
-    return Target{static_cast<char*>(part.out), part.matrix.out_features};
-  }
+  const Piece& at(int64_t i) const { return cut_->pieces[static_cast<size_t>(i)]; }
+  const Part& of(int64_t i) const { return parts_[at(i).part]; }
+  Target whole(int64_t i) const { return Target{static_cast<char*>(of(i).out), of(i).matrix.out_features}; }
 
-  std::vector<Part> parts_;
-  std::vector<Piece> pieces_;
+  const std::vector<Part> parts_;
+  const std::shared_ptr<const Cut> cut_;
   Rows x_;
-  const InstructionSet& isa_;
   const std::vector<Tensor>* weights_;
   std::vector<Tensor> owned_;
 };
 
-// Every part's `out` is there and not empty; `weights` holds what the matrices point to.
-void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>& weights) {
+// Every part's `out` is there and not empty; `weights` holds what the matrices point to. cut: made for these parts before, or nothing.
+void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>& weights, std::shared_ptr<const Cut> cut = nullptr) {
   const InstructionSet& isa = *chosen.load(std::memory_order_relaxed);
   const int64_t in = parts[0].matrix.in_features, tokens = x.tokens;
+  if (!cut || !cut->serves(tokens, isa)) cut = std::make_shared<const Cut>(parts, tokens, isa);
   Rows rows{parts[0].matrix.type, x.data, tokens, in, x.wide, nullptr, {}, {}, {}, {}, {}};
-  int64_t work = 0;
   bool any = false;  // also of no columns, where the bias is left
-  for (Part& part : parts) {
+  for (size_t i = 0; i < parts.size(); ++i) {
+    Part& part = parts[i];
     const Matrix& w = part.matrix;
-    part.way = way_of(w, tokens, isa);
+    part.way = cut->ways[i];
     if (part.way == Way::half) {
       by_type(w.type, [&](auto zero) { half_rows<decltype(zero)>(part, x, isa); });
     } else if (part.way == Way::stock) {
@@ -161,15 +158,12 @@ void multiply(std::vector<Part> parts, const Input& x, const std::vector<Tensor>
     } else {
       rows.prepare(part.way, isa);
       if (part.way == Way::digits) rows.prepare_digits(w, isa);
-      work += work_of(part, tokens);
       any = true;
     }
   }
   if (!any) return;
-  const int64_t threads =
-      std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work / kBytesPerThread));
-  std::vector<Piece> pieces = split(parts, tokens, threads);
-  together(std::make_shared<Products>(std::move(parts), std::move(pieces), std::move(rows), isa, weights), threads);
+  const int64_t threads = cut->threads;
+  together(std::make_shared<Products>(std::move(parts), std::move(cut), std::move(rows), weights), threads);
 }
 
 }  // namespace

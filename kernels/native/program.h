@@ -185,6 +185,13 @@ class Program {
       if (half) p.results.push_back(aside(rows * w.out_features, x.type));
       define(Value::rows(rows, w.out_features, x.type));
     }
+    const InstructionSet& isa = *chosen.load(std::memory_order_relaxed);
+    for (size_t i = 0; i < p.matrices.size(); ++i) {
+      if (!p.matrices[i].out_features) continue;
+      p.parts.push_back(Part{p.matrices[i]});
+      p.numbers.push_back(i);
+    }
+    p.cut = std::make_shared<const Cut>(p.parts, rows, isa);
     made_.products.push_back(std::move(p));
     made_.steps.push_back(Step{Kind::product, {}, out, {entry[1]}, made_.products.size() - 1});
   }

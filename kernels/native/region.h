@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "pool.h"
+#include "team.h"
 
 namespace {
 
@@ -56,7 +56,7 @@ inline bool without_torch() { return lateness().expected() || Pool::is_child(); 
 // f(begin, end) of parts of [0, count), at least `grain` each: for what takes little time beside the product that it is done for.
 template <class F>
 void spread(int64_t count, int64_t grain, const F& f) {
-  if (!without_torch()) return torch::stable::parallel_for(0, count, grain, f);
+  if (count > grain && !without_torch()) return torch::stable::parallel_for(0, count, grain, f);
   if (count) f(0, count);
 }
 
@@ -64,10 +64,19 @@ void spread(int64_t count, int64_t grain, const F& f) {
 inline void together(const std::shared_ptr<Job>& job, int64_t threads) {
   if (threads == 1) return alone(*job);
   Pool& pool = Pool::instance();
-  if (without_torch()) return pool.run(job, threads);
+  Team* const team = Team::led();
+  if (without_torch()) {
+    if (team) team->dismiss();
+    return pool.run(job, threads);
+  }
   pool.sweep();
+  const int64_t start = nanoseconds();
+  if (team) {
+    const int64_t idle = team->work(*job, threads), end = nanoseconds();
+    return lateness().saw(end, idle - start, end - idle);
+  }
   const pthread_t caller = pthread_self();
-  const int64_t start = nanoseconds(), count = job->pieces();
+  const int64_t count = job->pieces();
   int64_t idle = start;  // since when the calling thread has nothing left to do
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {

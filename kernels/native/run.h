@@ -10,6 +10,9 @@ using sparsec::Operand;
 
 // Matrices that are multiplied with the same rows.
 struct ProductStep {
+  std::vector<Part> parts;      // those that have rows
+  std::vector<size_t> numbers;  // of these among the matrices
+  std::shared_ptr<const Cut> cut;
   std::vector<Matrix> matrices;
   std::vector<Tensor> tensors;  // that they point to
   Value halves;                 // x in the type of the matrices, and the results; of fp32 not used
@@ -26,8 +29,17 @@ struct Cache {
   ValueType type;
 };
 
+constexpr int64_t kTeamTokens = 16;  // of a run whose threads stay for all of its steps
+
 // A program as it is run: see Program, which makes it.
 struct Prepared {
+  // How many are worth waking for its largest product.
+  int64_t threads() const {
+    int64_t most = 1;
+    for (const ProductStep& p : products) most = std::max(most, p.cut->threads);
+    return most;
+  }
+
   const Value& operand(int64_t i) const { return i < 0 ? fixed[static_cast<size_t>(-1 - i)] : values[static_cast<size_t>(i)]; }
 
   const char* op;
@@ -68,11 +80,11 @@ class Run {
       if (!t.is_contiguous()) t = torch::stable::contiguous(t);
       isa_.widen[v.type](t.const_data_ptr(), at(v), v.numel());
     }
-    for (size_t i = 0; i < program.steps.size(); ++i) {
-      const int64_t start = call.times ? nanoseconds() : 0;
-      take(program.steps[i]);
-      if (call.times) call.times[i] += nanoseconds() - start;
-    }
+    const int64_t threads = program.threads();
+    if (threads > 1 && !without_torch() && in_pieces())
+      Team::gather(threads, [this] { steps(); });
+    else
+      steps();
   }
 
   float* at(const Value& v) const {
@@ -82,6 +94,29 @@ class Run {
   void give(const Value& v, void* to, int64_t count) const { isa_.narrow[v.type](at(v), to, count); }
 
  private:
+  void steps() const {
+    for (size_t i = 0; i < program_.steps.size(); ++i) {
+      const int64_t start = call_.times ? nanoseconds() : 0;
+      take(program_.steps[i]);
+      if (call_.times) call_.times[i] += nanoseconds() - start;
+    }
+  }
+
+  // Whether all products are of few rows, and cut into pieces: what torch computes with its own threads must not lie within a region.
+  bool in_pieces() const {
+    for (const ProductStep& p : program_.products) {
+      if (p.cut->tokens > kTeamTokens || !p.cut->serves(p.cut->tokens, isa_)) return false;
+      for (const Way way : p.cut->ways)
+        if (!is_shared(way)) return false;
+    }
+    return true;
+  }
+  int64_t tokens_of(const Step& step) const {
+    const Value& x = value(step.from[0]);
+    const int64_t in = program_.products[step.item].matrices[0].in_features;
+    return in ? x.numel() / in : x.size[0] * x.size[1];
+  }
+
   const Value& value(int64_t i) const { return program_.values[static_cast<size_t>(i)]; }
 
   void take(const Step& step) const {
@@ -113,17 +148,16 @@ class Run {
   void product(const Step& step) const {
     const ProductStep& p = program_.products[step.item];
     const Value& x = value(step.from[0]);
-    const int64_t count = x.numel(), tokens = p.matrices[0].in_features ? count / p.matrices[0].in_features : x.size[0] * x.size[1];
+    const int64_t count = x.numel(), tokens = tokens_of(step);
     const bool half = x.type != sparsec::kFloat32;
     float* const wide = at(x);
     float* const halves = half ? at(p.halves) : wide;
     if (half) isa_.narrow[x.type](wide, halves, count);
-    std::vector<Part> parts;
-    parts.reserve(p.matrices.size());
-    for (size_t i = 0; i < p.matrices.size(); ++i)
-      if (tokens && p.matrices[i].out_features) parts.push_back(Part{p.matrices[i], half ? at(p.results[i]) : at(value(step.out + i))});
-    if (parts.empty()) return;
-    multiply(parts, Input{halves, wide, tokens, kDtypes[x.type]()}, p.tensors);
+    if (tokens && !p.parts.empty()) {
+      std::vector<Part> parts = p.parts;
+      for (size_t i = 0; i < parts.size(); ++i) parts[i].out = half ? at(p.results[p.numbers[i]]) : at(value(step.out + p.numbers[i]));
+      multiply(std::move(parts), Input{halves, wide, tokens, kDtypes[x.type]()}, p.tensors, p.cut);
+    }
     if (half)
       for (size_t i = 0; i < p.matrices.size(); ++i)
         if (const int64_t numbers = tokens * p.matrices[i].out_features)
