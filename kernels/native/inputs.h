@@ -52,6 +52,16 @@ inline void turn_rows(const float* rows, int64_t in, int64_t from, int64_t until
     for (int i = 0; i < 4; ++i) out[k * stride + i] = rows[i * in + k];
 }
 
+// The same of all rows of a group that are there; returns how many were turned. The last four may be so twice.
+inline int64_t turn_group(const float* rows, int64_t in, int64_t present, int64_t from, int64_t until, float* out, int64_t stride) {
+  if (present < 4) return 0;
+  for (int64_t l = 0; l < present; l += 4) {
+    const int64_t row = std::min(l, present - 4);
+    turn_rows(rows + row * in, in, from, until, out + row, stride);
+  }
+  return present;
+}
+
 // x [tokens][in] in groups of `lanes` rows, fp32 [groups][in][lanes], absent rows 0.
 struct Grouped {
   std::unique_ptr<float[]> memory;
@@ -71,8 +81,7 @@ struct Grouped {
         const int64_t from = 4 * std::max<int64_t>(0, begin - group * fours), until = std::min(in, 4 * (end - group * fours));
         float* const out = to + first * in;
         int64_t l = 0;
-        if constexpr (std::is_same_v<T, float>)
-          for (; l + 4 <= present; l += 4) turn_rows(x + (first + l) * in, in, from, until, out + l, lanes);
+        if constexpr (std::is_same_v<T, float>) l = turn_group(x + first * in, in, present, from, until, out, lanes);
         for (; l < lanes; ++l)
           for (int64_t k = from; k < until; ++k) out[k * lanes + l] = l < present ? widen(x[(first + l) * in + k]) : 0.0f;
       }
@@ -132,11 +141,16 @@ struct Paired {
     spread(groups * runs, std::max<int64_t>(1, 16384 / (lanes * kRun)), [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t first = at / runs * lanes, from = at % runs * kRun, until = std::min(steps, from + kRun);
-        for (int64_t l = 0; l < lanes; ++l)
+        uint32_t* const group = to + first * steps;
+        const int64_t present = std::min(lanes, tokens - first);
+        int64_t l = 0;
+        if (in % 2 == 0)  // all pairs lie in rows of numbers of four bytes
+          l = turn_group(reinterpret_cast<const float*>(x + first * in), steps, present, from, until, reinterpret_cast<float*>(group), lanes);
+        for (; l < lanes; ++l)
           for (int64_t k = from; k < until; ++k) {
             uint32_t pair = 0;
-            if (first + l < tokens) memcpy(&pair, x + (first + l) * in + 2 * k, 2 * k + 1 < in ? 4 : 2);
-            to[first * steps + k * lanes + l] = pair;
+            if (l < present) memcpy(&pair, x + (first + l) * in + 2 * k, 2 * k + 1 < in ? 4 : 2);
+            group[k * lanes + l] = pair;
           }
       }
     });
