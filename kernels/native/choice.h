@@ -82,6 +82,21 @@ std::atomic<const InstructionSet*> chosen{best()};
 
 std::atomic<int> half_product{-1};  // -1: as the instruction set says; 0, 1: forced by a test
 
+// Whether torch's dense product of fp32 leaves half of the CPU idle: on AMD's CPUs MKL computes with 256 bits at a time, and those of
+// family 26 (Zen 5) and later can with 512.
+[[maybe_unused]] bool has_narrow_stock(const InstructionSet& isa) {
+#if defined(SPARSEC_X86) && defined(__linux__) && !defined(SPARSEC_SIMDE)
+  static const bool wider = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 15) + (a >> 20 & 255) >= 26;
+  }();
+  return wider && isa.rows_per_tile >= 12;  // with AVX-512
+#else
+  (void)isa;
+  return false;
+#endif
+}
+
 // Whether torch's dense product of a half type is worth calling: only with instructions for it (AMX, or at least AVX-512 BF16), else fp32
 // is faster. An instruction set that was forced stands for a CPU that has no better one.
 bool has_half_product(sparsec::ValueType type, const InstructionSet& isa) {
