@@ -309,14 +309,13 @@ inline void digitize_row(const sparsec::DigitizeTask& t) {
     alignas(64) float x[64] = {};
     alignas(64) int32_t number[64];
     memcpy(x, t.x + begin, sizeof(float) * count);
-    float most = 0.0f, spoiled = 0.0f;
+    int32_t size = 0;  // as bits, which are ordered as the numbers are
     for (int i = 0; i < 64; ++i) {
-      const float size = __builtin_fabsf(x[i]);
-      most = size > most ? size : most;
-      spoiled += x[i] - x[i];  // 0, or NaN
+      const int32_t own = static_cast<int32_t>(to_bits(x[i]) & 0x7fffffffu);
+      size = own > size ? own : size;
     }
-    float scale = most / kMost;
-    if (!(spoiled == 0.0f)) {
+    float most = from_bits(static_cast<uint32_t>(size)), scale = most / kMost;
+    if (size >= 0x7f800000) {  // inf or NaN
       scale = from_bits(0x7fc00000u);
       memset(x, 0, sizeof(x));
       most = 0.0f;

@@ -223,7 +223,7 @@ struct Rows {
       if constexpr (std::is_same_v<T, double>) {
         plain = x;
       } else {
-        if ((way == Way::one || way == Way::rows || way == Way::digits) && !plain) widen_all(x);
+        if ((way == Way::one || way == Way::rows || way == Way::digits) && !plain) widen_all(x, isa);
         if constexpr (sizeof(T) == 2) {
           if (way == Way::one && isa.pairs && !paired.memory) paired.fill(static_cast<const uint16_t*>(data), 1, in, 1);
           if (way == Way::pairs && !paired.memory) paired.fill(static_cast<const uint16_t*>(data), tokens, in, rows_at_once(isa));
@@ -257,12 +257,14 @@ struct Rows {
   }
 
   template <class T>
-  void widen_all(const T* x) {
+  void widen_all(const T* x, const sparsec::InstructionSet& isa) {
     if constexpr (std::is_same_v<T, float>) {
       plain = x;
     } else {
       widened.reset(new float[std::max<int64_t>(1, tokens * in)]);
-      for (int64_t i = 0; i < tokens * in; ++i) widened[i] = widen(x[i]);
+      spread(tokens, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, in)), [&](int64_t first, int64_t last) {
+        isa.widen[type](x + first * in, widened.get() + first * in, (last - first) * in);
+      });
       plain = widened.get();
     }
   }
