@@ -36,7 +36,11 @@ class Freeze(Pass):
         for weight in graph.masked():
             copied = weight.numel * weight.dtype.itemsize if foreseen.streaming else 0
             yield Phase(
-                "writing zeros", weight.name, {"a weight with its zeros": copied}, moved=3.0 * weight.nbytes_dense
+                "writing zeros",
+                weight.name,
+                {"a weight with its zeros": copied},
+                moved=3.0 * weight.nbytes_dense,
+                files=copied,
             )
             graph.update(weight.name, frozen=True)
 

@@ -85,6 +85,7 @@ class Magnitude(PruningPass):
                 weight.name,
                 {"a mask and what it takes to choose it": int(per_weight * weight.numel) + SEARCH},
                 sample=Looked(f"mask {self.pattern}", partial(_tried, pattern, self.share), weight.numel / TRIED),
+                files=weight.numel,
             )
         self.foresee(graph, chosen, foreseen)
 

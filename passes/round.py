@@ -104,14 +104,16 @@ class Round(Pass):
         names = [w.name for w in select_weights(graph, self.targets, self.ignore) if graph.is_linear(w.name)]
         if self.method == "nearest":
             for name in names:
-                yield Phase("rounding", name, {"a rounded weight and its workspace": 56 * graph.weights[name].numel})
+                weight = graph.weights[name]
+                taken = {"a rounded weight and its workspace": 56 * weight.numel}
+                yield Phase("rounding", name, taken, files=weight.nbytes_dense)
         elif foreseen.data is None:
             raise PipelineError(
                 f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}, or take method='nearest'"
             )
         else:
             how = (True, self.feed, self.order, foreseen.streaming)
-            for phase in rehearse(graph, foreseen.data, names, *how, scratch=_scratch):
+            for phase in rehearse(graph, foreseen.data, names, *how, scratch=_scratch, masks=False):
                 yield replace(phase, solve=None)
             foreseen.granted("round: the time of its solves is not in the plan")
 

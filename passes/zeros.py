@@ -42,7 +42,7 @@ class Zeros(Pass):
         """How many zeros a checkpoint holds is not known from shapes: none is taken for granted."""
         chosen = select_weights(graph, self.targets, self.ignore)
         for weight in chosen:
-            yield Phase("looking for zeros", weight.name, {"a mask": 2 * weight.numel})
+            yield Phase("looking for zeros", weight.name, {"a mask": 2 * weight.numel}, files=weight.numel)
         foreseen.granted(
             f"{self.name}: the zeros of the checkpoint are not known without its weights; as if there were none"
         )

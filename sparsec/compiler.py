@@ -155,8 +155,8 @@ def compile(
             ranks=ranks,
         )
         ranks.agree(lambda: facts_of_run(pipeline, graph, data))
-        if max_memory is not None:
-            refuse_beyond(max_memory, graph, pipeline, data, streaming=context.store.lasting, ranks=ranks.count)
+        folder = context.store.folder if isinstance(context.store, Spill) else None
+        refuse_beyond(max_memory, folder, graph, pipeline, data, ranks=ranks.count)
         same = First(partial(going_on, context.store, pipeline, graph, data, context.masks))
         records = pipeline.run(graph, context, verify, (*instruments, same))
         learnt = _learnt(pipeline, data)

@@ -185,6 +185,10 @@ def text(told: Foretold, room: int | None, machine: str, notices: Sequence[str] 
     lines += paragraph(f"with all of the model in memory, at most {told.in_memory}")
     if room is not None:
         lines += paragraph(that_fits(told, room))
+    lines += heading("Disk")
+    lines += paragraph(
+        f"the result {size(told.bytes_after)}; streamed{each}, {size(told.bytes_beside)} more are kept beside it until all is done"
+    )
     lines += heading("Time")
     shared = "" if told.ranks == 1 else f", shared by {told.ranks} ranks that have such a machine each"
     learnt = f"calibrated on {told.tokens_of_text:,} tokens" if told.tokens_of_text else "without a text to learn from"

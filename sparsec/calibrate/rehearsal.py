@@ -199,11 +199,12 @@ def rehearse(
     streaming: bool,
     *,
     scratch: Callable[[Sequence[int], int], int],
+    masks: bool = True,
 ) -> Iterator[Phase]:
     """The phases of `calibrate` with the same arguments.
 
     streaming: what is alive between two spans is kept in files, where the walker can. scratch: the bytes that masks and new weights
-    of a site take with what is needed to make them, for the rows of its matrices and their columns.
+    of a site take with what is needed to make them, for the rows of its matrices and their columns. masks: whether these are made.
     """
     sites = find_sites(graph, weights)
     rehearsal = Rehearsal(graph, data, sites)
@@ -216,7 +217,9 @@ def rehearse(
     for i, span in enumerate(spans):
         last = i + 1 == len(spans)
         again = span.again and feed == "pruned"
-        before, after = (0 if filed else rehearsal.held_between(place) for place in (span.start, span.end))
+        before, after = (rehearsal.held_between(place) for place in (span.start, span.end))
+        passing = before + after if filed else 0
+        before, after = (0, 0) if filed else (before, after)
         statistics = {site: _statistics_bytes(graph, site, gram, data) for site in span.sites}
         watched: dict[fx.Node, int] = {}
         grams = rows_seen = 0.0
@@ -246,6 +249,7 @@ def rehearse(
             flops,
             calls * (run.moved + rows_seen) + 3 * copies,
             {attended: calls * work for attended, work in run.attention.items()},
+            passing=passing,
         )
         for site, own in statistics.items():
             weight = graph.weights[site.weights[0]]
@@ -253,7 +257,10 @@ def rehearse(
             rows = [graph.weights[name].matrix_shape[0] for name in site.weights]
             corner = columns**2 if gram else 0  # a part of the triangle that was left out, while it is filled in
             alive = {"activations between blocks": between, "statistics": held}
-            yield Phase("settling", site.name, {**alive, "its other triangle": corner}, moved=6.0 * corner * matrices)
+            each = masks + (weight.dtype.itemsize if gram else 0)
+            made = sum(rows) * columns * matrices * each
+            settled = {**alive, "its other triangle": corner}
+            yield Phase("settling", site.name, settled, moved=6.0 * corner * matrices, files=made if streaming else 0)
             taken = max(scratch(rows, columns), _counting(rows, columns, gram, weight.dtype))
             work = {**alive, "masks, weights and workspace of a solve": taken}
             # Outputs on the rows that are kept: before, by the masks, and with new weights.

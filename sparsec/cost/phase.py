@@ -33,6 +33,7 @@ class Phase:
 
     flops: multiply-adds count 2, of products by dtype. attention: the same, of attention. moved: bytes that everything else reads
     and writes. solve: rows of the matrices, and their columns, that a pass's own `prune` works on. sample: what is told by trying.
+    files: bytes of files that a streamed run writes and keeps until it is done; passing: of those that it keeps meanwhile.
     """
 
     what: str  # "forward", "solving", ...
@@ -44,6 +45,8 @@ class Phase:
     solve: tuple[tuple[int, ...], int] | None = None
     sample: Looked | None = field(default=None, compare=False)
     seconds: float = 0.0  # that the pass is told to take
+    files: int = 0
+    passing: int = 0
 
     @property
     def arithmetic(self) -> float:

@@ -57,6 +57,7 @@ class Foretold:
     bytes_by_layout: dict[str, int]
     footprint: Footprint  # of each rank, streaming
     in_memory: Footprint  # all of the model held
+    bytes_beside: int  # of files that a streamed run keeps beside its result until it is done
     parts: tuple[PassPart, ...]
     tokens_dense: float  # decoded in a second
     tokens_after: float
@@ -160,6 +161,7 @@ def foretell(
         by_layout,
         footprint,
         in_memory,
+        footprint.files + sum(c.nbytes for c in after.values() if not c.layout.stays),
         parts,
         _tokens(linear, {}, constants, setting, cache),
         _tokens(linear, after, constants, setting, cache),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from sparsec import memory
 from sparsec.calibrate import CalibrationData
 from sparsec.cost.phase import Phase
-from sparsec.errors import CompileError
+from sparsec.errors import CompileError, SparsecError
 from sparsec.ir.graph import Graph
 from sparsec.pipeline import Pipeline
 from sparsec.pipeline.base import Effect, Pass
@@ -56,6 +58,12 @@ class Footprint:
     def total(self) -> int:
         """Bytes at the worst moment."""
         return self.process + (self.worst.nbytes if self.worst is not None else 0)
+
+    @property
+    def files(self) -> int:
+        """Bytes of the files that a streamed run keeps beside its result, packed weights aside, where most of them are there."""
+        phases = [moment.phase for moment in self.moments]
+        return sum(phase.files for phase in phases) + max((phase.passing for phase in phases), default=0)
 
     @property
     def ways(self) -> list[str]:
@@ -125,11 +133,36 @@ def peak(
 
 
 def refuse_beyond(
-    limit: int, graph: Graph, pipeline: Pipeline, data: CalibrationData | None, *, streaming: bool, ranks: int = 1
+    limit: int | None,
+    folder: Path | None,
+    graph: Graph,
+    pipeline: Pipeline,
+    data: CalibrationData | None,
+    *,
+    ranks: int = 1,
 ) -> None:
-    """Raises CompileError where `peak` is more than `limit` bytes."""
-    found = peak(graph, pipeline, data, streaming=streaming, ranks=ranks)
-    if found.total > limit:
+    """Raises CompileError where `peak` is more than `limit` bytes, or the disk of the folder that a run streams into too full.
+
+    folder: None for a run in memory. What it holds already counts as room: it is of the same run. Weights that are in memory may be
+    written in place, so that less is kept: then the disk is not looked at.
+    """
+    if limit is None and folder is None:
+        return
+    try:
+        found = peak(graph, pipeline, data, streaming=folder is not None, ranks=ranks)
+    except SparsecError:  # what is wrong the run says itself, and without a limit nothing more is promised
+        if limit is not None:
+            raise
+        return
+    if folder is not None and not any(memory.is_own(graph.tensor(name)) for name in graph.weights):
+        held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(folder).free
+        if found.files > held + free:
+            raise CompileError(
+                f"{folder}: this run keeps {found.files / 1e6:,.1f} MB of files there until it is done, and writes its result; "
+                f"{free / 1e6:,.1f} MB are free: make room, or save on another disk"
+            )
+    if limit is not None and found.total > limit:
         raise CompileError(
             f"this run would hold {found}; max_memory is {limit / 1e6:,.1f} MB: {', or '.join(found.ways)}"
         )

@@ -140,7 +140,12 @@ class StepForward:
         ids = args[0] if args else kwargs.get(self._first)
         if not self._indexes or type(kwargs.get("logits_to_keep")) is not int or kwargs["logits_to_keep"] != 1:
             return kwargs
-        if type(ids) is not Tensor or ids.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if (
+            type(ids) is not Tensor
+            or ids.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
             return kwargs
         return {**kwargs, "logits_to_keep": _LAST}
 

@@ -61,6 +61,7 @@ def training_phases(training: Trained, graph: Graph, foreseen: Foreseen, names: 
     stretches = cut if blocks else [tuple(linear)]
     largest = max(sum(w.numel for w in weights if w.name in read) for read in cut)
     whole = sum(w.numel for w in weights)
+    states, filed = _states(graph, foreseen, blocks), blocks and foreseen.streaming
     for read in stretches:
         mine = [w for w in weights if w.name in read or (not blocks and len(w.shape) == 1)]
         if not mine:
@@ -83,18 +84,20 @@ def training_phases(training: Trained, graph: Graph, foreseen: Foreseen, names: 
                 // over,
                 "a stretch and its gradients, whole": 8 * largest if over > 1 else 0,
                 "activations of a backward": made,
-                "states of dense and pruned": _states(graph, foreseen, blocks),
+                "states of dense and pruned": 0 if filed else states,
             },
             {dtype: float(passes) * tokens * sum(w.numel for w in mine if len(w.shape) > 1)},
             float(steps) * sum(w.numel for w in mine) * 40,
             seconds=60 * settings.minutes * share if settings.minutes is not None else 0.0,
+            files=sum(w.nbytes_dense for w in mine) if foreseen.streaming else 0,
+            passing=states if filed else 0,
         )
 
 
 def _states(graph: Graph, foreseen: Foreseen, blocks: bool) -> int:
-    """Block by block what both models have between two stretches where that is not in files; else what is kept of the dense one."""
+    """Block by block what both models have between two stretches; else what is kept of the dense one."""
     tables = [w for w in graph.weights.values() if w.kind == "embedding"]
-    if not tables or foreseen.data is None or (blocks and foreseen.streaming):
+    if not tables or foreseen.data is None:
         return 0
     one = sum(call[0].numel() for call in foreseen.data.calls) * tables[0].shape[1] * tables[0].dtype.itemsize
     return 4 * one if blocks else min(KNOWN, one)
