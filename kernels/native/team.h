@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -65,8 +66,8 @@ class Team {
     job_ = &job;
     count_ = count;
     done_.store(0, std::memory_order_relaxed);
-    seats_.store(threads, std::memory_order_relaxed);
     left_.store(count, std::memory_order_release);
+    posted_.store(++jobs_ << 16 | std::min<int64_t>(threads, 0xffff), std::memory_order_release);
     int64_t own = 0;
     try {
       for (int64_t i; (i = next()) >= 0; ++own) job.here(i);
@@ -98,8 +99,12 @@ class Team {
   }
 
   void serve(int64_t seat) noexcept {
+    int64_t seen = 0;
     for (Patience patience; !over_.load(std::memory_order_acquire); patience.step()) {
-      if (seat >= seats_.load(std::memory_order_relaxed)) continue;
+      const int64_t posted = posted_.load(std::memory_order_acquire);
+      if (posted == seen) continue;
+      seen = posted;
+      if (seat >= (posted & 0xffff)) continue;
       for (int64_t i; (i = next()) >= 0; patience = Patience()) {
         try {
           job_->here(i);
@@ -111,13 +116,14 @@ class Team {
     }
   }
 
-  // Of the job at hand; each line of memory that others write to on its own.
+  // Of the job at hand. What those who wait look at is written once for a job, and lies apart from what the others write to.
   alignas(64) std::atomic<int64_t> left_{0};  // pieces
   Job* job_ = nullptr;
   int64_t count_ = 0;
-  std::atomic<int64_t> seats_{0};
-  alignas(64) std::atomic<int64_t> done_{0};  // by others than the leader
-  alignas(64) std::atomic<bool> over_{false};
+  int64_t jobs_ = 0;
+  alignas(64) std::atomic<int64_t> done_{0};    // by others than the leader
+  alignas(64) std::atomic<int64_t> posted_{0};  // number of the job, and how many threads it is worth: the rest and 16 bits
+  std::atomic<bool> over_{false};
   std::atomic_flag failing_ = ATOMIC_FLAG_INIT;
   std::exception_ptr failed_;
 };

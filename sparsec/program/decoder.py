@@ -350,7 +350,7 @@ class _Prepared:
 
 
 _NOTHING = torch.empty(0)
-_LAST = torch.tensor([-1])
+_LAST = torch.tensor([-1], device="cpu")
 
 
 def _mask(mask: Any, batch: int, length: int) -> Tensor | None:
