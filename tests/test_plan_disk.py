@@ -7,11 +7,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import tiny_model
 from streamed import saved, streamed, text
 
 import sparsec
-from sparsec.errors import CompileError
+from sparsec.errors import CompileError, DataError
 from sparsec.ir.tracer import trace
 from sparsec.pipeline import Pipeline
 from sparsec.planning.foretell import meta_calls
@@ -19,7 +20,15 @@ from sparsec.planning.memory import peak
 
 Usage = namedtuple("Usage", "total used free")
 TAIL = ",freeze,sparsity,flops,fuse,lower(bitmap)"
-RUNS = ("magnitude(0.5)", "zeros", "wanda(0.5)", "sparsegpt(0.5)", "admm(0.5)", "magnitude(0.5),round('int8')")
+RUNS = (
+    "magnitude(0.5)",
+    "zeros",
+    "wanda(0.5)",
+    "sparsegpt(0.5)",
+    "admm(0.5)",
+    "magnitude(0.5),admm",
+    "magnitude(0.5),round('int8')",
+)
 
 
 def on_disk(folder: Path) -> int:
@@ -70,3 +79,19 @@ def test_a_model_in_memory_is_not_refused_for_files_that_it_never_writes(
 
 def header(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_a_conversion_that_does_not_fit_is_refused_before_a_weight_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place = saved("llama", tmp_path / "model"), tmp_path / "kept"
+    weights = dict(tiny_model("llama")[0].named_parameters())
+    need = sum(weight.numel() for weight in {id(w): w for w in weights.values()}.values()) * 2
+    free = [need - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 1 << 40, free[0]))
+    said = "kept.*: the checkpoint has torch.float32, .* is converted to torch.bfloat16, .* take the dtype of the checkpoint"
+    with pytest.raises(DataError, match=said):
+        streamed(source, place, "magnitude(0.5)" + TAIL, torch.bfloat16)
+    assert on_disk(place) == 0
+    free[0] = 1 << 30
+    assert streamed(source, place, "magnitude(0.5)" + TAIL, torch.bfloat16).sparsec.lowered

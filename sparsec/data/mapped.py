@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
@@ -143,6 +143,8 @@ def _put(
     """The files that it maps. missing: weights that the checkpoint lacks, which stay without values. moved: folders by their old
     names."""
     made: dict[tuple[str, str], nn.Parameter] = {}
+    found: list[tuple[str, nn.Parameter, tuple[str, str]]] = []
+    tensors: dict[tuple[str, str], Tensor] = {}
     with ExitStack() as stack:
         opened: dict[str, Any] = {}  # once each: a page that many mappings hold is slow to hand back
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -153,7 +155,8 @@ def _put(
                 raise DataError(f"{name}: transformers found no file for this weight; is the checkpoint whole?")
             (folder, _, file), key = facts["safetensors_file"].rpartition(os.path.sep), facts["weight_name"]
             path = os.path.join(moved.get(folder, folder), file)
-            if (path, key) not in made:
+            found.append((name, parameter, (path, key)))
+            if (path, key) not in tensors:
                 try:
                     if path not in opened:
                         opened[path] = stack.enter_context(safe_open(path, framework="pt"))
@@ -168,11 +171,29 @@ def _put(
                         f"{path}: the tensor {key} is {list(tensor.shape)}, and the model's config makes {name} "
                         f"{list(parameter.shape)}; is this the config.json of these weights?"
                     )
-                tensor = _converted(name, tensor, parameter.dtype, spill)
-                made[path, key] = nn.Parameter(tensor, parameter.requires_grad)
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, made[path, key])
+                tensors[path, key] = tensor
+    _check_room([(name, tensors[place], parameter.dtype) for name, parameter, place in found], spill)
+    for name, parameter, place in found:
+        if place not in made:
+            tensor = _converted(name, tensors.pop(place), parameter.dtype, spill)
+            made[place] = nn.Parameter(tensor, parameter.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, made[place])
     return {Path(path) for path, _ in made}
+
+
+def _check_room(weights: Sequence[tuple[str, Tensor, torch.dtype]], spill: Spill) -> None:
+    """Raises DataError, before the first is written, where the disk is too full for the weights that are converted."""
+    wanted = {
+        id(t): t.numel() * to.itemsize for name, t, to in weights if t.dtype != to and not spill.has(_key(name, to))
+    }
+    needed, free = sum(wanted.values()), shutil.disk_usage(spill.folder).free
+    if needed > free:
+        name, tensor, to = next(each for each in weights if id(each[1]) in wanted)
+        raise DataError(
+            f"{spill.folder}: the checkpoint has {tensor.dtype}, {name} for one, and is converted to {to}, which takes "
+            f"{needed / 1e6:,.1f} MB there; {free / 1e6:,.1f} MB are free: take the dtype of the checkpoint, or make room"
+        )
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype, spill: Spill) -> Tensor:
@@ -182,4 +203,8 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype, spill: Spill) -> T
     def convert() -> Made:
         return {"weight": tensor.to(dtype)}, {}
 
-    return spill.made(f"{name} in {str(dtype).removeprefix('torch.')}", convert)[0]["weight"]
+    return spill.made(_key(name, dtype), convert)[0]["weight"]
+
+
+def _key(name: str, dtype: torch.dtype) -> str:
+    return f"{name} in {str(dtype).removeprefix('torch.')}"

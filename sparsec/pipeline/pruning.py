@@ -123,6 +123,8 @@ class PruningPass(Pass):
 
     def foresee(self, graph: Graph, chosen: Sequence[Weight], foreseen: Foreseen) -> None:
         """Writes down the masks that these weights would get."""
+        if self.sparsity is None:  # those that are there stay
+            return
         shares = dict.fromkeys((w.name for w in chosen), self.share)
         if not isinstance(self.sharing, str):
             shares = {name: each.sparsity for name, each in by_table(graph, chosen, self.share, self.sharing).items()}
