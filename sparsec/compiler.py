@@ -156,7 +156,7 @@ def compile(
         )
         ranks.agree(lambda: facts_of_run(pipeline, graph, data))
         folder = context.store.folder if isinstance(context.store, Spill) else None
-        refuse_beyond(max_memory, folder, graph, pipeline, data, ranks=ranks.count)
+        refuse_beyond(max_memory, folder, graph, pipeline, data, ranks=ranks)
         same = First(partial(going_on, context.store, pipeline, graph, data, context.masks))
         records = pipeline.run(graph, context, verify, (*instruments, same))
         learnt = _learnt(pipeline, data)

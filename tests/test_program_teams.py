@@ -150,3 +150,39 @@ def test_threads_may_be_changed_between_tokens(threads: int) -> None:
     right = steps(model, 1)
     assert all(map(torch.equal, steps(model, 2), right))
     assert all(map(torch.equal, steps(model, threads), right))
+
+
+@torch.no_grad()
+def test_the_last_position_is_asked_for_by_index() -> None:
+    """A slice of a row makes torch copy a frozen head in bf16, at every prompt."""
+    model = large("bitmap", torch.bfloat16)
+    ids, rows = torch.arange(3, 90).expand(2, -1), []
+    taken = model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
+    try:
+        last = model(ids, logits_to_keep=1).logits
+        whole = model(ids).logits
+    finally:
+        taken.remove()
+    assert rows[0].shape == (2, 1, 512)
+    assert rows[0].is_contiguous()
+    assert torch.allclose(last.float(), whole[:, -1:].float(), atol=2e-2)
+    assert model(ids, logits_to_keep=3).logits.shape[1] == 3
+
+
+class Told(torch.nn.Module):
+    """A part that looks at what is asked for, as those of some architectures do."""
+
+    def forward(self, x: Tensor, logits_to_keep: int = 0) -> Tensor:
+        """x."""
+        assert isinstance(logits_to_keep, int)
+        return x
+
+
+@torch.no_grad()
+def test_a_part_that_is_told_how_many_gets_a_number() -> None:
+    model = sparsec.compile(LlamaForCausalLM(large("bitmap", torch.float32).config).eval(), SPECS["bitmap"])
+    model.model.add_module("told", Told())
+    ids, rows = torch.arange(3, 90).expand(2, -1), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
+    model(ids, logits_to_keep=1)
+    assert not rows[0].is_contiguous() or rows[0].stride(0) != 512

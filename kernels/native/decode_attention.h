@@ -50,7 +50,7 @@ class Attention : public Job {
   static std::shared_ptr<Attention> run(Query query, Mask mask, const InstructionSet& isa) {
     const auto found = std::make_shared<Attention>(std::move(query), std::move(mask), isa);
     const int64_t bytes = found->batch_ * found->k_.size(1) * (found->last_ - found->first_) * (found->width_ + found->value_width_) * found->value_;
-    together(found, std::max<int64_t>(1, std::min<int64_t>({torch::stable::get_num_threads(), found->pieces(), bytes / kCacheBytesPerThread})));
+    together(found, std::max<int64_t>(1, std::min<int64_t>({Team::available(), found->pieces(), bytes / kCacheBytesPerThread})));
     return found;
   }
 

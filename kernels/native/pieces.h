@@ -98,7 +98,7 @@ std::vector<Piece> split(const std::vector<Part>& parts, int64_t tokens, int64_t
 
 // How a product of some parts is done: chosen once where it is done again and again, since where rows begin has left all caches by then.
 struct Cut {
-  Cut(std::vector<Part>& parts, int64_t rows, const InstructionSet& set) : isa(&set), tokens(rows), available(torch::stable::get_num_threads()) {
+  Cut(std::vector<Part>& parts, int64_t rows, const InstructionSet& set) : isa(&set), tokens(rows), available(Team::available()) {
     int64_t work = 0;
     for (Part& part : parts) {
       part.way = way_of(part.matrix, tokens, set);
@@ -110,7 +110,7 @@ struct Cut {
   }
 
   bool serves(int64_t rows, const InstructionSet& set) const {
-    return isa == &set && tokens == rows && available == torch::stable::get_num_threads();
+    return isa == &set && tokens == rows && available == Team::available();
   }
 
   const InstructionSet* isa;

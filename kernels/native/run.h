@@ -82,7 +82,7 @@ class Run {
     }
     const int64_t threads = program.threads();
     if (threads > 1 && !without_torch() && in_pieces())
-      Team::gather(threads, [this] { steps(); });
+      lead(threads);
     else
       steps();
   }
@@ -94,6 +94,10 @@ class Run {
   void give(const Value& v, void* to, int64_t count) const { isa_.narrow[v.type](at(v), to, count); }
 
  private:
+  void lead(int64_t threads) const {
+    const int64_t start = nanoseconds(), idle = Team::gather(threads, [this] { steps(); }), end = nanoseconds();
+    lateness().saw(end, idle - start, end - idle);
+  }
   void steps() const {
     for (size_t i = 0; i < program_.steps.size(); ++i) {
       const int64_t start = call_.times ? nanoseconds() : 0;

@@ -40,10 +40,11 @@ class Team {
     return team;
   }
 
-  // f, by this thread, which leads up to threads - 1 others meanwhile.
+  // f, by this thread, which leads up to threads - 1 others meanwhile; returns since when, in ns, it had nothing left to do.
   template <class F>
-  static void gather(int64_t threads, const F& f) {
+  static int64_t gather(int64_t threads, const F& f) {
     Team team;
+    int64_t idle = 0;
     const pthread_t leader = pthread_self();
     std::exception_ptr thrown;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
@@ -56,8 +57,16 @@ class Team {
       }
       led() = nullptr;
       team.dismiss();
+      idle = nanoseconds();
     });
     if (thrown) std::rethrow_exception(thrown);
+    return idle;
+  }
+
+  // How many threads torch has for a region, also within one, where it may be asked for those of a region inside of it.
+  static int64_t available() {
+    Team* const team = led();
+    return team ? team->available_ : torch::stable::get_num_threads();
   }
 
   // All pieces of a job, in up to `threads` threads; returns since when, in ns, the leader had nothing left to do.
@@ -121,6 +130,7 @@ class Team {
   Job* job_ = nullptr;
   int64_t count_ = 0;
   int64_t jobs_ = 0;
+  const int64_t available_ = torch::stable::get_num_threads();
   alignas(64) std::atomic<int64_t> done_{0};    // by others than the leader
   alignas(64) std::atomic<int64_t> posted_{0};  // number of the job, and how many threads it is worth: the rest and 16 bits
   std::atomic<bool> over_{false};

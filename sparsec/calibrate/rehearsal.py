@@ -174,7 +174,7 @@ class Rehearsal:
                 try:
                     made = node.target(*args, **kwargs)  # type: ignore[operator]
                 except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
-                    first = str(error).strip().splitlines()[0]
+                    first = (str(error).strip() or type(error).__name__).splitlines()[0]
                     raise TraceError(
                         f"{node.name}: its shape is not known without its numbers ({first}), so that nothing can be planned"
                     ) from error

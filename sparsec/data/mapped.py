@@ -184,9 +184,9 @@ def _put(
 
 def _check_room(weights: Sequence[tuple[str, Tensor, torch.dtype]], spill: Spill) -> None:
     """Raises DataError, before the first is written, where the disk is too full for the weights that are converted."""
-    wanted = {
-        id(t): t.numel() * to.itemsize for name, t, to in weights if t.dtype != to and not spill.has(_key(name, to))
-    }
+    first = {id(t): (name, t, to) for name, t, to in reversed(weights)}  # a tied tensor is written once, by that name
+    odd = {key: each for key, each in first.items() if each[1].dtype != each[2]}
+    wanted = {key: t.numel() * to.itemsize for key, (name, t, to) in odd.items() if not spill.has(_key(name, to))}
     needed, free = sum(wanted.values()), shutil.disk_usage(spill.folder).free
     if needed > free:
         name, tensor, to = next(each for each in weights if id(each[1]) in wanted)

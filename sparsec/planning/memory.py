@@ -9,12 +9,13 @@ from pathlib import Path
 from sparsec import memory
 from sparsec.calibrate import CalibrationData
 from sparsec.cost.phase import Phase
-from sparsec.errors import CompileError, SparsecError
+from sparsec.errors import CompileError
 from sparsec.ir.graph import Graph
 from sparsec.pipeline import Pipeline
 from sparsec.pipeline.base import Effect, Pass
 from sparsec.pipeline.foreseen import Foreseen
 from sparsec.pipeline.spec import unparse_one
+from sparsec.ranks import Ranks
 
 PROCESS = 350_000_000
 """Interpreter and libraries with a traced model, mapped files aside, where the system does not tell what this process takes."""
@@ -141,7 +142,7 @@ def refuse_beyond(
     pipeline: Pipeline,
     data: CalibrationData | None,
     *,
-    ranks: int = 1,
+    ranks: Ranks,
 ) -> None:
     """Raises CompileError where `peak` is more than `limit` bytes, or the disk of the folder that a run streams into too full.
 
@@ -151,23 +152,34 @@ def refuse_beyond(
     if limit is None and folder is None:
         return
     try:
-        found = peak(graph, pipeline, data, streaming=folder is not None, ranks=ranks)
-    except SparsecError:  # what is wrong the run says itself, and without a limit nothing more is promised
+        found = peak(graph, pipeline, data, streaming=folder is not None, ranks=ranks.count)
+    except Exception:  # what is wrong the run says itself, and without a limit nothing more is promised
         if limit is not None:
             raise
         return
     if folder is not None and not any(memory.is_own(graph.tensor(name)) for name in graph.weights):
-        held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        free = shutil.disk_usage(folder).free
-        if found.files > held + free:
-            raise CompileError(
-                f"{folder}: this run keeps {found.files / 1e6:,.1f} MB of files there until it is done, and writes its result; "
-                f"{free / 1e6:,.1f} MB are free: make room, or save on another disk"
-            )
+        _refuse_full(folder, found.files, ranks)
     if limit is not None and found.total > limit:
         raise CompileError(
             f"this run would hold {found}; max_memory is {limit / 1e6:,.1f} MB: {', or '.join(found.ways)}"
         )
+
+
+def _refuse_full(folder: Path, files: int, ranks: Ranks) -> None:
+    """All ranks refuse where one has too little room; that those on one machine share a disk is not looked at."""
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not _beside(path, folder))
+    free = shutil.disk_usage(folder).free
+    said = (
+        f"{folder}: this run keeps {files / 1e6:,.1f} MB of files there until it is done, and writes its result; "
+        f"{free / 1e6:,.1f} MB are free: make room, or save on another disk"
+    )
+    if refused := [each for each in ranks.told(said if files > held + free else "") if each]:
+        raise CompileError(refused[0])
+
+
+def _beside(path: Path, folder: Path) -> bool:
+    """Weights that were converted, and packed ones: what a run needs is told without them."""
+    return path.relative_to(folder).parts[0].startswith("source ") or path.name.startswith("packed ")
 
 
 def _standing(graph: Graph, streaming: bool) -> int:

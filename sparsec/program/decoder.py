@@ -94,8 +94,7 @@ class StepForward:
         self.__name__ = "forward"
         self.__code__ = getattr(self._kind.forward, "__code__", None)  # torch.export names its inputs after it
         self._first = next(iter(self.__signature__.parameters), "")
-        kept = self.__signature__.parameters.get("logits_to_keep")
-        self._indexes = kept is not None and "Tensor" in str(kept.annotation)
+        self._indexes: bool | None = None  # as long as nobody has asked: in a copy the parts come later
         self._cache = cache_argument(self._kind)
         self._programs: dict[tuple[int, int], _Prepared | _Refused] = {}
         self._lock = threading.Lock()
@@ -106,7 +105,7 @@ class StepForward:
         if not self._model.knows_parts:  # of a copy or a pickle, whose parts came after this
             self._model = ModelReference(model)
         found = self._step(model, args, kwargs)
-        return self._kind.forward(model, *args, **self._by_index(args, kwargs)) if found is None else found
+        return self._kind.forward(model, *args, **self._by_index(model, args, kwargs)) if found is None else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepForward:
         model = self._model()
@@ -131,14 +130,14 @@ class StepForward:
         found = self._prepared(self._model(), batch)
         return None if isinstance(found, _Refused) else found
 
-    def _by_index(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _by_index(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Asks for the last position's logits by index in the place of a slice: the same numbers in a tensor of its own.
 
         For a slice of a frozen head torch takes a product of batches, which in bf16 copies the whole head first: 40 ms of a
         prompt of SmolLM2.
         """
         ids = args[0] if args else kwargs.get(self._first)
-        if not self._indexes or type(kwargs.get("logits_to_keep")) is not int or kwargs["logits_to_keep"] != 1:
+        if type(kwargs.get("logits_to_keep")) is not int or kwargs["logits_to_keep"] != 1:
             return kwargs
         if (
             type(ids) is not Tensor
@@ -147,7 +146,16 @@ class StepForward:
             or torch.compiler.is_compiling()
         ):
             return kwargs
-        return {**kwargs, "logits_to_keep": _LAST}
+        if self._indexes is None:
+            self._indexes = self._takes_indices(model)
+        return {**kwargs, "logits_to_keep": _LAST} if self._indexes else kwargs
+
+    def _takes_indices(self, model: nn.Module) -> bool:
+        """Not where a part of the model is told too, which may look for a number."""
+        kept = self.__signature__.parameters.get("logits_to_keep")
+        inside = {type(module).forward for module in model.modules() if module is not model}
+        told = any("logits_to_keep" in inspect.signature(each).parameters for each in inside)
+        return kept is not None and "Tensor" in str(kept.annotation) and not told
 
     # ---- one call ---------------------------------------------------------------------------------------------------------------
 
