@@ -84,7 +84,7 @@ std::atomic<int> half_product{-1};  // -1: as the instruction set says; 0, 1: fo
 
 // Whether torch's dense product of fp32 leaves half of the CPU idle: on AMD's CPUs MKL computes with 256 bits at a time, and those of
 // family 26 (Zen 5) and later can with 512.
-[[maybe_unused]] bool has_narrow_stock(const InstructionSet& isa) {
+bool has_narrow_stock([[maybe_unused]] const InstructionSet& isa) {
 #if defined(SPARSEC_X86) && defined(__linux__) && !defined(SPARSEC_SIMDE)
   static const bool wider = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -92,7 +92,6 @@ std::atomic<int> half_product{-1};  // -1: as the instruction set says; 0, 1: fo
   }();
   return wider && isa.rows_per_tile >= 12;  // with AVX-512
 #else
-  (void)isa;
   return false;
 #endif
 }

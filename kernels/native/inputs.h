@@ -132,8 +132,8 @@ struct Paired {
     memory.reset(new uint32_t[std::max<int64_t>(1, groups * steps * lanes)]);
     uint32_t* const to = memory.get();
     if (lanes == 1 && tokens == 1) {  // whose columns lie side by side as they are
-      if (steps) to[steps - 1] = 0;
-      if (steps) memcpy(to, x, static_cast<size_t>(2 * in));
+      if (in % 2) to[steps - 1] = 0;
+      if (in) memcpy(to, x, static_cast<size_t>(2 * in));
       return;
     }
     constexpr int64_t kRun = 64;  // steps: of a group they stay in a first-level cache

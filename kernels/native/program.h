@@ -168,30 +168,29 @@ class Program {
   void product(const int64_t* entry) {
     ProductStep p;
     const size_t before = used_;
-    read_parts(op_, made_.tensors, used_, entry + 4, static_cast<size_t>(entry[3]), p.matrices);
+    std::vector<Matrix> matrices;
+    read_parts(op_, made_.tensors, used_, entry + 4, static_cast<size_t>(entry[3]), matrices);
     STD_TORCH_CHECK(static_cast<int64_t>(used_ - before) == entry[2], op_, ": a product's layout names ", used_ - before,
                     " tensors, the program ", entry[2]);
-    STD_TORCH_CHECK(!p.matrices.empty(), op_, ": a product's layout is empty");
+    STD_TORCH_CHECK(!matrices.empty(), op_, ": a product's layout is empty");
     p.tensors.assign(made_.tensors.begin() + static_cast<int64_t>(before), made_.tensors.begin() + static_cast<int64_t>(used_));
     const Value x = find(entry[1]);
     const bool half = x.type != sparsec::kFloat32;
-    const int64_t in = p.matrices[0].in_features, rows = in ? x.numel() / in : x.size[0] * x.size[1];
+    const int64_t in = matrices[0].in_features, rows = in ? x.numel() / in : x.size[0] * x.size[1];
     if (half) p.halves = aside(x.numel(), x.type);
     size_t out = made_.values.size();
-    for (const Matrix& w : p.matrices) {
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const Matrix& w = matrices[i];
       STD_TORCH_CHECK(w.type == x.type && w.in_features == in && (in ? x.size[2] == in : !x.numel()) && x.contiguous(), op_,
                       ": x of a product must have the dtype of the weights and rows of in_features=", w.in_features, " numbers, got ",
                       x.size[2]);
-      if (half) p.results.push_back(aside(rows * w.out_features, x.type));
       define(Value::rows(rows, w.out_features, x.type));
-    }
-    const InstructionSet& isa = *chosen.load(std::memory_order_relaxed);
-    for (size_t i = 0; i < p.matrices.size(); ++i) {
-      if (!p.matrices[i].out_features) continue;
-      p.parts.push_back(Part{p.matrices[i]});
+      if (!w.out_features) continue;
+      if (half) p.results.push_back(aside(rows * w.out_features, x.type));
+      p.parts.push_back(Part{w});
       p.numbers.push_back(i);
     }
-    p.cut = std::make_shared<const Cut>(p.parts, rows, isa);
+    p.cut = std::make_shared<const Cut>(p.parts, rows, *chosen.load(std::memory_order_relaxed));
     made_.products.push_back(std::move(p));
     made_.steps.push_back(Step{Kind::product, {}, out, {entry[1]}, made_.products.size() - 1});
   }

@@ -10,12 +10,11 @@ using sparsec::Operand;
 
 // Matrices that are multiplied with the same rows.
 struct ProductStep {
-  std::vector<Part> parts;      // those that have rows
-  std::vector<size_t> numbers;  // of these among the matrices
+  std::vector<Part> parts;      // matrices that have rows
+  std::vector<size_t> numbers;  // of these among the results
   std::shared_ptr<const Cut> cut;
-  std::vector<Matrix> matrices;
   std::vector<Tensor> tensors;  // that they point to
-  Value halves;                 // x in the type of the matrices, and the results; of fp32 not used
+  Value halves;                 // x in the type of the matrices, and the parts' results; of fp32 not used
   std::vector<Value> results;
 };
 struct AttendStep {
@@ -115,11 +114,6 @@ class Run {
     }
     return true;
   }
-  int64_t tokens_of(const Step& step) const {
-    const Value& x = value(step.from[0]);
-    const int64_t in = program_.products[step.item].matrices[0].in_features;
-    return in ? x.numel() / in : x.size[0] * x.size[1];
-  }
 
   const Value& value(int64_t i) const { return program_.values[static_cast<size_t>(i)]; }
 
@@ -152,20 +146,20 @@ class Run {
   void product(const Step& step) const {
     const ProductStep& p = program_.products[step.item];
     const Value& x = value(step.from[0]);
-    const int64_t count = x.numel(), tokens = tokens_of(step);
+    const int64_t tokens = p.cut->tokens;
     const bool half = x.type != sparsec::kFloat32;
     float* const wide = at(x);
     float* const halves = half ? at(p.halves) : wide;
-    if (half) isa_.narrow[x.type](wide, halves, count);
-    if (tokens && !p.parts.empty()) {
-      std::vector<Part> parts = p.parts;
-      for (size_t i = 0; i < parts.size(); ++i) parts[i].out = half ? at(p.results[p.numbers[i]]) : at(value(step.out + p.numbers[i]));
-      multiply(std::move(parts), Input{halves, wide, tokens, kDtypes[x.type]()}, p.tensors, p.cut);
+    if (half) isa_.narrow[x.type](wide, halves, x.numel());
+    if (!tokens || p.parts.empty()) return;
+    std::vector<Part> parts = p.parts;
+    for (size_t i = 0; i < parts.size(); ++i) parts[i].out = half ? at(p.results[i]) : at(value(step.out + p.numbers[i]));
+    multiply(std::move(parts), Input{halves, wide, tokens, kDtypes[x.type]()}, p.tensors, p.cut);
+    if (!half) return;
+    for (size_t i = 0; i < p.parts.size(); ++i) {
+      const Value& out = value(step.out + p.numbers[i]);
+      isa_.widen[x.type](at(p.results[i]), at(out), out.numel());
     }
-    if (half)
-      for (size_t i = 0; i < p.matrices.size(); ++i)
-        if (const int64_t numbers = tokens * p.matrices[i].out_features)
-          isa_.widen[x.type](at(p.results[i]), at(value(step.out + i)), numbers);
   }
 
   void join(const Step& step) const {

@@ -1,5 +1,5 @@
-// The threads of one region of torch's, for many jobs in a row: a token is some hundred of them, and to open a region for each costs as
-// much as a tenth of its weights.
+// The threads of one region of torch's, for many jobs in a row: a token is some hundred of them, and each would else open a region and
+// wait for its end.
 #pragma once
 #include <pthread.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <exception>
 #include <thread>
-#include <utility>
 
 #include "pool.h"
 
@@ -87,7 +86,7 @@ class Team {
     }
     const int64_t idle = nanoseconds();
     wait_for(count - own);
-    if (failed_) std::rethrow_exception(std::exchange(failed_, nullptr));
+    if (failed_) std::rethrow_exception(failed_);
     return idle;
   }
 
