@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -106,14 +107,15 @@ class Round(Pass):
             for name in names:
                 weight = graph.weights[name]
                 taken = {"a rounded weight and its workspace": 56 * weight.numel}
-                yield Phase("rounding", name, taken, files=weight.nbytes_dense)
+                yield Phase("rounding", name, taken, files=self._kept(weight))
         elif foreseen.data is None:
             raise PipelineError(
                 f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}, or take method='nearest'"
             )
         else:
             how = (True, self.feed, self.order, foreseen.streaming)
-            for phase in rehearse(graph, foreseen.data, names, *how, scratch=_scratch, masks=False):
+            filed = {name: self._kept(graph.weights[name]) for name in names}
+            for phase in rehearse(graph, foreseen.data, names, *how, scratch=_scratch, filed=filed):
                 yield replace(phase, solve=None)
             foreseen.granted("round: the time of its solves is not in the plan")
 
@@ -236,6 +238,11 @@ class Round(Pass):
         if errors:
             told = f", which changes outputs by {sum(errors) / len(errors):.2g} of their mean square, at most by {max(errors):.2g}"
         return f"on {data.source}{told}; {profile}", profile.spent
+
+    def _kept(self, weight: Weight) -> int:
+        """Bytes of a rounded weight and its scales."""
+        matrices = weight.shape[0] if weight.kind == "experts" else 1
+        return weight.nbytes_dense + 2 * matrices * prod(Codec.parse(self.values).scale_shape(*weight.matrix_shape))
 
     def _nearest(self, graph: Graph, name: str) -> Made:
         matrix, mask = _matrix(graph, name)

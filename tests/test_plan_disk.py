@@ -28,7 +28,14 @@ RUNS = (
     "admm(0.5)",
     "magnitude(0.5),admm",
     "magnitude(0.5),round('int8')",
+    "magnitude(0.5),round('int8', method='nearest')",
+    "magnitude(0.5),freeze,recover('blocks', steps=2)",
+    "magnitude(0.5),freeze,recover(steps=2)",
 )
+
+
+def _tail(spec: str) -> str:
+    return TAIL.replace(",freeze", "") if "freeze" in spec else TAIL
 
 
 def on_disk(folder: Path) -> int:
@@ -38,14 +45,17 @@ def on_disk(folder: Path) -> int:
 @pytest.mark.parametrize("spec", RUNS)
 def test_a_plan_tells_the_bytes_that_a_run_keeps(spec: str, tmp_path: Path) -> None:
     """Beside packed weights, whose bytes a plan tells with the result."""
-    pipeline = Pipeline.parse(spec + TAIL)
+    pipeline = Pipeline.parse(spec + _tail(spec))
     graph, tokens = trace(tiny_model("llama")[0]), text() if pipeline.learning else None
     data = None if tokens is None else meta_calls(graph, *tokens.shape)
     found = peak(graph, pipeline, data, streaming=True)
     passing = max(moment.phase.passing for moment in found.moments)
     place = tmp_path / "kept"
     streamed(
-        saved("llama", tmp_path / "model"), place, spec + TAIL, **({} if tokens is None else {"calibration": tokens})
+        saved("llama", tmp_path / "model"),
+        place,
+        spec + _tail(spec),
+        **({} if tokens is None else {"calibration": tokens}),
     )
     kept = [path for path in place.rglob("*.safetensors") if not path.name.startswith("packed")]
     numbers = sum(path.stat().st_size for path in kept) - sum(header(path) for path in kept)

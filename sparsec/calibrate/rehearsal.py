@@ -199,12 +199,13 @@ def rehearse(
     streaming: bool,
     *,
     scratch: Callable[[Sequence[int], int], int],
-    masks: bool = True,
+    filed: Mapping[str, int],
 ) -> Iterator[Phase]:
     """The phases of `calibrate` with the same arguments.
 
     streaming: what is alive between two spans is kept in files, where the walker can. scratch: the bytes that masks and new weights
-    of a site take with what is needed to make them, for the rows of its matrices and their columns. masks: whether these are made.
+    of a site take with what is needed to make them, for the rows of its matrices and their columns.
+    filed: by weight, the bytes of what is made of it.
     """
     sites = find_sites(graph, weights)
     rehearsal = Rehearsal(graph, data, sites)
@@ -212,14 +213,14 @@ def rehearse(
     by_value = order == "true" and feed == "pruned"
     spans = spans_by_value(sites, walker.position) if by_value else spans_by_block(sites, walker.lives)
     masked = {w.name for w in graph.masked() if not w.frozen}
-    filed = streaming and walker.lasting
+    lasting = streaming and walker.lasting
     calls = sum(call[0].numel() for call in data.calls) / rehearsal.tokens
     for i, span in enumerate(spans):
         last = i + 1 == len(spans)
         again = span.again and feed == "pruned"
         before, after = (rehearsal.held_between(place) for place in (span.start, span.end))
-        passing = before + after if filed else 0
-        before, after = (0, 0) if filed else (before, after)
+        passing = before + after if lasting else 0
+        before, after = (0, 0) if lasting else (before, after)
         statistics = {site: _statistics_bytes(graph, site, gram, data) for site in span.sites}
         watched: dict[fx.Node, int] = {}
         grams = rows_seen = 0.0
@@ -257,8 +258,7 @@ def rehearse(
             rows = [graph.weights[name].matrix_shape[0] for name in site.weights]
             corner = columns**2 if gram else 0  # a part of the triangle that was left out, while it is filled in
             alive = {"activations between blocks": between, "statistics": held}
-            each = masks + (weight.dtype.itemsize if gram else 0)
-            made = sum(rows) * columns * matrices * each
+            made = sum(filed[name] for name in site.weights)
             settled = {**alive, "its other triangle": corner}
             yield Phase("settling", site.name, settled, moved=6.0 * corner * matrices, files=made if streaming else 0)
             taken = max(scratch(rows, columns), _counting(rows, columns, gram, weight.dtype))

@@ -255,7 +255,8 @@ class CalibratedPruning(PruningPass):
             raise PipelineError(f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}")
         chosen = self.fitting(graph)
         names, how = [w.name for w in chosen], (self.gram, self.feed, self.order, foreseen.streaming)
-        yield from rehearse(graph, foreseen.data, names, *how, scratch=self.scratch)
+        filed = {w.name: w.numel * (1 + self.gram * w.dtype.itemsize) for w in chosen}  # masks, and new numbers
+        yield from rehearse(graph, foreseen.data, names, *how, scratch=self.scratch, filed=filed)
         self.foresee(graph, chosen, foreseen)
 
     def enough(self, in_features: int) -> int:
