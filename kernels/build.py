@@ -19,12 +19,12 @@ from sparsec.kernels.library.loader import NativeStatus, status
 __all__ = ["NativeStatus", "main", "status"]
 
 PROG = "python -m sparsec.kernels.build"
-_EXAMPLES = """examples:
-  python -m sparsec.kernels.build                     build into the installed package
-  python -m sparsec.kernels.build --output build/     build elsewhere; SPARSEC_NATIVE_LIBRARY=/its/path uses it
-  python -m sparsec.kernels.build --status            what runs in this environment, and why
-  python -m sparsec.kernels.build --check --portable --compiler aarch64-linux-gnu-g++
-                                                      does this compiler accept the portable kernels?
+_EXAMPLES = """
+examples:
+  python -m sparsec.kernels.build                     # build into the installed package
+  python -m sparsec.kernels.build --output build/     # build elsewhere; SPARSEC_NATIVE_LIBRARY=/its/path uses it
+  python -m sparsec.kernels.build --status            # what runs in this environment, and why
+  python -m sparsec.kernels.build --check --portable --compiler aarch64-linux-gnu-g++   # does this compiler take them?
 """
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit status: 0, or 1 with the reason on stderr."""
     parser = CommandLine(
         prog=prog,
-        description="Build the native CPU kernels ahead of time.",
+        description="Builds the native CPU kernels ahead of time.",
         epilog=_EXAMPLES.replace(PROG, prog),
     )
     parser.add_argument("--compiler", help="C++ compiler; default: $CXX, then c++, g++, clang++")

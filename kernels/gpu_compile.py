@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsec.
     parser = CommandLine(
         prog=prog,
         description=(__doc__ or "").partition("\n\n")[0],
-        epilog=f"example: {prog} --arch 90 --layouts wcsr16,bitmap --dtypes bf16",
+        epilog=f"example:\n  {prog} --arch 90 --layouts wcsr16,bitmap --dtypes bf16",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities; default: 80 90"

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sparsec import __version__
-from sparsec.command_line import CommandLine
+from sparsec.command_line import CommandLine, help_columns
 from sparsec.console.commands import COMMANDS, find
 from sparsec.console.output import guarded
+from sparsec.console.table import paragraph
 from sparsec.errors import SparsecError
 
 PROG = "python -m sparsec"
-USAGE = """%(prog)s                          what there is: commands, passes, formats, kernels, this machine
-       %(prog)s COMMAND [...]            runs a command
-       %(prog)s COMMAND --help           its options
+USAGE = """%(prog)s                    what there is: passes, formats, kernels
+       %(prog)s COMMAND [...]      runs a command
+       %(prog)s COMMAND --help     its options
        %(prog)s --version"""
 
 
@@ -50,7 +51,7 @@ def _command(words: Sequence[str], prog: str) -> int:
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Of what stands before a command."""
     width = max(len(command.name) for command in COMMANDS)
-    commands = [f"  {command.name:<{width}}  {command.text}" for command in COMMANDS]
+    commands = [line for c in COMMANDS for line in paragraph(c.text, f"  {c.name:<{width}}  ", width=help_columns())]
     examples = [f"  {prog} {command.name} {command.example}" for command in COMMANDS]
     p = CommandLine(
         prog=prog,

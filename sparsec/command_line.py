@@ -1,4 +1,4 @@
-"""The parser of a command's words: examples stay as they are written, and an option that is not there is answered by a near one."""
+"""The parser of a command's words: help fits the terminal, and an option that is not there is answered by a near one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,48 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def help_columns() -> int:
+    """That help may take, as argparse counts them."""
+    return max(40, shutil.get_terminal_size().columns) - 2
+
+
 def laid_out(text: str) -> str:
-    """Prose, folded to the terminal's width. Lines that are set in stay whole; a comment too far right goes above its line."""
-    width, lines = max(40, shutil.get_terminal_size().columns), []
+    """Prose and examples, folded to the terminal's width. A line that is set in is an example: `folded` says how it is broken."""
+    width, lines = help_columns(), []
     for line in text.splitlines():
-        if not line.startswith(" "):
-            lines += textwrap.wrap(line, width - 2, break_on_hyphens=False) or [""]
-        elif len(line) > width and (found := re.fullmatch(r"( +)(\S.*?) {2,}# (.*)", line)):
-            lines += [f"{found[1]}# {found[3]}", f"{found[1]}{found[2]}"]
+        if line.startswith(" "):
+            lines += folded(line, width)
         else:
-            lines.append(line)
+            lines += textwrap.wrap(line, width, break_on_hyphens=False) or [""]
     return "\n".join(lines)
+
+
+def folded(example: str, width: int) -> list[str]:
+    """A command too wide for a line: its comment above it, each option that has no room on a line below, as a shell takes it."""
+    if len(example) <= width:
+        return [example]
+    indent = example[: len(example) - len(example.lstrip())]
+    command, _, comment = map(str.strip, re.sub(r" {2,}# ", "\0", example, count=1).partition("\0"))
+    lines = [f"{indent}# {comment}"] if comment else []
+    first, *options = re.split(r" (?=--\w)", command)
+    line = indent + first
+    for option in options:
+        if len(line) + len(option) + 3 > width:  # a space before it, a space and a backslash behind it
+            lines.append(f"{line} \\")
+            line = f"{indent}    {option}"
+        else:
+            line += f" {option}"
+    return [*lines, line]
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A list of names too long for a line is broken behind its commas, and no word at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        mark = "\0"  # where a long word may be broken: nothing stands there in the end
+        words = [word.replace(",", f",{mark} ") if len(word) > width else word for word in text.split()]
+        lines = textwrap.wrap(" ".join(words), width, break_on_hyphens=False)
+        return [line.replace(f"{mark} ", "").replace(mark, "") for line in lines]
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -33,7 +64,7 @@ class CommandLine(argparse.ArgumentParser):
             usage=usage,
             description=laid_out(description),
             epilog=laid_out(epilog),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
         )
 
     def parse_args(  # type: ignore[override]  # argparse has two overloads, for one that is given a namespace

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsec import compress
-from sparsec.command_line import laid_out
+import sparsec.__main__ as overview
+from sparsec.command_line import CommandLine, folded, laid_out
+from sparsec.console.commands import COMMANDS, Command
 
 WORDS = st.lists(st.text("abc", min_size=1, max_size=12), max_size=30).map(" ".join)
 
@@ -28,10 +32,40 @@ def test_an_example_stays_whole_and_its_comment_goes_above(monkeypatch: pytest.M
     assert laid_out(f"{example}  # short") == f"{example}  # short"
 
 
-def test_help_in_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Regression: descriptions ran on to the right."""
+@pytest.mark.parametrize("command", [None, *COMMANDS], ids=lambda command: command.name if command else "sparsec")
+def test_help_fits_80_columns(
+    command: Command | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: descriptions, examples and the list of commands ran on to the right, and names were cut in two."""
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        compress.main(["--help"])
-    long = [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
-    assert all(line.startswith("  python -m sparsec.compress ") for line in long)
+        overview.main(["--help"] if command is None else [command.name, "--help"], "sparsec")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert not [line for line in lines if re.search(r"[a-z]-$|bit$", line)]
+
+
+@given(
+    st.lists(st.sampled_from(["--passes", "--text", "out", '"wanda(0.5),freeze"', "--json"]), max_size=9),
+    st.integers(40, 120),
+)
+def test_a_folded_example_is_the_same_command(words: list[str], width: int) -> None:
+    example = " ".join(["  sparsec compress", *words])
+    lines = folded(example, width)
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(example)  # as a shell does it
+    assert all(line.startswith("  ") for line in lines)
+    if len(lines) > 1:
+        assert all(len(line) <= width or line.count(" --") == 1 for line in lines[:-1])
+
+
+def test_a_long_list_of_names_is_broken_behind_a_comma(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    names = ",".join(f"bitmap:int{i}" for i in range(20))
+    parser = CommandLine("x", "", "")
+    parser.add_argument("--formats", help=f"default: {names}")
+    parser.print_help()
+    lines = capsys.readouterr().out.partition("default: ")[2].splitlines()
+    assert "".join(line.strip() for line in lines) == names
+    assert all(line.endswith(",") for line in lines[:-1])

@@ -53,7 +53,10 @@ def test_a_command_is_the_module_of_its_name(
     assert flat == " ".join(by_name.split())
 
 
-def test_help_names_every_command_in_one_line_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command_in_one_line_with_an_example(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     out = helped(capsys, lambda: overview.main(["--help"], "sparsec"))
     for command in COMMANDS:
         (line,) = [line for line in out.splitlines() if line.startswith(f"  {command.name} ")]

@@ -77,19 +77,21 @@ def _parts(widths: Sequence[int], width: int, keys: int, gap: int) -> list[list[
     return found
 
 
-def heading(title: str, width: int = WIDTH) -> list[str]:
-    """A section's first lines; a title that is wider goes on below."""
+def heading(title: str, width: int | None = None) -> list[str]:
+    """A section's first lines; a title that is wider goes on below. width: None is that of the terminal."""
+    width = terminal_width() if width is None else width
     lines = paragraph(f"== {title}", "", "   ", width)
     return ["", *lines[:-1], f"{lines[-1]} ".ljust(min(width, WIDTH), "=")]
 
 
-def paragraph(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:
-    """Wrapped at the report's width, or a narrower one; `rest` indents the lines after the first, by default as deep as `first`.
+def paragraph(text: str, first: str = "", rest: str | None = None, width: int | None = None) -> list[str]:
+    """Wrapped at the terminal's width, or another, and never wider than a report; `rest` indents the lines after the first, by
+    default as deep as `first`.
 
     A word that is longer than a line, such as passes, is broken behind its commas, so never within a number.
     """
     indent = " " * len(first) if rest is None else rest
-    width = min(width, WIDTH)
+    width = min(terminal_width() if width is None else width, WIDTH)
     room = width - max(len(first), len(indent))
     text = re.sub(rf"\S{{{room + 1},}}", lambda word: re.sub(r",(?=\S)", ", ", word[0]), text)
     return textwrap.wrap(

@@ -55,9 +55,9 @@ NOT_STORED = (
     "drawn from the report that was saved with the model: it holds no text of the graph, no pictures of single layers, and not "
     "what the machine reaches in a roofline; report the model that it was made from to see these"
 )
-EXAMPLES = f"""
+EXAMPLES = """
 examples:
-  python -m sparsec.report                 # SmolLM2-135M from its package, {DEFAULT_PASSES}
+  python -m sparsec.report                 # SmolLM2-135M from its package
   python -m sparsec.report tiny --quick    # a small random model, in seconds
   python -m sparsec.report facebook/opt-125m --passes "magnitude(0.3),freeze,sparsity,flops,lower(csr32)"
   python -m sparsec.report my-model.gguf --print-ir changed --no-measure

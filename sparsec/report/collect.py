@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsec import memory
-from sparsec.console.table import WIDTH
+from sparsec.console.table import WIDTH, terminal_width
 from sparsec.cost.model import Roof
 from sparsec.ir.facts import GROUPS, Op, Weight
 from sparsec.ir.graph import Graph
@@ -26,7 +26,7 @@ class Report(ReportData):
         return render(self, layers, width)
 
     def __str__(self) -> str:
-        return self.text()
+        return self.text(width=max(80, terminal_width()))
 
 
 def collect(

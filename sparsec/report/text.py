@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sparsec.console.table import WIDTH, fitted, heading, mega, paragraph, percent, shorten, times
 from sparsec.data.tiny import RANDOM
@@ -66,16 +66,21 @@ def machine_rows(m: Machine) -> list[tuple[str, str]]:
         ("system", f"{m.system}, Python {m.python}"),
         ("versions", versions + (f"; commit {m.commit}" if m.commit else "")),
         ("native", m.native),
-        *[(f"kernel {name}", state) for name, state in m.kernels.items()],
+        *[("kernels", f"{state}: {', '.join(names)}") for state, names in _by_state(m.kernels).items()],
     ]
     if m.load is not None:
         rows.append(("load", f"{m.load:.1f} processes ran or waited over the last minute"))
     return rows
 
 
-def machine_lines(m: Machine, width: int = WIDTH) -> list[str]:
+def _by_state(kernels: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names of kernels by what is said of them."""
+    return {state: [name for name, said in kernels.items() if said == state] for state in kernels.values()}
+
+
+def machine_lines(m: Machine, width: int | None = None) -> list[str]:
     """The environment, also for bug reports."""
-    rows = [line for key, text in machine_rows(m) for line in paragraph(text, f"{key:<23} ", width=width)]
+    rows = [line for key, text in machine_rows(m) for line in paragraph(text, f"{key:<9} ", width=width)]
     return heading("Machine", width) + rows
 
 
@@ -128,7 +133,7 @@ def _layers(report: ReportData, every: bool, width: int) -> list[str]:
     lines = heading(f"Layers: {what}; speedups: by FLOPs, by bytes, predicted, measured", width)
     lines += fitted(header, body, width, left=(0, 1, 5, 9), gap=1)
     for reason, mark in legend.items():
-        lines += paragraph(f"dense because: {reason}", f"({mark}) ", width=width)
+        lines += paragraph(f"dense because: {reason.removeprefix('dense: ')}", f"({mark}) ", width=width)
     said = [*chosen_because(report.layers), *slower(report.layers)]
     said += [f"tied, counted once: {row.name} = {', '.join(row.aliases)}" for row in report.layers if row.aliases]
     said += [*storage(report.layers), ends(report) or "", dense_bound(report) or ""]
