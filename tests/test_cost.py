@@ -276,6 +276,22 @@ def test_what_was_measured_on_a_busy_machine_is_said_and_measured_anew_once_it_i
     assert len(fake_measure.calls) == 2
 
 
+def test_a_dtype_that_is_measured_on_a_busy_machine_leaves_alone_how_memory_is_read(
+    here: Key, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the rates of a busy moment took the place of good ones, for all dtypes."""
+    calm = ask().constants
+
+    def disturbed(key: Key, dtypes: list[torch.dtype], progress: object = None) -> Constants:
+        found = fake_measure(key, dtypes)
+        return replace(found, load=99.0, member=1.0, reads=tuple(replace(r, per_byte=1.0) for r in found.reads))
+
+    monkeypatch.setattr(cal, "measure_machine", disturbed)
+    both = ask(torch.float32, torch.bfloat16).constants
+    assert both.dtypes == {"float32", "bfloat16"}
+    assert (both.reads, both.member, both.load) == (calm.reads, calm.member, 99.0)
+
+
 def test_a_folder_that_cannot_be_written_is_a_notice(here: Key, tmp_path: Path) -> None:
     (tmp_path / "sparsec").write_text("a file where the folder should be")
     found = ask()

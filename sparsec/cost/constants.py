@@ -317,8 +317,10 @@ def _named(path: Path, device: str) -> Found:
 
 
 def _merged(old: Constants, new: Constants) -> Constants:
+    """Of both. What belongs to no dtype, how memory is read, is that of the calmer measurement."""
     kept = tuple(k for k in old.kernels if k.dtype not in new.dtypes)
-    return replace(new, load=max(old.load, new.load), kernels=(*kept, *new.kernels))
+    calm = min(new, old, key=lambda found: found.load)
+    return replace(calm, load=max(old.load, new.load), kernels=(*kept, *new.kernels))
 
 
 def _common(a: str, b: str) -> int:
