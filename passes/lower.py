@@ -396,5 +396,5 @@ def _result(layout: str, done: list[Weight], own: list[str], notes: list[str]) -
     summary = f"{count}{f' ({chosen})' if chosen else ''}: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB"
     summary += f", {packed / dense:.2f}x of dense" if dense else ""
     if own:
-        summary += f"; {len(own)} that stay dense by an own kernel"
+        summary += f"; {len(own)} stay dense, on sparsec's dense kernel"
     return PassResult(changed=bool(done or own), summary=summary, notes=tuple(notes))

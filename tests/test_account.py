@@ -52,4 +52,4 @@ def test_kinds_of_work_add_up_to_the_stages(passes: list[tuple[str, float, float
 def test_said_in_words() -> None:
     assert rate(3_556_000_000, 52.9) == "3,556 MB in 52.9 s, 67.2 MB/s"
     assert rate(0, 2.0) == "2.0 s"
-    assert told_shares({"forward": 6.2, "pruning": 2.0, "fuse": 0.01}, 10.0) == "forward 62 %, pruning 20 %, rest 18 %"
+    assert told_shares({"forward": 6.2, "pruning": 2.0, "fuse": 0.01}, 10.0) == "forward 62%, pruning 20%, rest 18%"

@@ -46,10 +46,10 @@ def test_a_stage_that_its_outer_one_ends_says_its_time() -> None:
     """Regression: of what had no last step, lower among others, the line stayed without a time."""
     now, pipe = [0.0], io.StringIO()
     lines = StageLines(pipe, lambda: now[0])
-    for at, what, done in [(0, "pass 1 lower", 0), (1, "lower", 0), (3, "lower", 1), (6, "pass 1 lower", 2)]:
+    for at, what, done in [(0, "pass 1 lower", 0), (1, "lower", 0), (8, "lower", 1), (11, "pass 1 lower", 2)]:
         now[0] = float(at)
         lines(what, done, 2)
-    assert pipe.getvalue().splitlines() == ["pass 1 lower ...", "  lower ... 5.0 s", "  6.0 s in all"]
+    assert pipe.getvalue().splitlines() == ["pass 1 lower ...", "  lower ... 10.0 s", "  11.0 s in all"]
 
 
 STEPS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.sampled_from([0.0, 2.0, 30.0])), max_size=20)

@@ -129,7 +129,7 @@ def _files(
             found.faults.append(_short(error, place))
             unread.add(name)
     if progress is not None:
-        progress("hashing, MiB", total, total)
+        progress("hashing", total, total)
     return tensors, homes, unread
 
 
@@ -156,7 +156,7 @@ def _hashed(
         for i, piece in enumerate(iter(lambda: file.read(PIECE), b"")):
             digest.update(piece)
             if progress is not None:
-                progress("hashing, MiB", min(done + (i * PIECE >> 20), total - 1), total)
+                progress("hashing", min(done + (i * PIECE >> 20), total - 1), total)
     if digest.hexdigest() != facts.get("sha256"):
         found.faults.append(
             f"{path.name} has the SHA-256 {digest.hexdigest()[:16]}..., and must have {str(facts.get('sha256'))[:16]}...: "

@@ -60,7 +60,7 @@ def rate(source_bytes: int, seconds: float) -> str:
 
 
 def told_shares(by_kind: dict[str, float], seconds: float) -> str:
-    """Such as `forward 62 %, pruning 20 %, rest 3 %`; what is below half a percent is in the rest."""
+    """Such as `forward 62%, pruning 20%, rest 3%`; what is below half a percent is in the rest."""
     told = {kind: part for kind, part in by_kind.items() if part >= 0.005 * seconds}
     rest = {"rest": seconds - sum(told.values())}
-    return ", ".join(f"{kind} {100 * part / seconds:.0f} %" for kind, part in {**told, **rest}.items())
+    return ", ".join(f"{kind} {100 * part / seconds:.0f}%" for kind, part in {**told, **rest}.items())

@@ -17,7 +17,7 @@ from sparsec.progress import Progress
 
 SAY_EVERY = 20.0
 """Seconds after which a stage in a pipe says how far it is."""
-INNER_FROM = 1.0
+INNER_FROM = 5.0
 """Seconds from which a stage within another is worth a line."""
 
 
@@ -70,7 +70,7 @@ def shown_progress(stream: TextIO) -> Iterator[Progress]:
 
 
 class StageLines:
-    """`what ... 3.2 s` for every stage. One within another has lines of its own, set in, once it has taken a second.
+    """`what ... 3.2 s` for every stage. One within another has lines of its own, set in, once it has taken some seconds.
 
     A line is left open while its stage runs. Where others come between, the stage ends in `3.2 s in all` below them, set in.
     """
