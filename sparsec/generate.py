@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -108,7 +109,14 @@ def _run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     with shown_progress(sys.stderr) as progress, stage(progress, "loading the model"):
         dtype = None if args.dtype is None else DTYPES[args.dtype]
-        loaded = on_device(open_model(args.model, dtype, progress, args.seed), args.device)
+        try:
+            loaded = on_device(open_model(args.model, dtype, progress, args.seed), args.device)
+        except DataError as error:
+            if args.prompt is not None or args.model is None or os.path.exists(args.model):
+                raise
+            raise DataError(
+                f"{error}. If {args.model!r} is the text: MODEL comes before it, {_ordered(args.model)}"
+            ) from error
     prompt = read_prompt(check_generates(loaded), text, args.new_tokens, loaded.positions, args.chat)
     torch.manual_seed(args.seed)
     drawn = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
@@ -124,15 +132,17 @@ def _run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if args.prompt is None and args.model is not None and " " in args.model and not os.path.exists(args.model):
-        raise DataError(
-            f"{args.model!r} is read as MODEL, which comes before TEXT: sparsec generate smollm2 {args.model!r}"
-        )
+        raise DataError(f"{args.model!r} is read as MODEL, which comes before TEXT: {_ordered(args.model)}")
     if not 0 <= args.temperature < float("inf"):
         raise DataError(f"--temperature must be at least 0, got {args.temperature}; 0 takes the most likely token")
     if not 0 < args.top_p <= 1:
         raise DataError(f"--top-p must be above 0 and at most 1, got {args.top_p}; 1 draws from all tokens")
     if args.top_p < 1 and not args.temperature:
         raise DataError("--top-p chooses what is drawn from, and nothing is drawn; add --temperature 1")
+
+
+def _ordered(text: str) -> str:
+    return f"sparsec generate smollm2 {shlex.quote(text)}"
 
 
 def _prompt(given: str | None) -> str:

@@ -144,7 +144,7 @@ def test_paths_that_are_no_models_are_named(tmp_path: Path) -> None:
 
 def test_a_hub_id_without_network_is_asked_for_once_and_refused(no_network: list[str]) -> None:
     """The hub's own client tries six times per file, which takes half a minute."""
-    with pytest.raises(DataError, match=r"nobody/no-such-model: not a local folder .* connect to the network"):
+    with pytest.raises(DataError, match=r"nobody/no-such-model: There is no folder or file .* Connect to the network"):
         load_model("nobody/no-such-model")
     assert len(no_network) == 1
 
@@ -192,7 +192,7 @@ except DataError as error:
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert ran.returncode == 0, ran.stderr
-    assert "nobody/no-such-model: not a local folder" in ran.stdout
+    assert "nobody/no-such-model: There is no folder or file" in ran.stdout
     assert "HF_HUB_OFFLINE is set" in ran.stdout
 
 

@@ -147,21 +147,21 @@ def _from_gguf(
 
 
 def _from_hub(name: hub.HubName, dtype: torch.dtype | None, spill: Spill | None) -> LoadedModel:
-    reason = hub.unreachable()
     near = difflib.get_close_matches(name.id, ("tiny", PACKAGED), n=1, cutoff=0.7)
-    guess = f"; did you mean `{near[0]}`?" if near else ""
+    guess = f"did you mean `{near[0]}`? " if near else ""
+    reason = hub.unreachable()
     try:
         return _from_folder(name.id, name.id, f"hub {name}", dtype, spill, bool(reason), name.revision)
     except DataError as error:
         said = hub.fault(name, error)
         if reason:
             raise DataError(
-                f"{name}: not a local folder or file, not whole in the hub's local cache, and {reason}; connect to the network, "
-                f"or {SPECS}{guess}"
+                f"{name}: {guess}There is no folder or file of this name here. As a name on the hub it is not whole in the local "
+                f"cache, and {reason}. Connect to the network, or {SPECS}"
             ) from error
         if not said:
             raise
-        raise DataError(f"{name}: there is no such local folder or file, and {said}{guess}") from error
+        raise DataError(f"{name}: {guess}There is no folder or file of this name here, and {said}") from error
 
 
 def _from_folder(
