@@ -39,7 +39,7 @@ from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, mega, paragraph
 from sparsec.data import LoadedModel, Text, load_text
 from sparsec.errors import DataError, SpecError
-from sparsec.generate import Told, says_little
+from sparsec.glance import Glance, lose_less
 from sparsec.pipeline import Pipeline
 from sparsec.pipeline.instruments import First
 from sparsec.progress import Progress, stage
@@ -48,8 +48,7 @@ from sparsec.report.collect import Report
 from sparsec.report.summary import summary_lines
 from sparsec.study.measure import measured_report
 from sparsec.study.plan import Effort, plan
-from sparsec.study.sample import Prompt, check_prompt, generated, read_prompt
-from sparsec.study.variants import scarce
+from sparsec.study.sample import check_prompt
 from sparsec.unfinished import Unfinished, cleared_away
 
 PROG = "python -m sparsec.compress"
@@ -199,16 +198,20 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
             return
         place = Path(args.folder).expanduser() if unfinished is None else unfinished.result
         if text is not None:
-            model, report, lines = _measured(loaded, pipeline, args, (text, second), drawn, progress)
+            model, report, lines, better = _measured(loaded, pipeline, args, (text, second), drawn, progress)
         else:
             assert unfinished is not None
-            model, report, lines = _compiled(loaded, pipeline, args, drawn, progress, unfinished, begin)
+            model, report, lines, better = _compiled(loaded, pipeline, args, drawn, progress, unfinished, begin)
         model.sparsec.save_pretrained(
             place,
             tokenizer=loaded.tokenizer,
             max_shard_size=args.max_shard_size,
             report=report,
             progress=progress,
+            name=Path(args.folder)
+            .expanduser()
+            .resolve()
+            .name,  # it is written elsewhere, and moved there once it is whole
         )
         taken, spent = progress.total, progress.by_kind(report.passes)
         source = sum(path.stat().st_size for path in loaded.files)
@@ -228,7 +231,7 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
     if peak.nbytes:
         lines.append(f"memory: {mega(peak.nbytes)} MB at most, mapped files aside")
     lines += paragraph(f"{rate(source, taken)}: {told_shares(spent, taken)}", "time: ")
-    print("\n".join([*lines, *_better(pipeline)]).lstrip("\n"))
+    print("\n".join([*lines, *better]).lstrip("\n"))
 
 
 def _fingerprint(
@@ -248,13 +251,6 @@ def _fingerprint(
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in names},
     }
-
-
-def _better(pipeline: Pipeline) -> list[str]:
-    """What loses less quality, where the weights were pruned without a look at data."""
-    if all(each.name != "magnitude" for each in pipeline.passes):
-        return []
-    return paragraph("magnitude looks at no data; admm(...) in its place takes minutes, and the text suffers far less")
 
 
 def _check_places(model: str, folder: str) -> None:
@@ -290,23 +286,17 @@ def _compiled(
     progress: Progress,
     unfinished: Unfinished,
     begin: Callable[[], None],
-) -> tuple[Any, Report, list[str]]:
-    """The model, what is counted of it, and lines that show what it writes."""
-    prompt, lines = None, []
-    if not args.no_sample and scarce(loaded.model):
-        lines.append(
-            "no sample: the dense model takes most of this machine's memory, and every word would read all of it"
-        )
-    elif not args.no_sample and not args.json:
-        prompt, why = _prompt(loaded, args)
-        lines += why
-    before = None
+) -> tuple[Any, Report, list[str], list[str]]:
+    """The model, what is counted of it, and lines that show what it writes, and what would lose less."""
+    glance = None
+    if not args.no_sample and not args.json:
+        glance = Glance(loaded, args.prompt, args.new_tokens, progress)
 
     def first() -> None:
         """Every file is read for its hash, and all weights for each word of a sample: only once nothing stands in the way."""
-        nonlocal before
         begin()
-        before = _sample(loaded, loaded.model, prompt, args.new_tokens, progress, "what it writes before")
+        if glance is not None:
+            glance.look("before", loaded.model)
 
     model = compile(
         loaded.model,
@@ -318,42 +308,10 @@ def _compiled(
         progress=progress,
         instruments=(First(first), unfinished),
     )
-    after = _sample(loaded, model, prompt, args.new_tokens, progress, "what it writes after")
-    if prompt is not None:
-        lines += heading(f"Before and after, of {prompt.text!r}")
-        lines += [line for name, each in (("before", before), ("after", after)) for line in _told(name, each)]
-        lines += says_little(loaded, before.tokens if before is not None else ())
-    return model, model.sparsec.report(), lines
-
-
-def _prompt(loaded: LoadedModel, args: argparse.Namespace) -> tuple[Prompt | None, list[str]]:
-    """None, with the reason, where the model writes no text."""
-    if not loaded.model.can_generate():
-        return None, [f"no sample: {type(loaded.model).__name__} writes no text; --measure compares its embeddings"]
-    if loaded.tokenizer is None:
-        return None, [f"no sample: {loaded.name} has no tokenizer"]
-    text = Effort().prompt if args.prompt is None else args.prompt
-    return read_prompt(loaded.tokenizer, text, args.new_tokens, loaded.positions), []
-
-
-def _sample(
-    loaded: LoadedModel, model: Any, prompt: Prompt | None, new_tokens: int, progress: Progress, what: str
-) -> Told | None:
-    if prompt is None:
-        return None
-    with stage(progress, what):
-        generated(model, loaded.tokenizer, prompt.tokens, WARM_UP)  # the first tokens pay for what is made once
-        told = Told(loaded.tokenizer, shown=False)
-        generated(model, loaded.tokenizer, prompt.tokens, new_tokens, told)
-    return told
-
-
-def _told(name: str, told: Told | None) -> list[str]:
-    if told is None:
-        return []
-    doubt = "? tokens/s: the machine was busy" if told.disturbed else " tokens/s, one run"
-    speed = "" if told.tokens_per_second is None else f" ({told.tokens_per_second:.1f}{doubt})"
-    return paragraph(f"{told.text.strip()}{speed}", f"{name:<8}")
+    if glance is None:
+        return model, model.sparsec.report(), [], lose_less(pipeline, None)
+    glance.look("after", model)
+    return model, model.sparsec.report(), glance.lines(), glance.advice(pipeline)
 
 
 def _measured(
@@ -363,7 +321,7 @@ def _measured(
     texts: tuple[Text, Text | None],
     drawn: Sequences | None,
     progress: Progress,
-) -> tuple[Any, Report, list[str]]:
+) -> tuple[Any, Report, list[str], list[str]]:
     """The same with a report that was measured on a text, and on a second one where a pass trains."""
     effort = (
         Effort(new_tokens=args.new_tokens)
@@ -379,7 +337,7 @@ def _measured(
         lines += [
             line for key, name in names.items() for line in paragraph(report.sample.texts[key].strip(), f"{name:<8}")
         ]
-    return model, report, lines
+    return model, report, lines, []  # the summary tells it
 
 
 if __name__ == "__main__":

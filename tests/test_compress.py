@@ -46,9 +46,15 @@ def test_it_shows_what_is_written_before_and_after(tmp_path: Path, capsys: pytes
     assert "before" in out
     assert "after" in out
     assert "14 as bitmap" in out
-    assert "admm(...) in its place" in out
+    assert "quality perplexity" in out
+    assert "2 windows of 256 tokens of pydoc_data.topics" in out
     assert f"sparsec generate {tmp_path / 'm'}" in out
     assert "writing ..." in err
+
+
+def test_the_card_loads_the_model_by_the_name_of_its_folder(folder: Path) -> None:
+    """Regression: by that of the folder in which it was being made, `result`."""
+    assert f"from_pretrained('{folder.name}')" in (folder / "README.md").read_text()
 
 
 def test_a_saved_model_writes_what_generate_of_the_library_writes(
@@ -121,8 +127,9 @@ def test_why_nothing_is_packed_is_told_in_words(tmp_path: Path, capsys: pytest.C
     spec = "magnitude(0.001),freeze,sparsity,lower(auto, objective='bytes')"
     assert compress.main(["tiny", str(tmp_path / "m"), "--no-sample", "--passes", spec]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "no matrix is packed: the smallest, " in out
-    assert "lower(bitmap) or lower(csr) in its place packs them anyway; 0.1% of all parameters are zero, 0.1% of" in out
+    assert "no matrix is packed; 0.1% of all parameters are zero, 0.1% of" in out
+    assert "no layout that pays for any of the 14 pruned matrices. Of 14 of them it says: the smallest, " in out
+    assert "lower(bitmap) in its place packs them all the same" in out
     assert "the others, such as those of norms, are kept" in out
 
 
@@ -171,7 +178,9 @@ def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(
         (["{saved}", "abc", "--dtype", "bf16"], "saved to compute in float32"),
         (["{bert}", "abc"], "BertModel writes no text"),
         (["Why is the sky blue?"], "sparsec generate smollm2 'Why is the sky blue?'"),
-        (["tinny", "abc"], "did you mean `tiny`?"),
+        (["tinny", "abc"], "error: tinny: did you mean `tiny`? There is no folder or file of this name here"),
+        (["hello"], "If 'hello' is the text: MODEL comes before it, sparsec generate smollm2 hello"),
+        (["it's"], "smollm2 'it'\"'\"'s'"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(

@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "overview",
         "compress",
         "generate",
+        "glance",
         "plan",
         "evaluate.__main__",
         "report.__main__",

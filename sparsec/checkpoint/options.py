@@ -60,7 +60,7 @@ _RULES: Mapping[str, Callable[[nn.Module, Any, bool], str]] = {
     "save_original_format": lambda model, given, dense: "",
 }
 _TAKEN = {
-    False: ("tokenizer", "max_shard_size", "progress", "report"),
+    False: ("tokenizer", "max_shard_size", "progress", "report", "name"),
     True: ("tokenizer", "max_shard_size", "variant", "state_dict", "save_original_format"),
 }
 """By whether a dense model is written."""

@@ -54,8 +54,9 @@ class Saveable(ABC):
         """Saves the model into a folder, for `sparsec.load` and transformers.
 
         dense: as an ordinary checkpoint with zeros, which loads without sparsec. options: `tokenizer`, `max_shard_size`, `report`
-        (one that was measured, to be kept in place of what is counted) and those of transformers; CheckpointError for one that
-        cannot be honoured. A model that transformers gave adapters saves those alone.
+        (one that was measured, to be kept in place of what is counted), `name` (by which the card loads the model, else that of the
+        folder) and those of transformers; CheckpointError for one that cannot be honoured. A model that transformers gave adapters
+        saves those alone.
         """
         model: Any = self.whole()
         if getattr(model, "_hf_peft_config_loaded", False) and not dense:
@@ -97,7 +98,8 @@ class Saveable(ABC):
             save_dense(self.whole(), folder, **options)
         else:
             history = self.history(options.pop("report", None))
-            save_packed(self.whole(), folder, name=name, history=history, **options)
+            options = {"name": name, **options}
+            save_packed(self.whole(), folder, history=history, **options)
 
 
 def encoded(report: Report) -> bytes:

@@ -27,21 +27,24 @@ def saved_lines(folder: str, report: Report, then: str) -> list[str]:
     """The same in words, with the command that comes next."""
     facts = saved_facts(folder, report)
     packed = Counter(facts["layouts"])
-    layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common())
-    if not packed:
-        why = Counter(row.reason for row in report.layers if row.kind in ("linear", "conv1d") and row.reason)
-        layouts = f"no matrix is packed: {_kept_dense(why) if why else 'none was pruned'}"
+    layouts = ", ".join(f"{count} as {layout}" for layout, count in packed.most_common()) or "no matrix is packed"
     bytes_text = f"{mega(facts['bytes'])} MB of tensors, dense {mega(facts['bytes_dense'])} MB"
     zeros = zeros_of(report)
     return [
         *heading("Saved"),
         *paragraph(f"{folder}: {bytes_text}; {layouts}; {zeros}"),
+        *([] if packed else paragraph(_kept_dense(report), "why: ")),
         f"next: sparsec {then} {folder}",
     ]
 
 
-def _kept_dense(why: Counter[str]) -> str:
+def _kept_dense(report: Report) -> str:
     """Why lower packed nothing, and the way to pack all the same."""
+    why = Counter(row.reason for row in report.layers if row.kind in ("linear", "conv1d") and row.reason)
+    if not why:
+        return "no matrix was pruned"
     reason, count = why.most_common(1)[0]
-    said = reason.removeprefix("dense: ")
-    return f"{said} (so for {count} of {sum(why.values())}); lower(bitmap) or lower(csr) in its place packs them anyway"
+    return (
+        f"lower(auto) found no layout that pays for any of the {sum(why.values())} pruned matrices. Of {count} of them it says: "
+        f"{reason.removeprefix('dense: ')}. lower(bitmap) in its place packs them all the same"
+    )
