@@ -352,4 +352,8 @@ def test_command_line_shows_writes_and_refuses(
     monkeypatch.delenv(cal.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cli.main(["--show"]) == 2
-    assert "nothing is known of this machine" in capsys.readouterr().err
+    assert "nothing is known of fp32, bf16, fp16 on this machine with" in capsys.readouterr().err
+    monkeypatch.setattr(cal, "measure_machine", fake_measure)
+    ask(torch.bfloat16)
+    assert cli.main(["--show"]) == 0  # regression: refused where not all dtypes were known
+    assert "not measured yet: fp32, fp16" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from sparsec.command_line import CommandLine
 from sparsec.console.command import DTYPES, MAX_THREADS
 from sparsec.console.output import STDOUT, guarded, writable, write_text
 from sparsec.console.progress import shown_progress
-from sparsec.console.table import heading, paragraph, table
+from sparsec.console.table import fitted, heading, paragraph, terminal_width
 from sparsec.cost.constants import Constants, Found, machine_constants, save_file, to_json
 from sparsec.errors import DataError, KernelError
 from sparsec.kernels import gpu
@@ -77,20 +77,32 @@ def _run(args: argparse.Namespace) -> None:
         writable(args.json)
     if args.device == "cuda" and (reasons := gpu.missing()):
         raise KernelError(f"--device cuda: {'; '.join(reasons)}; without it the CPU's kernels are measured")
+    left: list[str] = []
+    if args.show:
+        asked, names = names, [n for n in names if _known(n, args.device)]
+        if not names:
+            raise DataError(
+                f"nothing is known of {', '.join(asked)} on this machine with {torch.get_num_threads()} threads; leave out --show "
+                "to measure it"
+            )
+        left = [n for n in asked if n not in names]
     with shown_progress(sys.stderr) as progress:
         dtypes = [DTYPES[n] for n in names]
         found = machine_constants(
             dtypes, device=args.device, force=args.force, measuring=not args.show, progress=progress
         )
-    if found is None:
-        raise DataError(
-            "nothing is known of this machine with these threads and dtypes; leave out --show to measure it"
-        )
+    assert found is not None
     print("\n".join(lines(found)))
+    if left:
+        print("\n".join(paragraph(f"not measured yet: {', '.join(left)}; without --show it is", "- ")))
     if args.json and str(args.json) == STDOUT:
         write_text(args.json, to_json(found.constants))
     elif args.json:
         save_file(found.constants, args.json)
+
+
+def _known(dtype: str, device: str) -> bool:
+    return machine_constants([DTYPES[dtype]], device=device, measuring=False) is not None
 
 
 def lines(found: Found) -> list[str]:
@@ -109,7 +121,7 @@ def lines(found: Found) -> list[str]:
     shown += paragraph(f"{reads} GB/s", f"{'reading':<9}")
     if known.member is not None:
         shown += paragraph(f"{1e6 * known.member:.1f} us for a further member of a fused product", f"{'groups':<9}")
-    shown += ["", *table(HEADER, _rows(known), left=(0, 1, 2, 8), gap=2)]
+    shown += ["", *fitted(HEADER, _rows(known), terminal_width(), left=(0, 1, 2, 8), keys=3)]
     shown += paragraph(
         "seconds = call + output x out_features + max(bytes / GB/s, decoding per value and position, multiplying per value and "
         "position with so many rows); fits: 9 in 10 of its own measurements lie within this share of what it predicts"
