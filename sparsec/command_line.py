@@ -74,9 +74,14 @@ class CommandLine(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             words = [word for word in unknown if not word.startswith("-")]
-            quotes = "; what has several words goes in quotes" if words == unknown else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}{quotes}")
+            hint = "" if words != unknown else self._for_words()
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}{hint}")
         return found
+
+    def _for_words(self) -> str:
+        if any(not action.option_strings for action in self._actions):
+            return "; what has several words goes in quotes"
+        return "; this command takes options alone, such as --help"
 
     def _nearest(self, words: Sequence[str]) -> str:
         options = [option for action in self._actions for option in action.option_strings]

@@ -45,6 +45,14 @@ def test_help_fits_80_columns(
     assert not [line for line in lines if re.search(r"[a-z]-$|bit$", line)]
 
 
+def test_a_word_where_only_options_are_taken_is_answered_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: `sparsec bench tiny` was told to put several words in quotes."""
+    parser = CommandLine("x", "", "")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["tiny"])
+    assert "unrecognized arguments: tiny; this command takes options alone" in capsys.readouterr().err
+
+
 @given(
     st.lists(st.sampled_from(["--passes", "--text", "out", '"wanda(0.5),freeze"', "--json"]), max_size=9),
     st.integers(40, 120),
