@@ -291,3 +291,13 @@ def test_the_command_compares_what_passes_make_of_a_model_and_goes_on_where_it_w
 def test_the_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--windows", "1"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    spec = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
+    words = ["tiny", "--passes", spec, "--passes", "magnitude(0.9)", "--windows", "1", "--length", "16"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert spec in " ".join(out.split())

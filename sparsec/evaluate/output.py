@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsec.console.table import heading, paragraph, table
+from sparsec.console.table import fitted, heading, paragraph, terminal_width
 from sparsec.evaluate.compare import Evaluation
 from sparsec.evaluate.embeddings import PROTOCOL, Encoding
 from sparsec.evaluate.windows import Windows
@@ -72,7 +72,7 @@ def _causal(
         for i, (name, e) in enumerate(found.items())
     ]
     header = ("", "model", "perplexity", *(["second text"] if second else []), "top-1", "top-5", "KL, nats")
-    lines = ["", *table(header, rows, left=(0, 1))]
+    lines = ["", *fitted(header, rows, terminal_width(), left=(0, 1))]
     lines += paragraph(
         "perplexity: exp of the mean over windows of the mean loss; against A, at every position: top-1, the most likely next "
         "token is the same; top-5, that of A is among the five most likely; KL(A || model) of the next-token distributions"
@@ -92,7 +92,7 @@ def _encoders(found: Mapping[str, Encoding], letters: Mapping[str, str], second:
         cells = [f"{e.cosine:.4f}", *([second[n]] if second else []), f"{e.cosine_min:.4f}", f"{e.embedding_error:.4g}"]
         rows.append((letters[n], n, *(["-"] * len(cells) if i == 0 else cells)))
     header = ("", "model", "cosine", *(["second text"] if second else []), "least", "error")
-    lines = ["", *table(header, rows, left=(0, 1))]
+    lines = ["", *fitted(header, rows, terminal_width(), left=(0, 1))]
     return lines + paragraph(
         f"{PROTOCOL}; against A: cosine of the two, its mean over windows and the least; error, |difference| / |A|, mean over "
         "windows. Encoders predict no next token, so there is no perplexity"
@@ -105,7 +105,7 @@ def _by_position(columns: Mapping[str, Sequence[float]], length: int) -> list[st
         (f"{start + 1}-{end}", *[f"{_mean(values[start:end]):.{_DIGITS}f}" for values in columns.values()])
         for start, end in _buckets(length)
     ]
-    return table(("tokens seen", *columns), body)
+    return fitted(("tokens seen", *columns), body, terminal_width())
 
 
 def document(found: Found, windows: Windows, notes: Sequence[str], second: Second | None = None) -> dict[str, Any]:
