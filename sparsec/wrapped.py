@@ -18,9 +18,9 @@ PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel
 def refuse_wrapper(model: nn.Module, call: str) -> None:
     """What stands around a model and would run past it once it is changed."""
     if not isinstance(model, nn.Module):
-        raise CompileError(
-            f"{call} takes a torch.nn.Module, got {type(model).__name__}; for a folder or hub id load it first"
-        )
+        inside = isinstance(getattr(model, "model", None), nn.Module)  # of what load_model gives, or a pipeline
+        way = "give its .model" if inside else "load a folder or hub id first: sparsec.data.load_model(...).model"
+        raise CompileError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; {way}")
     if hasattr(model, "_orig_mod"):
         raise CompileError(
             "this model went through torch.compile; give sparsec the model inside, ._orig_mod, and call torch.compile on the result"

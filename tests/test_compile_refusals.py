@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import sparsec
+from sparsec.data import load_model
 from sparsec.errors import (
     CompileError,
     MaskError,
@@ -40,7 +41,8 @@ SPEC = "magnitude(0.4),freeze,sparsity,flops,lower(csr)"
 @pytest.mark.parametrize(
     ("build", "passes", "error", "message"),
     [
-        (lambda: "gpt2", None, CompileError, "takes a torch.nn.Module, got str"),
+        (lambda: "gpt2", None, CompileError, "got str; load a folder or hub id first: sparsec.data.load_model"),
+        (lambda: load_model("tiny"), None, CompileError, "got LoadedModel; give its .model"),
         (lambda: nn.LayerNorm(4), None, CompileError, "no linear layer whose weight is a plain parameter"),
         (lambda: nn.ReLU(), None, CompileError, "no parameters"),
         (lambda: torch.compile(nn.Linear(4, 4)), None, CompileError, "went through torch.compile"),

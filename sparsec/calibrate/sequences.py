@@ -182,6 +182,7 @@ class _Reader:
         sizes = [len(ids) for ids in self.found]
         lengths = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
         kind = "strings" if self.texts == len(self.found) else "sequences"
+        counted = f"{len(sizes)} {kind if len(sizes) > 1 else kind[:-1]}"
         notes = []
         if self.shortened:
             notes.append(
@@ -197,7 +198,7 @@ class _Reader:
                 "model's padding; without an attention mask every token counts as real: give what the tokenizer returns, with its "
                 "attention_mask"
             )
-        return Sequences(tuple(self.found), f"{len(sizes)} {kind} of {lengths} tokens", tuple(notes))
+        return Sequences(tuple(self.found), f"{counted} of {lengths} tokens", tuple(notes))
 
 
 def _is_numbers(item: Any) -> bool:
