@@ -11,4 +11,5 @@ METHOD = "sparsec"
 def install() -> None:
     """Enters sparsec there once they are imported."""
     after("transformers.quantizers.auto", "sparsec.checkpoint.hub")
+    after("transformers.configuration_utils", "sparsec.config_guard")
     after("torch._export.serde.serialize", "sparsec.kernels")  # what reads a .pt2; private, and told in docs/saving.md

@@ -216,7 +216,7 @@ def test_a_record_that_is_wrong_is_named(
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and the files hold"),
         ({"hidden_size": -1}, "no LlamaForCausalLM can be made of it|no config of a model"),
-        ({"hidden_size": 2**40}, "can be made of it|in the file, and|holds a matrix"),
+        ({"hidden_size": 2**40}, "hidden_size is 1099511627776, and no model has more than 16,777,216"),
         ({"architectures": ["Path"]}, "transformers has no 'Path'"),
         ({"model_type": "os"}, "no config of a model that transformers knows"),
     ],

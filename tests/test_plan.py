@@ -15,6 +15,7 @@ import sparsec
 from sparsec import plan
 from sparsec.cost.constants import machine_constants
 from sparsec.cost.phase import Attended, Looked, Phase
+from sparsec.counts import MOST_PARTS
 from sparsec.data import hub
 from sparsec.data.models import load_model
 from sparsec.errors import DataError
@@ -25,7 +26,7 @@ from sparsec.patterns import Pattern
 from sparsec.pipeline import Pipeline
 from sparsec.planning import sizes
 from sparsec.planning.foretell import Foretold, foretell, meta_calls
-from sparsec.planning.shape import MOST_LAYERS, shape_of_model
+from sparsec.planning.shape import shape_of_model
 from sparsec.planning.times import TimeOf, solve_seconds
 
 LAYOUTS = ["bitmap", "csr8", "csr16", "csr32", "bsr16x16", "nm2:4", "bitmap:int8", "bitmap:int4g64", "dense:int8"]
@@ -215,12 +216,12 @@ def test_what_is_no_config_is_refused(
     with pytest.raises(DataError, match="there is no such file"):
         shape_of_model("nowhere/config.json")
     known = json.loads((config / "config.json").read_text())
-    (odd / "config.json").write_text(json.dumps({**known, "num_hidden_layers": MOST_LAYERS + 1}))
-    with pytest.raises(DataError, match="layers, and a plan takes"):
+    (odd / "config.json").write_text(json.dumps({**known, "num_hidden_layers": MOST_PARTS + 1}))
+    with pytest.raises(DataError, match="num_hidden_layers is 2,001, and a plan takes 2,000"):
         shape_of_model(str(odd))
     for name, size in (("hidden_size", 0), ("intermediate_size", 0), ("hidden_size", 2**40)):
         (odd / "config.json").write_text(json.dumps({**known, name: size}))
-        with pytest.raises(DataError, match="this config makes model"):
+        with pytest.raises(DataError, match=r"this config makes model|hidden_size is 1,099,511,627,776, and a plan"):
             shape_of_model(str(odd))
     many = [str(config), "--passes", "wanda(0.5),freeze,lower(bitmap)", "--calibration-sequences", str(2 * 10**9)]
     for words, said in (

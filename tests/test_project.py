@@ -33,6 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "arguments",
         "cache",
         "command_line",
+        "config_guard",
+        "counts",
         "errors",
         "files",
         "kv_cache",

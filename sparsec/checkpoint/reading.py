@@ -17,6 +17,7 @@ from sparsec.checkpoint.folder import CONFIG, read_json, read_whole, saved_repor
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
 from sparsec.checkpoint.record import BUFFERS, Record, Stored, dtype_name
+from sparsec.counts import check_saved_counts
 from sparsec.data.kinds import named_class
 from sparsec.data.unowned import remember_unowned
 from sparsec.emitter import conv1d_type
@@ -30,6 +31,11 @@ from sparsec.kernels.modules.loading import guard_loading
 from sparsec.kernels.modules.packed_layer import PackedLayer
 from sparsec.kernels.modules.sparse_embedding import SparseEmbedding, not_served
 from sparsec.program.decoder import decode_natively
+
+_NOT_OURS = frozenset(
+    {"quantization_config", "auto_map"} | {f"{_}{of}_implementation" for _ in ("", "_") for of in ("attn", "experts")}
+)
+"""Of a config.json, what no model is made by: an implementation may be the name of code on the hub."""
 
 
 @checked
@@ -332,9 +338,10 @@ def empty_model(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Mod
         raise CheckpointError(
             f"{place / CONFIG} names no class of transformers: load(folder, into=module) fills a module that you made"
         )
+    check_saved_counts(content, str(place / CONFIG), tensors)
     try:
         # Not AutoConfig.from_pretrained, which would read the file again, after another save perhaps, and knows of remote code.
-        plain = {key: value for key, value in content.items() if key not in ("quantization_config", "auto_map")}
+        plain = {key: value for key, value in content.items() if key not in _NOT_OURS}
         config = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
         config._name_or_path = str(place)
     except Exception as error:  # a config's own checks, which differ by model
@@ -344,14 +351,11 @@ def empty_model(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Mod
     kind = named_class(config, architectures[0])
     if kind is None:
         raise CheckpointError(f"{place / CONFIG}: transformers has no {architectures[0]!r} for {type(config).__name__}")
-    return _on_meta(kind, config, str(place / CONFIG), tensors)
+    return _on_meta(kind, config, str(place / CONFIG))
 
 
-def _on_meta(kind: Any, config: Any, where: str, tensors: int) -> nn.Module:
-    """A model of a class of transformers, as that makes it before it loads. tensors: how many there are for it."""
-    layers = getattr(config, "num_hidden_layers", None) or 0
-    if not isinstance(layers, int) or layers > tensors:
-        raise CheckpointError(f"{where}: num_hidden_layers is {layers}, and the files hold {tensors} tensors")
+def _on_meta(kind: Any, config: Any, where: str) -> nn.Module:
+    """A model of a class of transformers, as that makes it before it loads."""
     try:
         with torch.device("meta"):
             made: nn.Module = kind._from_config(config)

@@ -28,7 +28,7 @@ from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import Kind, check_kind, kind_of, loaded_as, simpler_kinds
 from sparsec.data.mapped import FILES, check_index, checkpoint_files, loaded_mapped, moved_out, of_source
 from sparsec.data.quiet import quiet
-from sparsec.data.sizes import check_layers, check_room
+from sparsec.data.sizes import check_counts, check_room
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
 from sparsec.data.unowned import name_unowned
 from sparsec.errors import DataError, some
@@ -179,13 +179,13 @@ def _from_folder(
     if revision is not None:
         common["revision"] = revision
     with quiet():
+        check_counts(where, _reading(where, lambda: transformers.PreTrainedConfig.get_config_dict(where, **common))[0])
         config = _reading(where, lambda: transformers.AutoConfig.from_pretrained(where, **common))
         kind = kind_of(where, config)
         sparse = _sparse_format(where, config)
         dtype = dtype or _named_dtype(config)
         spill = None if spill is None else of_source(spill, where, getattr(config, "_commit_hash", None))
         tokenizer = tokenizer_of(where, local_files_only, revision)
-        check_layers(where, config)
         with torch.device("meta"):  # imports the architecture, whose code is not the model's memory
             empty = _reading(where, lambda: kind.empty(config))
         check_kind(where, empty)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsec.counts import MOST_PARTS, counts_asked
 from sparsec.errors import DataError
 
 _LEAST_LAYER = 256
@@ -15,13 +16,14 @@ _LEAST_ENTRY = 1 / 8
 """Bytes of an entry of a weight: a bit, where it is stored as a bitmask."""
 
 
-def check_layers(where: str, config: Any) -> None:
-    """DataError for more layers than the files have room for: each would be made, on meta too."""
-    layers, held = getattr(config, "num_hidden_layers", None), _bytes(where)
-    if held is not None and isinstance(layers, int) and layers * _LEAST_LAYER > held:
-        raise DataError(
-            f"{where}: config.json names {layers:,} layers, and the files hold {held:,} bytes; is it whole?"
-        )
+def check_counts(where: str, content: Any) -> None:
+    """DataError for a config.json that names more layers, or other parts, than the files have room for, before they are made."""
+    held = _bytes(where)
+    for name, number, most in counts_asked(content, MOST_PARTS if held is None else held // _LEAST_LAYER):
+        bound = f"no model has more than {most:,}"
+        if held is not None and most <= MOST_PARTS:
+            bound = f"the files hold {held:,} bytes; is it whole?"
+        raise DataError(f"{where}: config.json: {name} is {number:,}, and {bound}")
 
 
 def check_room(where: str, model: nn.Module) -> None:

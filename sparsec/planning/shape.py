@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sparsec.counts import MOST_PARTS, counts_asked
 from sparsec.data import hub
 from sparsec.data.folders import check_file, check_folder, local_path
 from sparsec.data.kinds import check_kind, kind_of
@@ -15,7 +16,6 @@ from sparsec.data.quiet import quiet
 from sparsec.data.tiny import tiny_model
 from sparsec.errors import DataError
 
-MOST_LAYERS = 2000
 WIDEST = 1 << 24
 """Columns of a weight."""
 SPECS = "give a folder with a config.json, that file, a .gguf file, a hub id, or `tiny`"
@@ -50,11 +50,12 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
         options = {"local_files_only": bool(away)}
     with quiet():
         try:
+            for count, number, most in counts_asked(
+                transformers.PreTrainedConfig.get_config_dict(where, **options)[0], MOST_PARTS
+            ):
+                raise DataError(f"{spec}: {count} is {number:,}, and a plan takes {most:,} at most")
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
             kind = kind_of(where, config)
-            layers = getattr(config, "num_hidden_layers", 0)
-            if isinstance(layers, int) and layers > MOST_LAYERS:
-                raise DataError(f"{spec}: names {layers:,} layers, and a plan takes {MOST_LAYERS:,} at most")
             with torch.device("meta"):
                 model: Any = kind.empty(config)
         except DataError:
