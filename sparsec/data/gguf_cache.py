@@ -80,7 +80,7 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path, progress: Progress | 
             with quiet():
                 try:
                     types, left = write_dense(file, dtype, scratch, lambda done, total: say(what, done, total))
-                except (OSError, SafetensorError):
+                except (OSError, SafetensorError, DataError):
                     raise
                 except (
                     Exception

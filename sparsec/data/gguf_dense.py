@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsec.counts import MOST_PARTS, counts_asked
+from sparsec.errors import DataError, some
 from sparsec.memory import trim
 
 _SHARD = 1 << 29
@@ -37,6 +39,9 @@ def write_dense(
     from transformers import modeling_gguf_pytorch_utils as of_gguf
 
     where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    parsed = {"config": of_gguf.load_gguf_checkpoint(str(file), return_tensors=False)["config"]}
+    for count, number, most in counts_asked(parsed["config"], MOST_PARTS):
+        raise DataError(f"{file}: {count} is {number:,}, and no model has more than {most:,}; is the file whole?")
     config = transformers.AutoConfig.from_pretrained(str(file.parent), **where)
     transformers.AutoTokenizer.from_pretrained(str(file.parent), **where).save_pretrained(folder)
     with torch.device("meta"):
@@ -45,7 +50,6 @@ def write_dense(
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    parsed = {"config": of_gguf.load_gguf_checkpoint(str(file), return_tensors=False)["config"]}
     _tidied()
     reader = gguf.GGUFReader(file)
     architecture = of_gguf.read_field(reader, "general.architecture")[0]
@@ -72,11 +76,37 @@ def write_dense(
                 yield names[found.name], torch.from_numpy(np.require(found.weights, requirements=["C", "W"])).to(dtype)
         yield from ((name, tensor.to(dtype)) for name, tensor in merged.items())
 
-    _write(folder, tensors())
-    # GPT-2's way knows the head without the table.
+    written = _write(folder, tensors())
+    known = {str(t.name) for t in reader.tensors}
+    _check_whole(file, model, known, names, written)
+    # GPT-2's way knows the head without the table; experts are known by names without an ending.
     head = () if model.get_output_embeddings() is None else ("output.weight",)
-    left = sorted({str(t.name) for t in reader.tensors} - {*names, *head})
+    left = sorted(name for name in known - {*names, *head} if name.removesuffix(".weight") not in names)
     return Counter(t.tensor_type.name for t in reader.tensors), left
+
+
+def _check_whole(
+    file: Path, model: Any, known: Collection[str], names: Mapping[str, str], written: Collection[str]
+) -> None:
+    """DataError for a file that lacks a weight of its model, or one of the parts that a weight is put together from.
+
+    known: tensors in the file. names: of each that there may be, the weight that it belongs to. written: weights that were found.
+    """
+    lacking = {name: weight for name, weight in names.items() if name not in known and f"{name}.weight" not in known}
+    tied: dict[int, list[str]] = {}
+    for weight, tensor in model.state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), []).append(weight)
+    wanted = [group for group in tied.values() if not any(weight in written for weight in group)]
+    missing = {weight for group in wanted for weight in group}
+    # A part of a weight that other parts make up: the rest of it would be zeros.
+    parts = Counter(names.values())
+    missing |= {weight for weight in lacking.values() if parts[weight] > 1 and weight in written}
+    if missing:
+        told = sorted({name for name, weight in lacking.items() if weight in missing}) or sorted(missing)
+        raise DataError(
+            f"{file}: it lacks {some(told)}, of which {type(model).__name__} needs each; the file is not whole, or another kind "
+            "of model than it says: get it again, or make it anew from the checkpoint"
+        )
 
 
 def _tidied() -> None:
@@ -111,8 +141,8 @@ def _table(tensor: Any, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Shards and their index."""
+def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> set[str]:
+    """Shards and their index; returns the names."""
     held: dict[str, Tensor] = {}
     placed: dict[str, str] = {}
     total = 0
@@ -132,3 +162,4 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     flush()
     index = {"metadata": {"total_size": total}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    return set(placed)
