@@ -229,7 +229,8 @@ def test_what_is_no_config_is_refused(
         ([str(config), "--passes", "nonsense(0.5)"], "nonsense"),
         ([str(config), "--passes", "magnitude(0.5),lower(bitmap)"], "needs 'frozen'"),
         ([str(config), "--memory", "much"], "--memory must be"),
-        (["nobody/no-such-model"], "there is no such local folder or file, and the hub is away"),
+        (["nobody/no-such-model"], "There is no folder or file of this name here, and the hub is away"),
+        (["tinny"], "tinny: did you mean `tiny`? There is no folder or file"),
         ([str(tmp_path / "none.gguf")], "none.gguf"),
         ([str(config), "--passes", "mask,freeze"], "a plan does not know"),
     ):

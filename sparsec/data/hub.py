@@ -6,6 +6,7 @@ demand, and differs from release to release.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from sparsec.errors import DataError
 
+TINY, PACKAGED = "tiny", "smollm2"
+"""Names of models that are on no hub."""
 _NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _PROBE_SECONDS = 5
 WEIGHTS = ("*.safetensors", "*.json")
@@ -34,6 +37,12 @@ def hub_name(spec: str) -> HubName | None:
     """What a specification names, None for what cannot be a name on the hub."""
     found = _NAME.fullmatch(spec)
     return None if found is None else HubName(found["id"], found["revision"])
+
+
+def near(spec: str) -> str:
+    """A question with the name that was meant, where it is one of those; else nothing."""
+    found = difflib.get_close_matches(spec, (TINY, PACKAGED), n=1, cutoff=0.7)
+    return f"did you mean `{found[0]}`? " if found else ""
 
 
 def fetched(name: HubName, files: Sequence[str]) -> Path:

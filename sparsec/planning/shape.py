@@ -63,7 +63,9 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
         except Exception as error:  # transformers has its own errors for each thing that may be wrong
             asked = hub.hub_name(spec) if path is None else None
             if asked is not None and (said := away or hub.fault(asked, error)):
-                raise DataError(f"{spec}: there is no such local folder or file, and {said}; {SPECS}") from error
+                raise DataError(
+                    f"{spec}: {hub.near(spec)}There is no folder or file of this name here, and {said}; {SPECS}"
+                ) from error
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
                 f"{spec}: this is no config of a model that transformers knows ({first}); {SPECS}"
