@@ -123,6 +123,13 @@ def test_an_empty_prompt_is_refused_before_anything_is_loaded(
         assert "loading" not in err
 
 
+def test_a_model_that_nobody_pruned_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: the pass said it in the report alone, and the command saved a dense model without a word."""
+    words = ["tiny", str(tmp_path / "m"), "--no-sample", "--passes", "zeros,freeze,lower(auto, objective='bytes')"]
+    assert compress.main(words) == 0
+    assert "- the checkpoint holds only 0.00 % zeros in these weights" in " ".join(capsys.readouterr().out.split())
+
+
 def test_why_nothing_is_packed_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = "magnitude(0.001),freeze,sparsity,lower(auto, objective='bytes')"
     assert compress.main(["tiny", str(tmp_path / "m"), "--no-sample", "--passes", spec]) == 0

@@ -9,6 +9,7 @@ from typing import Any
 from sparsec.checkpoint.folder import read_config
 from sparsec.console.table import heading, mega, paragraph
 from sparsec.report.collect import Report
+from sparsec.report.notes import SHOWN, all_notes
 from sparsec.report.words import zeros_of
 
 
@@ -34,8 +35,16 @@ def saved_lines(folder: str, report: Report, then: str) -> list[str]:
         *heading("Saved"),
         *paragraph(f"{folder}: {bytes_text}; {layouts}; {zeros}"),
         *([] if packed else paragraph(_kept_dense(report), "why: ")),
+        *_notes(folder, report),
         f"next: sparsec {then} {folder}",
     ]
+
+
+def _notes(folder: str, report: Report) -> list[str]:
+    """Those that matter most, where no summary above has them."""
+    notes = [] if report.summary else all_notes(report)
+    lines = [line for note in notes[:SHOWN] for line in paragraph(note, "- ")]
+    return lines + ([f"- and {len(notes) - SHOWN} more: sparsec report {folder}"] if notes[SHOWN:] else [])
 
 
 def _kept_dense(report: Report) -> str:
