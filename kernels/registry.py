@@ -220,7 +220,7 @@ KERNELS: tuple[Kernel, ...] = (
     *(_on_cpu(BSR), _on_gpu(BSR)),
     *(_on_cpu(NM), _semi_structured(), _on_gpu(NM)),
     _on_gpu(WarpCSR),
-    *(_on_cpu(QUANTISED[name]) for name in ("dense", "bitmap", "nm")),
+    *(_on_cpu(QUANTISED[name]) for name in ("dense", "bitmap", "nm", "bsr", "csr")),
     *(_on_gpu(QUANTISED[name]) for name in gpu.CODED),
     *(reference_kernel(kind) for kind in kinds().values()),
     Kernel("dense_cpu", DENSE, _FLOATS, ("cpu",), _dense, native_missing("dense_linear")),

@@ -128,7 +128,7 @@ def test_real_kernels_are_measured_and_bytes_cost_time(monkeypatch: pytest.Monke
     said: list[tuple[str, int, int]] = []
     found = measure_kernels([torch.float32], 1e-10, lambda *a: said.append(a))
     plain = {"dense_torch", "dense_cpu", "csr_cpu", "bitmap_cpu", "bsr_cpu", "nm_cpu"}
-    assert plain | {"dense_int_cpu", "bitmap_int_cpu", "nm_int_cpu"} == {k.kernel for k in found}
+    assert plain | {"dense_int_cpu", "bitmap_int_cpu", "nm_int_cpu", "bsr_int_cpu"} == {k.kernel for k in found}
     assert {"csr8", "csr16"} <= {k.format for k in found}
     for cost in found:
         small, large = (cost.predict(Work.dense(n, n, torch.float32)).seconds for n in (64, 8192))

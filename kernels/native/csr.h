@@ -97,13 +97,134 @@ void csr_double(const sparsec::Task& t) {
   }
 }
 
-template <class V>
-struct CsrDecoder {
-  static constexpr bool kDirect = false;
-  int64_t at[16], end[16], column[16];
+// Codes, two in a byte where they have 4 bits, as numbers.
+inline float coded_number(const sparsec::Matrix& w, int64_t at) {
+  const uint8_t* const codes = static_cast<const uint8_t*>(w.values);
+  const int code = w.bits == 8 ? codes[at] : w.table[codes[at / 2] >> 4 * (at % 2) & 15];
+  return static_cast<float>(code - 128);
+}
+// What a row's numbers are multiplied with, and what is added, up to the column that its group ends before.
+struct RowScale {
+  const sparsec::Matrix& w;
+  const uint16_t* scales;  // of the first group
+  int64_t next = 0;
+  float scale = 0.0f, middle = 0.0f;
 
-  CsrDecoder() = default;
-  CsrDecoder(const sparsec::Matrix& w, int64_t panel) {
+  RowScale(const sparsec::Matrix& matrix, int64_t row)
+      : w(matrix), scales(w.scale + row / 16 * w.groups * (1 + w.middle) * 16 + row % 16) {}
+  // Of columns that ascend.
+  void reach(int64_t column) {
+    const int64_t group = w.group ? column / w.group : 0;
+    const uint16_t* const own = scales + group * (1 + w.middle) * 16;
+    next = w.group ? (group + 1) * w.group : w.in_features;
+    scale = from_bits(static_cast<uint32_t>(own[0]) << 16);
+    middle = w.middle ? from_bits(static_cast<uint32_t>(own[16]) << 16) : 0.0f;
+  }
+};
+
+// The scales and middles of a row whose groups are 2^shift columns, one after the other.
+struct RowScales {
+  static constexpr int64_t kMost = 1024;
+  float scale[kMost], middle[kMost];
+  int shift = -1;  // there are more, or of other sizes
+
+  explicit RowScales(const sparsec::Matrix& w) {
+    for (int s = 5; s < 16; ++s)
+      if (w.groups <= kMost && w.group == int64_t{1} << s) shift = s;
+  }
+  void read(const sparsec::Matrix& w, int64_t row) {
+    const int64_t step = (1 + w.middle) * 16;
+    const uint16_t* const from = w.scale + row / 16 * w.groups * step + row % 16;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      scale[g] = from_bits(static_cast<uint32_t>(from[g * step]) << 16);
+      middle[g] = w.middle ? from_bits(static_cast<uint32_t>(from[g * step + 16]) << 16) : 0.0f;
+    }
+  }
+};
+
+template <class A, class I>
+void csr_codes_of(const sparsec::Task& t) {
+  constexpr int64_t kRun = 256;
+  const sparsec::Matrix& w = *t.matrix;
+  const uint8_t* const codes = static_cast<const uint8_t*>(w.values);
+  const A* bias = static_cast<const A*>(w.bias);
+  float values[kRun], numbers[16];
+  int32_t columns[kRun];
+  for (int i = 0; w.bits == 4 && i < 16; ++i) numbers[i] = static_cast<float>(w.table[i] - 128);
+  RowScales all(w);
+  for (int64_t r = t.first; r < t.last; ++r) {
+    RowScale row(w, r);
+    if (all.shift >= 0) all.read(w, r);
+    Columns<I> column{static_cast<const I*>(w.columns)};
+    float sums[sparsec::kFewCodedRows] = {};
+    for (int64_t at = w.start[r]; at < w.start[r + 1];) {
+      const int64_t count = least(kRun, w.start[r + 1] - at);
+      for (int64_t i = 0; i < count; ++i) columns[i] = static_cast<int32_t>(column(at + i));
+      if (w.bits == 8)
+        for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(codes[at + i] - 128);
+      else
+        for (int64_t i = 0; i < count; ++i) values[i] = numbers[codes[(at + i) / 2] >> 4 * ((at + i) % 2) & 15];
+      if (all.shift >= 0) {
+        for (int64_t i = 0; i < count; ++i) values[i] = values[i] * all.scale[columns[i] >> all.shift] + all.middle[columns[i] >> all.shift];
+      } else if (!w.group) {
+        row.reach(0);
+        for (int64_t i = 0; i < count; ++i) values[i] = values[i] * row.scale + row.middle;
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          if (columns[i] >= row.next) row.reach(columns[i]);
+          values[i] = values[i] * row.scale + row.middle;
+        }
+      }
+      at += count;
+      for (int64_t token = 0; token < t.tokens; ++token)
+        sums[token] += dot(static_cast<const float*>(values), static_cast<const int32_t*>(columns),
+                           static_cast<const float*>(t.x) + token * w.in_features, count);
+    }
+    for (int64_t token = 0; token < t.tokens; ++token)
+      narrow(bias ? sums[token] + widen(bias[r]) : sums[token], static_cast<A*>(t.out) + token * t.out_stride + r);
+  }
+}
+template <class A>
+void csr_codes_as(const sparsec::Task& t) {
+  switch (t.matrix->index) {
+    case sparsec::kUInt16: return csr_codes_of<A, uint16_t>(t);
+    case sparsec::kInt32: return csr_codes_of<A, int32_t>(t);
+    default: return csr_codes_of<A, Delta>(t);
+  }
+}
+// Up to kFewCodedRows rows of x.
+void csr_codes(const sparsec::Task& t) {
+  switch (t.matrix->type) {
+    case sparsec::kFloat32: return csr_codes_as<float>(t);
+    case sparsec::kBFloat16: return csr_codes_as<BFloat16>(t);
+    default: return csr_codes_as<Float16>(t);
+  }
+}
+
+// What is stored, by place, of row `row` and column `column`.
+template <class V>
+struct PlainEntries {
+  Cursor<V> values;
+  PlainEntries(const sparsec::Matrix& w, int64_t) : values(cursor<V>(w.values, 0)) {}
+  float operator()(int64_t at, int64_t) const { return widen(values[at]); }
+};
+
+struct CodedEntries {
+  RowScale row;
+  CodedEntries(const sparsec::Matrix& w, int64_t r) : row(w, r) {}
+  float operator()(int64_t at, int64_t column) {
+    if (column >= row.next) row.reach(column);
+    return coded_number(row.w, at) * row.scale + row.middle;
+  }
+};
+
+template <class Entries>
+struct CsrEntriesDecoder {
+  static constexpr bool kDirect = false;
+  int64_t at[16], end[16], column[16], panel;
+
+  CsrEntriesDecoder() = default;
+  CsrEntriesDecoder(const sparsec::Matrix& w, int64_t p) : panel(p) {
     for (int64_t l = 0; l < 16; ++l) {
       const int64_t row = 16 * panel + l;
       const bool exists = row < w.out_features;
@@ -115,15 +236,16 @@ struct CsrDecoder {
 
   template <class I>
   void rows(const sparsec::Matrix& w, int64_t begin, int64_t limit, float* to) {
-    const Cursor<V> values = cursor<V>(w.values, 0);
     for (int l = 0; l < 16; ++l) {
+      if (at[l] == end[l]) continue;
+      Entries value(w, 16 * panel + l);
       Columns<I> read{static_cast<const I*>(w.columns)};
       set(read, column[l]);
       for (; at[l] < end[l]; ++at[l]) {
         const int64_t k = read(at[l]);
         if (k >= limit) break;
         column[l] = k;
-        to[16 * (k - begin) + l] = widen(values[at[l]]);
+        to[16 * (k - begin) + l] = value(at[l], k);
       }
     }
   }
@@ -143,6 +265,10 @@ struct CsrDecoder {
   static void set(Columns<I>&, int64_t) {}
   static void set(Columns<Delta>& read, int64_t column) { read.column = column; }
 };
+
+template <class V>
+using CsrDecoder = CsrEntriesDecoder<PlainEntries<V>>;
+using CsrCodesDecoder = CsrEntriesDecoder<CodedEntries>;
 
 // One function for all types of columns.
 template <class V, class A>

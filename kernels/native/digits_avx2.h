@@ -72,6 +72,13 @@ inline Quads expand4(const uint8_t* from, uint64_t bits, Table table) {
   }
   return joined(parts);
 }
+inline Quads in_half(__m256i codes, int h) { return h ? Quads{{_mm256_setzero_si256(), codes}} : Quads{{codes, _mm256_setzero_si256()}}; }
+inline Quads half8(const uint8_t* from, int h) { return in_half(load_bytes(from), h); }
+inline Quads half4(const uint8_t* from, Table table, int h) { return in_half(codes_of(from, table), h); }
+inline Quads absent(int h) { return in_half(_mm256_set1_epi8(-128), h); }
+inline Quads either(const Quads& a, const Quads& b) {
+  return {{_mm256_or_si256(a.half[0], b.half[0]), _mm256_or_si256(a.half[1], b.half[1])}};
+}
 inline Quads ones(uint64_t bits) {
   Quads q;
   const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));

@@ -27,6 +27,15 @@ SPARSEC_DIGITS inline Quads expand8(const uint8_t* from, uint64_t bits) {
 SPARSEC_DIGITS inline Quads expand4(const uint8_t* from, uint64_t bits, Table table) {
   return _mm512_mask_expand_epi8(_mm512_set1_epi8(-128), bits, codes_of(from, table));
 }
+SPARSEC_DIGITS inline Quads in_half(__m256i codes, int h) { return _mm512_maskz_broadcast_i64x4(static_cast<__mmask8>(h ? 0xf0 : 0x0f), codes); }
+SPARSEC_DIGITS inline Quads half8(const uint8_t* from, int h) { return in_half(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), h); }
+SPARSEC_DIGITS inline Quads half4(const uint8_t* from, Table table, int h) {
+  const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i halves = _mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)), _mm256_set1_epi8(15));
+  return in_half(_mm256_shuffle_epi8(_mm512_castsi512_si256(table), halves), h);
+}
+SPARSEC_DIGITS inline Quads absent(int h) { return in_half(_mm256_set1_epi8(-128), h); }
+SPARSEC_DIGITS inline Quads either(Quads a, Quads b) { return _mm512_or_si512(a, b); }
 SPARSEC_DIGITS inline Quads ones(uint64_t bits) { return _mm512_maskz_set1_epi8(bits, 1); }
 SPARSEC_DIGITS inline void store(uint8_t* to, Quads q) { _mm512_storeu_si512(to, q); }
 

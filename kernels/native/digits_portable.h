@@ -50,6 +50,26 @@ inline Quads expand4(const uint8_t* from, uint64_t bits, Table table) {
   }
   return q;
 }
+inline Quads half8(const uint8_t* from, int h) {
+  Quads q = {};
+  memcpy(q.codes + 32 * h, from, 32);
+  return q;
+}
+inline Quads half4(const uint8_t* from, Table table, int h) {
+  Quads q = {};
+  for (int i = 0; i < 32; ++i) q.codes[32 * h + i] = table[(from[i / 2] >> (4 * (i % 2))) & 15];
+  return q;
+}
+inline Quads absent(int h) {
+  Quads q = {};
+  memset(q.codes + 32 * h, 128, 32);
+  return q;
+}
+inline Quads either(const Quads& a, const Quads& b) {
+  Quads q;
+  for (int i = 0; i < 64; ++i) q.codes[i] = a.codes[i] | b.codes[i];
+  return q;
+}
 inline Quads ones(uint64_t bits) {
   Quads q;
   for (int i = 0; i < 64; ++i) q.codes[i] = static_cast<uint8_t>((bits >> i) & 1);

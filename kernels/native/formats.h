@@ -79,6 +79,19 @@ struct Dense {
   }
 };
 
+// Where the non-zeros of rows stand.
+void read_columns(const char* op, Matrix& w, const Tensor& col_idx, const Tensor& row_ptr) {
+  check_plain(op, col_idx);
+  switch (col_idx.scalar_type()) {
+    case ScalarType::Short: w.index = sparsec::kUInt16; break;
+    case ScalarType::Int: w.index = sparsec::kInt32; break;
+    case ScalarType::Byte: w.index = sparsec::kDelta8; break;
+    default: STD_TORCH_CHECK(false, op, ": col_idx must be uint8, int16 or int32");
+  }
+  w.columns = col_idx.const_data_ptr();
+  w.start = starts(op, row_ptr, w.out_features, col_idx.numel());
+}
+
 struct Csr {
   static constexpr sparsec::Format kFormat = sparsec::kCsr;
   static constexpr const char *kName = "csr", *kOp = "csr_linear";
@@ -91,15 +104,7 @@ struct Csr {
                     op, ": values and col_idx must be [stored] and row_ptr [out_features + 1], got ", values.numel(), ", ",
                     col_idx.numel(), " and ", row_ptr.numel(), " entries");
     Matrix w = matrix(op, kFormat, values, row_ptr.numel() - 1, scalars[0], bias);
-    check_plain(op, col_idx);
-    switch (col_idx.scalar_type()) {
-      case ScalarType::Short: w.index = sparsec::kUInt16; break;
-      case ScalarType::Int: w.index = sparsec::kInt32; break;
-      case ScalarType::Byte: w.index = sparsec::kDelta8; break;
-      default: STD_TORCH_CHECK(false, op, ": col_idx must be uint8, int16 or int32");
-    }
-    w.columns = col_idx.const_data_ptr();
-    w.start = starts(op, row_ptr, w.out_features, w.stored);
+    read_columns(op, w, col_idx, row_ptr);
     return w;
   }
   static Bytes bytes(const Matrix& w) { return {stored_bytes(w, 1) + index_bytes(w), 16, w.start}; }
@@ -142,6 +147,17 @@ struct Bitmap {
   static Way way(const Matrix& w, int64_t tokens, const InstructionSet& isa) { return decoded(w, tokens, isa); }
 };
 
+// Where blocks stand: values [blocks, ...], their columns of blocks, and where rows of blocks begin.
+void read_blocks(const char* op, Matrix& w, const Tensor& values, const Tensor& col_idx, const Tensor& row_ptr) {
+  check_plain(op, col_idx);
+  const ScalarType index = col_idx.scalar_type();
+  STD_TORCH_CHECK((index == ScalarType::Short || index == ScalarType::Int) && col_idx.dim() == 1 && col_idx.numel() == values.size(0), op,
+                  ": col_idx must be int16 or int32 [", values.size(0), "]");
+  w.index = index == ScalarType::Short ? sparsec::kUInt16 : sparsec::kInt32;
+  w.columns = col_idx.const_data_ptr();
+  w.start = starts(op, row_ptr, w.units, values.size(0));
+}
+
 struct Bsr {
   static constexpr sparsec::Format kFormat = sparsec::kBsr;
   static constexpr const char *kName = "bsr", *kOp = "bsr_linear";
@@ -149,9 +165,8 @@ struct Bsr {
 
   static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
     const Tensor &values = tensors[0], &col_idx = tensors[1], &row_ptr = tensors[2];
-    STD_TORCH_CHECK(values.dim() == 4 && col_idx.dim() == 1 && col_idx.numel() == values.size(0) && row_ptr.dim() == 1 &&
-                        row_ptr.numel() > 0,
-                    op, ": values must be [blocks, c / lane, r, lane], col_idx [blocks] and row_ptr [out_features / r + 1]");
+    STD_TORCH_CHECK(values.dim() == 4 && row_ptr.dim() == 1 && row_ptr.numel() > 0, op,
+                    ": values must be [blocks, c / lane, r, lane] and row_ptr [out_features / r + 1]");
     const int64_t lane = values.size(3), c = values.size(1) * lane, r = values.size(2), in_features = scalars[0];
     STD_TORCH_CHECK(c > 0 && r > 0 && r % 8 == 0 && in_features % c == 0, op, ": blocks are of r rows, a multiple of 8, and c columns, "
                     "which divide in_features; got r = ", r, ", c = ", c);
@@ -162,12 +177,7 @@ struct Bsr {
     w.c = c;
     STD_TORCH_CHECK(lane == 1 || (lane == w.lane && c % lane == 0), op, ": a lane holds ", w.lane, " columns, or one; got ", lane);
     w.lane = lane;
-    check_plain(op, col_idx);
-    const ScalarType index = col_idx.scalar_type();
-    STD_TORCH_CHECK(index == ScalarType::Short || index == ScalarType::Int, op, ": col_idx must be int16 or int32");
-    w.index = index == ScalarType::Short ? sparsec::kUInt16 : sparsec::kInt32;
-    w.columns = col_idx.const_data_ptr();
-    w.start = starts(op, row_ptr, w.units, values.size(0));
+    read_blocks(op, w, values, col_idx, row_ptr);
     return w;
   }
   static Bytes bytes(const Matrix& w) { return {stored_bytes(w, w.r * w.c) + index_bytes(w), 16 * w.r, w.start}; }
@@ -288,6 +298,59 @@ struct NmInt : BitmapInt {
   }
 };
 
+// Blocks of codes: a lane holds four columns, or one where blocks have no multiple of four.
+struct BsrInt : Quantised {
+  static constexpr sparsec::Format kFormat = sparsec::kBsrInt;
+  static constexpr const char *kName = "bsr_int", *kOp = "bsr_int_linear";
+  static constexpr size_t kTensors = 6, kScalars = 6;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const Tensor &values = tensors[1], &table = tensors[3], &col_idx = tensors[4], &row_ptr = tensors[5];
+    STD_TORCH_CHECK(values.dim() == 4 && row_ptr.dim() == 1 && row_ptr.numel() > 0, op,
+                    ": values must be [blocks, c / lane, r, bytes of a lane] and row_ptr [out_features / r + 1]");
+    const int64_t bits = table.numel() ? 4 : 8, lane = values.size(3) * 8 / bits, r = values.size(2), c = values.size(1) * lane;
+    const int64_t in_features = scalars[0], units = row_ptr.numel() - 1;
+    STD_TORCH_CHECK((lane == 4 || (lane == 1 && bits == 8)) && c > 0 && r > 0 && r % 8 == 0 && in_features % c == 0, op,
+                    ": blocks are of r rows, a multiple of 8, and c columns, which divide in_features; got r = ", r, ", c = ", c);
+    const int64_t all[] = {units * r, in_features, scalars[1], scalars[2], scalars[3], scalars[4], scalars[5]};
+    Matrix w = Quantised::read(op, kFormat, tensors, bias, all);
+    w.rows_per_unit = r;
+    w.units = units;
+    w.r = r;
+    w.c = c;
+    w.lane = lane;
+    read_blocks(op, w, values, col_idx, row_ptr);
+    return w;
+  }
+  static Bytes bytes(const Matrix& w) {
+    return {w.r * w.c * w.bits / 8 + index_bytes(w), w.r / 8 * (16 + 16 * w.groups * (1 + w.middle)), w.start};
+  }
+};
+
+// Codes in CSR are widened: a group of 64 columns keeps too few of them for sums of digits.
+struct CsrInt : Quantised {
+  static constexpr sparsec::Format kFormat = sparsec::kCsrInt;
+  static constexpr const char *kName = "csr_int", *kOp = "csr_int_linear";
+  static constexpr size_t kTensors = 6, kScalars = 6;
+
+  static Matrix read(const char* op, const Tensor* tensors, const std::optional<Tensor>& bias, const int64_t* scalars) {
+    const Tensor &col_idx = tensors[4], &row_ptr = tensors[5];
+    STD_TORCH_CHECK(col_idx.dim() == 1 && row_ptr.dim() == 1 && row_ptr.numel() > 0, op,
+                    ": col_idx must be [stored] and row_ptr [out_features + 1]");
+    const int64_t all[] = {row_ptr.numel() - 1, scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5]};
+    Matrix w = Quantised::read(op, kFormat, tensors, bias, all);
+    const int64_t bytes = (col_idx.numel() * w.bits + 7) / 8;
+    STD_TORCH_CHECK(w.stored == bytes, op, ": values must hold ", bytes, " bytes, got ", w.stored);
+    w.rows_per_unit = 1;
+    w.units = w.out_features;
+    w.lane = 1;
+    read_columns(op, w, col_idx, row_ptr);
+    return w;
+  }
+  static Bytes bytes(const Matrix& w) { return {w.bits / 8 + index_bytes(w), 16 + 2 * w.groups * (1 + w.middle), w.start}; }
+  static Way way(const Matrix&, int64_t tokens, const InstructionSet&) { return tokens <= sparsec::kFewCodedRows ? Way::rows : Way::panels; }
+};
+
 // f(format), for the one of that number; false where there is none.
 template <class F>
 bool by_format(int64_t number, F f) {
@@ -296,7 +359,8 @@ bool by_format(int64_t number, F f) {
     f(format);
     return true;
   };
-  return is(Dense{}) || is(Csr{}) || is(Bitmap{}) || is(Bsr{}) || is(Nm{}) || is(DenseInt{}) || is(BitmapInt{}) || is(NmInt{});
+  return is(Dense{}) || is(Csr{}) || is(Bitmap{}) || is(Bsr{}) || is(Nm{}) || is(DenseInt{}) || is(BitmapInt{}) || is(NmInt{}) ||
+         is(BsrInt{}) || is(CsrInt{});
 }
 
 Bytes bytes_of(const Matrix& w) {

@@ -161,7 +161,7 @@ struct Paired {
 struct Digits {
   std::unique_ptr<uint32_t[]> numbers;
   std::unique_ptr<float[]> scale;
-  std::unique_ptr<int32_t[]> begin;
+  std::unique_ptr<int32_t[]> begin, before;  // the latter null where no step is skipped
   int64_t count, columns, rows, tiles, steps, groups;
 
   Digits(const float* x, int64_t tokens, int64_t in, const sparsec::Matrix& w, int64_t rows_of_tile, const sparsec::InstructionSet& isa)
@@ -174,13 +174,15 @@ struct Digits {
     numbers.reset(new uint32_t[std::max<int64_t>(1, tiles * steps * rows * count)]);
     scale.reset(new float[std::max<int64_t>(1, tiles * groups * rows)]);
     begin.reset(new int32_t[std::max<int64_t>(1, tiles * groups * rows * count)]);
+    if (sparsec::skips_steps(w)) before.reset(new int32_t[tiles * (steps + 1) * rows * count]);
     const std::unique_ptr<float[]> absent(tokens < tiles * rows ? new float[std::max<int64_t>(1, in)]() : nullptr);
     spread(tiles * rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, in)), [&](int64_t first, int64_t last) {
       for (int64_t token = first; token < last; ++token) {
         const int64_t tile = token / rows, row = token % rows;
         isa.digitize(sparsec::DigitizeTask{token < tokens ? x + token * in : absent.get(), in, columns, count, rows,
                                            numbers.get() + (tile * steps * rows + row) * count, scale.get() + tile * groups * rows + row,
-                                           begin.get() + (tile * groups * rows + row) * count});
+                                           begin.get() + (tile * groups * rows + row) * count,
+                                           before ? before.get() + (tile * (steps + 1) * rows + row) * count : nullptr});
       }
     });
   }
@@ -209,7 +211,7 @@ struct Rows {
   const Digits* digits_of(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) const {
     const int64_t columns = sparsec::digit_columns(w), row_count = digit_rows(w, tokens, isa);
     for (const Digits& known : digits)
-      if (known.columns == columns && known.rows == row_count && known.count == w.digits) return &known;
+      if (known.columns == columns && known.rows == row_count && known.count == w.digits && (known.before || !sparsec::skips_steps(w))) return &known;
     return nullptr;
   }
   void prepare_digits(const sparsec::Matrix& w, const sparsec::InstructionSet& isa) {

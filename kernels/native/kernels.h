@@ -13,7 +13,8 @@ namespace sparsec {
 
 enum Format {  // as numbered by the layout of fused_linear
   kDense, kCsr, kBitmap, kBsr, kNm, kFormats,
-  kDenseInt = 6, kBitmapInt, kNmInt,  // quantised values: products of digits alone serve them (digits.h)
+  kDenseInt = 6, kBitmapInt, kNmInt, kBsrInt,  // quantised values: products of digits alone serve them (digits.h)
+  kCsrInt,                                     // and these, which are widened (csr.h)
   kFormatNumbers
 };
 enum Codec { kPlain, kCodecs };                               // of stored values; plain ones are of x's type
@@ -111,6 +112,7 @@ struct DigitTask {
   const uint32_t* x;     // [tiles][steps of four columns][rows_per_tile][digits], four digits in each, those of absent rows and columns 0
   const float* scale;    // [tiles][groups of columns][rows_per_tile]
   const int32_t* begin;  // [tiles][groups of columns][rows_per_tile][digits]: -128 times the sum of a group's digits
+  const int32_t* before; // of blocks [tiles][steps + 1][rows_per_tile][digits]: -128 times the sum of all digits before a step
   int64_t digits;        // 1 to 3
   int64_t tiles;
   int64_t rows_per_tile;
@@ -131,10 +133,13 @@ struct DigitizeTask {
   uint32_t* out;
   float* scale;
   int32_t* begin;
+  int32_t* before;  // or null
 };
 // Columns of x that share a scale: 64, or 32 where the values of W have groups of an odd multiple of it.
 constexpr int64_t digit_columns(const Matrix& w) { return w.group % 64 ? 32 : 64; }
 constexpr int64_t digit_groups_of(const Matrix& w) { return (w.in_features + digit_columns(w) - 1) / digit_columns(w); }
+// Whether blocks of W are multiplied as they stand, and steps without one left out: digits are summed up to each step then.
+constexpr bool skips_steps(const Matrix& w) { return w.format == kBsrInt && w.lane == 4; }
 constexpr int64_t kDigitScratchSteps = 256;
 constexpr int64_t digit_scratch(int64_t rows_of_x) { return kPanel * (kDigitScratchSteps + rows_of_x); }
 
@@ -188,6 +193,7 @@ struct AttendTask {
 };
 
 using Kernel = void (*)(const Task&);
+constexpr int64_t kFewCodedRows = 8;  // of x, times codes in CSR
 
 constexpr int kLaneCounts = 4;
 constexpr int kLanes[kLaneCounts] = {4, 8, 16, 32};
@@ -228,7 +234,8 @@ struct InstructionSet {
   void (*expand)(const ExpandTask&);
   void (*pairs)(const PairTask&);             // bf16, two rows of x and more; null: there are no products of pairs
   void (*amx)(const AmxTask&);                // bf16, two rows of x and more; null: there are no tiles
-  void (*digits)(const DigitTask&);           // quantised values
+  Kernel csr_codes;                           // a few rows of x, times codes in CSR
+  void (*digits)(const DigitTask&);           // other quantised values
   void (*digitize)(const DigitizeTask&);
   int64_t digit_rows;                         // at most, in DigitTask
   void (*elementwise)(const ElementTask&);

@@ -69,6 +69,12 @@ Tensor quantised_bits(Tensor x, Tensor like, Tensor values, Tensor scale, Tensor
   return single(F{}, x, {like, values, scale, table, bits, panel_ptr}, bias, {out_features, in_features, group, kept, n, m, digits});
 }
 
+template <class F>
+Tensor quantised_rows(Tensor x, Tensor like, Tensor values, Tensor scale, Tensor table, Tensor col_idx, Tensor row_ptr, Bias bias,
+                      int64_t in_features, int64_t group, int64_t kept, int64_t n, int64_t m, int64_t digits) {
+  return single(F{}, x, {like, values, scale, table, col_idx, row_ptr}, bias, {in_features, group, kept, n, m, digits});
+}
+
 // Several matrices, one parallel region.
 std::vector<Tensor> several(const char* op, Tensor x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& layout) {
   std::vector<Matrix> matrices;
@@ -146,6 +152,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsec, CPU, m) {
   m.impl("nm_linear", TORCH_BOX(&nm_linear));
   m.impl("dense_int_linear", TORCH_BOX(&dense_int_linear));
   m.impl("bitmap_int_linear", TORCH_BOX(&quantised_bits<BitmapInt>));
+  m.impl("bsr_int_linear", TORCH_BOX(&quantised_rows<BsrInt>));
+  m.impl("csr_int_linear", TORCH_BOX(&quantised_rows<CsrInt>));
   m.impl("nm_int_linear", TORCH_BOX(&quantised_bits<NmInt>));
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
   m.impl("inference_linear", TORCH_BOX(&fused_linear));

@@ -72,7 +72,7 @@ constexpr int64_t kPanelsAtOnce = 1;
 // One panel that is being decoded, of whatever format and type. Decoding is called once for hundreds of columns, so that it can go through a
 // pointer, and the loops around it need not be compiled for every format, type and number of rows.
 struct AnyDecoder {
-  alignas(8) unsigned char state[16 * 3 * 8];
+  alignas(8) unsigned char state[(16 * 3 + 1) * 8];
 };
 using Direct = void (*)(AnyDecoder&, int64_t begin, int64_t end, const float* x, float* acc, int64_t ahead, int64_t turn);
 struct DecoderKind {
@@ -143,7 +143,11 @@ struct FormatList {
 };
 using Formats = FormatList<DenseKernels, CsrKernels, BitmapKernels, BsrKernels, NmKernels>;  // as numbered by sparsec::Format
 
-inline const DecoderKind& decoder_of(const sparsec::Matrix& w) { return Formats::decoders[w.format].kinds[w.codec][w.type]; }
+constexpr DecoderKind kCodesDecoder = decoder_kind<CsrCodesDecoder>();
+
+inline const DecoderKind& decoder_of(const sparsec::Matrix& w) {
+  return w.format == sparsec::kCsrInt ? kCodesDecoder : Formats::decoders[w.format].kinds[w.codec][w.type];
+}
 
 using Tile = void (*)(const float* w, const float* x, const int32_t* starts, int64_t runs, int64_t run, float* acc);
 const Tile kTiles[] = {tile<1>, tile<2>, tile<3>, tile<4>,

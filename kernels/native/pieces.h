@@ -38,7 +38,9 @@ int64_t work_of(const Part& part, int64_t tokens) {
 }
 
 // The unit is then a panel of 16 rows, whatever rows_per_unit is.
-bool by_panels(const Part& part) { return part.way == Way::panels || part.way == Way::pairs || part.way == Way::amx; }
+bool by_panels(const Part& part) {
+  return part.way == Way::panels || part.way == Way::pairs || part.way == Way::amx || (part.way == Way::digits && part.matrix.format == sparsec::kBsrInt);
+}
 
 // Whether a product is cut into pieces for our threads; else torch's own dense product has part in it.
 bool is_shared(Way way) { return way != Way::half && way != Way::stock; }

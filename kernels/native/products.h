@@ -76,13 +76,14 @@ void run(const Part& part, const Piece& piece, const Rows& x, const InstructionS
     case Way::digits: {
       const Digits& d = *x.digits_of(w, isa);
       float* const memory = scratch(sparsec::digit_scratch(d.tiles * d.rows));
-      isa.digits(sparsec::DigitTask{&w, d.numbers.get(), d.scale.get(), d.begin.get(), d.count, d.tiles, d.rows, to.data, to.width, x.tokens,
+      isa.digits(sparsec::DigitTask{&w, d.numbers.get(), d.scale.get(), d.begin.get(), d.before.get(), d.count, d.tiles, d.rows, to.data, to.width, x.tokens,
                                     piece.first, piece.last, memory});
       return;
     }
     default: {
-      const sparsec::FormatKernels& kernels = isa.formats[w.format];
-      (part.way == Way::rows ? kernels.rows : kernels.one)[w.codec][w.type](Task{&w, x.plain, x.paired.memory.get(), to.data, to.width, x.tokens, piece.first, piece.last});
+      const bool codes = w.format == sparsec::kCsrInt;
+      const sparsec::FormatKernels& kernels = isa.formats[codes ? sparsec::kCsr : w.format];
+      (codes ? isa.csr_codes : (part.way == Way::rows ? kernels.rows : kernels.one)[w.codec][w.type])(Task{&w, x.plain, x.paired.memory.get(), to.data, to.width, x.tokens, piece.first, piece.last});
     }
   }
 }

@@ -27,6 +27,7 @@ constexpr sparsec::InstructionSet with_formats(const char* name, FormatList<F...
           expand,
           nullptr,
           nullptr,
+          csr_codes,
           digits,
           digitize,
           SPARSEC_DIGIT_ROWS,

@@ -258,6 +258,7 @@ class QuantisedBSR(Quantised):
 
     format: ClassVar[str] = "bsr_int"
     title: ClassVar[str] = "quantised BSR"
+    calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {"cpu": ("16x16",)}
     positions: ClassVar[type[Packed]] = _BSR
     parameters: ClassVar[tuple[str, ...]] = BSR.parameters
     tensor_names: ClassVar[tuple[str, ...]] = (*OWN, "col_idx", "row_ptr")

@@ -27,6 +27,8 @@ FORMAT_NUMBERS: dict[str, int] = {
     "dense_int": 6,
     "bitmap_int": 7,
     "nm_int": 8,
+    "bsr_int": 9,
+    "csr_int": 10,
 }
 """Part of the operator's interface: the native library has the same numbers, all but that of wcsr, which is for GPUs."""
 _FOREIGN = 1 << 30
