@@ -17,7 +17,6 @@
 //   Table, table_of(const uint8_t*)                the 16 codes of halves of bytes
 //   SPARSEC_DIGITS                                 what functions need that call these
 #pragma once
-#include "bsr.h"
 #include "lanes.h"
 
 namespace {
@@ -82,173 +81,11 @@ SPARSEC_DIGITS inline void add_scaled(Lanes& total, const Lanes& number, const L
   for (int i = 0; i < kRegisters; ++i) total.v[i] += number.v[i] * (scale.v[i] * of_x);
 }
 
-struct NoBlocks {
-  static constexpr int kBits = 0;
-};
+}  // namespace
 
-// Readers give the steps of a panel, one after the other, and which of their values are kept.
-struct DenseReader8 : NoBlocks {
-  const uint8_t* next;
-  DenseReader8(const sparsec::Matrix& w, int64_t panel, int64_t steps) : next(static_cast<const uint8_t*>(w.values) + panel * steps * 64) {}
-  SPARSEC_DIGITS Quads take() {
-    __builtin_prefetch(next + kDigitAhead);
-    const Quads q = load8(next);
-    next += 64;
-    return q;
-  }
-  uint64_t bits() const { return ~0ull; }
-};
-struct DenseReader4 : NoBlocks {
-  const uint8_t* next;
-  Table table;
-  SPARSEC_DIGITS DenseReader4(const sparsec::Matrix& w, int64_t panel, int64_t steps)
-      : next(static_cast<const uint8_t*>(w.values) + panel * steps * 32), table(table_of(w.table)) {}
-  SPARSEC_DIGITS Quads take() {
-    __builtin_prefetch(next + kDigitAhead);
-    const Quads q = load4(next, table);
-    next += 32;
-    return q;
-  }
-  uint64_t bits() const { return ~0ull; }
-};
-struct BitmapReader8 : NoBlocks {
-  const uint8_t* next;
-  const uint64_t* words;
-  BitmapReader8(const sparsec::Matrix& w, int64_t panel, int64_t steps)
-      : next(static_cast<const uint8_t*>(w.values) + w.start[panel]), words(static_cast<const uint64_t*>(w.columns) + panel * steps) {}
-  SPARSEC_DIGITS Quads take() {
-    uint64_t kept = *words++;
-#if defined(__x86_64__)
-    asm("" : "+r"(kept));  // in a general register: GCC would load a mask register and move it back to count
-#endif
-    __builtin_prefetch(next + kDigitAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(words) + kDigitAhead);
-    const Quads q = expand8(next, kept);
-    next += __builtin_popcountll(kept);
-    return q;
-  }
-  uint64_t bits() const { return words[-1]; }
-};
-struct BitmapReader4 : NoBlocks {
-  const uint8_t* next;
-  const uint64_t* words;
-  Table table;
-  SPARSEC_DIGITS BitmapReader4(const sparsec::Matrix& w, int64_t panel, int64_t steps)
-      : next(static_cast<const uint8_t*>(w.values) + w.start[panel]),
-        words(static_cast<const uint64_t*>(w.columns) + panel * steps),
-        table(table_of(w.table)) {}
-  SPARSEC_DIGITS Quads take() {
-    uint64_t kept = *words++;
-#if defined(__x86_64__)
-    asm("" : "+r"(kept));
-#endif
-    __builtin_prefetch(next + kDigitAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(words) + kDigitAhead);
-    const Quads q = expand4(next, kept, table);
-    next += (__builtin_popcountll(kept) + 1) / 2;
-    return q;
-  }
-  uint64_t bits() const { return words[-1]; }
-};
-// Steps of blocks, whatever their size: where no block stands nothing is kept.
-template <int Bits>
-struct BlockReader {
-  static constexpr int kBits = Bits;
-  struct Half {
-    int64_t at, end, row;  // the next block, the last, and which of its rows is the first of eight
-  };
-  const sparsec::Matrix* w;
-  Half halves[2];
-  int64_t block = 0, inside = 0;  // the column of blocks, and the column in it, that is next
-  uint64_t kept = 0;
-  Table table;
+#include "digit_readers.h"
 
-  SPARSEC_DIGITS BlockReader(const sparsec::Matrix& matrix, int64_t panel, int64_t) : w(&matrix), table() {
-    if (Bits == 4) table = table_of(matrix.table);
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = 16 * panel + 8 * h, b = row / w->r;
-      halves[h] = row < w->out_features ? Half{w->start[b], w->start[b + 1], row % w->r} : Half{0, 0, 0};
-    }
-  }
-  SPARSEC_DIGITS Quads take() {
-    kept = 0;
-    if (w->lane == 4) {
-      const Quads first = half(0), second = half(1);
-      go_on(4);
-      return either(first, second);
-    }
-    uint8_t codes[64];
-    memset(codes, 128, sizeof(codes));
-    for (int i = 0; i < 4; ++i) {
-      for (int h = 0; h < 2; ++h) {
-        if (!stands(halves[h])) continue;
-        const uint8_t* const from = place(halves[h]);
-        for (int l = 0; l < 8; ++l) codes[32 * h + 4 * l + i] = from[l];
-        kept |= 0x11111111ull << (32 * h + i);
-      }
-      go_on(1);
-    }
-    return load8(codes);
-  }
-  uint64_t bits() const { return kept; }
-
- private:
-  bool stands(const Half& half) const { return half.at < half.end && block_column(*w, half.at) == block; }
-  const uint8_t* place(const Half& half) const {
-    return static_cast<const uint8_t*>(w->values) + ((half.at * w->c + inside) * w->r + half.row * w->lane) * Bits / 8;
-  }
-  void go_on(int columns) {
-    inside += columns;
-    if (inside < w->c) return;
-    for (Half& half : halves) half.at += stands(half);
-    inside = 0;
-    ++block;
-  }
-  // Eight rows of a lane of four columns.
-  SPARSEC_DIGITS Quads half(int h) {
-    if (!stands(halves[h])) return absent(h);
-    kept |= 0xffffffffull << 32 * h;
-    const uint8_t* const from = place(halves[h]);
-    if constexpr (Bits == 8) return half8(from, h);
-    return half4(from, table, h);
-  }
-};
-// The steps of one block: 16 rows of it, or 8, which are half h of a panel's.
-template <int Bits, bool Whole>
-struct BlockSteps {
-  const uint8_t* next;
-  int64_t stride;
-  int h;
-  Table table;
-  SPARSEC_DIGITS BlockSteps(const sparsec::Matrix& w, int64_t block, int64_t row, int half)
-      : next(static_cast<const uint8_t*>(w.values) + (block * w.c * w.r + 4 * row) * Bits / 8), stride(4 * w.r * Bits / 8), h(half), table() {
-    if (Bits == 4) table = table_of(w.table);
-  }
-  SPARSEC_DIGITS Quads take() {
-    __builtin_prefetch(next + kDigitAhead);
-    const uint8_t* const from = next;
-    next += stride;
-    if constexpr (Whole) {
-      if constexpr (Bits == 8) return load8(from);
-      return load4(from, table);
-    } else {
-      if constexpr (Bits == 8) return half8(from, h);
-      return half4(from, table, h);
-    }
-  }
-};
-// Steps that were expanded before, and which of their values are kept, where that is asked for.
-struct ExpandedReader {
-  const uint8_t* next;
-  const uint64_t* words;
-  SPARSEC_DIGITS Quads take() {
-    const Quads q = load8(next);
-    next += 64;
-    ++words;
-    return q;
-  }
-  uint64_t bits() const { return words[-1]; }
-};
+namespace {
 
 // What a tile of x is: digits [steps][M][D], scales [groups][M], what each group's sums begin with [groups][M][D].
 struct DigitTile {
@@ -365,85 +202,11 @@ SPARSEC_DIGITS void digits_expanded(const DigitTask& t) {
   }
 }
 
-inline int32_t wrapped(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
+}  // namespace
 
-// Scales of half h of the rows, 0 for the others.
-SPARSEC_DIGITS inline Lanes half_scales_at(const uint16_t* from, int h) {
-  float s[16] = {};
-  for (int l = 8 * h; l < 8 * h + 8; ++l) s[l] = from_bits(static_cast<uint32_t>(from[l]) << 16);
-  return load_lanes(s);
-}
+#include "digit_blocks.h"
 
-// Blocks of whole lanes: only they are read and multiplied. What 128 adds to the codes of some steps is taken away after them. Every row
-// of a block keeps all of it where groups have a middle, so that this tells the sum over what is kept as well. A panel whose halves lie in
-// two rows of blocks (Whole is false) is gone through twice.
-template <int Bits, bool Whole, int M, int D, bool Middle>
-SPARSEC_DIGITS void digits_of_blocks(const DigitTask& t) {
-  const sparsec::Matrix& w = *t.matrix;
-  const int64_t across = sparsec::digit_columns(w) / 4, groups = sparsec::digit_groups_of(w), high = w.c / 4;
-  const DigitTile tile = tile_of(t, 0, groups, M, D);
-  for (int64_t p = t.first; p < t.last; ++p) {
-    Lanes total[M] = {};
-    for (int h = 0; h < (Whole ? 1 : 2); ++h) {
-      const int64_t first = 16 * p + 8 * h, unit = first / w.r, row = first % w.r;
-      if (first >= w.out_features) break;
-      IntSums sums[M][D];
-      int32_t taken[M][D];
-      int64_t group = -1;
-      const auto finish_group = [&]() SPARSEC_DIGITS {
-        if (group >= 0) {
-          const uint16_t* const scales = w.scale + (p * w.groups + (w.group ? group * 4 * across / w.group : 0)) * (Middle ? 32 : 16);
-          const Lanes scale = Whole ? scales_at(scales) : half_scales_at(scales, h);
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 3
-            for (int d = 0; d < D; ++d) add_to_all(sums[m][d], taken[m][d]);
-            add_scaled(total[m], number_of(sums[m]), scale, tile.scale[group * M + m]);
-            if (Middle) {
-              IntSums kept[D];
-              for (int d = 0; d < D; ++d) kept[d] = all_lanes(taken[m][d] / -128);
-              const Lanes middle = Whole ? scales_at(scales + 16) : half_scales_at(scales + 16, h);
-              add_scaled(total[m], number_of(kept), middle, tile.scale[group * M + m]);
-            }
-          }
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-          for (int d = 0; d < D; ++d) {
-            sums[m][d] = all_lanes(0);
-            taken[m][d] = 0;
-          }
-      };
-      finish_group();
-      for (int64_t at = w.start[unit]; at < w.start[unit + 1]; ++at) {
-        BlockSteps<Bits, Whole> reader(w, at, row, h);
-        int64_t k = block_column(w, at) * high;
-        for (const int64_t end = k + high; k < end;) {
-          if (k / across != group) {
-            finish_group();
-            group = k / across;
-          }
-          const int64_t stop = least(end, (group + 1) * across);
-          for (int m = 0; m < M; ++m)
-            for (int d = 0; d < D; ++d) taken[m][d] += wrapped(t.before[(stop * M + m) * D + d], t.before[(k * M + m) * D + d]);
-          const uint32_t* x = tile.x + k * M * D;
-          for (; k < stop; ++k, x += M * D) {
-            const Quads step = reader.take();
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-              for (int d = 0; d < D; ++d) sums[m][d] = dot(sums[m][d], step, x[m * D + d]);
-          }
-        }
-      }
-      finish_group();
-    }
-    float totals[16 * M];
-    for (int m = 0; m < M; ++m) store_lanes(totals + 16 * m, total[m]);
-    finish_any(t, p, totals);
-  }
-}
+namespace {
 
 template <class Reader, int M, int D, bool Middle>
 SPARSEC_DIGITS void digits_few(const DigitTask& t) {
