@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,9 +19,7 @@ PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel
 def refuse_wrapper(model: nn.Module, call: str) -> None:
     """What stands around a model and would run past it once it is changed."""
     if not isinstance(model, nn.Module):
-        inside = isinstance(getattr(model, "model", None), nn.Module)  # of what load_model gives, or a pipeline
-        way = "give its .model" if inside else "load a folder or hub id first: sparsec.data.load_model(...).model"
-        raise CompileError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; {way}")
+        raise CompileError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; {_way_to_a_module(model)}")
     if hasattr(model, "_orig_mod"):
         raise CompileError(
             "this model went through torch.compile; give sparsec the model inside, ._orig_mod, and call torch.compile on the result"
@@ -30,6 +29,12 @@ def refuse_wrapper(model: nn.Module, call: str) -> None:
         raise CompileError(
             f"this is a {found} around the model; give sparsec the model inside, .module, and wrap the result"
         )
+
+
+def _way_to_a_module(given: Any) -> str:
+    if isinstance(getattr(given, "model", None), nn.Module):  # what load_model gives, or a pipeline
+        return "give its .model"
+    return "load a folder or hub id first: sparsec.data.load_model(...).model"
 
 
 def refuse_meta(model: nn.Module) -> None:
