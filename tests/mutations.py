@@ -36,9 +36,21 @@ import sparsec
 from sparsec.checkpoint.checking import examine
 from sparsec.errors import SparsecError
 from sparsec.files import TICK
-from sparsec.kernels import SparseLinear
+from sparsec.kernels import SparseLinear, status
 
-LAID_OUT = ("csr8", "csr16", "csr32", "bitmap", "bsr16x16", "bsr8x4", "nm2:4", "nm3:8", "wcsr8", "wcsr16")
+LAID_OUT = (
+    *("csr8", "csr16", "csr32", "bitmap", "bsr16x16", "bsr8x4", "nm2:4", "nm3:8", "wcsr8", "wcsr16"),
+    *(
+        "dense:int8",
+        "dense:int4mg32",
+        "bitmap:int8",
+        "bitmap:int4g32",
+        "bitmap:int4mg32",
+        "nm2:4:int8",
+        "nm2:4:int4g32",
+    ),
+    *("csr8:int8", "csr16:int4g32", "bsr16x16:int8g32", "bsr16x16:int4g32"),
+)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED = ("F32", "BF16", "F16", "F64", "I8", "U8", "I16", "I32", "I64", "BOOL", "F8_E4M3", "U16", "C64", "x")
 HOSTILE: tuple[Any, ...] = (
@@ -245,8 +257,8 @@ Way = Callable[[Path], Any]
 WAYS: tuple[Way, ...] = (load, load, into, into, into, check, transformers)
 
 
-def outcome(way: Way, folder: Path, config_is_as_it_was: bool) -> str:
-    """What came of it: the kind of error, or that it runs. Raises what must not be."""
+def outcome(way: Way, folder: Path, config_is_as_it_was: bool, steps: bool = False) -> str:
+    """What came of it: the kind of error, or that it runs. Raises what must not be. steps: decodes a token of the cache too."""
     try:
         model = way(folder)
     except SparsecError as error:
@@ -258,8 +270,11 @@ def outcome(way: Way, folder: Path, config_is_as_it_was: bool) -> str:
             module.packed.check()
     try:
         with torch.no_grad():
-            out = model(torch.arange(5)[None])[0]
-        assert out.shape == (1, 5, model.lm_head.out_features), out.shape
+            for tokens in (1, 5, 30):
+                out = model(torch.arange(tokens)[None])
+                assert out[0].shape == (1, tokens, model.lm_head.out_features), out[0].shape
+            if steps and (cache := getattr(out, "past_key_values", None)) is not None:
+                model(torch.tensor([[3]]), past_key_values=cache)
     except Exception as error:
         if config_is_as_it_was:
             raise NotRunError(f"{type(error).__name__}: {error}") from error
@@ -267,7 +282,7 @@ def outcome(way: Way, folder: Path, config_is_as_it_was: bool) -> str:
     return f"{way.__name__}: valid"
 
 
-def one(rng: random.Random, base: Path, folder: Path, mutator: Mutator, way: Way) -> str:
+def one(rng: random.Random, base: Path, folder: Path, mutator: Mutator, way: Way, steps: bool = False) -> str:
     """What comes of a folder with something changed."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder)
@@ -275,7 +290,7 @@ def one(rng: random.Random, base: Path, folder: Path, mutator: Mutator, way: Way
     mutator(rng, folder)
     if rng.random() < 0.25:
         of_bytes(rng, folder)
-    return outcome(way, folder, plain_config(folder) == before)
+    return outcome(way, folder, plain_config(folder) == before, steps)
 
 
 def plain_config(folder: Path) -> Any:
@@ -313,7 +328,8 @@ def worker(folder: Path, seed: int, start: int, end: int, limit: bool) -> None:
         waited[0] = 0
         try:
             rng = random.Random(f"{seed} {number}")
-            found = one(rng, rng.choice(known), folder / f"work-{os.getpid()}", rng.choice(MUTATORS), rng.choice(WAYS))
+            base, mutator, way = rng.choice(known), rng.choice(MUTATORS), rng.choice(WAYS)
+            found = one(rng, base, folder / f"work-{os.getpid()}", mutator, way, steps=True)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             found = f"WRONG {type(error).__name__}: {str(error)[:300]} ({place.filename}:{place.lineno})"
@@ -346,6 +362,10 @@ def main() -> int:
     if args.worker:
         worker(Path(args.worker[0]), args.seed, int(args.worker[1]), int(args.worker[2]), args.limit)
         return 0
+    kernels = status()
+    if not kernels.built:
+        print(f"only the native kernels are worth a run: {kernels.reason}", file=sys.stderr)
+        return 2
     began, counts, wrong = time.monotonic(), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory() as place:
         bases(Path(place) / "bases")
@@ -370,7 +390,9 @@ def main() -> int:
             if process.returncode:
                 wrong.append(f"{begun}: the process ended with {process.returncode}")
                 at = max(begun + 1, at)
-    print(f"{args.count} folders, {time.monotonic() - began:.0f} s, {len(wrong)} wrong")
+    print(
+        f"{args.count} folders, {kernels.isa} of {kernels.path}, {time.monotonic() - began:.0f} s, {len(wrong)} wrong"
+    )
     for found, count in sorted(counts.items()):
         print(f"{count:7} {found}")
     print("\n".join(wrong))
