@@ -56,10 +56,11 @@ def load(
                 "`compile` the model that it was made from"
             )
         return load_saved(saved or place, into=into)
+    pipeline = Pipeline.of(ADOPT_PASSES if passes is None else passes)  # refused before a model is read
     loaded = load_model(place, dtype, progress)
     if passes is None:
         _check_pruned(os.fspath(place), loaded.model)
-    model: nn.Module = compile(loaded.model, passes or ADOPT_PASSES, copy=False, progress=progress)
+    model: nn.Module = compile(loaded.model, pipeline, copy=False, progress=progress)
     if passes is None and not any(weight.packed for weight in vars(model)["sparsec"].graph.weights.values()):
         warnings.warn(
             f"{loaded.name}: its zeros gain nothing in any layout here, so every matrix stays dense; .sparsec.report() tells why",

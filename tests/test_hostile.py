@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hostile
+import hostile_calls
 import pytest
 from torch import nn
 
@@ -17,7 +18,7 @@ from sparsec import calibrate, cost, data, evaluate, formats, kernels, passes, p
 from sparsec.arguments import checked
 from sparsec.errors import ArgumentError
 
-TARGETS = hostile.targets()
+TARGETS = hostile_calls.targets()
 PUBLIC = (sparsec, data, evaluate, calibrate, cost, kernels, pipeline, passes, formats)
 
 
@@ -59,12 +60,25 @@ def test_every_public_function_is_in_the_table(module: Any) -> None:
         formats.Packed,
         *formats.FORMATS.values(),
     }
-    known = {inspect.unwrap(t.function) for t in TARGETS.values()} | hostile.RECORDS | of_methods
+    known = {inspect.unwrap(t.function) for t in TARGETS.values()} | hostile_calls.RECORDS | of_methods
     known |= {inspect.unwrap(data.load_model)}  # without its default
     public = {n: inspect.unwrap(getattr(module, n)) for n in module.__all__}
     assert [
         n for n, each in public.items() if (inspect.isclass(each) or inspect.isfunction(each)) and each not in known
     ] == []
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_argument_of_a_public_function_is_tried(name: str) -> None:
+    """Regression: what came to a function later was tried by nobody."""
+
+    def called(target: hostile.Target) -> Any:
+        return getattr(inspect.unwrap(target.function), "__func__", inspect.unwrap(target.function))
+
+    calls = [each for each in TARGETS.values() if called(each) == called(TARGETS[name])]
+    tried = {argument for each in calls for argument in (*each.arguments(), *each.skip)}
+    parameters = inspect.signature(TARGETS[name].function).parameters.values()
+    assert {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - tried == set()
 
 
 def test_a_message_names_the_argument_the_rule_and_the_value() -> None:

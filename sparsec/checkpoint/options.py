@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsec.arguments import fits, shown, wording
 from sparsec.errors import CheckpointError
 from sparsec.kernels.modules.packed_layer import PackedLayer
+from sparsec.progress import Progress
+from sparsec.report.collect import Report
 
 _WRITERS = ("accelerate", "torch", "safetensors")
 """Whose functions write tensors as they are, as is done here without them."""
@@ -49,12 +52,30 @@ def _variant(model: nn.Module, given: Any, dense: bool) -> str:
     return "" if given is None or dense else "the files of a packed model are named after their contents; leave it out"
 
 
+def _tokenizer(model: nn.Module, given: Any, dense: bool) -> str:
+    known = given is None or (not isinstance(given, type) and callable(getattr(given, "save_pretrained", None)))
+    return "" if known else _must_be("a tokenizer of transformers", given)
+
+
+def _must_be(what: str, given: Any) -> str:
+    return f"it must be {what}, got {shown(given)}"
+
+
+_PROGRESS = Progress | None
+_REPORT = "a report that was measured, as .sparsec.report() gives one"
 _RULES: Mapping[str, Callable[[nn.Module, Any, bool], str]] = {
     "state_dict": _state,
-    "safe_serialization": lambda model, given, dense: "" if given else "weights are written as safetensors alone",
+    "safe_serialization": lambda model, given, dense: (
+        "" if given is True else "weights are written as safetensors alone"
+    ),
     "save_function": _function,
     "variant": _variant,
-    "distributed_checkpoint": lambda model, given, dense: "compiled models are not sharded" if given else "",
+    "distributed_checkpoint": lambda model, given, dense: (
+        "" if given is None or given is False else "compiled models are not sharded"
+    ),
+    "progress": lambda model, given, dense: "" if fits(given, _PROGRESS) else _must_be(wording(_PROGRESS), given),
+    "report": lambda model, given, dense: "" if fits(given, Report | None) else _must_be(_REPORT, given),
+    "tokenizer": _tokenizer,
     # A packed folder holds no adapter, and names of its own.
     "save_peft_format": lambda model, given, dense: "",
     "save_original_format": lambda model, given, dense: "",

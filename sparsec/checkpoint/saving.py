@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsec.arguments import checked
 from sparsec.checkpoint.dense import dense_copy, save_dense
 from sparsec.checkpoint.options import usable
 from sparsec.checkpoint.pretrained import save_packed
@@ -42,6 +43,7 @@ class Saveable(ABC):
         """A model of the same class with dense linears, which hold the zeros; shares no memory with this one."""
         return dense_copy(self.whole())
 
+    @checked
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
@@ -66,7 +68,7 @@ class Saveable(ABC):
         refuse_adapters(model)
         if "repo_id" in options and not push_to_hub:
             raise CheckpointError("save_pretrained: repo_id is given, and push_to_hub=True is not")
-        repository = Repository.taken_from(options, Path(folder).resolve().name)
+        repository = Repository.taken_from(options, Path(os.path.abspath(folder)).name)
         options = usable(model, options, dense or not self.lowered)
         if not is_main_process:
             return
@@ -77,6 +79,7 @@ class Saveable(ABC):
         self._write(folder, dense, options, repository.repo_id)
         repository.upload(folder, [name for name, when in written_at(folder).items() if when != before.get(name)])
 
+    @checked
     def push_to_hub(self, repo_id: str, *, tags: Any = None, dense: bool = False, **options: Any) -> Any:
         """Uploads what `save_pretrained` writes; returns what the hub says of the commit. options: as transformers has them."""
         model: Any = self.whole()

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsec import memory
-from sparsec.console.table import WIDTH, terminal_width
+from sparsec.arguments import checked
+from sparsec.console.table import LEAST, WIDTH, terminal_width
 from sparsec.cost.model import Roof
+from sparsec.errors import ArgumentError
 from sparsec.ir.facts import GROUPS, Op, Weight
 from sparsec.ir.graph import Graph
 from sparsec.pipeline.base import PassRecord
@@ -21,8 +23,14 @@ from sparsec.report.text import render
 class Report(ReportData):
     """A report that prints as text. See also `sparsec.report.schema` for JSON and CSV."""
 
+    @checked
     def text(self, layers: bool = False, width: int = WIDTH) -> str:
-        """The report as text. layers: one line for every weight, instead of one for all of a role. width: columns, 80 at least."""
+        """The report as text. layers: one line for every weight, instead of one for all of a role. width: columns, 80 at least.
+
+        Raises ArgumentError for fewer.
+        """
+        if width < LEAST:
+            raise ArgumentError(f"Report.text: width must be at least {LEAST} columns, got {width}")
         return render(self, layers, width)
 
     def __str__(self) -> str:
