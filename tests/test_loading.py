@@ -73,6 +73,43 @@ def test_a_refused_state_changes_nothing_in_the_whole_model(spoiled: str, strict
         assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
 
+def scale_of(value: float) -> Callable[[Tensor], Tensor]:
+    """That of one row, in bits of bf16."""
+    bits = int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16))
+    return lambda scale: scale.index_put((torch.tensor(0),) * 4, torch.tensor(bits, dtype=torch.int16))
+
+
+SPOILED_CODES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "a scale that is NaN": ("scale", scale_of(float("nan"))),
+    "a scale below 0": ("scale", scale_of(-1.0)),
+    "an infinite scale": ("scale", scale_of(float("inf"))),
+    "a scale that gives infinite weights": ("scale", scale_of(3e38)),
+    "fewer scales": ("scale", lambda t: t[:-1]),
+    "wide scales": ("scale", lambda t: t.to(torch.int32)),
+    "scales as floats": ("scale", lambda t: t.view(torch.bfloat16).float()),
+    "a smaller table": ("table", lambda t: t[:-1]),
+    "a table of floats": ("table", lambda t: t.float()),
+    "a number twice in the table": ("table", lambda t: t[:1].expand(len(t)).clone()),
+    "fewer codes": ("values", lambda t: t[1:]),
+    "codes of another type": ("values", lambda t: t.to(torch.int32)),
+    "fewer positions": ("bits", lambda t: t[1:]),
+}
+
+
+@pytest.mark.parametrize("values", ["int4g64", "int4mg64"])
+@pytest.mark.parametrize("spoiled", SPOILED_CODES)
+@pytest.mark.parametrize(("strict", "assign"), [(True, False), (False, False), (False, True)])
+def test_codes_that_are_refused_change_nothing(spoiled: str, values: str, strict: bool, assign: bool) -> None:
+    model = compiled(f"bitmap, values='{values}'")
+    before = state_of(model)
+    name, spoil = SPOILED_CODES[spoiled]
+    state = {key: t * 2 if t.is_floating_point() else t.clone() for key, t in before.items()}
+    state[f"2.{name}"] = spoil(state[f"2.{name}"])
+    with pytest.raises(FormatError, match=rf"^2: .*{name}"):
+        model.load_state_dict(state, strict=strict, assign=assign)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_part_of_the_model_loads_its_own_state(assign: bool) -> None:
     model, x = compiled(), torch.randn(3, 16)

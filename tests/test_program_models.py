@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import counted, decode, fresh, near, own_code, step_forward, tokens
+from programs import BITMAP, counted, decode, fresh, near, own_code, step_forward, tokens
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
@@ -21,6 +21,8 @@ from transformers import DynamicCache
 import sparsec
 from sparsec.kernels import status
 from sparsec.kv_cache import cache_argument
+
+CODES = "magnitude(0.5),freeze,fuse,lower(bitmap, values='int4mg64')"
 
 pytestmark = pytest.mark.skipif(not status().built, reason="no native kernels")
 
@@ -46,14 +48,30 @@ def _data(model: Any) -> None:
     model.model.norm.weight.data = torch.rand(32)
 
 
+def _larger(name: str, tensor: Tensor) -> Tensor:
+    """Values and scales; these are bits of bf16, of which 128 stand for twice the number."""
+    if name.endswith(".scale"):
+        return tensor.where(tensor == 0, tensor + 128)
+    return tensor * 2 if tensor.is_floating_point() else tensor
+
+
 def _inside(model: Any) -> None:
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
-        next(t for t in model.model.layers[0].mlp.state_dict().values() if t.is_floating_point()).mul_(-1)
+        for name, tensor in model.model.layers[0].mlp.state_dict().items():
+            tensor.copy_(_larger(name, tensor))
+
+
+def _state(model: Any) -> dict[str, Tensor]:
+    return {name: _larger(name, tensor).clone() for name, tensor in model.state_dict().items()}
 
 
 def _loaded(model: Any) -> None:
-    model.load_state_dict({name: t * 1.25 if t.is_floating_point() else t for name, t in model.state_dict().items()})
+    model.load_state_dict(_state(model))
+
+
+def _assigned(model: Any) -> None:
+    model.load_state_dict(_state(model), assign=True)
 
 
 def _replaced(model: Any) -> None:
@@ -78,9 +96,12 @@ def _eager(model: Any) -> None:
     model.set_attn_implementation("eager")
 
 
-@pytest.mark.parametrize("change", [_half, _data, _inside, _loaded, _replaced, _norm, _parameter, _fewer, _eager])
-def test_what_is_changed_is_what_decodes(change: Callable[[Any], None]) -> None:
-    model = fresh()
+@pytest.mark.parametrize("spec", [BITMAP, CODES], ids=["plain values", "codes"])
+@pytest.mark.parametrize(
+    "change", [_half, _data, _inside, _loaded, _assigned, _replaced, _norm, _parameter, _fewer, _eager]
+)
+def test_what_is_changed_is_what_decodes(change: Callable[[Any], None], spec: str) -> None:
+    model = fresh(spec=spec)
     agrees(model)
     before = decode(model, tokens(2, 7), 4, DynamicCache())
     change(model)

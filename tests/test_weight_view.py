@@ -19,12 +19,14 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import sparsec
 from sparsec.errors import WeightError
+from sparsec.formats.layout import Layout
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
 
 
-def layer() -> SparseLinear:
-    module = SparseLinear(some(LAYOUTS["csr16"], 8, 12, 0.5, torch.float32)[0], torch.randn(8))
+def layer(layout: str = "csr16") -> SparseLinear:
+    weight, mask = some(LAYOUTS["csr16"], 8, 12, 0.5, torch.float32)[1], torch.rand(8, 12) < 0.5
+    module = SparseLinear(Layout.parse(layout).pack(weight, mask), torch.randn(8))
     module.path = "model.proj"
     return module
 
@@ -79,9 +81,10 @@ WRITES: dict[str, Callable[[SparseLinear], object]] = {
 
 
 @pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("layout", ["csr16", "bitmap:int4mg64"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_a_write_raises_and_names_layer_rule_and_way_out(how: str, mode: Callable[[], object]) -> None:
-    module = layer()
+def test_a_write_raises_and_names_layer_rule_and_way_out(how: str, layout: str, mode: Callable[[], object]) -> None:
+    module = layer(layout)
     before = module.weight.clone()
     with mode(), pytest.raises(WeightError, match=r"^model\.proj: .*lowered.*before lowering"):  # type: ignore[attr-defined]
         WRITES[how](module)
