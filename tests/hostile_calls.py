@@ -356,10 +356,10 @@ def targets() -> dict[str, Target]:
     }
     for name, kind in formats.FORMATS.items():
         for method in (kind.pack, kind.plan):
-            arguments = matrix if method == kind.pack else {"mask": mask, "dtype": torch.float32}
-            arguments |= {
+            options = {
                 n: p.default for n, p in inspect.signature(method).parameters.items() if p.kind == p.KEYWORD_ONLY
             }
+            arguments = {**(matrix if method == kind.pack else {"mask": mask, "dtype": torch.float32}), **options}
             found[f"formats.{name}.{method.__name__}"] = Target(method, lambda arguments=arguments: dict(arguments))
     for kind in sparsec.passes.PASSES:
         found[f"passes.{kind.name}"] = Target(kind, lambda kind=kind: example_options(kind))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
+from sparsec.arguments import checked_but
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import MAX_COUNT, Packed, Plan
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
@@ -68,6 +69,7 @@ class CSR(Packed):
         return () if device == "cuda" else ("8", "16")  # on a GPU warp CSR serves
 
     @classmethod
+    @checked_but("weight", "mask")
     def pack(cls, weight: Tensor, mask: Tensor, *, index_bits: int | None = None) -> Self:
         """Packs weight [out, in] where mask [out, in] is True, bit for bit.
 
@@ -89,6 +91,7 @@ class CSR(Packed):
         return cls(values, col_idx, row_ptr, out_features, in_features, kept.numel())
 
     @classmethod
+    @checked_but("mask", "dtype")
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, index_bits: int | None = None) -> Plan:
         """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)

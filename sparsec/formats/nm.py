@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
+from sparsec.arguments import checked_but
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.faults import Field, check_pack, check_plan, count_faults
@@ -70,6 +71,7 @@ class NM(Packed):
         return Pattern(nm=cls.options(parameters).get("nm", (2, 4)))
 
     @classmethod
+    @checked_but("weight", "mask")
     def pack(cls, weight: Tensor, mask: Tensor, *, nm: tuple[int, int] | None = None) -> Self:
         """Packs weight [out, in] where mask [out, in] is True, bit for bit.
 
@@ -89,6 +91,7 @@ class NM(Packed):
         return cls(values, index, out_features, in_features, n, m, serial.count(mask))
 
     @classmethod
+    @checked_but("mask", "dtype")
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, nm: tuple[int, int] | None = None) -> Plan:
         """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
@@ -237,6 +240,9 @@ def nm_of(mask: Tensor, value_bytes: int, wanted: tuple[int, int] | None) -> tup
     """
     in_features = mask.shape[1]
     if wanted is not None:
+        if wanted[1] not in INDEX_BITS or not 0 < wanted[0] < wanted[1]:
+            known = ", ".join(map(str, INDEX_BITS))
+            raise FormatError(f"nm: M must be one of {known}, and N from 1 to M - 1, got {wanted[0]}:{wanted[1]}")
         _check_fits(mask, *wanted)
         return wanted
     fits: list[tuple[float, int, int]] = []

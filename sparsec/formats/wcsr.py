@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from sparsec.arguments import checked_but
 from sparsec.errors import FormatError
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.csr import csr_rows, index_options
@@ -65,6 +66,7 @@ class WarpCSR(Packed):
         return ("8", "16") if device == "cuda" and mask.shape[1] <= WIDEST else ()
 
     @classmethod
+    @checked_but("weight", "mask")
     def pack(cls, weight: Tensor, mask: Tensor, *, index_bits: int | None = None) -> Self:
         """Packs weight [out, in] where mask [out, in] is True, bit for bit.
 
@@ -87,6 +89,7 @@ class WarpCSR(Packed):
         return cls(values, col_idx, base, plan.row_ptr, mask.shape[1], plan.kept.numel())
 
     @classmethod
+    @checked_but("mask", "dtype")
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, index_bits: int | None = None) -> Plan:
         """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
