@@ -169,7 +169,7 @@ def test_what_the_hub_answers_is_said_in_plain_words(kind: str, words: str, monk
         raise OSError("something long") from error.__new__(error)
 
     monkeypatch.setattr("sparsec.data.hub.unreachable", lambda: "")
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refused)
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", refused)
     with pytest.raises(DataError, match=rf"(?s)^nobody/no-such-model@v9: .*{words}"):
         load_model("nobody/no-such-model@v9")
 

@@ -206,7 +206,7 @@ def test_the_operator_passes_torchs_own_checks() -> None:
 @pytest.mark.parametrize(
     ("tensors", "layout", "words"),
     [
-        (1, [9, 0], r"layout\[0\] must be the number of a format"),
+        (1, [99, 0], r"layout\[0\] must be the number of a format"),
         (1, [0, 2], "the second of them 0 or 1"),
         (1, [0], "needs 2 entries of layout"),
         (1, [0, 1], "needs 2 tensors from 0 on, got 1"),

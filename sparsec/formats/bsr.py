@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec import serial
-from sparsec.arguments import checked_but
 from sparsec.errors import FormatError, SpecError
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.csr import csr_rows
@@ -81,7 +80,6 @@ class BSR(Packed):
                 yield f"{r}x{c}"
 
     @classmethod
-    @checked_but("weight", "mask")
     def pack(cls, weight: Tensor, mask: Tensor, *, block: tuple[int, int] = DEFAULT_BLOCK) -> Self:
         """Packs weight [out, in] where mask [out, in] is True, bit for bit, in blocks of (rows, columns).
 
@@ -105,7 +103,6 @@ class BSR(Packed):
         )
 
     @classmethod
-    @checked_but("mask", "dtype")
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, block: tuple[int, int] = DEFAULT_BLOCK) -> Plan:
         """What `pack` would hold. FormatError as there."""
         check_plan(cls.title, cls.dtypes, mask, dtype)
