@@ -270,7 +270,7 @@ def test_the_command_compares_what_passes_make_of_a_model_and_goes_on_where_it_w
     assert found["models"][specs[1]]["kl"] > 0
     assert main(["tiny", *passes, *ARGUMENTS, *files]) == 0
     again = capsys.readouterr().out
-    assert f"2 windows were taken over from {tmp_path / 'run.json'}" in again
+    assert f"2 windows were taken over from {tmp_path / 'run.json'}" in " ".join(again.split())
     assert [line for line in again.splitlines() if line[:3] in ("A  ", "B  ", "C  ", "D  ")] == [
         line for line in first.splitlines() if line[:3] in ("A  ", "B  ", "C  ", "D  ")
     ]
