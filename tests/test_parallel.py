@@ -144,8 +144,7 @@ def assert_layouts(folder: Path, names: tuple[str, ...], ways: tuple[str, ...] =
     for name, found in tried(folder, {n.replace(":", "-"): by_hand(n) for n in names}, ways).items():
         quantised = "int" in name
         assert_alike(name, found, folder, 2e-3 if quantised else 2e-6)
-        alone = quantised and ("csr" in name or "bsr" in name)  # formats that the native library does not know
-        assert found[0]["groups"] == (0 if alone else 5), name
+        assert found[0]["groups"] == 5, name
         assert len(found[0]["shares"]) == 5, (name, found[0]["shares"])  # rows of 64, 128, 256 and columns of 128, 256
 
 
