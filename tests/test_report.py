@@ -46,7 +46,8 @@ def full() -> Any:
     return report_cases.report()
 
 
-def test_text_of_a_whole_report(full: Any, request: pytest.FixtureRequest) -> None:
+def test_text_of_a_whole_report(full: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     text = str(full) + "\n"
     if request.config.getoption("--refresh-goldens"):
         GOLDEN.write_text(text, encoding="utf-8")
