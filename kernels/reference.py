@@ -115,12 +115,12 @@ DIGIT_MOST = {1: 63, 2: 8127, 3: 1040319}
 def product_tolerance(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """Bound [..., out] (fp64) on the error of a kernel's product with a packed matrix, against that with `packed.exact()`.
 
-    Where values are quantised half a unit of the last digit of each number of x is added: the largest of its group of columns
+    Where kernels make digits of x half a unit of the last digit of each number of x is added: the largest of its group of columns
     over DIGIT_MOST, at most 64 columns of a group.
     """
     weight = packed.exact()
     bound = tolerance(x, weight, bias)
-    if not isinstance(packed, Quantised):
+    if not isinstance(packed, Quantised) or not packed.by_digits:
         return bound
     columns = 32 if packed.group % 64 else 64
     size = F.pad(x.double().abs(), (0, -x.shape[-1] % columns))

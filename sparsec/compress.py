@@ -202,16 +202,14 @@ def _run(args: argparse.Namespace, ranks: Ranks, out: TextIO) -> None:
         else:
             assert unfinished is not None
             model, report, lines, better = _compiled(loaded, pipeline, args, drawn, progress, unfinished, begin)
+        # It is written elsewhere, and moved to its folder, whose name the card tells, once it is whole.
         model.sparsec.save_pretrained(
             place,
             tokenizer=loaded.tokenizer,
             max_shard_size=args.max_shard_size,
             report=report,
             progress=progress,
-            name=Path(args.folder)
-            .expanduser()
-            .resolve()
-            .name,  # it is written elsewhere, and moved there once it is whole
+            name=Path(args.folder).expanduser().resolve().name,
         )
         taken, spent = progress.total, progress.by_kind(report.passes)
         source = sum(path.stat().st_size for path in loaded.files)

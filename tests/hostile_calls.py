@@ -116,6 +116,19 @@ def quantised() -> nn.Module:
 TEXT = data.Text("a text", "Every layer says why it is dense. " * 20)
 
 
+def _compared() -> dict[str, Any]:
+    """What both comparisons take."""
+    windows = evaluate.cut(TEXT, tokenizer(), 8, 1)
+    return {
+        "models": {"a": tiny.tiny_model()},
+        "windows": windows,
+        "progress": None,
+        "what": "x",
+        "saved": None,
+        "seconds": None,
+    }
+
+
 def compile_arguments() -> dict[str, Any]:
     """Every argument of compile."""
     return {
@@ -313,28 +326,8 @@ def targets() -> dict[str, Target]:
                 "what": "x",
             },
         ),
-        "evaluate.compare": Target(
-            evaluate.compare,
-            lambda: {
-                "models": {"a": tiny.tiny_model()},
-                "windows": evaluate.cut(TEXT, tokenizer(), 8, 1),
-                "progress": None,
-                "what": "x",
-                "saved": None,
-                "seconds": None,
-            },
-        ),
-        "evaluate.compare_embeddings": Target(
-            evaluate.compare_embeddings,
-            lambda: {
-                "models": {"a": tiny.tiny_model()},
-                "windows": evaluate.cut(TEXT, tokenizer(), 8, 1),
-                "progress": None,
-                "what": "x",
-                "saved": None,
-                "seconds": None,
-            },
-        ),
+        "evaluate.compare": Target(evaluate.compare, _compared),
+        "evaluate.compare_embeddings": Target(evaluate.compare_embeddings, _compared),
         "kernels.add": Target(kernels.add, lambda: {"kernel": kernels.KERNELS[0]}),
         "kernels.known": Target(kernels.known, dict),
         "formats.add": Target(formats.add, lambda: {"kind": formats.CSR}),

@@ -20,6 +20,7 @@ from sparsec.kernels.fused import fused_linear
 from sparsec.kernels.library.loader import library
 from sparsec.kernels.reference import DIGIT_MOST, product_tolerance, tolerance
 from sparsec.kernels.registry import Problem, select
+from sparsec.lowering.rounding import digits_said
 
 NATIVE = ("amx", "avx512_bf16", "vbmi2", "avx512", "avx2", "portable")
 POSITIONS = ("dense", "bitmap", "nm2:4", "nm4:8", "bsr16x16", "bsr32x4", "bsr8x8", "bsr8x1", "bsr24x8")
@@ -91,8 +92,8 @@ def test_products_are_right_on_every_instruction_set(
     x = x.to(dtype)
     bias = torch.randn(rows).to(dtype) if data.draw(st.booleans()) else None
     exact = x.double() @ packed.exact().double().t() + (0 if bias is None else bias.double())
-    widened = text.startswith(WIDENED)
-    bound = (tolerance(x, packed.exact()) if widened else product_tolerance(x, packed)) + (
+    assert packed.by_digits != text.startswith(WIDENED)
+    bound = product_tolerance(x, packed) + (
         0 if bias is None else 4 * torch.finfo(dtype).eps * (bias.double().abs() + exact.abs())
     )
     for isa in usable():
@@ -202,3 +203,11 @@ def test_digits_must_be_known() -> None:
     packed = packed_of("bitmap:int8", (8, 64), torch.float32, digits=4)
     with pytest.raises(FormatError, match="digits must be 1, 2 or 3, got 4"):
         packed.check()
+
+
+def test_a_kernel_without_digits_tells_of_none_and_keeps_to_the_bound_of_plain_values() -> None:
+    x = torch.randn(3, 64)
+    for text, digits in (("csr8:int8", False), ("bsr16x16:int8", True), ("bitmap:int8", True)):
+        packed = packed_of(text, (32, 64), torch.float32)
+        assert bool(digits_said(packed, select(Problem.of(packed)))) == digits, text
+        assert torch.equal(product_tolerance(x, packed), tolerance(x, packed.exact())) != digits, text

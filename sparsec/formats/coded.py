@@ -280,6 +280,7 @@ class QuantisedCSR(Quantised):
 
     format: ClassVar[str] = "csr_int"
     title: ClassVar[str] = "quantised CSR"
+    by_digits: ClassVar[bool] = False
     positions: ClassVar[type[Packed]] = _CSR
     parameters: ClassVar[tuple[str, ...]] = CSR.parameters
     tensor_names: ClassVar[tuple[str, ...]] = (*OWN, "col_idx", "row_ptr")

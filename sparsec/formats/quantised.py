@@ -51,6 +51,8 @@ class Quantised(Packed):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = HALF_AND_SINGLE
     calibrated: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     packing: ClassVar[float] = 20.0
+    by_digits: ClassVar[bool] = True
+    """Whether native kernels make digits of x; else they widen the codes."""
 
     like: Tensor  # [0], of the dtype of x, bias and result, which `.to(dtype)` changes as it changes a bias
     values: Tensor  # uint8: bitmap and N:M [bytes + 64], CSR [bytes], BSR [blocks, c / 4, r, bytes of a lane],

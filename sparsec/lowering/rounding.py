@@ -65,7 +65,7 @@ def admitted(
 
 def digits_said(packed: Quantised, kernel: Kernel) -> str:
     """By how much digits change products with a packed matrix, measured with its kernel on random x; "" where it makes none."""
-    if kernel.name != f"{packed.format}_cpu":
+    if not packed.by_digits or kernel.name != f"{packed.format}_cpu":
         return ""
     x = torch.randn(4, packed.shape[1], generator=torch.Generator().manual_seed(0))
     weight = packed.exact().double()

@@ -153,9 +153,7 @@ def refuse_beyond(
         return
     try:
         found = peak(graph, pipeline, data, streaming=folder is not None, ranks=ranks.count)
-    except (
-        Exception
-    ) as error:  # a pass's own too: what is wrong the run says itself, and without a limit nothing is promised
+    except Exception as error:  # whatever a pass raises: what is wrong the run says itself
         if limit is not None:
             raise
         graph.notes.append(f"whether the disk has room was not looked at: {briefly(error)}")

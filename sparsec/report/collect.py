@@ -25,9 +25,9 @@ class Report(ReportData):
 
     @checked
     def text(self, layers: bool = False, width: int = WIDTH) -> str:
-        """The report as text. layers: one line for every weight, instead of one for all of a role. width: columns, 80 at least.
+        """The report as text. layers: one line for every weight, instead of one for all of a role. width: columns.
 
-        Raises ArgumentError for fewer.
+        Raises ArgumentError for fewer than 40.
         """
         if width < LEAST:
             raise ArgumentError(f"Report.text: width must be at least {LEAST} columns, got {width}")
