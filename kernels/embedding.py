@@ -17,6 +17,7 @@ from sparsec import private
 from sparsec.errors import KernelError
 from sparsec.formats import kinds
 from sparsec.formats.base import Packed
+from sparsec.formats.seen import look_at
 from sparsec.kernels.derivatives import Argument, mapped, refuse_constants, transformed
 from sparsec.kernels.ops import LIBRARY, packed_and_bias, schema_of
 from sparsec.private import OpOverload
@@ -91,6 +92,7 @@ def _operator_of(format_name: str) -> OpOverload:
 
     def with_derivatives(ids: Tensor, *args: Argument) -> Tensor:
         refuse_constants(name, cast(Sequence[Tensor], args[: len(kind.tensor_names)]))
+        look_at(_split(format_name, args), name)
         if transformed():
             return rows(ids, *args)
         with private.below_autograd():

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from sparsec import private
 from sparsec.formats.parts import DENSE, Part, in_library, part_formats, unflatten
+from sparsec.formats.seen import look_at
 from sparsec.kernels.autocast import DEVICES
 from sparsec.kernels.dense import dense_linear
 from sparsec.kernels.derivatives import mapped, transformed, without_derivatives
-from sparsec.kernels.ops import LIBRARY, loads_native, operator_of
+from sparsec.kernels.ops import LIBRARY, loads_native, operator_of, packed_and_bias
 from sparsec.kernels.registry import foreign
 from sparsec.private import OpOverload
 
@@ -73,6 +74,9 @@ def _with_gradients(x: Tensor, tensors: Sequence[Tensor], layout: Sequence[int])
     """Each part's own gradients: x and bias of a packed part, the weight too of a dense one."""
     if transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
         return _separately(x, tensors, layout)
+    for part in unflatten(tensors, layout):
+        if part.format != DENSE:
+            look_at(packed_and_bias(part.format, part.arguments)[0], NAME, sizes=False)
     with private.below_autograd():
         out: list[Tensor] = fused_linear(x, tensors, layout)
     return out

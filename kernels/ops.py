@@ -22,6 +22,7 @@ from sparsec.arguments import checked
 from sparsec.errors import KernelError
 from sparsec.formats import kinds
 from sparsec.formats.base import Packed
+from sparsec.formats.seen import look_at
 from sparsec.kernels import autocast
 from sparsec.kernels.derivatives import Argument, Product, mapped, refuse_constants, transformed
 from sparsec.kernels.library import loader
@@ -123,6 +124,7 @@ def _define(kind: type[Packed]) -> OpOverload:
     def with_derivatives(x: Tensor, *args: Argument) -> Tensor:
         *held, bias = cast(Sequence[Tensor], args[:bias_at])
         refuse_constants(name, held)
+        look_at(split(args)[0], name, sizes=False)
         if transformed():
             return reference_linear(x, *split(args))
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias)):

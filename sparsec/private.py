@@ -35,6 +35,7 @@ try:
     from torch.nn.modules.module import _has_any_global_hook as global_hooks
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+    from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
     same_kind = torch._has_compatible_shallow_copy_type
 except (ImportError, AttributeError) as error:
@@ -110,6 +111,7 @@ __all__ = [
     "holders",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
+    "no_modes",
     "optional",
     "peek_interpreter_stack",
     "pytree",

@@ -76,6 +76,13 @@ class _Plan:
         self.tensors = [t for own, _ in parts for t in own]
         self.layout = [word for _, words in parts for word in words]
 
+    def unwritten(self) -> bool:
+        """Whether nobody has written to what any member multiplies by since it was looked at."""
+        for member in self.members:  # noqa: SIM110 - the generator of all() takes as long again
+            if not member.unwritten():
+                return False
+        return True
+
 
 class _Holding:
     """One member's tensors, their versions, and where their memory is, which `.data = ` changes and no version tells."""
@@ -186,11 +193,13 @@ class Group:
     def _plan(self, leader: Grouped) -> _Plan | None:
         """The plan of the last call where it is still the leader's, else a new one; None where a member is missing.
 
-        What the others hold is asked when they come for their results: one that finds something else ends the plan.
+        Whether its tensors were written to is asked of all, since the product reads them. What the others hold now is asked when
+        they come for their results: one that finds something else ends the plan.
         """
         for plan in self._plans:  # a loop, since another thread may end it meanwhile
             first = self._members[0]
-            if first is not None and first() is leader and plan.members[0].held() and plan.kernels == len(added):
+            same = first is not None and first() is leader and plan.members[0].held() and plan.kernels == len(added)
+            if same and plan.unwritten():
                 return plan
         self._plans.clear()
         members = [member for known in self._members if known is not None and (member := known()) is not None]
@@ -198,7 +207,7 @@ class Group:
             return None
         try:
             plan = _Plan(members)
-        except KeyError:  # a member's weight or bias is computed from others at every call
+        except (KeyError, FormatError):  # a weight or bias is computed from others at every call, or is no valid matrix
             return None
         if any(t.is_inference() for t in plan.tensors):  # they have no versions
             return None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsec.errors import FormatError
 from sparsec.formats import kinds
 from sparsec.formats.base import Packed, check_order
+from sparsec.formats.seen import remember
 
 
 def loadable(
@@ -87,7 +88,8 @@ def unpickled(state: dict[str, Any]) -> Packed:
     faults = packed.layout_faults()
     if not faults:
         packed = packed.ordered()
-    if not faults and all(type(t) is Tensor and not t.is_meta for t in packed.tensors().values()):
+    plain = all(type(t) is Tensor and not t.is_meta for t in packed.tensors().values())
+    if not faults and plain:
         faults = packed.content_faults()
     sizes, share = (state.get("out_features"), state.get("in_features")), state.get("share")
     if not faults and packed.shape != (sizes if share is None else share.sizes(*sizes)):
@@ -96,6 +98,8 @@ def unpickled(state: dict[str, Any]) -> Packed:
         faults = [f"bias must be {packed.dtype} [{packed.shape[0]}], got {bias.dtype} {list(bias.shape)}"]
     if faults:
         raise FormatError(f"{layer}: its pickle is damaged: {'; '.join(faults)}")
+    if plain:
+        remember(packed)
     return packed
 
 

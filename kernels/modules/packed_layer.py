@@ -15,6 +15,7 @@ from sparsec import private
 from sparsec.errors import FormatError, SparsecWarning
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout, for_device
+from sparsec.formats.seen import NOTHING, LookedAt, look_at, recall, remember, unsound
 from sparsec.kernels.modules.loading import loadable, unpickled
 from sparsec.kernels.modules.weight_view import WeightView, write_error
 
@@ -74,6 +75,8 @@ class PackedLayer(nn.Module):
 
     _before: str = ""
     """The parameters of the layout that it had on another device."""
+    _seen: LookedAt = NOTHING
+    """What of its tensors was looked at."""
 
     def _hold(self, packed: Packed, bias: nn.Parameter | None) -> None:
         """As a new module: nn.Module's own `__init__` comes before."""
@@ -94,6 +97,39 @@ class PackedLayer(nn.Module):
         self._scalar_args = tuple(self._scalars.values())
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
+        self.__dict__["_seen"] = recall(packed)
+
+    def check(self) -> None:
+        """FormatError, naming the layer and the tensor, unless it holds a valid matrix of its sizes.
+
+        Reads contents where they were changed since somebody looked. Every product asks for it.
+        """
+        layer = self.path or type(self).__name__
+        for name in self._names:
+            if not isinstance(held := self._buffers.get(name), Tensor):
+                raise unsound(layer, self._packed_type.title, f"{name} must be a tensor, got {held!r}")
+        packed = self.packed
+        seen = look_at(packed, layer)
+        sizes = self.out_features, self.in_features
+        wanted = sizes if self.share is None else self.share.sizes(*sizes)
+        if packed.shape != wanted:
+            why = f"{', '.join(self._names)} must form a matrix {list(wanted)}, got {list(packed.shape)}"
+            raise unsound(layer, self._packed_type.title, why)
+        self.__dict__["_seen"] = seen
+
+    def _check_quickly(self) -> None:
+        """The same where they are what they were when it was asked last, in a third of a microsecond."""
+        buffers = self._buffers
+        try:
+            for name, number, version, place in self._seen.marks:
+                tensor: Any = buffers.get(name)
+                if id(tensor) != number or tensor._version != version or tensor.data_ptr() != place:
+                    break
+            else:
+                return
+        except RuntimeError:  # of a tensor that has no version, or no memory
+            pass
+        self.check()
 
     def let_go(self) -> None:
         """Holds no matrix until `hold_share` gives it one."""
@@ -132,6 +168,7 @@ class PackedLayer(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self.packed.unpack()
+        self._check_quickly()
         # Not in inference mode, whose tensors do not tell that they were written to.
         with torch.inference_mode(False), torch.no_grad():
             dense = self.packed.unpack()
@@ -140,6 +177,11 @@ class PackedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise write_error(self.path)
+        if name in self.__dict__.get("_names", ()) and (
+            not isinstance(value, Tensor) or isinstance(value, nn.Parameter)
+        ):
+            why = f"{name} must be a tensor, and no Parameter, got {type(value).__name__}"
+            raise unsound(self.path or type(self).__name__, self._packed_type.title, why)
         if name == "_hf_hook" and any(map(_leaves_buffers, (value, *getattr(value, "hooks", ())))):
             warnings.warn(
                 "accelerate offloads layers whose packed weights are buffers, and keeps these on the device that computes; give it "
@@ -167,6 +209,7 @@ class PackedLayer(nn.Module):
 
         Then the matrix is laid out for the device that it is on.
         """
+        self._check_quickly()
         packed = self.packed
         self._check_dtype(fn(packed.values.new_empty(0, dtype=packed.dtype)).dtype)
         before = dict(self._buffers)
@@ -199,8 +242,13 @@ class PackedLayer(nn.Module):
         admitted = self.admit(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
         before = dict(self._buffers)
         # Plain tensors: a Parameter that is assigned to a buffer's name would become a parameter.
+        errors: list[str] = rest[-1]
+        told = len(errors)
         super()._load_from_state_dict({**state_dict, **admitted}, prefix, local_metadata, *rest)
         self._keep(before)
+        looked_at = all(type(tensor) is Tensor and not tensor.is_meta for tensor in admitted.values())
+        if admitted and looked_at and len(errors) == told:
+            self.__dict__["_seen"] = remember(self.packed)
 
     def _keep(self, before: Mapping[str, Tensor | None]) -> None:
         """Gives the tensors held before the contents of those held now, and holds them again."""
@@ -215,7 +263,7 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Operators cannot be pickled; the format names ours.
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_op", "follow")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_op", "_seen", "follow")}
         return {**kept, "order": self._packed_type.order}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

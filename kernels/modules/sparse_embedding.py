@@ -82,6 +82,8 @@ class SparseEmbedding(PackedLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...], int32 or int64 -> [..., embedding_dim]. IndexError for an id that the table does not have."""
+        if not torch.compiler.is_compiling():
+            self._check_quickly()
         args = (*[self._buffers[n] for n in self._names], *self._scalar_args)
         others = None
         if self.share is not None and not self.share.dim:

@@ -24,9 +24,8 @@ class SparseLinear(Grouped, PackedLayer):
     Gradients flow to x and bias, never to W. Not an nn.Linear, because there is no weight that could be written to: `weight` is
     for reading, and a write to it raises WeightError.
 
-    Of the packed tensors `values` may be written to. Those that say where values stand (`row_ptr`, `col_idx`, `bits`, ...) are not
-    looked at by kernels at every call, so a write that leaves no valid matrix reads past the end of x: `packed.check()` tells,
-    and load_state_dict refuses it.
+    Of the packed tensors `values` may be written to. Where those that say where values stand (`row_ptr`, `col_idx`, `bits`, ...)
+    are written to or replaced, the next call looks at them first: FormatError for what is no valid matrix.
 
     Activations are assumed finite: at a pruned weight, inf or NaN in x becomes NaN in the result of the reference and of the
     native product of many rows, as in the masked dense model, while the native product of few rows skips it.
@@ -76,11 +75,12 @@ class SparseLinear(Grouped, PackedLayer):
             bias = self._parameters["bias"]
         except KeyError:  # one that torch.nn.utils compute from others
             bias = self.bias
-        args = (*[buffers[n] for n in self._names], bias, *self._scalar_args)
+        args = (*[buffers.get(n) for n in self._names], bias, *self._scalar_args)
         out: Tensor
         if torch.compiler.is_compiling():
             out = self._op(x, *args)
             return out
+        self._check_quickly()
         try:
             if torch.is_grad_enabled() or transformed():
                 out = self._op(x, *args)
@@ -94,9 +94,11 @@ class SparseLinear(Grouped, PackedLayer):
         return out
 
     def part(self) -> tuple[list[Tensor], tuple[int, ...]]:
-        """What a group multiplies by for this module. KeyError where it has to compute by itself."""
+        """What a group multiplies by for this module. KeyError where it has to compute by itself; FormatError as `check`."""
         if alone(self.format):
             raise KeyError(self.format)
+        if not torch.compiler.is_compiling():
+            self._check_quickly()
         buffers = self._buffers
         tensors = [buffers[n] for n in self._names]
         bias = self._parameters["bias"]

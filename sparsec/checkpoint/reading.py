@@ -24,6 +24,7 @@ from sparsec.emitter import conv1d_type
 from sparsec.errors import CheckpointError, briefly, some
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
+from sparsec.formats.seen import remember
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.dense_linear import DenseLinear
 from sparsec.kernels.modules.group import Group, Grouped
@@ -211,6 +212,8 @@ def check_packed(path: str, stored: Stored, packed: Packed, where: str, *, conte
         raise CheckpointError(f"{where}: {path}: {'; '.join(faults)}")
     if str(Layout.of(packed)) != stored.layout:
         raise CheckpointError(f"{where}: {path} is {Layout.of(packed)}, and {CONFIG} says {stored.layout}")
+    if contents:
+        remember(packed)
 
 
 def check_shape(path: str, packed: Packed, module: nn.Module, where: str) -> None:

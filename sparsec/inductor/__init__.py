@@ -25,6 +25,7 @@ from sparsec.errors import CompileError, KernelError
 from sparsec.formats import parts
 from sparsec.formats.parts import DENSE, Part, flatten, in_library, tensor_count
 from sparsec.inductor import attention, chains
+from sparsec.inductor.looked import Matrices
 from sparsec.inductor.names import CustomGraphPass, InductorError, compile_fx, get_hash_for_files, list_mode_options
 from sparsec.kernels.attention import NAME as ATTENTION
 from sparsec.kernels.chain import NAME as CHAIN
@@ -74,11 +75,12 @@ def sparsec(
             RuntimeWarning,
             stacklevel=2,
         )
-    return _past_autograd(compiled)
+    return _past_autograd(compiled, Matrices(module.graph))
 
 
-def _past_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Where no gradient is wanted, the operators are not asked at every call. KernelError for derivatives that would be lost."""
+def _past_autograd(compiled: Callable[..., Any], matrices: Matrices) -> Callable[..., Any]:
+    """Where no gradient is wanted, the operators are not asked at every call. KernelError for derivatives that would be lost,
+    FormatError for a packed matrix that was changed and is not valid."""
 
     def call(*args: Any) -> Any:
         if transformed():
@@ -86,6 +88,7 @@ def _past_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
                 'torch.compile(backend="sparsec"): a compiled graph has no forward-mode derivative and no transform of '
                 "torch.func; differentiate the model itself, without torch.compile"
             )
+        matrices.look(args)
         if torch.is_grad_enabled():
             return compiled(*args)
         with private.below_autograd():

@@ -7,13 +7,16 @@ where a text begins.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsec import private
+from sparsec.kernels.modules.packed_layer import PackedLayer
 
+_VERSION = attrgetter("_version")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"
 """Whose hooks collect hidden states where these are asked for, and stay."""
@@ -52,6 +55,11 @@ class AsItStood:
             for name, value in place.items()
             if isinstance(value, Tensor) and value.numel() == 1
         ]
+        # Nobody must have written to the tensors that say where packed values stand.
+        packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
+        trusted = [t for module in packed for name, t in module._buffers.items() if name != "values" and t is not None]
+        self._places = [tensor for tensor in trusted if not tensor.is_inference()]
+        self._versions = sum(map(_VERSION, self._places))  # which only grow
         self._attentions = self.attentions()
         self._options = [_options(own) for own in self._foreign]
         self._unhooked = -1  # how many hooks there had been when there was none
@@ -71,6 +79,7 @@ class AsItStood:
             return False
         return (
             same
+            and sum(map(_VERSION, self._places)) == self._versions
             and all(place[name] is value for place, name, value in self._single)
             and self.attentions() == self._attentions
             and [_options(own) for own in self._foreign] == self._options
