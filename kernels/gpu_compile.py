@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from sparsec.command_line import CommandLine
 from sparsec.errors import KernelError, SparsecError, SpecError
 from sparsec.formats import Packed
 from sparsec.formats.layout import Layout, for_device
 from sparsec.kernels import gpu
 from sparsec.kernels.gpu.launch import Config, Launch, interpreted, recording
+from sparsec.options.kernels_gpu_compile import PROG, parser
 
 ARCHITECTURES = (80, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -202,33 +202,23 @@ def table(rows: Sequence[Binary]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m sparsec.kernels.gpu_compile") -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """The command line."""
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sparsec-triton"))
-    parser = CommandLine(
-        prog=prog,
-        description=(__doc__ or "").partition("\n\n")[0],
-        epilog=f"example:\n  {prog} --arch 90 --layouts wcsr16,bitmap --dtypes bf16",
-    )
-    parser.add_argument(
-        "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities; default: 80 90"
-    )
-    every = ",".join(map(str, Layout.checked()))
-    parser.add_argument("--layouts", default=every, help="by commas; default: %(default)s")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="by commas; default: %(default)s")
-    parser.add_argument("--every-config", action="store_true", help="all configurations, not only those used untuned")
-    options = parser.parse_args(arguments)
+    words = parser(prog)
+    options = words.parse_args(arguments)
     dtypes = options.dtypes.split(",")
     if unknown := [name for name in dtypes if name not in DTYPES]:
-        parser.error(f"unknown type {unknown[0]!r}; known: {', '.join(DTYPES)}")
+        words.error(f"unknown type {unknown[0]!r}; known: {', '.join(DTYPES)}")
     try:
-        layouts = [Layout.parse(name) for name in options.layouts.split(",")]
+        named = options.layouts
+        layouts = Layout.checked() if named is None else [Layout.parse(name) for name in named.split(",")]
     except SpecError as error:
-        parser.error(f"--layouts: {error}")
+        words.error(f"--layouts: {error}")
     if unserved := [why for layout in layouts if (why := gpu.unsupported(str(layout), torch.bfloat16))]:
-        parser.error(f"--layouts: {unserved[0]}")
+        words.error(f"--layouts: {unserved[0]}")
     if interpreted():
-        parser.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
+        words.error("TRITON_INTERPRET=1 puts the interpreter in the place of the compiler; unset it")
     try:
         rows: list[Binary] = []
         for arch in options.arch:

@@ -28,7 +28,8 @@ from sparsec.patterns import CHUNK, Pattern
 from sparsec.pipeline.allocation import Share
 from sparsec.pipeline.base import Context, PassResult
 from sparsec.pipeline.options import check_positive
-from sparsec.pipeline.pruning import CalibratedPruning, check_finite, joined_masks
+from sparsec.pipeline.pruning import CalibratedPruning, check_finite
+from sparsec.pipeline.settled import joined_masks
 
 _WHAT_HOLDS = {
     False: "compile(..., copy=True) holds them",

@@ -9,7 +9,7 @@ while all others stay. That moves nothing that is pruned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import ClassVar
@@ -101,13 +101,14 @@ class Round(Pass):
         return self.method == "gptq"
 
     def phases(self, graph: Graph, foreseen: Foreseen) -> Iterator[Phase]:
-        """As the calibration goes. Raises PipelineError without calls; times of solves are not told."""
+        """As the calibration goes. Raises PipelineError without calls."""
         names = [w.name for w in select_weights(graph, self.targets, self.ignore) if graph.is_linear(w.name)]
         if self.method == "nearest":
             for name in names:
                 weight = graph.weights[name]
                 taken = {"a rounded weight and its workspace": 56 * weight.numel}
-                yield Phase("rounding", name, taken, files=self._kept(weight))
+                rows, columns = weight.matrix_shape
+                yield Phase("rounding", name, taken, files=self._kept(weight), solve=((rows,), columns))
         elif foreseen.data is None:
             raise PipelineError(
                 f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}, or take method='nearest'"
@@ -115,9 +116,7 @@ class Round(Pass):
         else:
             how = (True, self.feed, self.order, foreseen.streaming)
             filed = {name: self._kept(graph.weights[name]) for name in names}
-            for phase in rehearse(graph, foreseen.data, names, *how, scratch=_scratch, filed=filed):
-                yield replace(phase, solve=None)
-            foreseen.granted("round: the time of its solves is not in the plan")
+            yield from rehearse(graph, foreseen.data, names, *how, scratch=_scratch, filed=filed)
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises PipelineError without calibration data, ActivationError, SelectionError, WeightError."""
@@ -187,7 +186,7 @@ class Round(Pass):
                 said.append(f"{which}: all that is read is zero in all of the text; numbers are the nearest")
             few = not seen.blind and seen.tokens < len(seen.squares)
             try:
-                factor, _, told = inverse_factor(seen.gram, self.damping, "round these layers with method='nearest'")
+                factor, _, told = self._factor(seen)
             except ActivationError as error:
                 raise ActivationError(f"{which}: {error}") from error
             said.extend(f"{which}: {text}" for text in told)
@@ -196,9 +195,7 @@ class Round(Pass):
             for name in site.weights:
                 matrix, mask = _matrix(graph, name)
                 before = matrix.float().masked_fill(~mask, 0)
-                grid = Grid.fitted(Codec.parse(self.values), before, mask, seen.gram.diagonal())
-                rounded = compensate(before, mask, grid, factor)
-                rounded = descend(before, rounded, mask, grid, seen.gram, self.damping, self.sweeps)
+                rounded, grid = self._solved(before, mask, factor, seen)
                 made = self._made(graph, name, rounded, grid)
                 tensors |= {f"{part} {name}": tensor for part, tensor in made.items()}
                 (after,) = graph.matrices(name, made["weight"])
@@ -239,6 +236,23 @@ class Round(Pass):
             told = f", which changes outputs by {sum(errors) / len(errors):.2g} of their mean square, at most by {max(errors):.2g}"
         return f"on {data.source}{told}; {profile}", profile.spent
 
+    def attempt(self, matrix: Tensor, statistics: Statistics) -> object:
+        """What a site of one matrix [out, in] takes, to be timed."""
+        mask = torch.ones_like(matrix, dtype=torch.bool)
+        if self.method == "nearest":
+            return _in_codes(matrix, mask, Grid.fitted(Codec.parse(self.values), matrix, mask))
+        factor, _, _ = self._factor(statistics)
+        rounded, grid = self._solved(matrix, mask, factor, statistics)
+        return _in_codes(rounded, mask, grid)
+
+    def _factor(self, seen: Statistics) -> tuple[Tensor, Tensor, list[str]]:
+        return inverse_factor(seen.gram, self.damping, "round these layers with method='nearest'")
+
+    def _solved(self, before: Tensor, mask: Tensor, factor: Tensor, seen: Statistics) -> tuple[Tensor, Grid]:
+        grid = Grid.fitted(Codec.parse(self.values), before, mask, seen.gram.diagonal())
+        rounded = compensate(before, mask, grid, factor)
+        return descend(before, rounded, mask, grid, seen.gram, self.damping, self.sweeps), grid
+
     def _kept(self, weight: Weight) -> int:
         """Bytes of a rounded weight and its scales."""
         matrices = weight.shape[0] if weight.kind == "experts" else 1
@@ -251,7 +265,7 @@ class Round(Pass):
     def _made(self, graph: Graph, name: str, numbers: Tensor, grid: Grid) -> dict[str, Tensor]:
         """Of numbers [out, in] the nearest ones of a grid, as the weight is stored and as its codes will be read; and the grid."""
         weight, mask = graph.weights[name], _matrix(graph, name)[1]
-        found = grid.codec.decode(grid.codec.encode(numbers, mask, grid.like)).to(weight.dtype)
+        found = _in_codes(numbers, mask, grid).to(weight.dtype)
         if not bool(found.isfinite().all()):
             raise WeightError(
                 f"{name}: holds weights near the largest number of {weight.dtype}, which rounding up would make infinite; leave it "
@@ -271,6 +285,11 @@ class Round(Pass):
 def _scratch(rows: Sequence[int], columns: int) -> int:
     """The factor while it is made; then that, the Hessian, and copies of one matrix while its columns are rounded and go down."""
     return max(factor_bytes(columns), (8 * columns + 52 * max(rows)) * columns)
+
+
+def _in_codes(numbers: Tensor, mask: Tensor, grid: Grid) -> Tensor:
+    """What is read where codes of a grid stand for numbers [out, in]."""
+    return grid.codec.decode(grid.codec.encode(numbers, mask, grid.like))
 
 
 def _matrix(graph: Graph, name: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from sparsec.calibrate.factor import factor_bytes, inverse_factor
 from sparsec.errors import SpecError
 from sparsec.patterns import Pattern
 from sparsec.pipeline.options import check_positive
-from sparsec.pipeline.pruning import CalibratedPruning, joined_masks
+from sparsec.pipeline.pruning import CalibratedPruning
+from sparsec.pipeline.settled import joined_masks
 
 BLOCK_SIZE = 128
 """The paper's."""

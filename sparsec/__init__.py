@@ -21,7 +21,8 @@ if find_spec("sparsec.passes") is None:
 if TYPE_CHECKING:
     from sparsec.checkpoint import save
     from sparsec.compiled import Compiled
-    from sparsec.compiler import DEFAULT_PASSES, compile, extend
+    from sparsec.compiler import compile, extend
+    from sparsec.defaults import DEFAULT_PASSES
     from sparsec.errors import SparsecError
     from sparsec.ir.graph import Graph
     from sparsec.ir.printer import graph_text
@@ -68,7 +69,8 @@ __all__ = [
 _HOMES = {
     "sparsec.checkpoint": ("save",),
     "sparsec.compiled": ("Compiled",),
-    "sparsec.compiler": ("DEFAULT_PASSES", "compile", "extend"),
+    "sparsec.compiler": ("compile", "extend"),
+    "sparsec.defaults": ("DEFAULT_PASSES",),
     "sparsec.errors": ("SparsecError",),
     "sparsec.ir.graph": ("Graph",),
     "sparsec.ir.printer": ("graph_text",),

@@ -12,13 +12,14 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from sparsec.arguments import checked_but
-from sparsec.calibrate import SELF, SEQUENCES, CalibrationData, Sequences
+from sparsec.calibrate import SELF, CalibrationData, Sequences
 from sparsec.calibrate.data import takes_tokens
 from sparsec.calibrate.draw import CalibrationInput, Draw
 from sparsec.checkpoint.embeddings import guard_embeddings
 from sparsec.checkpoint.loaded import Loaded
 from sparsec.checkpoint.pretrained import guard_saving
 from sparsec.compiled import Compiled
+from sparsec.defaults import CALIBRATION_SEQUENCES, DEFAULT_PASSES
 from sparsec.emitter import adopt, emit, put, unpackable, unswappable
 from sparsec.errors import CompileError, MaskError, PipelineError
 from sparsec.holders import elsewhere_text, held_elsewhere
@@ -45,7 +46,6 @@ from sparsec.spill import Keep, Spill
 from sparsec.taught import parameters, taught_by
 from sparsec.wrapped import nothing_to_prune, refuse_meta, refuse_wrapper, traced_again
 
-DEFAULT_PASSES = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(auto)"
 DEFAULT_PASSES_WITH_MASKS = "mask,freeze,sparsity,flops,fuse,lower(auto)"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,7 +60,7 @@ def compile(
     masks: Mapping[str, Tensor] | None = None,
     calibration: CalibrationInput = None,
     tokenizer: Any = None,
-    calibration_sequences: int = SEQUENCES,
+    calibration_sequences: int = CALIBRATION_SEQUENCES,
     calibration_length: int | None = None,
     bos: bool = True,
     seed: int = 0,
@@ -170,7 +170,7 @@ def extend(
     *,
     calibration: CalibrationInput = None,
     tokenizer: Any = None,
-    calibration_sequences: int = SEQUENCES,
+    calibration_sequences: int = CALIBRATION_SEQUENCES,
     calibration_length: int | None = None,
     bos: bool = True,
     seed: int = 0,

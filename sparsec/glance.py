@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsec.console.table import heading, paragraph
 from sparsec.data import LoadedModel, load_text
+from sparsec.defaults import Effort
 from sparsec.errors import DataError, SparsecError
 from sparsec.evaluate import Windows, cut, evaluate
 from sparsec.generate import Told, says_little
@@ -17,7 +18,6 @@ from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress, stage
 from sparsec.report.notes import LOST, WORSE
 from sparsec.report.variant import short_perplexity
-from sparsec.study.plan import Effort
 from sparsec.study.sample import Prompt, generated, read_prompt
 from sparsec.study.variants import scarce
 

@@ -7,79 +7,28 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsec.calibrate import LENGTH, SEQUENCES
 from sparsec.checkpoint.writing import shard_bytes
-from sparsec.command_line import CommandLine
-from sparsec.compiler import DEFAULT_PASSES
-from sparsec.console.command import DTYPES, positive
+from sparsec.console.command import DTYPES
 from sparsec.console.output import guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import heading, paragraph, table
 from sparsec.cost.constants import machine_constants
+from sparsec.defaults import CALIBRATION_LENGTH
 from sparsec.ir.parts import positions
 from sparsec.ir.tracer import trace
 from sparsec.memory import unmapped
+from sparsec.options.plan import PROG, parser
 from sparsec.pipeline import Pipeline
 from sparsec.planning.foretell import Foretold, foretell, meta_calls
 from sparsec.planning.memory import Footprint
 from sparsec.planning.shape import shape_of_model
 from sparsec.progress import stage
 
-PROG = "python -m sparsec.plan"
 SCHEMA = "sparsec.plan/1"
-EXAMPLES = """
-examples:
-  python -m sparsec.plan smollm2 --passes "wanda(0.5),freeze,lower(bitmap)"
-  python -m sparsec.plan my-70B/config.json --passes "sparsegpt(0.5),freeze,lower(auto)" --ranks 8 --memory 64GB
-  python -m sparsec.plan my-folder --calibration-sequences 128 --json plan.json      # - is the standard output
-
-No weight is read or downloaded. Times are of this machine, or of the one whose constants SPARSEC_CALIBRATION names.
-"""
-
-
-def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line."""
-    p = CommandLine(
-        prog=prog,
-        description="Tells what passes would take and give on a model: bytes in each layout, the most memory, arithmetic and time "
-        "of every pass, tokens a second. From the config alone.",
-        epilog=EXAMPLES.replace(PROG, prog),
-    )
-    p.add_argument(
-        "model",
-        metavar="MODEL_OR_CONFIG",
-        help="a folder with a config.json, that file, a .gguf file, a hub id, or `tiny`",
-    )
-    p.add_argument("--passes", default=DEFAULT_PASSES, metavar="SPEC", help="default: %(default)s")
-    p.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as the config says, else bf16")
-    p.add_argument(
-        "--ranks", type=positive, default=1, metavar="N", help="processes that share the work; default: %(default)s"
-    )
-    p.add_argument("--memory", metavar="SIZE", help="that each of them has, such as 64GB: does it fit?")
-    p.add_argument(
-        "--calibration-sequences", type=positive, default=SEQUENCES, metavar="N", help="default: %(default)s"
-    )
-    p.add_argument(
-        "--calibration-length",
-        type=positive,
-        metavar="L",
-        help=f"tokens of one; default: {LENGTH}, or what the model takes",
-    )
-    p.add_argument(
-        "--context",
-        type=positive,
-        default=1024,
-        metavar="L",
-        help="tokens that a decoded one attends to; default: %(default)s",
-    )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too, - on the standard output")
-    p.add_argument("--traceback", action="store_true", help="for developers: errors with where they come from")
-    return p
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
@@ -101,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
             graph = trace(model)
         data = None
         if pipeline.learning:
-            length = args.calibration_length or min(LENGTH, positions(model) or LENGTH)
+            length = args.calibration_length or min(CALIBRATION_LENGTH, positions(model) or CALIBRATION_LENGTH)
             data = meta_calls(graph, args.calibration_sequences, length)
         now = unmapped()  # measuring the machine takes more, and a run whose constants are known does not do that
         dtypes = list(dict.fromkeys((*(w.dtype for w in graph.weights.values()), torch.float32)))

@@ -21,12 +21,12 @@ import torch
 import sparsec.__main__ as overview
 import sparsec.report.__main__ as command
 from sparsec.console.commands import COMMANDS
+from sparsec.defaults import QUICK, Effort
 from sparsec.kernels import KERNELS
 from sparsec.kernels.library import loader
 from sparsec.passes import PASSES
 from sparsec.pipeline import Pipeline
 from sparsec.report import schema
-from sparsec.study.plan import QUICK, Effort
 
 TEXT = "Every layer says why it is dense. " * 8
 COUNT = ["tiny", "--no-measure"]

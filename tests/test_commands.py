@@ -95,15 +95,32 @@ def test_the_installed_script_runs_the_same(
     assert helped(capsys, script) == "sparsec 0.1.0\n"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["reprot"]], ids=" ".join)
-def test_help_and_version_import_no_torch(words: list[str]) -> None:
+def test_help_and_wrong_words_import_no_torch() -> None:
     """It takes seconds, which nobody waits for who asks what there is."""
+    asked = [["--help"], ["--version"], ["reprot"]]
+    asked += [[command.name, word] for command in COMMANDS for word in ("--help", "--no-such-option")]
     script = (
         "import sys, sparsec.__main__ as o\n"
-        f"try: o.main({words}, 'sparsec')\nexcept SystemExit: pass\n"
-        "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+        f"for words in {asked}:\n"
+        "    try: o.main(words, 'sparsec')\n"
+        "    except SystemExit: pass\n"
+        "    slow = [name for name in ('torch', 'transformers', 'numpy', 'rich', 'yaml') if name in sys.modules]\n"
+        "    if slow: sys.exit(f'{words} imports {slow}')"
     )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("usage: ")) == (0, 1 + len(COMMANDS)), done.stderr
+
+
+def test_what_help_names_is_what_there_is() -> None:
+    """Help imports no torch, so it has the names of its own."""
+    from sparsec.bench.models import CONFIGS
+    from sparsec.console.command import DTYPES
+    from sparsec.options import bench, shared, study
+    from sparsec.sweep.presets import PRESETS
+
+    assert (*CONFIGS,) == bench.MODELS
+    assert (*DTYPES,) == shared.DTYPES
+    assert (*PRESETS,) == (*study.PRESETS,)
 
 
 def test_passes_are_imported_without_what_several_processes_need() -> None:

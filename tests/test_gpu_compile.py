@@ -89,7 +89,7 @@ def test_every_layout_and_row_bucket_is_among_what_is_compiled() -> None:
     ):
         assert (layout, kernel) in kernels
     assert {kernel for layout, kernel in kernels if ":int" in layout} == {
-        *("bitmap_int_kernel", "bitmap_int_expand_kernel", "add_up_kernel")
+        *("bitmap_int_kernel", "bitmap_int_expand_kernel", "add_up_kernel", "wcsr_int_kernel", "wcsr_int_expand_kernel")
     }
     rows = {v.launch.constants["M"] for v in found if v.layout == "wcsr16" and "M" in v.launch.constants}
     assert rows == {1, 4, 8}

@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 from test_gpu_kernels import DEVICE, DTYPES, many_programs, moved, needs_triton
 from torch import Tensor
 
+from sparsec.errors import FormatError
 from sparsec.formats import QUANTISED, Packed
-from sparsec.formats.layout import Layout
-from sparsec.formats.values import EXAMPLES
+from sparsec.formats.layout import Layout, for_device
+from sparsec.formats.values import EXAMPLES, ZERO, Codec, Codes
 from sparsec.kernels import KERNELS, Problem, gpu, operator, operator_args, tolerance
 from sparsec.kernels.gpu import launch as gpu_launch
 
 __all__ = ["many_programs"]  # a fixture
 
 CODECS = (*EXAMPLES, "int8g32", "int4g96", "int4mg32")
+WARP = tuple(f"{name}:{codec}" for name in ("wcsr8", "wcsr16") for codec in CODECS if "m" not in codec)
+"""Padding has the code of 0.0, which values about a middle do not have."""
+LAYOUTS = (*(f"bitmap:{codec}" for codec in CODECS), *WARP)
 
 
 def packed_at_random(
@@ -48,8 +52,10 @@ def assert_right(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", EXAMPLES)
-def test_every_number_of_rows_is_right(codec: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "name", [*(f"bitmap:{codec}" for codec in EXAMPLES), "wcsr8:int8", "wcsr16:int8g64", "wcsr8:int4g64"]
+)
+def test_every_number_of_rows_is_right(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for tokens, shape in (
         (1, (33, 300)),
@@ -59,7 +65,7 @@ def test_every_number_of_rows_is_right(codec: str, dtype: torch.dtype) -> None:
         (17, (5, 130)),
         (65, (17, 99)),
     ):
-        packed = packed_at_random(f"bitmap:{codec}", *shape, 0.5, dtype)
+        packed = packed_at_random(name, *shape, 0.5, dtype)
         bias = torch.randn(shape[0]).to(dtype) if tokens % 2 else None
         assert_right(torch.randn(tokens, shape[1]).to(dtype), packed, bias)
 
@@ -67,18 +73,18 @@ def test_every_number_of_rows_is_right(codec: str, dtype: torch.dtype) -> None:
 @needs_triton
 @settings(max_examples=40)
 @given(
-    codec=st.sampled_from(CODECS),
+    name=st.sampled_from(LAYOUTS),
     out_features=st.integers(0, 20),
-    in_features=st.integers(0, 140),
+    in_features=st.integers(0, 140) | st.integers(256, 700),
     tokens=st.integers(0, 20),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
 def test_any_matrix_is_multiplied_right(
-    codec: str, out_features: int, in_features: int, tokens: int, density: float, dtype: torch.dtype, seed: int
+    name: str, out_features: int, in_features: int, tokens: int, density: float, dtype: torch.dtype, seed: int
 ) -> None:
-    packed = packed_at_random(f"bitmap:{codec}", out_features, in_features, density, dtype, seed)
+    packed = packed_at_random(name, out_features, in_features, density, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, in_features, generator=generator).to(dtype)
     bias = torch.randn(out_features, generator=generator).to(dtype) if seed % 2 else None
@@ -94,12 +100,12 @@ def test_n_of_m_are_multiplied_right(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_expanded_matrix_is_what_the_codes_stand_for(codec: str, dtype: torch.dtype) -> None:
-    expand = import_module("sparsec.kernels.gpu.bitmap_int").expand
+def test_an_expanded_matrix_is_what_the_codes_stand_for(name: str, dtype: torch.dtype) -> None:
     for shape in ((33, 300), (1, 7)):
-        packed = packed_at_random(f"bitmap:{codec}", *shape, 0.5, dtype)
+        packed = packed_at_random(name, *shape, 0.5, dtype)
+        expand = import_module(f"sparsec.kernels.gpu.{packed.format}").expand
         found = expand(moved(packed)).cpu()
         assert found.dtype == dtype
         error = (found.double() - packed.exact().double()).abs()
@@ -108,17 +114,57 @@ def test_an_expanded_matrix_is_what_the_codes_stand_for(codec: str, dtype: torch
 
 
 @needs_triton
-@pytest.mark.parametrize("codec", ["int8", "int4mg64"])
-def test_products_split_over_programs_add_up(codec: str, many_programs: None) -> None:
-    packed = packed_at_random(f"bitmap:{codec}", 17, 1101, 0.6, torch.bfloat16)
-    bias = torch.randn(17).bfloat16()
+@pytest.mark.parametrize("name", ["bitmap:int8", "bitmap:int4mg64", "wcsr8:int8g64", "wcsr16:int4g64"])
+def test_products_split_over_programs_add_up(name: str, many_programs: None) -> None:
+    rows, columns = (
+        (3, 6001) if name.startswith("wcsr") else (17, 1101)
+    )  # a turn takes 512 stored weights, or 64 columns
+    packed = packed_at_random(name, rows, columns, 0.6, torch.bfloat16)
+    bias = torch.randn(rows).bfloat16()
     for tokens in (1, 9):
-        x = torch.randn(tokens, 1101).bfloat16()
+        x = torch.randn(tokens, columns).bfloat16()
         with gpu_launch.recording() as launches:
             gpu.product(x, packed, bias)
         assert len(launches) == 2
         assert launches[0].constants["SPLITS"] > 1
         assert_right(x, packed, bias)
+
+
+@settings(max_examples=60)
+@given(
+    codec=st.sampled_from(["int8", "int8g64", "int4g64", "int4g32"]),
+    bits=st.sampled_from(["8", "16"]),
+    out_features=st.integers(0, 20),
+    in_features=st.integers(0, 700),
+    density=st.sampled_from([0.0, 0.003, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_codes_in_csr_are_laid_out_for_each_kind_of_device(
+    codec: str, bits: str, out_features: int, in_features: int, density: float, seed: int
+) -> None:
+    packed = packed_at_random(f"csr{bits}:{codec}", out_features, in_features, density, torch.float32, seed)
+    there = for_device(packed, "cuda")
+    back = for_device(there, "cpu")
+    for kind, found in (("wcsr", there), ("csr", back)):
+        found.check()
+        assert found.describe() == f"{kind}{bits}:{codec}"
+        assert torch.equal(found.exact(), packed.exact())
+        assert (found.nnz, found.dtype, found.shape) == (packed.nnz, packed.dtype, packed.shape)
+
+
+def test_codes_that_have_no_zero_stay_in_csr() -> None:
+    """What pads a row of warp CSR is 0.0, and these values have no code of it: no other one takes its place."""
+    weight, mask = torch.randn(4, 12), torch.ones(4, 12, dtype=torch.bool)
+    middle = Layout.parse("csr16:int4mg64").pack(weight, mask)
+    assert for_device(middle, "cuda") is middle
+    codes = Codec.parse("int4g64").encode(weight, mask)
+    table = codes.table.clone()
+    table[(table == ZERO).nonzero()[0, 0]] = ZERO + 1
+    without = Layout.parse("csr16:int4g64").pack(weight, mask, Codes(codes.codes, codes.scale, table))
+    without.check()
+    assert for_device(without, "cuda") is without
+    with pytest.raises(FormatError, match="no code of the table is 0"):
+        without.in_format(QUANTISED["wcsr"], index_bits=16)
 
 
 @needs_triton
@@ -163,11 +209,12 @@ def test_values_that_no_triton_kernel_multiplies_are_named(monkeypatch: pytest.M
     served = {name for name, kind in QUANTISED.items() for k in KERNELS if k.name == f"{kind.format}_triton"}
     assert served == set(gpu.CODED)
     for name in QUANTISED:
-        parameters = {"nm": "2:4", "bsr": "16x16", "csr": "8"}.get(name, "")
+        parameters = {"nm": "2:4", "bsr": "16x16", "csr": "8", "wcsr": "8"}.get(name, "")
         said = gpu.unsupported(f"{name}{parameters}:int8", torch.float32)
         assert bool(said) == (name not in served)
-    assert "no Triton kernel multiplies dense:int8; quantised values have one in bitmap" in gpu.unsupported(
-        "dense:int8", torch.float32
+    assert (
+        "no Triton kernel multiplies dense:int8; quantised values have one in bitmap, nm, wcsr, as bitmap:int8"
+        in gpu.unsupported("dense:int8", torch.float32)
     )
     kernels = {kernel.name: kernel for kernel in KERNELS}
     assert not kernels["bitmap_int_triton"].unfit(Problem("bitmap_int", 8, 8, device="cuda", layout="bitmap:int8"))
@@ -182,7 +229,7 @@ def test_values_that_no_triton_kernel_multiplies_are_named(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", [f"{name}:int8" for name in gpu.CODED])
 def test_every_operator_has_an_implementation_for_cuda(name: str) -> None:
-    packed = packed_at_random(name.replace("nm", "nm2:4"), 8, 8, 0.5, torch.float32)
+    packed = packed_at_random(name.replace("nm", "nm2:4").replace("wcsr", "wcsr16"), 8, 8, 0.5, torch.float32)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(operator(packed).name(), "CUDA")
     if DEVICE == "cuda":
         x = torch.randn(3, packed.shape[1], device=DEVICE)

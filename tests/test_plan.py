@@ -21,7 +21,7 @@ from sparsec.data.models import load_model
 from sparsec.errors import DataError
 from sparsec.formats.layout import Layout
 from sparsec.ir.tracer import trace
-from sparsec.passes import Freeze, SparseGPT, Wanda
+from sparsec.passes import Freeze, Round, SparseGPT, Wanda
 from sparsec.patterns import Pattern
 from sparsec.pipeline import Pipeline
 from sparsec.planning import sizes
@@ -153,9 +153,19 @@ def test_a_phase_takes_as_long_as_its_parts() -> None:
 
 
 def test_solves_grow_with_rows_and_columns() -> None:
-    for p in (Wanda(0.5), SparseGPT(0.5)):
+    for p in (Wanda(0.5), SparseGPT(0.5), Round("int8")):
         seconds = solve_seconds(p)
         assert 0 < seconds(256, 256, 256) < seconds(512, 1024, 512) < seconds(4096, 4096, 4096)
+
+
+@pytest.mark.parametrize(("last", "what"), [("round(int8)", "solving"), ("round(int8, method='nearest')", "rounding")])
+def test_rounding_takes_time(last: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsec.planning.times.TRIED", ((32, 32), (64, 32), (32, 64)))
+    for ranks in (1, 4):
+        found = told(f"magnitude(0.5),{last}", layers=1, ranks=ranks)
+        (part,) = (p for p in found.parts if p.what == what)
+        assert part.spec == last
+        assert part.seconds > 0
 
 
 @pytest.fixture

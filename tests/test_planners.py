@@ -19,9 +19,10 @@ from study_cells import LITTLE, figures_of, without_work
 
 import sparsec.study.__main__ as study
 from sparsec.data import load_model, load_text
+from sparsec.defaults import Effort
 from sparsec.pipeline import Pipeline
 from sparsec.report.variant import Variant
-from sparsec.study.plan import Effort, plan
+from sparsec.study.plan import plan
 from sparsec.sweep import families, tables, tipping
 from sparsec.sweep.grid import Cell, grid_cells
 from sparsec.sweep.planners import Bracket, FixedCells, Search, Searches

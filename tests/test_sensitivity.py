@@ -13,6 +13,7 @@ from architectures import tiny_model
 
 import sparsec
 from sparsec.data import load_model, load_text
+from sparsec.defaults import ALONE, QUICK
 from sparsec.errors import DataError
 from sparsec.evaluate import Windows, compare, compare_embeddings
 from sparsec.pipeline import Pipeline
@@ -20,7 +21,7 @@ from sparsec.report import __main__ as command
 from sparsec.report.pruning import pruning_lines
 from sparsec.study import sensitivity, variants
 from sparsec.study.measure import measured_report
-from sparsec.study.plan import ALONE, QUICK, plan
+from sparsec.study.plan import plan
 from sparsec.study.sensitivity import sensitivities
 
 WINDOWS = Windows(torch.randint(2, 60, (2, 12), generator=torch.Generator().manual_seed(0)), "a text", "00", 24)

@@ -35,7 +35,7 @@ OLDEST = (8, 0)
 MAX_OFFSET = 2**31 - 1
 """Kernels count elements in int32."""
 LARGEST_BLOCK = 128
-CODED = ("bitmap", "nm")
+CODED = ("bitmap", "nm", "wcsr")
 """The positions whose quantised values have a Triton kernel."""
 
 
@@ -67,7 +67,7 @@ def unsupported(layout: str, dtype: torch.dtype) -> str:
         return "csr8 has to be read from a row's first entry on; on a GPU use wcsr, which holds 8-bit columns too"
     found = Layout.parse(layout) if layout else None
     if found is not None and found.values and found.format not in CODED:
-        return f"no Triton kernel multiplies {layout}; quantised values have one in {' and '.join(CODED)}, as bitmap:{found.values}"
+        return f"no Triton kernel multiplies {layout}; quantised values have one in {', '.join(CODED)}, as bitmap:{found.values}"
     block = found.options.get("block", ()) if found is not None else ()
     if max(block, default=0) > LARGEST_BLOCK:
         return f"{layout} has blocks of more than {LARGEST_BLOCK} rows or columns, which no multiprocessor's registers hold"

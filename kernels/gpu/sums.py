@@ -100,11 +100,21 @@ class Partial:
         return self.out
 
 
-def row_by_row(kernel: Any, x: Tensor, packed: Packed, bias: Tensor | None, constants: Mapping[str, Any]) -> Tensor:
-    """x [tokens, in] @ W.T + bias -> [tokens, out] by a kernel of which a program takes a row of W, TILE weights a turn."""
+def row_by_row(
+    kernel: Any,
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    constants: Mapping[str, Any],
+    held: Mapping[str, Tensor | int] | None = None,
+) -> Tensor:
+    """x [tokens, in] @ W.T + bias -> [tokens, out] by a kernel of which a program takes a row of W, TILE weights a turn.
+
+    held: what the kernel takes of W; None: its tensors.
+    """
     tokens, out_features = x.shape[0], packed.shape[0]
     m = rows_at_once(tokens)
-    stored = packed.tensors()["values"].numel()
+    stored = packed.tensors()["col_idx"].numel()
     # What is the fastest depends on how long rows are: 256 to 4096 stored weights.
     length = 1 << min(max((stored // out_features).bit_length() - 1, 8), 12)
     choices = ONE if m <= 2 else SEVERAL
@@ -113,7 +123,7 @@ def row_by_row(kernel: Any, x: Tensor, packed: Packed, bias: Tensor | None, cons
     turns = triton.cdiv(stored, out_features * tile)
     partial = Partial.of(x, out_features, bias, splits(x.device, out_features, turns))
     grid = (out_features, partial.splits, triton.cdiv(tokens, m))
-    arguments = {**packed.tensors(), **partial.arguments()}
+    arguments = {**(packed.tensors() if held is None else held), **partial.arguments()}
     all_constants = {**constants, **partial.constants(), "M": m}
     Launch(kernel, grid, arguments, all_constants, config, tile, choices=choices).run()
     return partial.result()

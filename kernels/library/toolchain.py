@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from sparsec import cache, files
+from sparsec.defaults import BUILD_SECONDS
 from sparsec.errors import BuildError
 from sparsec.kernels.library import programs
 
@@ -26,8 +27,7 @@ WAY_OUT = (
     "install a C++17 compiler (Debian: apt install g++, macOS: xcode-select --install) or name one in CXX; "
     "SPARSEC_NATIVE=0 keeps the reference kernels without this notice"
 )
-PATIENCE = 1200.0
-"""Seconds that a build may take: a minute on two idle cores, and five where they are busy."""
+PATIENCE = BUILD_SECONDS
 _PATIENCE_TO_ANSWER = 60.0
 _SCRATCH = ".building-"
 

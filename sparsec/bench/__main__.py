@@ -24,14 +24,15 @@ from sparsec.console.table import paragraph
 from sparsec.cost import Found, machine_constants
 from sparsec.kernels import status
 from sparsec.machine import machine
+from sparsec.options.bench import FORMATS, PROG, ROTATE_MB, SHAPES, parser
 from sparsec.progress import Progress, stage
 from sparsec.report.text import machine_lines
 from sparsec.timing.rotation import Protocol, Rotation
 
 
-def main(argv: Sequence[str] | None = None, prog: str = arguments.PROG) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    options = arguments.parser(prog).parse_args(argv)
+    options = parser(prog).parse_args(argv)
     return guarded(lambda: _run(options), json=options.json)
 
 
@@ -64,11 +65,11 @@ def run_busy(options: argparse.Namespace, progress: Progress | None) -> None:
 
 def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
     """Measures and prints the kernel table, and writes its files."""
-    rotate_mb = arguments.ROTATE_MB if options.rotate_mb is None else options.rotate_mb
+    rotate_mb = ROTATE_MB if options.rotate_mb is None else options.rotate_mb
     protocol = Protocol(0 if options.layers else rotate_mb << 20, options.layers)
     todo = cases(
-        arguments.read_shapes(options.shapes or arguments.SHAPES),
-        arguments.read_formats(options.formats or arguments.FORMATS),
+        arguments.read_shapes(options.shapes or SHAPES),
+        arguments.read_formats(options.formats or FORMATS),
         arguments.read_sparsities(options.sparsity),
         arguments.read_dtypes(options.dtypes or "fp32"),
         arguments.read_rows(options.rows or "1"),

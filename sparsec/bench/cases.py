@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsec.errors import SpecError
-from sparsec.formats.layout import Layout, spellings
+from sparsec.formats.layout import Layout
 from sparsec.formats.parts import DENSE
 from sparsec.patterns import Pattern
 
 AUTO: Literal["auto"] = "auto"
 """What the cost model chooses."""
-KNOWN = ", ".join((*spellings(), AUTO))
 Asked = Layout | Literal["auto"]
 """A way to hold a weight, as `--formats` names it."""
 

@@ -25,7 +25,7 @@ from sparsec import private
 from sparsec.bench.peers import CLASSES, SETTLE, Peer
 from sparsec.bench.session import Session
 from sparsec.bench.steps import Step, step_of
-from sparsec.compiler import DEFAULT_PASSES
+from sparsec.defaults import DEFAULT_PASSES
 from sparsec.errors import DataError
 from sparsec.formats.layout import Layout
 from sparsec.formats.values import Codec

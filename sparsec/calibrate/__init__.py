@@ -1,8 +1,8 @@
 """Calibration of pruning: what every linear of a model is given, block by block, on some text."""
 
-from sparsec.calibrate.data import SEQUENCES, CalibrationData, samples, takes_tokens, windows
+from sparsec.calibrate.data import CalibrationData, samples, takes_tokens, windows
 from sparsec.calibrate.self_written import SELF, own_text
-from sparsec.calibrate.sequences import LENGTH, Sequences, sequences, strings
+from sparsec.calibrate.sequences import Sequences, sequences, strings
 from sparsec.calibrate.sites import Site
 from sparsec.calibrate.standing import Standing
 from sparsec.calibrate.statistics import Statistics
@@ -10,10 +10,8 @@ from sparsec.calibrate.walk import FEEDS, ORDERS, Profile, calibrate
 
 __all__ = [
     "FEEDS",
-    "LENGTH",
     "ORDERS",
     "SELF",
-    "SEQUENCES",
     "CalibrationData",
     "Profile",
     "Sequences",

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sparsec.arguments import check_seed, checked
-from sparsec.calibrate.sequences import LENGTH, MOST, Sequences
+from sparsec.calibrate.sequences import MOST, Sequences
 from sparsec.data.text import Text, load_text, second_text
 from sparsec.data.tokens import cut_text
+from sparsec.defaults import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES
 from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
 
-SEQUENCES = 32
 BESIDE = 2
 """Sequences of another text than the one that is trained on, to tell how that fares."""
 _TOKENS_PER_CALL = 1024
@@ -66,7 +66,7 @@ class CalibrationData:
 def windows(
     text: str | Text | None,
     tokenizer: Any,
-    sequences: int = SEQUENCES,
+    sequences: int = CALIBRATION_SEQUENCES,
     length: int | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -93,7 +93,7 @@ def from_text(
         raise DataError("calibration on a text needs a tokenizer: give tokenizer=..., or token ids [sequences, length]")
     if limit is not None and length is not None and length > limit:
         raise DataError(f"calibration length {length} is more than the model's {limit} positions; take {limit} or less")
-    length = min(LENGTH, limit or LENGTH) if length is None else length
+    length = min(CALIBRATION_LENGTH, limit or CALIBRATION_LENGTH) if length is None else length
     if not isinstance(length, int) or not isinstance(sequences, int) or sequences < 1 or length < 2:
         raise DataError(
             f"calibration needs at least 1 sequence of at least 2 tokens, got {sequences!r} of {length!r}; take more"

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsec.calibrate.data import SEQUENCES, CalibrationData, another_text, from_text, samples, takes_tokens
+from sparsec.calibrate.data import CalibrationData, another_text, from_text, samples, takes_tokens
 from sparsec.calibrate.self_written import SELF, own_text
 from sparsec.calibrate.sequences import Sequences, sequences
 from sparsec.data.text import Text
+from sparsec.defaults import CALIBRATION_SEQUENCES
 from sparsec.errors import DataError
 from sparsec.ir.graph import Graph
 from sparsec.progress import Progress
@@ -37,7 +38,7 @@ class Draw:
     """
 
     tokenizer: Any = None
-    number: int = SEQUENCES
+    number: int = CALIBRATION_SEQUENCES
     length: int | None = None
     seed: int = 0
     bos: bool = True

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from sparsec import cache, files
 from sparsec.arguments import check_seed, checked
-from sparsec.calibrate.data import SEQUENCES
-from sparsec.calibrate.sequences import LENGTH, MOST
+from sparsec.calibrate.sequences import MOST
 from sparsec.data.quiet import quiet
 from sparsec.data.tokens import NOTHING, beginning
+from sparsec.defaults import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES
 from sparsec.errors import CacheError, DataError, SparsecWarning, briefly
 from sparsec.ir.parts import is_encoder, is_encoder_decoder, is_hugging_face
 from sparsec.progress import Progress
@@ -40,7 +40,7 @@ _WAY_OUT = "give calibration= a text file, or token ids"
 def own_text(
     model: nn.Module,
     tokenizer: Any = None,
-    sequences: int = SEQUENCES,
+    sequences: int = CALIBRATION_SEQUENCES,
     length: int | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -57,7 +57,7 @@ def own_text(
     generates no text, and for sizes that are none.
     """
     _refuse(model)
-    length = min(LENGTH, limit or LENGTH) if length is None else length
+    length = min(CALIBRATION_LENGTH, limit or CALIBRATION_LENGTH) if length is None else length
     if limit is not None and length > limit:
         raise DataError(f"calibration length {length} is more than the model's {limit} positions; take {limit} or less")
     start = NOTHING if tokenizer is None else beginning(tokenizer, bos)

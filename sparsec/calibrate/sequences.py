@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from sparsec.arguments import checked
 from sparsec.data.tokens import encode, without_beginning
+from sparsec.defaults import CALIBRATION_LENGTH
 from sparsec.errors import DataError
 
-LENGTH = 1024
 MOST = 1 << 22
 """Tokens: more is a stream without an end, or a corpus that nobody means to calibrate on."""
 FORMS = (
@@ -129,7 +129,8 @@ class _Reader:
         if not ids:
             raise DataError(f"calibration string {len(self.found)} has no tokens; leave it out")
         self.texts += 1
-        self._add(torch.tensor(ids, dtype=torch.int64), None, min(self.length or LENGTH, self.limit or LENGTH))
+        most = min(self.length or CALIBRATION_LENGTH, self.limit or CALIBRATION_LENGTH)
+        self._add(torch.tensor(ids, dtype=torch.int64), None, most)
 
     def _mapping(self, item: Mapping[Any, Any]) -> None:
         if item.get("input_ids") is not None:

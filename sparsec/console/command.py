@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they are read as."""
+"""What several commands make of the options that they share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from sparsec import memory
-from sparsec.calibrate import LENGTH, SELF, SEQUENCES, Sequences
+from sparsec.calibrate import SELF, Sequences
 from sparsec.calibrate.draw import Draw
 from sparsec.data import LoadedModel, Text, load_text
 from sparsec.data.text import DATASET_PREFIX, EMBEDDED, second_text
@@ -18,13 +18,7 @@ from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
 from sparsec.progress import Progress
 
-MAX_THREADS, MAX_WHOLE = 1024, 2**31 - 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def add_device(p: argparse.ArgumentParser) -> None:
-    """`--device`, for `check_device` and `on_device`."""
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to run on; default: %(default)s")
 
 
 def check_device(device: str) -> None:
@@ -41,70 +35,6 @@ def on_device(loaded: LoadedModel, device: str) -> LoadedModel:
     model = loaded.model.to(device)
     after = memory.resident(device)
     return replace(loaded, model=model, resident_bytes=None if before is None or after is None else after - before)
-
-
-def positive(text: str) -> int:
-    """Type of an argument: a whole number of at least 1."""
-    return _whole(text, 1, MAX_WHOLE)
-
-
-def threads(text: str) -> int:
-    """Type of an argument: a number of threads. Where more are asked for than can be made, OpenMP ends the process."""
-    return _whole(text, 1, MAX_THREADS)
-
-
-def seed(text: str) -> int:
-    """Type of an argument: what torch's generators take."""
-    return _whole(text, 0, 2**63 - 1)
-
-
-def number(text: str) -> float:
-    """Type of an argument: a number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text[:40]!r}") from None
-
-
-def _whole(text: str, least: int, most: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text[:40]!r}")
-    return value
-
-
-def add_bos(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """`--no-bos`: `args.bos` is what `cut` and `windows` take."""
-    p.add_argument(
-        "--no-bos",
-        dest="bos",
-        action="store_false",
-        help="as in the papers: texts are tokenised once as one string; default: where the tokenizer begins texts with a BOS, so "
-        "does every window, of evaluation and calibration",
-    )
-
-
-def add_calibration(p: argparse.ArgumentParser) -> None:
-    """The options of `calibration`."""
-    learn = p.add_argument_group("calibration, for passes such as wanda and admm")
-    learn.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="as --text, of a dataset its split train; or self: a text that the model writes, which takes minutes once; default: "
-        "the second half of the embedded text",
-    )
-    learn.add_argument(
-        "--calibration-sequences", type=positive, default=SEQUENCES, metavar="N", help="default: %(default)s"
-    )
-    learn.add_argument(
-        "--calibration-length",
-        type=positive,
-        metavar="L",
-        help=f"tokens of a sequence; default: {LENGTH}, or what the model takes",
-    )
 
 
 def calibration_text(args: argparse.Namespace, pipelines: Sequence[Pipeline]) -> Text | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
@@ -19,8 +20,19 @@ class Command:
     text: str
     example: str  # what stands after its name
 
+    @property
+    def options(self) -> str:
+        """The module that has `parser(prog)`; it imports no torch."""
+        return f"sparsec.options.{self.name.replace('.', '_')}"
+
+    def parser(self, prog: str) -> argparse.ArgumentParser:
+        """Of its words."""
+        made: argparse.ArgumentParser = importlib.import_module(self.options).parser(prog)
+        return made
+
     def run(self, argv: Sequence[str], prog: str) -> int:
-        """The exit code. The module is imported only now, since most of them take a while."""
+        """The exit code. Help and wrong words end in the parser, before the module is imported, which takes seconds."""
+        self.parser(prog).parse_args(argv)
         main: Callable[[Sequence[str], str], int] = importlib.import_module(self.module).main
         return main(argv, prog)
 

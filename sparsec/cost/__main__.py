@@ -5,28 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from sparsec.command_line import CommandLine
-from sparsec.console.command import DTYPES, MAX_THREADS
+from sparsec.console.command import DTYPES
 from sparsec.console.output import STDOUT, guarded, writable, write_text
 from sparsec.console.progress import shown_progress
 from sparsec.console.table import fitted, heading, paragraph, terminal_width
 from sparsec.cost.constants import Constants, Found, machine_constants, save_file, to_json
 from sparsec.errors import DataError, KernelError
 from sparsec.kernels import gpu
+from sparsec.options.cost import PROG, parser
+from sparsec.options.shared import MAX_THREADS
 
-PROG = "python -m sparsec.cost"
-EXAMPLES = """
-examples:
-  python -m sparsec.cost                      # measured once, then read from the cache folder
-  python -m sparsec.cost --threads 1 --force  # anew, for one thread
-  python -m sparsec.cost --show               # what is known, measuring nothing
-  python -m sparsec.cost --device cuda        # the kernels on this machine's GPU
-  python -m sparsec.cost --json my.json       # a file for SPARSEC_CALIBRATION
-"""
 HEADER = (
     "kernel",
     "format",
@@ -39,23 +30,6 @@ HEADER = (
     "rows: value|position ps",
     "fits",
 )
-
-
-def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line."""
-    p = CommandLine(
-        prog=prog,
-        description="Measures what the kernels reach on this machine, for lower(auto) and for the report's predictions.",
-        epilog=EXAMPLES.replace(PROG, prog),
-    )
-    p.add_argument("--dtypes", default="fp32,bf16,fp16", help=f"of {', '.join(DTYPES)}, by commas; default: all")
-    p.add_argument("--threads", type=int, metavar="N", help="threads of torch; default: as torch chooses")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; default: the CPU's")
-    how = p.add_mutually_exclusive_group()
-    how.add_argument("--force", action="store_true", help="measure, even where all constants are known")
-    how.add_argument("--show", action="store_true", help="measure nothing; an error where nothing is known")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write it there too, - on the standard output")
-    return p
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:

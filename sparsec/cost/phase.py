@@ -32,7 +32,7 @@ class Phase:
     """held: bytes at the worst moment of it, by what takes them. where: the block or layer that is worked on.
 
     flops: multiply-adds count 2, of products by dtype. attention: the same, of attention. moved: bytes that everything else reads
-    and writes. solve: rows of the matrices, and their columns, that a pass's own `prune` works on. sample: what is told by trying.
+    and writes. solve: rows of the matrices, and their columns, that a pass solves together. sample: what is told by trying.
     files: bytes of files that a streamed run writes and keeps until it is done; passing: of those that it keeps meanwhile.
     """
 

@@ -38,7 +38,8 @@ from sparsec.formats.nm import INDEX_BITS, NM, nm_of, with_full_groups
 from sparsec.formats.panels import LANES, from_panels, pack_bits, panel_count, stray_bits, to_panels, unpack_bits
 from sparsec.formats.positions import flat_positions
 from sparsec.formats.quantised import BYTE, OWN, SCALARS, MaskHeld, Quantised
-from sparsec.formats.values import ZERO, Codec, Codes
+from sparsec.formats.values import EXAMPLES, ZERO, Codec, Codes
+from sparsec.formats.wcsr import WarpCSR
 from sparsec.patterns import Pattern
 
 
@@ -64,6 +65,11 @@ class _CSR(CSR):
 
     def _zeros_at_reach(self) -> int:
         return int((self.values[flat_positions(self.col_idx == REACH)] == ZERO).sum())
+
+
+class _WarpCSR(WarpCSR):
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = BYTE
+    filler: ClassVar[int] = ZERO
 
 
 class QuantisedDense(Quantised):
@@ -281,6 +287,7 @@ class QuantisedCSR(Quantised):
     format: ClassVar[str] = "csr_int"
     title: ClassVar[str] = "quantised CSR"
     by_digits: ClassVar[bool] = False
+    twins: ClassVar[Mapping[str, str]] = CSR.twins
     positions: ClassVar[type[Packed]] = _CSR
     parameters: ClassVar[tuple[str, ...]] = CSR.parameters
     tensor_names: ClassVar[tuple[str, ...]] = (*OWN, "col_idx", "row_ptr")
@@ -304,8 +311,37 @@ class QuantisedCSR(Quantised):
         return super()._place_faults()
 
 
+class QuantisedWarpCSR(QuantisedCSR):
+    """Warp CSR of codes; what pads rows holds 0.0."""
+
+    format: ClassVar[str] = "wcsr_int"
+    title: ClassVar[str] = "quantised warp CSR"
+    codecs: ClassVar[tuple[str, ...]] = tuple(name for name in EXAMPLES if not Codec.parse(name).middle)
+    positions: ClassVar[type[Packed]] = _WarpCSR
+    parameters: ClassVar[tuple[str, ...]] = WarpCSR.parameters
+    checked: ClassVar[tuple[str, ...]] = WarpCSR.checked
+    devices: ClassVar[tuple[str, ...] | None] = WarpCSR.devices
+    twins: ClassVar[Mapping[str, str]] = WarpCSR.twins
+    widest: ClassVar[int | None] = WarpCSR.widest
+    tensor_names: ClassVar[tuple[str, ...]] = (*OWN, "col_idx", "base", "row_ptr")
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.unpack().index_select(0, ids)
+
+    def _cut_rows(self, first: int, end: int) -> Self:
+        return self._repacked(slice(first, end), slice(None))
+
+    def _cut_columns(self, first: int, end: int) -> Self:
+        return self._repacked(slice(None), slice(first, end))
+
+    def _repacked(self, rows: slice, columns: slice) -> Self:
+        codes = self.scatter()[rows, columns].contiguous()
+        part = replace(self, scale=self.codec.cut_scales(self.scale, self.shape, rows, columns))
+        return self._of(codes, part, codes != 0, self.options(self.describe().removeprefix("wcsr").partition(":")[0]))
+
+
 QUANTISED: dict[str, type[Quantised]] = {
     kind.format.removesuffix("_int"): kind
-    for kind in (QuantisedDense, QuantisedBitmap, QuantisedNM, QuantisedBSR, QuantisedCSR)
+    for kind in (QuantisedDense, QuantisedBitmap, QuantisedNM, QuantisedBSR, QuantisedCSR, QuantisedWarpCSR)
 }
 """By the format of the positions in a layout's string."""

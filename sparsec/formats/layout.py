@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -26,8 +26,9 @@ from sparsec.formats.faults import check_pack
 from sparsec.formats.parts import DENSE
 from sparsec.formats.positions import bits_of
 from sparsec.formats.promises import kept, sound
+from sparsec.formats.quantised import Quantised
 from sparsec.formats.seen import remember
-from sparsec.formats.values import EXAMPLES, Codec, Codes
+from sparsec.formats.values import Codec, Codes
 from sparsec.patterns import Pattern
 
 CALIBRATED = ("int8", "int4g64")
@@ -111,7 +112,7 @@ class Layout:
     def checked(cls) -> tuple[Self, ...]:
         """Those that are compiled ahead of time for GPUs, and checked on them."""
         plain = [cls(n, p) for n, kind in FORMATS.items() for p in kind.checked]
-        coded = [cls(n, p, v) for n, kind in QUANTISED.items() for p in kind.checked for v in EXAMPLES]
+        coded = [cls(n, p, v) for n, kind in QUANTISED.items() for p in kind.checked for v in kind.codecs]
         return (*plain, *coded)
 
     def __str__(self) -> str:
@@ -210,16 +211,23 @@ def for_device(packed: Packed, device: str, before: str = "") -> Packed:
     holds more (csr32). What comes back is what went: csr8 and -0.0 stay what they are, and as many weights
     are kept; which of the other zeros were kept is not told from padding, so that a zero may count for another one.
     """
-    kind = FORMATS.get(packed.twins.get(device, ""))
+    table: Mapping[str, Any] = QUANTISED if isinstance(packed, Quantised) else FORMATS
+    kind = table.get(packed.twins.get(device, ""))
     if kind is None or packed.dtype not in kind.dtypes or (kind.widest is not None and packed.shape[1] > kind.widest):
         return packed.ordered(device)
+    known = [p for p in (before, Layout.of(packed).parameters) if p in kind.parameters]
+    parameters = known[0] if known else ""
+    if isinstance(packed, Quantised):
+        try:
+            return packed.in_format(kind, **kind.options(parameters))
+        except FormatError:  # its values need one that is 0.0; whoever multiplies by it says that no kernel does
+            return packed.ordered(device)
     dense = packed.unpack()
     kept = bits_of(dense) != 0
     zeros = packed.nnz - int(kept.count_nonzero())
     if zeros:
         kept.view(-1)[(~kept).view(-1).nonzero()[:zeros, 0]] = True
-    known = [p for p in (before, Layout.of(packed).parameters) if p in kind.parameters]
-    return Layout(kind.format, known[0] if known else "").pack(dense, kept)
+    return Layout(kind.format, parameters).pack(dense, kept)
 
 
 def spellings(offered: bool = True) -> tuple[str, ...]:

@@ -29,8 +29,9 @@ FORMAT_NUMBERS: dict[str, int] = {
     "nm_int": 8,
     "bsr_int": 9,
     "csr_int": 10,
+    "wcsr_int": 11,
 }
-"""Part of the operator's interface: the native library has the same numbers, all but that of wcsr, which is for GPUs."""
+"""Part of the operator's interface: the native library has the same numbers, all but those of warp CSR, which is for GPUs."""
 _FOREIGN = 1 << 30
 """Numbers of other formats begin here: the native library knows none of them, so that each computes by itself."""
 

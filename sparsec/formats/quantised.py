@@ -22,7 +22,7 @@ from sparsec.formats.base import HALF_AND_SINGLE, Packed, Plan
 from sparsec.formats.code_bytes import narrow, widen
 from sparsec.formats.faults import Field, check_pack, check_plan
 from sparsec.formats.quantised_rows import codes_of_rows
-from sparsec.formats.values import LARGEST, TABLE, ZERO, Codec, Codes
+from sparsec.formats.values import EXAMPLES, LARGEST, TABLE, ZERO, Codec, Codes
 from sparsec.patterns import Pattern
 
 BYTE = (torch.uint8,)
@@ -53,6 +53,8 @@ class Quantised(Packed):
     packing: ClassVar[float] = 20.0
     by_digits: ClassVar[bool] = True
     """Whether native kernels make digits of x; else they widen the codes."""
+    codecs: ClassVar[tuple[str, ...]] = EXAMPLES
+    """Those that are checked on GPUs."""
 
     like: Tensor  # [0], of the dtype of x, bias and result, which `.to(dtype)` changes as it changes a bias
     values: Tensor  # uint8: bitmap and N:M [bytes + 64], CSR [bytes], BSR [blocks, c / 4, r, bytes of a lane],
@@ -100,6 +102,33 @@ class Quantised(Packed):
         values, places, numbers = cls._placed(codes, held, gaps)
         own = (weight.detach().new_empty(0), values, codes.scale, codes.table)
         return cls(*own, places, numbers, codec.group, kept, held.n, held.m, digits)
+
+    def in_format(self, kind: type[Quantised], **options: Any) -> Quantised:
+        """The same codes at the positions of another format. FormatError where that cannot hold them.
+
+        As many weights are kept; which 0.0 was kept is not told from what fills up.
+        """
+        codes = self.scatter()
+        kept = (codes != 0) & (codes != ZERO)
+        zeros = self.kept - int(kept.count_nonzero())
+        if zeros:
+            flat = codes.view(-1)
+            kept.view(-1)[torch.cat([(flat == code).nonzero()[:, 0] for code in (ZERO, 0)])[:zeros]] = True
+        return kind._of(codes.masked_fill_(codes == 0, ZERO).masked_fill_(~kept, 0), self, kept, options)
+
+    @classmethod
+    def _of(cls, codes: Tensor, other: Quantised, kept: Tensor, options: Mapping[str, Any]) -> Self:
+        """Codes [out, in], 0 where `kept` is False, that mean what those of another matrix of this shape do."""
+        held = cls.held(kept, **options)
+        count = serial.count(kept)
+        gaps = cls._gaps(held, other.codec, count, cls._inner_plan(held))
+        if gaps and other.table.numel() and not bool((other.table == ZERO).any()):
+            raise FormatError(
+                f"{cls.title}: places are stored that nothing is kept in, and no code of the table is 0.0"
+            )
+        values, places, numbers = cls._placed(Codes(codes, other.scale, other.table), held, gaps)
+        own = (other.like, values, other.scale, other.table)
+        return cls(*own, places, numbers, other.group, count, held.n, held.m, other.digits)
 
     @classmethod
     def plan(cls, mask: Tensor, dtype: torch.dtype, *, codec: Codec, **options: Any) -> Plan:

@@ -20,7 +20,7 @@ from sparsec.errors import FormatError
 from sparsec.formats.base import HALF_AND_SINGLE, MAX_COUNT, Packed, Plan
 from sparsec.formats.csr import csr_rows, index_options
 from sparsec.formats.faults import Field, check_count, check_pack, check_plan, count_faults, pointer_faults
-from sparsec.formats.positions import bits_of, flat_positions, starts, unsigned
+from sparsec.formats.positions import flat_positions, starts, unsigned, whole_numbers
 
 STEPS = 8
 """Weights that a thread reads at once, and groups of a chunk."""
@@ -49,6 +49,9 @@ class WarpCSR(Packed):
     devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
     twins: ClassVar[Mapping[str, str]] = {"cpu": "csr"}
     widest: ClassVar[int | None] = WIDEST
+
+    filler: ClassVar[int] = 0
+    """What pads rows, as a whole number."""
 
     values: Tensor  # [stored]
     col_idx: Tensor  # [stored]: columns in int16 (read as unsigned), or distances from the base in uint8
@@ -126,11 +129,11 @@ class WarpCSR(Packed):
 
     def scatter(self) -> Tensor:
         out_features, in_features = self.shape
-        # As integers, so that -0.0 and every NaN keep their bits. Padding is +0.0: it goes to a place that is cut off.
-        numbers = bits_of(self.values)
+        # As integers, so that -0.0 and every NaN keep their bits. Padding goes to a place that is cut off.
+        numbers = whole_numbers(self.values)
         places = csr_rows(self.row_ptr, numbers.numel()) * in_features + self.columns()
         end = out_features * in_features
-        dense = numbers.new_zeros(end + 1).index_copy(0, torch.where(numbers != 0, places, end), numbers)
+        dense = numbers.new_zeros(end + 1).index_copy(0, torch.where(numbers != self.filler, places, end), numbers)
         return dense[:end].view(self.values.dtype).view(out_features, in_features).clone()
 
     def describe(self) -> str:
@@ -164,7 +167,7 @@ class WarpCSR(Packed):
         if len(outside):
             at = int(outside[0])
             return [f"col_idx must lie in [0, {self.in_features}), got {int(columns[at])} at entry {at}"]
-        live = bits_of(self.values) != 0
+        live = whole_numbers(self.values) != self.filler
         rows = csr_rows(self.row_ptr, self.values.numel())[live]
         places = (rows * self.in_features + columns[live]).sort().values
         twice = (places.diff() == 0).nonzero()

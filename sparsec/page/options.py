@@ -11,13 +11,6 @@ from sparsec.errors import DataError
 from sparsec.page.drawing import Chart, need_library, save_charts
 
 
-def add_pages(out: argparse._ArgumentGroup) -> None:
-    """The options."""
-    out.add_argument("--html", metavar="FILE", help="a page with charts and tables; one file, needs no network")
-    out.add_argument("--png", metavar="DIR", help="the charts as pictures for a paper's column, 300 dots an inch")
-    out.add_argument("--svg", metavar="DIR", help="the same as SVG")
-
-
 def check_pages(args: argparse.Namespace) -> bool:
     """Whether anything is to be drawn. DataError for what could not be written, MissingExtraError where nothing can draw."""
     if args.html == STDOUT:

@@ -244,6 +244,10 @@ class CalibratedPruning(PruningPass):
         columns = len(statistics.norms)
         return masks, None, [f"{dead} of {columns} input columns are zero in all of the text"] if dead else []
 
+    def attempt(self, matrix: Tensor, statistics: Statistics) -> object:
+        """What a site of one matrix [out, in] takes, to be timed."""
+        return self.prune([matrix], [None], [self.sparsity or 0.5], statistics)
+
     def scratch(self, rows: Sequence[int], in_features: int) -> int:
         """Bytes that `prune` takes at its worst moment for matrices of so many rows, masks and new weights included."""
         of_scores = 4 + Pattern.parse(self.pattern).scratch(4, earlier=True)
@@ -389,11 +393,3 @@ def _all_zero(tensor: Tensor) -> bool:
 
 def _owner(weight: Weight) -> str:
     return weight.owners[0] if weight.owners else weight.name
-
-
-def joined_masks(matrices: Sequence[Tensor], old: Sequence[Tensor | None]) -> Tensor | None:
-    """Earlier masks of matrices [out, in], one below the other, for those that are solved together; None where there is none."""
-    if all(mask is None for mask in old):
-        return None
-    pairs = zip(matrices, old, strict=True)
-    return torch.cat([torch.ones_like(w, dtype=torch.bool) if mask is None else mask for w, mask in pairs])

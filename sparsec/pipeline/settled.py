@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,14 @@ class Settled:
     def errors(self) -> tuple[float, float]:
         """By the masks, and with the updates: mean square of the change of the outputs over that of the outputs."""
         return (self._masked / self._dense, self._lost / self._dense) if self._dense > 0 else (0.0, 0.0)
+
+
+def joined_masks(matrices: Sequence[Tensor], old: Sequence[Tensor | None]) -> Tensor | None:
+    """Earlier masks of matrices [out, in], one below the other, for those that are solved together; None where there is none."""
+    if all(mask is None for mask in old):
+        return None
+    pairs = zip(matrices, old, strict=True)
+    return torch.cat([torch.ones_like(w, dtype=torch.bool) if mask is None else mask for w, mask in pairs])
 
 
 def _masked(matrix: Tensor, mask: Tensor | None) -> Tensor:

@@ -179,7 +179,7 @@ def _parts(pipeline: Pipeline, footprint: Footprint, clock: TimeOf, ranks: int) 
     for moment in footprint.moments:
         phase = moment.phase
         seconds = clock.seconds(by_spec[moment.spec], phase)
-        if phase.solve is not None and ranks > 1:
+        if phase.what == "solving" and ranks > 1:  # each rank rounds to the nearest by itself
             shared.setdefault(moment.spec, []).append((moment, seconds))
             continue
         before = found.get((moment.spec, phase.what), (0.0, 0.0))

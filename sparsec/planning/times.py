@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sparsec.calibrate import Statistics
 from sparsec.cost.constants import Constants
@@ -17,12 +19,19 @@ from sparsec.cost.fit import non_negative
 from sparsec.cost.phase import Attended, Phase
 from sparsec.errors import ConstantsError
 from sparsec.pipeline.base import Pass
-from sparsec.pipeline.pruning import CalibratedPruning
 
 TRIED = ((256, 256), (1024, 256), (256, 1024), (1024, 512), (1024, 1024), (64, 2048))
 """Rows and columns of the layers that are solved."""
 _TOKENS = 64
 _HEADS = 4
+
+
+@runtime_checkable
+class Solving(Protocol):
+    """A pass that solves layers by what they are given."""
+
+    def attempt(self, matrix: Tensor, statistics: Statistics) -> object:
+        """What a site of one matrix [out, in] takes."""
 
 
 @dataclass
@@ -44,7 +53,7 @@ class TimeOf:
             return phase.seconds
         found = phase.moved / bandwidth + sum(work / self.rate(dtype) for dtype, work in phase.flops.items() if work)
         found += sum(work * self._attending(attended) for attended, work in phase.attention.items())
-        if phase.solve is not None and isinstance(p, CalibratedPruning):
+        if phase.solve is not None and isinstance(p, Solving):
             rows, columns = phase.solve
             if p not in self._solves:
                 self._solves[p] = solve_seconds(p)
@@ -75,16 +84,16 @@ class TimeOf:
         return found
 
 
-def solve_seconds(p: CalibratedPruning) -> Callable[[int, int, int], float]:
-    """Seconds of `p.prune` on a layer, from its rows, its columns and the rows of its largest matrix: non-negative multiples of
+def solve_seconds(p: Solving) -> Callable[[int, int, int], float]:
+    """Seconds of a solve of a layer, from its rows, its columns and the rows of its largest matrix: non-negative multiples of
     columns^3, rows x columns^2, and rows x columns, fitted to what layers of the sizes in TRIED take here."""
     sizes = [(rows, columns) for rows, columns in TRIED if not columns % 16]
     times = []
     for rows, columns in sizes:
-        statistics = _statistics(p, columns)
+        statistics = _statistics(columns)
         generator = torch.Generator().manual_seed(0)
         matrix = torch.randn(rows, columns, generator=generator)
-        times.append(_fastest(lambda m=matrix, s=statistics: p.prune([m], [None], [p.sparsity or 0.5], s)))  # type: ignore[misc]
+        times.append(_fastest(partial(p.attempt, matrix, statistics)))
     terms = torch.tensor([[float(n) ** 3, r * float(n) ** 2, float(r) * n] for r, n in sizes], dtype=torch.float64)
     weighed = terms.numpy() / np.array(times)[:, None]
     factors: list[float] = non_negative(weighed, np.ones(len(times))).tolist()
@@ -96,8 +105,8 @@ def solve_seconds(p: CalibratedPruning) -> Callable[[int, int, int], float]:
     return seconds
 
 
-def _statistics(p: CalibratedPruning, columns: int) -> Statistics:
-    found = Statistics(columns, p.gram, _TOKENS, 64, torch.device("cpu"))
+def _statistics(columns: int) -> Statistics:
+    found = Statistics(columns, True, _TOKENS, 64, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for _ in range(-(-columns // 512) + 1):
         found.add(torch.randn(512, columns, generator=generator))

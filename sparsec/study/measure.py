@@ -19,6 +19,7 @@ from sparsec.calibrate import Sequences
 from sparsec.cost import machine_constants
 from sparsec.cost.constants import Found
 from sparsec.data import LoadedModel
+from sparsec.defaults import MIN_REPEATS, Effort
 from sparsec.evaluate import Encoding, Evaluation, Windows, compare_embeddings
 from sparsec.evaluate import compare as compare_outputs
 from sparsec.formats.csr import VALUE_DTYPES
@@ -34,7 +35,7 @@ from sparsec.study.figures import counted, with_measurements
 from sparsec.study.kept_embeddings import KeptEmbeddings
 from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.layers import LayerTimes, time_layers
-from sparsec.study.plan import MIN_REPEATS, Effort, StudyPlan
+from sparsec.study.plan import StudyPlan
 from sparsec.study.sample import continuation
 from sparsec.study.sensitivity import sensitivities
 from sparsec.study.variants import SCARCE, Builder, filled, masked_stock, scarce, split, warm_up, without_values

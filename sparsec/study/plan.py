@@ -7,32 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from sparsec.data import LoadedModel, Text
+from sparsec.defaults import ALONE, Effort
 from sparsec.errors import DataError
 from sparsec.evaluate import Windows, cut, cut_second
 from sparsec.study.sample import Prompt, read_prompt
 from sparsec.timing.turns import WARM_UP
 
-MIN_REPEATS = 20
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured."""
-
-    windows: int = 8
-    length: int | None = None  # None: 512, or what the model takes
-    prompt: str = "Explain in two sentences why the sky is blue."
-    prompt_tokens: int = 64
-    new_tokens: int = 40
-    repeats: int = MIN_REPEATS
-    sensitivity: int = 0  # windows on which each pruned weight is tried alone; not within `seconds`
-    seconds: float = 120.0  # for evaluating, timing and the sample; what does not fit is sampled, and said
-
-
-QUICK = Effort(windows=2, length=128, prompt_tokens=16, new_tokens=8, repeats=5, seconds=40.0)
 DEFAULT_LENGTH = 512
-ALONE = 256
-"""Tokens of a window for the sensitivity of each weight, where the model takes as many."""
 
 
 @dataclass(frozen=True, eq=False)
