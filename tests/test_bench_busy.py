@@ -16,7 +16,10 @@ from sparsec.bench.__main__ import main
 from sparsec.bench.busy import PassTime, Products, text
 
 
-def test_what_is_left_is_held_against_what_has_to_be() -> None:
+def test_what_is_left_is_held_against_what_has_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, text([Products((1024, 1024), torch.bfloat16, 48, (0.02, 0.02), (0.01, 0.01))], []))) <= 80
+    monkeypatch.setenv("COLUMNS", "200")
     walks = [
         Products((64, 32), torch.float32, 48, dense=(0.020, 0.020), sparse=(0.010, 0.0125)),
         Products((64, 32), torch.bfloat16, 48, dense=(0.020, 0.020), sparse=(0.010, 0.016)),

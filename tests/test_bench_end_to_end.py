@@ -237,11 +237,15 @@ def test_as_many_layers_as_fit_and_no_more(monkeypatch: pytest.MonkeyPatch) -> N
         sources.source("smollm2-135m", torch.float32, 1, layers=3)
 
 
-def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_what_it_prints_in_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     files = ["--json", str(tmp_path / "e.json"), "--csv", str(tmp_path / "e.csv")]
     wanted = "--end-to-end tiny --sparsity 0.5 --dtypes bf16 --repeats 2 --prompt-tokens 4 --new-tokens 1"
     assert main([*wanted.split(), *files]) == 0
     printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
     written = json.loads((tmp_path / "e.json").read_text())
     assert written["schema"] == "sparsec.bench.end_to_end/2"
     assert [r["dtype"] for r in written["runs"]] == ["bf16"]

@@ -77,7 +77,8 @@ def run_table(options: argparse.Namespace, progress: Progress | None) -> None:
     require_room(max(_bytes(c, protocol) for c in todo), "walking through copies", _SMALLER)
     known = _constants(todo, progress)
     found = machine()
-    print(output.about(found, str(protocol), known.source if known else "none (python -m sparsec.cost measures it)"))
+    source_of_constants = known.source if known else "none (sparsec cost measures it)"
+    print("\n".join(output.about(found, str(protocol), source_of_constants)))
     print("".join(f"{line}\n" for line in output.doubts(found)), end="")
     for notice in known.notices if known else ():
         print("\n".join(paragraph(notice, "note: ")))

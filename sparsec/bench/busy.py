@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from sparsec.bench.models import random_model
 from sparsec.compiler import compile
-from sparsec.console.table import paragraph, table, times
+from sparsec.console.table import fitted, paragraph, terminal_width, times
 from sparsec.formats import Bitmap
 from sparsec.kernels import operator, operator_args
 from sparsec.pipeline.base import PassRecord
@@ -177,10 +177,11 @@ def text(walks: Sequence[Products], passes: Sequence[PassTime]) -> list[str]:
         "Busy: one other process computes all the time. Layers: medians of walks through all of them, dense (F.linear) and "
         "bitmap by turns. Passes: the faster of two runs. What is to be met is meant for two cores."
     )
+    width = terminal_width()
     return [
-        *table(header, layers, left=(0, 8)),
+        *fitted(header, layers, width, left=(0, 8)),
         "",
-        *table(("pass", "idle s", "busy s", "longer", f"at most {LONGER}x"), costs, left=(0, 4)),
+        *fitted(("pass", "idle s", "busy s", "longer", f"at most {LONGER}x"), costs, width, left=(0, 4)),
         "",
         *paragraph(about),
     ]

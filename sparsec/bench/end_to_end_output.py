@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsec.bench.end_to_end import SHARE_TOKENS, AgainstPeer, DecodingEffort, Headline, Mode, against_peers, headlines
 from sparsec.bench.steps import Step
-from sparsec.console.table import mega, paragraph, table, times
+from sparsec.console.table import fitted, mega, paragraph, terminal_width, times
 from sparsec.machine import Machine
 from sparsec.timing.spread import Spread, ratio
 
@@ -60,15 +60,16 @@ def text(run: Run) -> list[str]:
         f"{run.model} ({run.origin}), {run.dtype}, prompt of {effort.prompt_tokens} tokens, then {effort.new_tokens} tokens a "
         f"round, {effort.repeats} rounds, batch 1"
     ]
-    lines = [*paragraph(lines[0]), *table(HEADER, [_cells(base, m) for m in run.modes], left=(0, 1)), ""]
-    lines += [*table(SHARES_HEADER, [_parts(m.name, m.step) for m in run.modes if m.step is not None]), ""]
+    width, parts = terminal_width(), [_parts(m.name, m.step) for m in run.modes if m.step is not None]
+    lines = [*paragraph(lines[0]), *fitted(HEADER, [_cells(base, m) for m in run.modes], width, left=(0, 1)), ""]
+    lines += [*fitted(SHARES_HEADER, parts, width), ""]
     for reason, names in _reasons(run.modes).items():
         lines += [*paragraph(f"not one native call, by its own code instead: {', '.join(names)}: {reason}"), ""]
     for h in headlines(run.modes):
         lines += paragraph(_headline(h))
         lines += paragraph(h.sparse.bound or "", "  ")
     if found := against_peers(run.modes, run.dtype):
-        lines += ["", *table(PEERS_HEADER, [_against(each) for each in found], left=(0, 1, 4))]
+        lines += ["", *fitted(PEERS_HEADER, [_against(each) for each in found], width, left=(0, 1, 4))]
         lines += paragraph("peers: " + ", ".join(f"{name} {version}" for name, version in run.peers.items()))
     for note in run.said:
         lines += paragraph(note, "peer: ")

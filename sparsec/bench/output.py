@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.bench.kernels import Result
-from sparsec.console.table import paragraph, percent, table, times
+from sparsec.console.table import fitted, paragraph, percent, terminal_width, times
 from sparsec.machine import Machine
 from sparsec.timing.calls import SLOW_REPEATS, SLOW_SECONDS, CallTimes
 from sparsec.timing.spread import Spread
@@ -23,6 +23,7 @@ HEADER = (
     "dtype",
     "rows",
     "format",
+    "kernel",
     "F.linear ms",
     "sparse ms",
     "quartiles",
@@ -39,7 +40,9 @@ HEADER = (
     "torch.sparse",
 )
 NEAR = 0.15
-TEXT_COLUMNS = (0, 1, 3, 5, 17)
+NAMES = 6
+"""Columns that say what a line is of, the first ones."""
+TEXT_COLUMNS = (0, 1, 3, 5, 6, 18)
 LEGEND = (
     "Times are medians per call; a speedup is the median over rounds of F.linear / this, in the same round. masked: F.linear of "
     "the weight with the zeros, which it does not skip. zeros: over sparsec's own dense kernel of values stored alike, "
@@ -52,8 +55,8 @@ LEGEND = (
 )
 
 
-def about(found: Machine, protocol: str, constants: str) -> str:
-    """What the numbers depend on, in one line."""
+def about(found: Machine, protocol: str, constants: str) -> list[str]:
+    """What the numbers depend on; lines."""
     facts = {
         "cpu": found.cpu,
         "threads": found.threads,
@@ -63,7 +66,7 @@ def about(found: Machine, protocol: str, constants: str) -> str:
         "weights": protocol,
         "cost model": constants,
     }
-    return "  ".join(f"{k}: {v}" for k, v in facts.items())
+    return paragraph("; ".join(f"{k}: {v}" for k, v in facts.items()))
 
 
 def doubts(found: Machine) -> list[str]:
@@ -87,8 +90,21 @@ def accuracy(results: Sequence[Result]) -> list[str]:
 
 
 def text(results: Sequence[Result]) -> list[str]:
-    """Lines of the table."""
-    return table(HEADER, [cells(r) for r in results], left=TEXT_COLUMNS)
+    """Lines of the table, none wider than the terminal; a mask, sparsity, type or number of rows that all share stands above it."""
+    rows = [cells(r) for r in results]
+    shared = [i for i in range(1, NAMES - 1) if len({row[i] for row in rows}) == 1]
+    shown = [i for i in range(len(HEADER)) if i not in shared]
+    above = ", ".join(f"{HEADER[i]} {rows[0][i]}" for i in shared)
+    return [
+        *(paragraph(f"all lines: {above}") if above else []),
+        *fitted(
+            [HEADER[i] for i in shown],
+            [[row[i] for i in shown] for row in rows],
+            terminal_width(),
+            left=[at for at, i in enumerate(shown) if i in TEXT_COLUMNS],
+            keys=NAMES - len(shared),
+        ),
+    ]
 
 
 def cells(result: Result) -> tuple[str, ...]:
@@ -102,7 +118,8 @@ def cells(result: Result) -> tuple[str, ...]:
         f"{case.sparsity:.0%}",
         case.dtype,
         str(case.rows),
-        f"{auto}{result.format}[{result.kernel}]",
+        f"{auto}{result.format}",
+        result.kernel,
         f"{result.dense.seconds.median * 1e3:.3f}",
         f"{sparse.median * 1e3:.3f}",
         f"{sparse.lower * 1e3:.3f}-{sparse.upper * 1e3:.3f}",
