@@ -75,7 +75,8 @@ def models_are_traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.M
     if not request.config.getoption("--trace-anew"):
         from traces import traced  # imports triton, for which pytest_configure has to come first
 
-        monkeypatch.setattr("sparsec.compiler.trace", traced)
+        for module in ("sparsec.compiler", "sparsec.plan", "sparsec.wrapped"):
+            monkeypatch.setattr(f"{module}.trace", traced)
 
 
 def _refuse_checkout_on_path() -> None:

@@ -21,7 +21,8 @@ from sparsec.ir.tracer import trace
 _KNOWN: dict[Hashable, Graph] = {}
 _LOCK = threading.Lock()
 _PLAIN = (bool, int, float, str, type(None), tuple, frozenset, torch.dtype, torch.device)
-_HOOKS = tuple(name for name in vars(nn.Linear(1, 1)) if "hooks" in name)
+_HOOKS = tuple(name for name in vars(nn.Linear(1, 1)) if "hooks" in name and "state_dict" not in name)
+"""Those that a call may run."""
 
 
 def traced(model: nn.Module, example_inputs: Any = None) -> Graph:

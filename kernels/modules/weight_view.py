@@ -2,7 +2,7 @@
 
 It is a tensor of its own, unpacked at every access. Whatever shares its memory (`.data`, `.detach()`, `.T`, `[0]`) refuses writes
 too, numpy's view is read-only, and every other result (`.clone()`, sums, products) is a plain tensor. A write is told by torch's
-own counter of versions, so that no list of operators has to be complete.
+own counter of versions, by shape, so that no list of operators has to be complete.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class WeightView(Tensor):
                 return func(*args, **kwargs)
         views = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, WeightView)]
         with private.DisableTorchFunctionSubclass():
-            before = [view._version for view in views]
+            before = [_state(view) for view in views]
             result = func(*args, **kwargs)
-            for view, version in zip(views, before, strict=True):
-                if view._version != version or view.requires_grad:
+            for view, state in zip(views, before, strict=True):
+                if _state(view) != state or view.requires_grad:
                     raise write_error(view._layer)
             if type(result) in (tuple, list):
                 return type(result)(_guarded(each, views) for each in result)
@@ -70,6 +70,12 @@ class WeightView(Tensor):
             raise write_error(self._layer)
         super().__setattr__(name, value)
 
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Of this write torch tells no subclass, and the next three raise no counter."""
+        raise write_error(self._layer)
+
+    apply_ = map_ = map2_ = set_
+
     def _plain(self) -> Tensor:
         with private.DisableTorchFunctionSubclass():
             return self.clone()
@@ -82,6 +88,11 @@ class WeightView(Tensor):
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self._plain().__dlpack__(*args, **kwargs)
+
+
+def _state(view: Tensor) -> tuple[Any, ...]:
+    """What a write changes; the counter stays where `t_` gives a tensor another shape."""
+    return view._version, view.shape, view.stride()
 
 
 def _guarded(result: Any, views: list[WeightView]) -> Any:

@@ -82,6 +82,16 @@ def dense_readers(graph: Graph, name: str) -> tuple[str, ...]:
     return tuple(sorted(others))
 
 
+def unpackable(graph: Graph, weight: Weight) -> str:
+    """Why a weight cannot be packed at all, "" when it can."""
+    if weight.kind == "experts":
+        return "no kernel multiplies by fused experts that are sparse, so their zeros save neither bytes nor time yet"
+    if not graph.is_linear(weight.name):
+        return "no product reads it itself, but what the model makes of it at every call; make the weight plain first"
+    others = dense_readers(graph, weight.name)
+    return f"it is also read as a dense tensor, by %{', %'.join(others)}" if others else ""
+
+
 def buffer_name(weight: str, part: str) -> str:
     """Where a packed tensor lives: beside the bias of the module that owned the weight."""
     owner, _, name = weight.rpartition(".")
