@@ -146,9 +146,9 @@ def test_adapters_are_pruned_when_they_are_named_alone() -> None:
         assert all("lora_" in name for name in zeros)
 
 
-@pytest.mark.parametrize(("name", "count"), [("lora", 14), ("dora", 10), ("ia3", 14)])
+@pytest.mark.parametrize(("name", "count"), [("lora", 14), ("dora", 10), ("ia3", 14), ("vera", 14)])
 def test_extend_goes_on_with_a_model_that_adapters_were_put_around(name: str, count: int) -> None:
-    """Regression: nothing was lowered, and nothing was said."""
+    """Regression: nothing was lowered, and nothing was said; of VeRA, whose layers share a module, nothing was lowered."""
     model = adapted(name, pruned())
     fast = sparsec.extend(model, "fuse,lower(csr)", verify="facts")
     assert type(fast) is type(model)

@@ -36,6 +36,26 @@ def linear_ops(graph: Any) -> list[tuple[str, tuple[str, ...]]]:
     return [(op.owner, op.weights) for op in graph.ops.values() if op.kind == "linear"]
 
 
+class Parts(nn.Module):
+    """Calls parts of a list, in a model that holds one of its modules twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(5)])
+        self.again = nn.ModuleList([self.layers[1]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers[:2], *self.layers[1:][::-2]):
+            x = torch.relu(layer(x))
+        return self.again[0](x)
+
+
+def test_a_part_of_a_list_of_modules_is_named_as_the_whole() -> None:
+    """Regression: torch called them `layers.slice(None, 2, None).0`, which no model has, so that nothing could be lowered."""
+    owners = [owner for owner, _ in linear_ops(trace(Parts(), torch.randn(4, 8)))]
+    assert owners == ["layers.0", "layers.1", "layers.4", "layers.2", "layers.1"]
+
+
 def test_reuse_is_several_ops_of_one_weight() -> None:
     model = Reused()
     graph = trace(model, torch.randn(4, 8))

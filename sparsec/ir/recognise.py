@@ -163,11 +163,28 @@ def owner_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
+    path = _whole(str(list(stack.values())[-1][0]), modules)
     if path.startswith("_empty_nn_module_stack"):
         return ""
     first = re.sub(r"@\d+$", "", path)
     return next((known for known in (path, first) if known in modules), re.sub(r"@\d+", "", path))
+
+
+_PART = re.compile(r"([^()]*?)((?:\.slice\([^()]*\))+)\.(\d+)")
+
+
+def _whole(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """A path through a part of a list, `layers.slice(1, None, None).0`, as one through the list: `layers.1`.
+
+    So torch writes it where the model holds some module twice, as it does below an adapter that others share.
+    """
+    while (found := _PART.match(path)) is not None:
+        whole, parts, number = found.groups()
+        numbers = range(len(list(modules[whole].children())))
+        for ends in re.findall(r"\(([^()]*)\)", parts):
+            numbers = numbers[slice(*(None if end == "None" else int(end) for end in ends.split(", ")))]
+        path = f"{whole}.{numbers[int(number)]}{path[found.end() :]}"
+    return path
 
 
 def op_name(node: fx.Node) -> tuple[str, str]:
