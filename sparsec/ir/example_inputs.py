@@ -9,14 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsec.errors import TraceError
 from sparsec.ir.names import is_plain
-from sparsec.ir.parts import advice, has_towers, is_encoder_decoder, is_hugging_face
+from sparsec.ir.parts import advice, has_towers, is_encoder_decoder, is_hugging_face, shows_itself
 from sparsec.ir.parts import arguments as arguments_of
 
 BATCH, LENGTH = 2, 8
@@ -53,10 +53,8 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs | None) -> Call
     parameters = arguments_of(model)
     if example_inputs is not None:
         arguments = _by_name(model, example_inputs)
-    elif is_hugging_face(model) and "input_ids" in parameters:
-        arguments = _tokens(model, parameters)
-    elif is_hugging_face(model) and "pixel_values" in parameters and isinstance(_image_size(model), int):
-        arguments = _pixels(model)
+    elif shows_itself(model):
+        arguments = _tokens(model, parameters) if "input_ids" in parameters else _pixels(model)
     else:
         inside = advice(model)
         first = getattr(model, "main_input_name", None)
@@ -88,14 +86,10 @@ def _tokens(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> di
     return arguments
 
 
-def _image_size(model: nn.Module) -> Any:
-    return getattr(model.config, "image_size", None)
-
-
 def _pixels(model: nn.Module) -> dict[str, Any]:
     """A batch of two square images."""
-    some = next(model.parameters())
-    channels, size = getattr(model.config, "num_channels", 3), _image_size(model)
+    some, config = next(model.parameters()), cast(Any, model.config)
+    channels, size = getattr(config, "num_channels", 3), config.image_size
     return {"pixel_values": torch.zeros(BATCH, channels, size, size, dtype=some.dtype, device=some.device)}
 
 

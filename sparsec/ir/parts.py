@@ -84,6 +84,13 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(found.items(), key=lambda part: "input_ids" not in arguments(part[1])))
 
 
+def shows_itself(model: nn.Module) -> bool:
+    """Whether what to call it with is known: tokens, or square images of the size that its config tells."""
+    taken = arguments(model)
+    pictures = "pixel_values" in taken and isinstance(getattr(model.config, "image_size", None), int)
+    return is_hugging_face(model) and ("input_ids" in taken or pictures)
+
+
 def advice(model: nn.Module) -> str:
     """How the parts are compiled, "" for a model that has none."""
     found = list(parts(model).items())
@@ -91,9 +98,14 @@ def advice(model: nn.Module) -> str:
         return ""
     (path, first), *others = found
     more = f"; so do {', '.join(f'{as_python(p)} ({type(part).__name__})' for p, part in others)}" if others else ""
+    taken = (
+        ""
+        if shows_itself(first)
+        else f", example_inputs={{{getattr(first, 'main_input_name', 'input_ids')!r}: tensor}}"
+    )
     return (
-        f"its {type(first).__name__} compiles by itself: sparsec.compile({as_python(path)}, copy=False) leaves the compiled part "
-        f"in its place{more}"
+        f"its {type(first).__name__} compiles by itself: sparsec.compile({as_python(path)}{taken}, copy=False) leaves the "
+        f"compiled part in its place{more}"
     )
 
 
