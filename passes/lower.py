@@ -24,7 +24,7 @@ from sparsec.ir.graph import Graph
 from sparsec.kernels import Problem
 from sparsec.kernels import select as select_kernel
 from sparsec.kernels.gpu import semi_structured as gpu_semi_structured
-from sparsec.lowering import lower_weight, unpackable, use_dense_kernel
+from sparsec.lowering import lower_weight, never_packed, use_dense_kernel
 from sparsec.lowering.packing import Wanted
 from sparsec.lowering.rounded import check_rounded
 from sparsec.lowering.rounding import BOUND, admitted, digits_said
@@ -173,7 +173,7 @@ class Lower(Pass):
         layout = Layout.parse("csr" if self.layout == AUTO else self.layout)  # auto may take any of them
         each = Quantised.packing if self.values else 0.0 if layout.stays else layout.kind.packing
         for weight in chosen:
-            if each and not unpackable(graph, weight):
+            if each and not never_packed(graph, weight):
                 name, pieces = str(layout), weight.numel / TRIED
                 sample = Looked(f"pack {name} {self.values}", partial(_tried, layout, weight.dtype), pieces)
                 taken = {"a packed weight and what it takes to pack it": int(each * weight.numel)}
@@ -186,7 +186,7 @@ class Lower(Pass):
         whole = self.layout.split(":")[0] == DENSE
         chosen = select_weights(graph, self.targets, self.ignore) if whole else self._masked(graph)
         chosen = [w for w in chosen if w.packed is None]
-        reasons = {w.name: context.keep_dense.get(w.name) or unpackable(graph, w) for w in chosen}
+        reasons = {w.name: context.keep_dense.get(w.name) or never_packed(graph, w) for w in chosen}
         packable = [w for w in chosen if not reasons[w.name]]
         notes: list[str] = [] if chosen else ["no selected weight has a mask, so nothing was packed"]
         check_rounded(packable, self.values or ("" if self.layout == AUTO else Layout.parse(self.layout).values))

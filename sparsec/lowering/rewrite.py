@@ -82,7 +82,7 @@ def dense_readers(graph: Graph, name: str) -> tuple[str, ...]:
     return tuple(sorted(others))
 
 
-def unpackable(graph: Graph, weight: Weight) -> str:
+def never_packed(graph: Graph, weight: Weight) -> str:
     """Why a weight cannot be packed at all, "" when it can."""
     if weight.kind == "experts":
         return "no kernel multiplies by fused experts that are sparse, so their zeros save neither bytes nor time yet"
