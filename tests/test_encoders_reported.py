@@ -14,12 +14,13 @@ from test_encoders_evaluated import encoder, tokenizer
 
 from sparsec.bench import __main__ as bench
 from sparsec.data import load_model, load_text
+from sparsec.defaults import QUICK
 from sparsec.errors import DataError
 from sparsec.pipeline import Pipeline
 from sparsec.report.__main__ import main
 from sparsec.report.schema import check_report
 from sparsec.study import measure
-from sparsec.study.plan import QUICK, plan
+from sparsec.study.plan import plan
 
 LOWERED = "magnitude(0.5),freeze,sparsity,flops,fuse,lower(csr)"
 SMALL = replace(QUICK, length=32, prompt_tokens=8, repeats=2)

@@ -24,6 +24,7 @@ import sparsec.report.__main__ as report_command
 from sparsec.calibrate.data import another_text
 from sparsec.data import LoadedModel, Text, load_model, load_text
 from sparsec.data.text import second_text
+from sparsec.defaults import QUICK
 from sparsec.errors import VerifyError
 from sparsec.evaluate import Windows
 from sparsec.pipeline import Pipeline
@@ -35,7 +36,7 @@ from sparsec.report.summary import summary_lines
 from sparsec.report.text import render
 from sparsec.study import variants
 from sparsec.study.measure import measured_report
-from sparsec.study.plan import QUICK, plan
+from sparsec.study.plan import plan
 
 RECOVER = "magnitude(0.5),freeze,recover(steps=3, dtype='fp32')"
 SMALL = replace(QUICK, windows=2, length=16, prompt_tokens=4, new_tokens=2, repeats=2, seconds=20.0)

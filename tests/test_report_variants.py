@@ -12,6 +12,7 @@ from architectures import tiny_model
 import sparsec
 from sparsec import memory
 from sparsec.data import LoadedModel, load_model, load_text
+from sparsec.defaults import QUICK
 from sparsec.errors import DataError
 from sparsec.evaluate import Windows, compare
 from sparsec.kernels import SparseLinear
@@ -22,7 +23,7 @@ from sparsec.study.clock import Clock
 from sparsec.study.kept_logits import KeptLogits
 from sparsec.study.layers import time_layers
 from sparsec.study.measure import measured_report
-from sparsec.study.plan import QUICK, plan
+from sparsec.study.plan import plan
 from sparsec.timing.latency import PairTime
 
 PASSES = "magnitude(0.6),freeze,sparsity,flops,fuse,lower(bitmap)"

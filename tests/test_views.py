@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sparsec
 from sparsec import memory
 from sparsec.data import load_model, load_text
+from sparsec.defaults import QUICK
 from sparsec.errors import SelectionError
 from sparsec.ir.facts import Weight
 from sparsec.pipeline import Pipeline
@@ -25,7 +26,7 @@ from sparsec.report.picture import drawable, picture, pictures
 from sparsec.report.views import GRID, LayerView, bands
 from sparsec.study import variants, views
 from sparsec.study.measure import measured_report
-from sparsec.study.plan import QUICK, plan
+from sparsec.study.plan import plan
 from sparsec.study.views import BINS, CORNER, LayerViews
 
 GOLDEN = Path(__file__).parent / "golden" / "picture.txt"
