@@ -106,3 +106,26 @@ def test_what_no_module_owns_is_named_and_experts_are_not(tmp_path: Path) -> Non
 def test_a_file_of_more_layers_than_there_can_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="num_hidden_layers is 2,147,483,648, and no model has more than 2,000"):
         load_model(written(tmp_path / "m.gguf", blocks=2**31))
+
+
+def test_tensors_of_other_sizes_than_the_metadata_say_are_the_files_fault(tmp_path: Path) -> None:
+    """Regression: the message said to delete a folder of the cache, which came back at every call."""
+    file = written(tmp_path / "m.gguf", "qwen2moe")  # which does not say how wide its experts are
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"m\.gguf: its tensors do not make the model that its metadata say"
+        ) as refused:
+            load_model(file)
+        assert "cache" not in str(refused.value)
+        assert list((tmp_path / "cache" / "sparsec" / "models").iterdir()) == []
+
+
+def test_a_converted_copy_that_was_damaged_is_made_anew(tmp_path: Path) -> None:
+    file = written(tmp_path / "m.gguf")
+    right = load_model(file).model.state_dict()
+    (kept,) = (tmp_path / "cache" / "sparsec" / "models").iterdir()
+    for path in kept.glob("*.safetensors"):
+        path.unlink()  # the model that was loaded has it mapped
+        path.write_bytes(b"damaged")
+    again = load_model(file).model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in right.items())

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,10 +29,22 @@ _MAGIC = b"GGUF"
 _SCRATCH = ".converting-"
 
 
-def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) -> tuple[Path, str, tuple[str, ...]]:
-    """The folder with the de-quantised model, in words what it was quantised as, and its tensors that no module owns.
+@dataclass(frozen=True)
+class Converted:
+    """A de-quantised model in the cache folder."""
 
-    Converts on the first call.
+    folder: Path
+    precision: str  # what it was quantised as
+    unowned: tuple[str, ...]  # its tensors that no module owns
+    now: bool  # made by this call
+
+    def discard(self) -> None:
+        """Deletes it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) -> Converted:
+    """The de-quantised model. Converts on the first call.
 
     Raises DataError for a file that is no whole GGUF or a disk that is full, CacheError for a cache folder that cannot be used,
     MissingExtraError without gguf and accelerate.
@@ -45,10 +58,11 @@ def converted(file: Path, dtype: torch.dtype, progress: Progress | None = None) 
         key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     folder = cache.folder("models") / f"{key}-{str(dtype).removeprefix('torch.')}-{_LAYOUT}"
     facts = _kept(folder)
-    if facts is None:
+    now = facts is None
+    if now:
         _convert(file, dtype, folder, progress)
-        facts = _kept(folder) or ("unknown", ())
-    return folder, *facts
+        facts = _kept(folder)
+    return Converted(folder, *(facts or ("unknown", ())), now)
 
 
 def _kept(folder: Path) -> tuple[str, tuple[str, ...]] | None:

@@ -134,15 +134,20 @@ def _tiny(dtype: torch.dtype, seed: int) -> LoadedModel:
 def _from_gguf(
     file: Path, name: str, source: str, dtype: torch.dtype, progress: Progress | None, spill: Spill | None
 ) -> LoadedModel:
-    folder, precision, left = gguf_cache.converted(file, dtype, progress)
+    made = gguf_cache.converted(file, dtype, progress)
     try:
-        loaded = _from_folder(str(folder), name, source, dtype, spill)
+        loaded = _from_folder(str(made.folder), name, source, dtype, spill)
     except DataError as error:
+        made.discard()
+        if not made.now:  # it was damaged since, or a file of the same bytes never was a model: one made anew tells
+            return _from_gguf(file, name, source, dtype, progress, spill)
+        why = str(error).replace(f"{made.folder}: config.json", "its metadata").replace(str(made.folder), str(file))
         raise DataError(
-            f"{folder}: the converted copy of {file} does not load; delete that folder ({error})"
+            f"{file}: its tensors do not make the model that its metadata say ({why.removeprefix(f'{file}: ')}); get the file "
+            "again, or make it anew from the checkpoint"
         ) from error
-    left = name_unowned(name, loaded.model, left)
-    return replace(loaded, source_precision=precision, unowned=left)
+    left = name_unowned(name, loaded.model, made.unowned)
+    return replace(loaded, source_precision=made.precision, unowned=left)
 
 
 def _from_hub(name: hub.HubName, dtype: torch.dtype | None, spill: Spill | None) -> LoadedModel:
