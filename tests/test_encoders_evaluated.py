@@ -11,13 +11,17 @@ import pytest
 import torch
 import transformers as hf
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 
 import sparsec
+from sparsec.compress import main as compress
 from sparsec.data import load_text
 from sparsec.data.tiny import byte_tokenizer
 from sparsec.errors import DataError
 from sparsec.evaluate import compare, compare_embeddings, cut
 from sparsec.evaluate.__main__ import main
+from sparsec.evaluate.embeddings import left_out
+from sparsec.generate import main as generate
 
 SHORT = ["--length", "48", "--windows", "2", "--calibration-length", "48", "--calibration-sequences", "2"]
 
@@ -115,3 +119,56 @@ def test_a_causal_model_has_null_for_what_only_encoders_have(tmp_path: Path) -> 
     (model,) = json.loads((tmp_path / "out.json").read_text())["models"].values()
     assert (model["cosine"], model["window_cosines"]) == (None, None)
     assert math.isfinite(model["perplexity"])
+
+
+HEADS = (
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "DistilBertForMaskedLM",
+    "DistilBertForSequenceClassification",
+)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_command_takes_a_model_with_a_head_or_says_why_not(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 260, "max_position_embeddings": 64, "initializer_range": 0.3}
+    config = (
+        hf.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, **sizes)
+        if name.startswith("Distil")
+        else hf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **sizes)
+    )
+    torch.manual_seed(0)
+    place, packed = str(tmp_path / "model"), str(tmp_path / "packed")
+    dense = getattr(hf, name)(config).eval()
+    dense.save_pretrained(place)
+    tokenizer().save_pretrained(place)
+    spec = "magnitude(0.5),freeze,lower(bitmap)"
+    head = f"what the head of {name} makes of the last hidden state is not looked at"
+
+    def told() -> str:
+        out, err = capsys.readouterr()
+        return " ".join(f"{out} {err}".split())
+
+    assert compress([place, packed, "--passes", spec]) == 0
+    assert f"no sample: {name} writes no text" in told()
+    loaded: Any = sparsec.load(packed)
+    ids = torch.arange(9)[None]
+    assert type(loaded) is type(dense)
+    torch.testing.assert_close(loaded(ids).logits, sparsec.compile(dense, spec)(ids).logits)
+    assert main([place, packed, *SHORT]) == 0
+    found = told()
+    assert f"model: {head}" in found
+    assert f"packed: {head}" in found
+    assert "nothing to compare" not in found
+    assert main([place, *SHORT]) == 0
+    assert "there is nothing to compare it with: give --passes, or a second model" in told()
+    for written in (place, packed):
+        assert generate([written, "a text"]) == 2
+        assert f"{name} writes no text; sparsec evaluate compares the embeddings of encoders" in told()
+
+
+def test_a_body_has_no_head_that_could_be_left_out() -> None:
+    assert left_out(encoder()) == left_out(nn.Linear(2, 2)) == []
+    assert len(left_out(encoder(hf.BertForMaskedLM))) == 1

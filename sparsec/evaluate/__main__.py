@@ -25,7 +25,7 @@ from sparsec.console.progress import shown_progress
 from sparsec.data import LoadedModel, Text, load_text
 from sparsec.errors import DataError
 from sparsec.evaluate.compare import Evaluation, compare
-from sparsec.evaluate.embeddings import Encoding, compare_embeddings
+from sparsec.evaluate.embeddings import Encoding, compare_embeddings, left_out
 from sparsec.evaluate.output import document, text
 from sparsec.evaluate.saved import Saved, fingerprint
 from sparsec.evaluate.windows import Windows, cut, cut_second
@@ -64,7 +64,9 @@ def _run(args: argparse.Namespace) -> None:
         windows = cut(content, tokenizer, *sizes, bos=args.bos)
         second = None if untrained is None else cut_second(untrained, tokenizer, *sizes, bos=args.bos)
         drawn = calibration(loaded[0], args, pipelines, learnt, progress)
-        notes = [f"{each.name}: {note}" for each in loaded for note in each.notes]
+        notes = [f"{each.name}: {note}" for each in loaded for note in (*each.notes, *left_out(each.model))]
+        if loaded[0].is_encoder and len(loaded) + len(pipelines) == 1:
+            notes.append("there is nothing to compare it with: give --passes, or a second model")
         notes += [f"calibrated on {drawn.source}"] if drawn is not None else []
         texts = [windows] if second is None else [windows, second]
         kept: list[Saved | None] = [None] * len(texts)

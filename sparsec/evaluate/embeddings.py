@@ -21,6 +21,7 @@ from sparsec.errors import DataError
 from sparsec.evaluate.compare import check_model
 from sparsec.evaluate.saved import Saved
 from sparsec.evaluate.windows import Windows
+from sparsec.ir.parts import is_encoder
 from sparsec.progress import Progress
 
 PROTOCOL = "an embedding is the mean over a window's tokens of the last hidden state"
@@ -126,6 +127,16 @@ def embedding(name: str, model: Any, window: Tensor) -> tuple[Tensor, str]:
             "its own task"
         )
     return states[0].double().mean(dim=0).cpu(), str(states.dtype).removeprefix("torch.")
+
+
+def left_out(model: Any) -> list[str]:
+    """What of an encoder no embedding tells, in words; nothing where there is no head, and of what is no encoder."""
+    if not is_encoder(model) or getattr(model, "base_model", model) is model:
+        return []
+    return [
+        f"what the head of {type(model).__name__} makes of the last hidden state is not looked at: it is measured by the task that "
+        "it was trained for"
+    ]
 
 
 class _Tally:

@@ -22,6 +22,7 @@ from sparsec.data import LoadedModel
 from sparsec.defaults import MIN_REPEATS, Effort
 from sparsec.evaluate import Encoding, Evaluation, Windows, compare_embeddings
 from sparsec.evaluate import compare as compare_outputs
+from sparsec.evaluate.embeddings import left_out
 from sparsec.formats.csr import VALUE_DTYPES
 from sparsec.ir.parts import ENCODED
 from sparsec.lowering.setting import unpredicted
@@ -84,6 +85,7 @@ def measured_report(
         _one_after_another(run, builder)
     remarks = _on_resident_memory(device) if measuring else ["no model was run: nothing is measured"]
     remarks += [*(() if known is None else known.notices), *loaded.notes]
+    remarks += left_out(dense) if measuring else []
     built = builder.built
     remarks.append(f"tracing took {built.trace_seconds:.1f} s, emission {built.emit_seconds:.2f} s")
     if rest is None:
