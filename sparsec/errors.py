@@ -121,6 +121,12 @@ def briefly(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+def first_words(error: BaseException) -> str:
+    """The first line of what an error of others says, and the next one where that only announces it; its type where it is mute."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def some(names: Iterable[str]) -> str:
     """The first three of a list, and how many more there are."""
     listed = list(names)

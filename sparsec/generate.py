@@ -28,6 +28,8 @@ from sparsec.progress import stage
 from sparsec.study.sample import check_prompt, generated, read_prompt
 from sparsec.timing.others import Others, in_the_way
 
+COLDEST = 1e-6
+"""Of temperatures: by less than this no logit can be divided."""
 REPEATED = 16
 """Tokens, from which on a text that is three quarters one of them is called none."""
 
@@ -72,8 +74,10 @@ def _run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.prompt is None and args.model is not None and " " in args.model and not os.path.exists(args.model):
         raise DataError(f"{args.model!r} is read as MODEL, which comes before TEXT: {_ordered(args.model)}")
-    if not 0 <= args.temperature < float("inf"):
-        raise DataError(f"--temperature must be at least 0, got {args.temperature}; 0 takes the most likely token")
+    if not (args.temperature == 0 or COLDEST <= args.temperature < float("inf")):
+        raise DataError(
+            f"--temperature must be 0, which takes the most likely token, or at least {COLDEST:g}, got {args.temperature}"
+        )
     if not 0 < args.top_p <= 1:
         raise DataError(f"--top-p must be above 0 and at most 1, got {args.top_p}; 1 draws from all tokens")
     if args.top_p < 1 and not args.temperature:

@@ -284,7 +284,10 @@ def test_a_stack_of_layers_is_named_in_the_output(tmp_path: Path, capsys: pytest
         ("--sparsity nan", "--sparsity must lie in [0, 1)"),
         ("--sparsity half", "--sparsity takes numbers"),
         ("--dtypes fp8", "--dtypes takes fp32, bf16, fp16, got 'fp8'"),
-        ("--rows 0", "--rows must be at least 1"),
+        ("--rows 0", "--rows must be from 1"),
+        ("--rows 99999999999999999999", "--rows must be from 1"),
+        ("--rows 999999999 --shapes 8x8 --rotate-mb 0", "needs about"),
+        ("--formats ", "--formats names none; leave it out for the usual ones"),
         ("--repeats 1", "--repeats must be at least 2"),
         ("--threads 0", "--threads must be at least 1"),
         ("--layers 0", "--layers must be at least 1"),
@@ -304,7 +307,7 @@ def test_a_stack_of_layers_is_named_in_the_output(tmp_path: Path, capsys: pytest
     ],
 )
 def test_options_out_of_range_are_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments.split()) == 2
+    assert main(arguments.split(" ")) == 2
     assert message in capsys.readouterr().err
 
 

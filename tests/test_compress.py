@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model
 from transformers import BertConfig, BertModel
 
 import sparsec
 from sparsec import compress, generate
 from sparsec.data import load_model
+from sparsec.errors import CheckpointError
 from sparsec.report.schema import document
 from sparsec.study.sample import generated, read_prompt
 
@@ -172,11 +174,28 @@ def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["loop", "nowhere/inside", "zero\0byte", "surrogate\ud800"])
+def test_a_name_that_no_folder_can_have_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: RuntimeError, ValueError and UnicodeEncodeError as they came."""
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("nowhere").symlink_to("gone")
+    assert compress.main(["tiny", name]) == 2
+    assert "no folder can have this name" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "nowhere"]
+    model = sparsec.compile(tiny_model("llama")[0], "magnitude(0.5),freeze")
+    with pytest.raises(CheckpointError):
+        model.save_pretrained(name)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["tiny", "--temperature", "-1"], "--temperature"),
         (["tiny", "--temperature", "nan"], "--temperature"),
+        (["tiny", "--temperature", "1e-300"], "must be 0, which takes the most likely token, or at least 1e-06"),
         (["tiny", "--top-p", "0.5"], "add --temperature"),
         (["tiny", "--top-p", "2", "--temperature", "1"], "--top-p"),
         (["tiny", ""], "no tokens"),

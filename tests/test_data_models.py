@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sparsec.data import gguf_cache, gguf_dense, load_model, models
 from sparsec.data.tiny import byte_tokenizer, tiny_model
 from sparsec.errors import DataError, MissingExtraError
+from sparsec.planning.shape import shape_of_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -124,6 +125,14 @@ def test_code_that_comes_with_a_model_is_not_executed(folder: Path, tmp_path: Pa
     assert not marker.exists()
 
 
+def test_what_is_wrong_with_a_config_is_said_whole(tmp_path: Path) -> None:
+    """Regression: transformers announces it in one line and says it in the next, which was left out."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -1}')
+    for read in (load_model, shape_of_model):
+        with pytest.raises(DataError, match=r"'validate_architecture': .*hidden size \(-1\)"):
+            read(str(tmp_path))
+
+
 def test_paths_that_are_no_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").write_bytes(b"1")
@@ -179,6 +188,7 @@ def test_a_hub_name_needs_nothing_that_others_happened_to_import() -> None:
     code = """
 from sparsec.data import load_model
 from sparsec.errors import DataError
+from sparsec.planning.shape import shape_of_model
 try:
     load_model("nobody/no-such-model")
 except DataError as error:

@@ -38,6 +38,9 @@ def check(options: argparse.Namespace) -> None:
         others = [name for name in NOT_BUSY if getattr(options, name) is not None]
         for name in ["device"] * (options.device == "cuda") + others:
             raise SpecError(f"--{name.replace('_', '-')}: leave it out with --busy")
+    for name in ("shapes", "formats", "rows", "dtypes"):
+        if getattr(options, name) == "":
+            raise SpecError(f"--{name} names none; leave it out for the usual ones")
     elsewhere = ONLY_CPU if options.device == "cuda" else ONLY_GPU
     for name in elsewhere:
         if getattr(options, name) is not None:
@@ -90,8 +93,8 @@ def read_dtypes(text: str) -> list[str]:
 def read_rows(text: str) -> list[int]:
     """Numbers of at least 1."""
     found = _list("--rows", text, int)
-    if any(r < 1 for r in found):
-        raise SpecError(f"--rows must be at least 1, got {text}")
+    if any(not 1 <= r <= MAX_WHOLE for r in found):
+        raise SpecError(f"--rows must be from 1 to {MAX_WHOLE}, got {text}")
     return found
 
 

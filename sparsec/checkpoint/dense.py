@@ -168,7 +168,7 @@ def save_dense(
     twin: Any = dense_copy(model, share=True)
     place = Path(folder)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        _make(place)
         with files.alone_in(place):
             files.sweep(place, ".sparsec-*.tmp")
             made = place / f".sparsec-{secrets.token_hex(8)}.tmp"
@@ -200,3 +200,10 @@ def _put_in_place(made: Path, place: Path) -> None:
             files.put_in_place(path, place / path.name)
     for name in stale - written:
         (place / name).unlink(missing_ok=True)
+
+
+def _make(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        raise CheckpointError(f"{str(place)!r}: no folder can have this name ({error}); give another") from error

@@ -84,7 +84,11 @@ def writable_folder(path: str, refusal: str) -> None:
     """Raises DataError for a folder that could neither be written to nor be made. refusal: what can then not be done."""
     folder = Path(path).absolute()
     try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("it holds a zero byte")
         while not folder.exists() and folder != folder.parent:  # what is missing is made
+            if folder.is_symlink():
+                raise OSError(f"{folder} is a link that leads nowhere")
             folder = folder.parent
     except (OSError, ValueError) as error:
         raise DataError(f"{path[:60]!r}: no folder can have this name ({error}); give another") from error

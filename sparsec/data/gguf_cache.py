@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from sparsec import cache, files
 from sparsec.data.gguf_dense import write_dense
 from sparsec.data.quiet import quiet
-from sparsec.errors import DataError, MissingExtraError
+from sparsec.errors import DataError, MissingExtraError, first_words
 from sparsec.progress import Progress
 
 _FACTS = "sparsec_source.json"
@@ -127,7 +127,7 @@ def _move(scratch: Path, folder: Path) -> None:
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_words(error)
     return DataError(
         f"{file}: this GGUF file cannot be read ({type(error).__name__}: {first}); "
         f"it may be damaged or cut off, or of an architecture that transformers does not read"

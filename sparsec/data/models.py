@@ -30,7 +30,7 @@ from sparsec.data.quiet import quiet
 from sparsec.data.sizes import check_counts, check_room
 from sparsec.data.tiny import RANDOM, byte_tokenizer, tiny_model
 from sparsec.data.unowned import name_unowned
-from sparsec.errors import DataError, some
+from sparsec.errors import DataError, first_words, some
 from sparsec.ir.parts import is_encoder, positions
 from sparsec.progress import Progress
 from sparsec.spill import Spill
@@ -276,7 +276,7 @@ def _reading(where: str, read: Callable[[], Any]) -> Any:
     except DataError:
         raise
     except Exception as error:  # transformers, safetensors and torch each have their own errors for a bad file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_words(error)
         raise DataError(
             f"{where}: this is not a model that transformers can load without running its code: {first}"
         ) from error

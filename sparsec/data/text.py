@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsec.arguments import checked
-from sparsec.errors import DataError, MissingExtraError
+from sparsec.errors import DataError, MissingExtraError, first_words
 
 DATASET_PREFIX = "dataset:"
 EMBEDDED = "pydoc_data.topics"
@@ -72,7 +72,7 @@ def _file(path: Path) -> Text:
     except OSError as error:  # a whole text in the place of its path, for one
         raise DataError(f"{str(path)[:60]!r}: the text must be a file's path ({error.strerror}); {WAY_OUT}") from error
     if not found:
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is none" if path.exists() else "does not exist"
         raise DataError(f"{path}: the text must be a file, this {what}; {WAY_OUT}")
     try:
         return Text(str(path), _normalise(path.read_bytes().decode("utf-8")))
@@ -100,7 +100,7 @@ def _dataset(spec: str, usual: str) -> Text:
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the library raises its own, its file system's and its HTTP client's errors
-        raise DataError(f"{spec!r}: the dataset cannot be loaded ({_first_line(error)}); {WAY_OUT}") from error
+        raise DataError(f"{spec!r}: the dataset cannot be loaded ({first_words(error)}); {WAY_OUT}") from error
     if column not in rows.column_names:
         raise DataError(
             f"{spec!r}: no column {column!r} in {sorted(rows.column_names)}; name one of them as the fourth part"
@@ -115,7 +115,3 @@ def _embedded() -> Text:
     except ImportError as error:
         raise DataError("this Python comes without pydoc_data, the embedded text; give a UTF-8 text file") from error
     return Text(EMBEDDED, _normalise("\n\n".join(topics[key] for key in sorted(topics))))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from sparsec.data.kinds import check_kind, kind_of
 from sparsec.data.models import PACKAGED, packaged
 from sparsec.data.quiet import quiet
 from sparsec.data.tiny import tiny_model
-from sparsec.errors import DataError
+from sparsec.errors import DataError, first_words
 
 WIDEST = 1 << 24
 """Columns of a weight."""
@@ -50,11 +50,15 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
         options = {"local_files_only": bool(away)}
     with quiet():
         try:
-            for count, number, most in counts_asked(
-                transformers.PreTrainedConfig.get_config_dict(where, **options)[0], MOST_PARTS
-            ):
+            content = transformers.PreTrainedConfig.get_config_dict(where, **options)[0]
+            for count, number, most in counts_asked(content, MOST_PARTS):
                 raise DataError(f"{spec}: {count} is {number:,}, and a plan takes {most:,} at most")
-            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+            if (
+                "gguf_file" in options
+            ):  # from_pretrained would read it a second time: seconds, since the vocabulary is in it
+                config = transformers.AutoConfig.for_model(**content)
+            else:
+                config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
             kind = kind_of(where, config)
             with torch.device("meta"):
                 model: Any = kind.empty(config)
@@ -66,7 +70,7 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
                 raise DataError(
                     f"{spec}: {hub.near(spec)}There is no folder or file of this name here, and {said}; {SPECS}"
                 ) from error
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_words(error)
             raise DataError(
                 f"{spec}: this is no config of a model that transformers knows ({first}); {SPECS}"
             ) from error

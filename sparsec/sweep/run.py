@@ -14,7 +14,7 @@ from sparsec import memory
 from sparsec.calibrate import Sequences
 from sparsec.compiler import compile, extend
 from sparsec.data import LoadedModel
-from sparsec.errors import SparsecError
+from sparsec.errors import SparsecError, first_words
 from sparsec.evaluate import Encoding, Evaluation, compare_embeddings
 from sparsec.evaluate import compare as compare_outputs
 from sparsec.machine import cores
@@ -192,7 +192,7 @@ class _Run:
                 self._last = cell.pruning, self.pruned(cell.pruning)
             return self.cell(cell, self._last[1], start)
         except (SparsecError, RuntimeError, MemoryError, ValueError, TypeError) as error:  # one cell's, whatever it is
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_words(error)
             spent = perf_counter() - start
             return CellResult(cell.spec, cell.values, None, first, seconds=spent, template=cell.template)
 
