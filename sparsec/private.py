@@ -30,6 +30,7 @@ try:
     from torch._C import _len_torch_dispatch_stack as dispatch_modes
     from torch._C import _storage_Use_Count as storage_users
     from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as no_transforms
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.modules.module import _has_any_global_hook as global_hooks
@@ -112,6 +113,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
     "no_modes",
+    "no_transforms",
     "optional",
     "peek_interpreter_stack",
     "pytree",

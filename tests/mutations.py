@@ -49,7 +49,7 @@ LAID_OUT = (
         "nm2:4:int8",
         "nm2:4:int4g32",
     ),
-    *("csr8:int8", "csr16:int4g32", "bsr16x16:int8g32", "bsr16x16:int4g32"),
+    *("csr8:int8", "csr16:int4g32", "bsr16x16:int8g32", "bsr16x16:int4g32", "wcsr8:int8", "wcsr16:int4g32"),
 )
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED = ("F32", "BF16", "F16", "F64", "I8", "U8", "I16", "I32", "I64", "BOOL", "F8_E4M3", "U16", "C64", "x")

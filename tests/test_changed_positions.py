@@ -356,3 +356,27 @@ def test_a_program_takes_no_step_with_what_was_written_to(fused: bool) -> None:
         layer.values.mul_(2)  # which a program takes as it is
         step(7)
         assert len(steps) == 3
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "grad": lambda layer, x: torch.func.grad(lambda y: layer(y).sum())(x),
+    "vmap": lambda layer, x: torch.vmap(layer)(x),
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+    "vmap of grad": lambda layer, x: torch.vmap(torch.func.grad(lambda y: layer(y).sum()))(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["csr8", "bitmap", "bsr16x16", "nm2:4", "bitmap:int8"])
+def test_contents_are_looked_at_beside_a_transform_of_torch(name: str, transform: str) -> None:
+    """Regression: what is read was wrapped by the transform, and has no memory then."""
+    layer = SparseLinear(packed_of(name, 1))
+    x = torch.randn(2, layer.in_features)
+    tensor = getattr(layer, places(layer.packed)[0])
+    for good in (True, False):
+        tensor.copy_(tensor.clone() if good else torch.full_like(tensor, torch.iinfo(tensor.dtype).max))
+        if good:
+            TRANSFORMS[transform](layer, x)
+        else:
+            with pytest.raises(FormatError, match="SparseLinear"):
+                TRANSFORMS[transform](layer, x)

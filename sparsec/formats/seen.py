@@ -119,7 +119,7 @@ def look_at(packed: Packed, layer: str, *, sizes: bool = True) -> LookedAt:
         return NOTHING
     if seen.holds(packed.tensor_names, tensors):
         return seen
-    with private.no_modes(), torch.no_grad():
+    with private.no_transforms(), private.no_modes(), torch.no_grad():
         faults = packed.layout_faults()
         if faults and not sizes:
             return NOTHING
