@@ -309,6 +309,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_average_their_gradients(tmp_path: Path) -> None:
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL)

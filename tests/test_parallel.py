@@ -158,6 +158,7 @@ def test_two_processes_compute_what_one_does_in_every_layout(names: tuple[str, .
     assert_layouts(tmp_path, names)
 
 
+@pytest.mark.slow
 def test_compiled_models_with_ties_dense_heads_and_packed_ones(tmp_path: Path) -> None:
     cases = {}
     for name, (family, options, spec) in COMPILED.items():

@@ -83,7 +83,7 @@ def test_a_pass_takes_what_was_foretold(spec: str, dtype: torch.dtype, shape: tu
     assert 0.95 * real < foretold < 1.3 * real + 3e6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("last", ["round('int4g64')", "round('int8', method='nearest')", "recover('blocks', steps=4)"])
 def test_what_comes_after_pruning_too(last: str, dtype: torch.dtype) -> None:
     graph, data, pipeline = traced(model(dtype)), calls(8), Pipeline.parse(f"wanda(0.5),freeze,{last}")

@@ -87,12 +87,12 @@ def test_one_alone_does_all_and_starts_nothing(monkeypatch: pytest.MonkeyPatch) 
     ALONE.agree(lambda: {"passes": str(1 // 0)})
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sums_jobs_and_what_is_told(count: int, tmp_path: Path) -> None:
     run("sums", count, tmp_path)
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_weights_in_training_lie_in_shares(count: int, tmp_path: Path) -> None:
     run("shares", count, tmp_path)
 
@@ -179,6 +179,7 @@ def test_a_training_by_several_ranks_is_that_of_one(tmp_path: Path) -> None:
                 assert (first["tensors"][n] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, (name, n)
 
 
+@pytest.mark.slow
 def test_ranks_that_were_given_different_things_are_refused(tmp_path: Path) -> None:
     run("other_text", 3, tmp_path)
     texts = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
