@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from peft import (
+    HRAConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from traces import traced as trace
 
 import sparsec
-from sparsec.errors import CompileError
+from sparsec.errors import CompileError, TraceError
 from sparsec.kernels import SparseLinear
 
 IDS = torch.arange(3, 35).view(2, 16) % 61 + 3
@@ -160,6 +161,14 @@ def test_extend_goes_on_with_a_model_that_adapters_were_put_around(name: str, co
     report = fast.sparsec.report()
     assert sum(r.nnz < r.parameters for r in report.layers) == 14
     assert "sparsec" not in vars(fast.base_model.model), "the graph of the model inside would hold the dense weights"
+
+
+def test_adapters_that_no_trace_follows_are_to_be_merged() -> None:
+    """Regression: the advice was to compile the wrapper's inside, which holds the same adapters."""
+    model = get_peft_model(tiny_model("llama")[0], HRAConfig(r=2, target_modules=["q_proj"], init_weights=False)).eval()
+    with pytest.raises(TraceError, match=r"merge its adapters first, model = model\.merge_and_unload\(\)"):
+        sparsec.compile(model, "magnitude(0.5)")
+    assert packed(sparsec.compile(model.merge_and_unload(), "magnitude(0.5),freeze,lower(csr)"))
 
 
 def test_what_is_trained_after_it_was_lowered_is_the_adapter() -> None:

@@ -22,7 +22,7 @@ from sparsec.errors import TraceError
 from sparsec.ir.example_inputs import Call
 from sparsec.ir.inline import inline_regions
 from sparsec.ir.isolation import one_at_a_time, traceable
-from sparsec.ir.parts import advice
+from sparsec.ir.parts import way_out
 
 RUNGS: dict[str, tuple[str, ...]] = {"dynamic": ("batch", "length"), "dynamic batch": ("batch",), "static": ()}
 """Names of the sizes that a rung leaves open, by the dimension they stand at."""
@@ -63,8 +63,8 @@ def export(model: nn.Module, call: Call) -> Exported:
             failures.append(f"  {rung}: {_reason(error)}")
     raise TraceError(
         f"{type(model).__name__} cannot be traced; each rung of the ladder failed:\n" + "\n".join(failures) + "\n"
-        "A forward that decides by the values of tensors, or calls code outside of torch, has no graph; rewrite that part, "
-        "or compile the submodule that holds the linear layers" + (f": {inside}" if (inside := advice(model)) else ".")
+        "A forward that decides by the values of tensors, or calls code outside of torch, has no graph; "
+        + way_out(model)
     )
 
 

@@ -109,6 +109,16 @@ def advice(model: nn.Module) -> str:
     )
 
 
+def way_out(model: nn.Module) -> str:
+    """What to do with a model that no trace follows: adapters of peft are merged, and of anything else a part is compiled."""
+    if of_peft(model) and callable(getattr(model, "merge_and_unload", None)):
+        return "merge its adapters first, model = model.merge_and_unload(), and compile what that gives"
+    inside = advice(model)
+    return "rewrite that part, or compile the submodule that holds the linear layers" + (
+        f": {inside}" if inside else "."
+    )
+
+
 def as_python(path: str) -> str:
     """A module's path as Python: `model[0].auto_model`."""
     text = "model"
