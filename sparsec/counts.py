@@ -1,7 +1,7 @@
 """Counts in a config.json of transformers, held against what there is: transformers makes as many parts as are named, and looks
 for their weights after. A list for 2**70 layers ends with the memory of the machine.
 
-Found by giving the numbers of the configs of transformers 5.24 that read text huge values, one at a time.
+Found by giving the numbers of the configs of transformers 5.24 that read text, images and sound huge values, one at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ FEW_PARTS = 256
 """As many cost nothing to speak of: configs keep counts of parts that a small model does not have."""
 _PARTS = re.compile(
     r"(?:\w+_)?(?:num|n)_(?:\w+_)?(?:layers?|blocks?|groups?|stages?|experts|codebooks|quantizers|inputs|flows)(?:_per_stack)?"
-    r"|(?!max_)(?:\w+_)?layers|(?:\w+_)?depths?|block_(?:sizes|repeats)|inner_group_num|attention_types|[HL]_cycles"
+    r"|(?!max_)(?:\w+_)?layers|(?:\w+_)?depths?|(?:num_)?block_(?:sizes|repeats)|inner_group_num|attention_types"
+    r"|[HL]_cycles|blocks_per_stage|n_codes_total|conv_symmetric_num|enc_res2net_scale|num_multimask_outputs"
 )
 _MOST = (
     (re.compile(r"num_labels"), 2**17),  # a name is made for each
     (re.compile(r"(?:\w+_)?(?:dim|hidden_size)|d_model|n_embd"), 2**24),  # some tables are computed on the CPU
+    (re.compile(r"(?:\w+_)?(?:image|img)_size"), 2**14),  # a side, and a number is made for each patch
 )
 """Others, and the most of each."""
+_NO_PARTS = {"doge": "num_experts"}
+"""By the type of a model: a number that no modules are made for; Doge's experts are rows of a table, 16,384 unless told."""
 
 
 def counts_asked(content: object, parts: int) -> Iterator[tuple[str, int, int]]:
@@ -38,7 +42,9 @@ def counts_asked(content: object, parts: int) -> Iterator[tuple[str, int, int]]:
         name, held = waiting.pop()
         if isinstance(held, Mapping):
             waiting += [
-                (f"{name}.{key}".strip("."), value) for key, value in held.items() if key != "quantization_config"
+                (f"{name}.{key}".strip("."), value)
+                for key, value in held.items()
+                if key not in ("quantization_config", _NO_PARTS.get(str(held.get("model_type"))))
             ]
         elif isinstance(held, list):
             waiting += [(name, value) for value in held]

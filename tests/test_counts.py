@@ -12,6 +12,7 @@ import pytest
 import torch
 from saved_models import SIZES, saved_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.auto import CONFIG_MAPPING
 
 import sparsec
 from sparsec.checkpoint.checking import examine
@@ -60,6 +61,14 @@ def asked(content: Any, parts: int = 50) -> list[tuple[str, int]]:
             "depth",
         ),
         *("num_layers_per_stack", "attention_types", "H_cycles", "L_cycles"),
+        *(
+            "num_block_repeats",
+            "blocks_per_stage",
+            "n_codes_total",
+            "conv_symmetric_num",
+            "enc_res2net_scale",
+            "num_multimask_outputs",
+        ),  # of images and sound
     ],
 )
 def test_every_number_that_transformers_makes_parts_for_is_known(name: str) -> None:
@@ -75,6 +84,11 @@ def test_sizes_and_labels_have_bounds_of_their_own_and_other_numbers_have_none()
         ("hidden_size", 2**24),
         ("head_dim", 2**24),
         ("num_labels", 2**17),
+    ]
+    towers = {"vision_config": {"image_size": [2**15, 224], "backbone_config": {"blocks_per_stage": [2, 2**40]}}}
+    assert sorted(asked(towers)) == [
+        ("vision_config.backbone_config.blocks_per_stage", FEW_PARTS),
+        ("vision_config.image_size", 2**14),
     ]
     known = {
         "vocab_size": 262_144,
@@ -95,6 +109,17 @@ WAYS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
+def test_no_config_of_transformers_asks_for_too_much_by_itself() -> None:
+    """Regression: Doge's default of 16,384 experts was refused, so that no saved one loaded."""
+    for name, kind in CONFIG_MAPPING.items():
+        try:
+            content = kind().to_dict()
+        except Exception:  # of a config that wants arguments, or another package
+            continue
+        assert asked(content, MOST_PARTS) == [], name
+
+
 def changed(folder: Path, changes: dict[str, Any]) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
@@ -109,6 +134,17 @@ def changed(folder: Path, changes: dict[str, Any]) -> None:
         ({"model_type": "gpt2", "n_layer": 2**40}, f"n_layer is {2**40}, and the files hold"),
         ({"model_type": "albert", "inner_group_num": 300}, "inner_group_num is 300, and the files hold"),
         ({"model_type": "llava", "text_config": {"num_hidden_layers": 2**40}}, "text_config.num_hidden_layers is"),
+        ({"model_type": "llava", "vision_config": {"num_hidden_layers": 2**40}}, "vision_config.num_hidden_layers is"),
+        (
+            {"model_type": "sam2", "vision_config": {"backbone_config": {"blocks_per_stage": [2**40]}}},
+            "blocks_per_stage is",
+        ),
+        (
+            {"model_type": "align", "vision_config": {"num_block_repeats": [2**40]}},
+            "vision_config.num_block_repeats is",
+        ),
+        ({"model_type": "bark", "fine_acoustics_config": {"n_codes_total": 2**40}}, "n_codes_total is"),
+        ({"model_type": "clip", "vision_config": {"image_size": 2**20}}, "vision_config.image_size is"),
     ],
     ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
 )
