@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from traces import traced as trace
 
 import sparsec
 from sparsec.errors import KernelError
-from sparsec.ir.tracer import trace
 from sparsec.ir.verifier import problems
 from sparsec.kernels import tolerance
 from sparsec.kernels.dense import check_dense_call, dense_linear

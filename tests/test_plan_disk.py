@@ -10,10 +10,10 @@ import pytest
 import torch
 from architectures import tiny_model
 from streamed import saved, streamed, text
+from traces import traced as trace
 
 import sparsec
 from sparsec.errors import CompileError, DataError
-from sparsec.ir.tracer import trace
 from sparsec.pipeline import Pipeline
 from sparsec.planning.foretell import meta_calls
 from sparsec.planning.memory import peak

@@ -20,6 +20,8 @@ from sparsec.ir.tracer import trace
 
 _KNOWN: dict[Hashable, Graph] = {}
 _LOCK = threading.Lock()
+WHERE = "name_or_path"
+"""Where a model was loaded from, which no call looks at: tests save the same one in many folders."""
 _PLAIN = (bool, int, float, str, type(None), tuple, frozenset, torch.dtype, torch.device)
 _HOOKS = tuple(name for name in vars(nn.Linear(1, 1)) if "hooks" in name and "state_dict" not in name)
 """Those that a call may run."""
@@ -78,7 +80,7 @@ def _modules(model: nn.Module) -> Iterator[Hashable]:
     for path, module in model.named_modules(remove_duplicate=False):
         if any(vars(module).get(name) for name in _HOOKS) or "forward" in vars(module):
             raise TypeError("hooked")
-        settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, _PLAIN)}
+        settings = {k: v for k, v in vars(module).items() if k[0] != "_" and k != WHERE and isinstance(v, _PLAIN)}
         yield path, type(module), id(type(module).forward), repr(sorted(settings.items(), key=lambda kv: kv[0]))
 
 
