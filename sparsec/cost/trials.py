@@ -23,6 +23,7 @@ from sparsec.cost.model import ReadRate, Work
 from sparsec.formats import CSR
 from sparsec.formats.base import Packed
 from sparsec.formats.layout import Layout
+from sparsec.formats.seen import remember
 from sparsec.kernels import SparseLinear
 from sparsec.kernels.modules.group import Group
 from sparsec.progress import Progress
@@ -50,7 +51,9 @@ def packed_trial(kernel: str, packed: Packed, dtype: torch.dtype) -> Trial:
 
     def make(arena: Arena) -> nn.Module:
         own = {name: arena.take(t) if name == "values" else t.clone() for name, t in tensors.items()}
-        return SparseLinear(type(held).from_parts(own, held.scalars()))
+        filled = type(held).from_parts(own, held.scalars())
+        remember(filled)  # where values stand is as it was packed, and nothing is read from what they are
+        return SparseLinear(filled)
 
     return Trial(kernel, Layout.of(held).cost_family, Work.of(held), make)
 
