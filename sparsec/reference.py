@@ -38,4 +38,7 @@ class ModelReference:
                 )
             model = self._kind.__new__(self._kind)
             vars(model).update(self._parts)
+            for hook in model._load_state_dict_pre_hooks.values():
+                if getattr(hook, "with_module", False):  # it is called with the model, which it knew weakly
+                    hook.module = weakref.ref(model)
         return model

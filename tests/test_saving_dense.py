@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import sparsec
 from sparsec import files
-from sparsec.errors import CheckpointError
+from sparsec.errors import CheckpointError, FormatError
 from sparsec.kernels import SparseLinear
 
 PRUNED = "magnitude(0.5),freeze"
@@ -66,6 +67,26 @@ def test_the_dense_model_is_the_masked_one(architecture: str, dtype: torch.dtype
             for parameter in dense.parameters():
                 parameter.zero_()
         assert same(packed.state_dict(), before)
+
+
+def test_a_model_that_nobody_holds_has_all_its_ways_out(tmp_path: Path) -> None:
+    """Regression: `sparsec.load(folder).sparsec.to_dense()` met a hook of the model that Python had let go of, and raised."""
+    model = tiny_model("llama")[0].eval()
+    masked = sparsec.compile(model, PRUNED)
+    sparsec.compile(model, LOWERED).save_pretrained(tmp_path / "packed")
+    for kept in (lambda: sparsec.load(tmp_path / "packed"), lambda: sparsec.compile(model, LOWERED)):
+        dense = kept().sparsec.to_dense()
+        assert same(dense.state_dict(), masked.state_dict())
+        whole = kept().sparsec.whole()
+        for twin in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+            assert torch.equal(logits(twin), logits(whole))
+        wrong = whole.state_dict()
+        name = next(n for n in wrong if n.endswith("panel_ptr"))
+        wrong[name] = wrong[name] + 1
+        with pytest.raises(FormatError, match="panel_ptr"):
+            whole.load_state_dict(wrong)
+        kept().sparsec.save_pretrained(tmp_path / "dense", dense=True)
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict(), masked.state_dict())
 
 
 def test_ties_and_training_come_back(tmp_path: Path) -> None:
