@@ -339,7 +339,8 @@ def empty_model(place: Path, content: Mapping[str, Any], tensors: int) -> nn.Mod
     architectures = content.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise CheckpointError(
-            f"{place / CONFIG} names no class of transformers: load(folder, into=module) fills a module that you made"
+            f"{place / CONFIG} names no class of transformers: load(folder, into=module) fills a module that you made; "
+            "a model of transformers keeps its class where it is saved by its save_pretrained"
         )
     check_saved_counts(content, str(place / CONFIG), tensors)
     try:
