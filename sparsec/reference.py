@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,8 @@ class ModelReference:
                 )
             model = self._kind.__new__(self._kind)
             vars(model).update(self._parts)
-            for hook in model._load_state_dict_pre_hooks.values():
+            hooks: list[Any] = list(model._load_state_dict_pre_hooks.values())
+            for hook in hooks:
                 if getattr(hook, "with_module", False):  # it is called with the model, which it knew weakly
                     hook.module = weakref.ref(model)
         return model
