@@ -168,6 +168,21 @@ def test_inputs_by_name_or_position_and_structured_outputs(named: bool) -> None:
     assert [t.shape for t in graph.example] == [x.shape, y.shape]
 
 
+def test_a_plain_module_of_pixels_is_asked_for_its_inputs() -> None:
+    """Regression: it was asked for a config, which only models of transformers have."""
+
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.linear(pixel_values)
+
+    with pytest.raises(TraceError, match="what to call it with is not known; give example_inputs="):
+        trace(Pixels())
+
+
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [

@@ -86,9 +86,12 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
 
 def shows_itself(model: nn.Module) -> bool:
     """Whether what to call it with is known: tokens, or square images of the size that its config tells."""
+    if not is_hugging_face(model):
+        return False
     taken = arguments(model)
-    pictures = "pixel_values" in taken and isinstance(getattr(model.config, "image_size", None), int)
-    return is_hugging_face(model) and ("input_ids" in taken or pictures)
+    return "input_ids" in taken or (
+        "pixel_values" in taken and isinstance(getattr(model.config, "image_size", None), int)
+    )
 
 
 def advice(model: nn.Module) -> str:
