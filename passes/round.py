@@ -62,6 +62,7 @@ class Round(Pass):
         "sparsegpt(0.5),freeze,round('int8g64', sweeps=0, feed='dense')",
     )
     wants: ClassVar[str] = "a text to calibrate on, but for method='nearest'"
+    gram: ClassVar[bool] = True
 
     values: str
     method: str = field(default="gptq", kw_only=True)
@@ -114,7 +115,7 @@ class Round(Pass):
                 f"the pass {self.name!r} needs calibration data; {NO_CALIBRATION}, or take method='nearest'"
             )
         else:
-            how = (True, self.feed, self.order, foreseen.streaming)
+            how = (self.gram, self.feed, self.order, foreseen.streaming)
             filed = {name: self._kept(graph.weights[name]) for name in names}
             yield from rehearse(graph, foreseen.data, names, *how, scratch=_scratch, filed=filed)
 
@@ -218,7 +219,7 @@ class Round(Pass):
             [w.name for w in chosen],
             learn,
             settle,
-            gram=True,
+            gram=self.gram,
             feed=self.feed,
             order=self.order,
             step=lambda done, total: context.step(self.name, done, total),

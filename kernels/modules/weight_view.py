@@ -2,7 +2,7 @@
 
 It is a tensor of its own, unpacked at every access. Whatever shares its memory (`.data`, `.detach()`, `.T`, `[0]`) refuses writes
 too, numpy's view is read-only, and every other result (`.clone()`, sums, products) is a plain tensor. A write is told by torch's
-own counter of versions, by shape, so that no list of operators has to be complete.
+own counter of versions, and by its shape, so that no list of operators has to be complete.
 """
 
 from __future__ import annotations

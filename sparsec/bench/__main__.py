@@ -135,9 +135,7 @@ def _bytes(case: Case, protocol: Protocol) -> int:
     """At most, of what all contenders of a case walk through; torch.sparse holds 12 bytes and more for a kept weight."""
     dense = case.out_features * case.in_features * DTYPES[case.dtype].itemsize
     contenders = len(case.formats) + 5
-    passing = (
-        case.rows * (case.in_features + case.out_features) * DTYPES[case.dtype].itemsize
-    )  # x, and a result of each
+    passing = case.rows * (case.in_features + case.out_features) * DTYPES[case.dtype].itemsize  # x, and a result
     return contenders * (max(protocol.nbytes, protocol.count(dense) * dense) + passing)
 
 

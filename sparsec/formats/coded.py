@@ -325,14 +325,8 @@ class QuantisedWarpCSR(QuantisedCSR):
     widest: ClassVar[int | None] = WarpCSR.widest
     tensor_names: ClassVar[tuple[str, ...]] = (*OWN, "col_idx", "base", "row_ptr")
 
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.unpack().index_select(0, ids)
-
-    def _cut_rows(self, first: int, end: int) -> Self:
-        return self._repacked(slice(first, end), slice(None))
-
-    def _cut_columns(self, first: int, end: int) -> Self:
-        return self._repacked(slice(None), slice(first, end))
+    # As of any format: no row or column of it is found without the others.
+    rows, _cut_rows, _cut_columns = Packed.rows, Packed._cut_rows, Packed._cut_columns
 
     def _repacked(self, rows: slice, columns: slice) -> Self:
         codes = self.scatter()[rows, columns].contiguous()

@@ -12,6 +12,7 @@ all writes into tensors that were made under torch.inference_mode, which have no
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -86,6 +87,7 @@ NOTHING = LookedAt()
 """What is known of a matrix that nobody has looked at."""
 _SEEN: dict[tuple[Any, ...], LookedAt] = {}
 """By the kind, the ids of the tensors, and the scalars."""
+_WRITING = threading.Lock()
 
 
 def remember(packed: Packed) -> LookedAt:
@@ -93,11 +95,12 @@ def remember(packed: Packed) -> LookedAt:
     tensors = tuple(packed.tensors().values())
     if not _readable(tensors):
         return NOTHING
-    key = _key(packed)
-    _SEEN.pop(key, None)
-    _SEEN[key] = seen = LookedAt(packed.tensor_names, tensors)
-    while len(_SEEN) > _MOST:
-        _SEEN.pop(next(iter(_SEEN)), None)
+    key, seen = _key(packed), LookedAt(packed.tensor_names, tensors)
+    with _WRITING:
+        _SEEN.pop(key, None)
+        _SEEN[key] = seen
+        while len(_SEEN) > _MOST:
+            _SEEN.pop(next(iter(_SEEN)))
     return seen
 
 

@@ -53,9 +53,7 @@ def shape_of_model(spec: str, dtype: torch.dtype | None = None) -> tuple[Any, st
             content = transformers.PreTrainedConfig.get_config_dict(where, **options)[0]
             for count, number, most in counts_asked(content, MOST_PARTS):
                 raise DataError(f"{spec}: {count} is {number:,}, and a plan takes {most:,} at most")
-            if (
-                "gguf_file" in options
-            ):  # from_pretrained would read it a second time: seconds, since the vocabulary is in it
+            if "gguf_file" in options:  # read once: it takes seconds, since the vocabulary is in it
                 config = transformers.AutoConfig.for_model(**content)
             else:
                 config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ _HEADS = 4
 
 @runtime_checkable
 class Solving(Protocol):
-    """A pass that solves layers by what they are given."""
+    """A pass that solves layers by what they are given. gram: whether it looks at the Gram matrix of that."""
+
+    gram: ClassVar[bool]
 
     def attempt(self, matrix: Tensor, statistics: Statistics) -> object:
         """What a site of one matrix [out, in] takes."""
@@ -90,7 +92,7 @@ def solve_seconds(p: Solving) -> Callable[[int, int, int], float]:
     sizes = [(rows, columns) for rows, columns in TRIED if not columns % 16]
     times = []
     for rows, columns in sizes:
-        statistics = _statistics(columns)
+        statistics = _statistics(columns, p.gram)
         generator = torch.Generator().manual_seed(0)
         matrix = torch.randn(rows, columns, generator=generator)
         times.append(_fastest(partial(p.attempt, matrix, statistics)))
@@ -105,8 +107,8 @@ def solve_seconds(p: Solving) -> Callable[[int, int, int], float]:
     return seconds
 
 
-def _statistics(columns: int) -> Statistics:
-    found = Statistics(columns, True, _TOKENS, 64, torch.device("cpu"))
+def _statistics(columns: int, gram: bool) -> Statistics:
+    found = Statistics(columns, gram, _TOKENS, 64, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for _ in range(-(-columns // 512) + 1):
         found.add(torch.randn(512, columns, generator=generator))
