@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsec.formats.csr import CSR
 from sparsec.kernels.gpu.launch import FEW, Config, Launch
-from sparsec.kernels.gpu.sums import row_by_row
+from sparsec.kernels.gpu.sums import row_by_row, store_row
 
 EXPAND = Config({"TILE": 512}, warps=2)
 
@@ -47,12 +47,7 @@ def csr_kernel(
             xs = tl.load(x + tl.minimum(token + m, tokens - 1) * in_features + c)
             added = added + (sums[m] + v * xs.to(tl.float32),)
         sums = added
-    for m in tl.static_range(M):
-        total = tl.sum(sums[m], 0)
-        if HAS_BIAS:
-            total += tl.load(bias + row).to(tl.float32)
-        place = (tl.program_id(1) * tokens + token + m) * out_features + row
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=token + m < tokens)
+    store_row(sums, bias, out, row, token, tokens, out_features, HAS_BIAS, M)
 
 
 @triton.jit

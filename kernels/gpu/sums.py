@@ -40,6 +40,19 @@ def multiply(a, b, sums, WIDE: tl.constexpr):
 
 
 @triton.jit
+def store_row(
+    sums, bias, out, row, token, tokens, out_features, HAS_BIAS: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Of a kernel of which a program takes a row of W: what its tile of sums for each of M rows of x adds up to, and the bias."""
+    for m in tl.static_range(M):
+        total = tl.sum(sums[m], 0)
+        if HAS_BIAS:
+            total += tl.load(bias + row).to(tl.float32)
+        place = (tl.program_id(1) * tokens + token + m) * out_features + row
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=token + m < tokens)
+
+
+@triton.jit
 def add_up_kernel(
     sums, bias, out, out_features, count, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsec.formats.wcsr import WarpCSR
 from sparsec.kernels.gpu.launch import FEW, Config, Launch, interpreted
-from sparsec.kernels.gpu.sums import row_by_row
+from sparsec.kernels.gpu.sums import row_by_row, store_row
 
 EXPAND = Config({"TILE": 1024}, warps=2)
 
@@ -148,12 +148,7 @@ def wcsr_kernel(
         sums = turn(
             sums, x, values, col_idx, base, row, begin, full, count // 4, token, tokens, in_features, WIDTH, M, ASM, TILE
         )  # fmt: skip
-    for m in tl.static_range(M):
-        total = tl.sum(sums[m], 0)
-        if HAS_BIAS:
-            total += tl.load(bias + row).to(tl.float32)
-        place = (tl.program_id(1) * tokens + token + m) * out_features + row
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=token + m < tokens)
+    store_row(sums, bias, out, row, token, tokens, out_features, HAS_BIAS, M)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsec.formats.quantised import Quantised
 from sparsec.kernels.gpu.bitmap_int import in_type, level, scale_at
 from sparsec.kernels.gpu.launch import FEW, Launch, interpreted
-from sparsec.kernels.gpu.sums import row_by_row
+from sparsec.kernels.gpu.sums import row_by_row, store_row
 from sparsec.kernels.gpu.wcsr import EXPAND, columns_at, load_live
 
 
@@ -97,14 +97,12 @@ def wcsr_int_kernel(
             sums, x, values, table, scale, col_idx, base, row, begin, full, count // 4, token, tokens, in_features, groups,
             BITS, GROUP, WIDTH, M, ASM, TILE,
         )  # fmt: skip
-    for m in tl.static_range(M):
-        total = tl.sum(sums[m], 0)
-        if GROUP == 0:
-            total *= scale_at(scale, row)
-        if HAS_BIAS:
-            total += tl.load(bias + row).to(tl.float32)
-        place = (tl.program_id(1) * tokens + token + m) * out_features + row
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=token + m < tokens)
+    if GROUP == 0:
+        scaled = ()
+        for m in tl.static_range(M):
+            scaled = scaled + (sums[m] * scale_at(scale, row),)
+        sums = scaled
+    store_row(sums, bias, out, row, token, tokens, out_features, HAS_BIAS, M)
 
 
 @triton.jit
